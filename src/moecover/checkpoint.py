@@ -1,0 +1,311 @@
+"""Stage 4, checkpoint: reads a checkpoint and a plan, writes the pruned checkpoint.
+
+The model is not loaded: the byte ranges of what remains are copied from shard to shard, in the original layout. Only the
+expert count in config.json is edited; tokenizer and other files are copied byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecover.card import model_card
+from moecover.errors import InputError, MoecoverError
+from moecover.evaluation import MANIFEST
+from moecover.files import check_output, new_folder
+from moecover.planning import Plan, check_plan
+from moecover.source import INDEX, OTHER_WEIGHTS, Checkpoint, TensorEntry
+from moecover.topology import ExpertTensor, Structure, with_expert_count
+
+CHUNK_BYTES = 8 << 20
+CARD, ORIGINAL_CARD = "README.md", "README.original.md"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the output: its name, shape and the byte ranges of the source shard that make it up."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(end - start for start, end in self.ranges)
+
+
+def _renamed(name: str, new_expert: int) -> str:
+    return re.sub(r"(\.experts\.)\d+(\.)", rf"\g<1>{new_expert}\2", name, count=1)
+
+
+def _slices(entry: TensorEntry, axis: int, kept: list[int]) -> tuple[tuple[int, int], ...]:
+    """Byte ranges of the kept indices along one axis of a contiguous tensor."""
+    outer = 1
+    for n in entry.shape[:axis]:
+        outer *= n
+    stride = entry.num_bytes // (outer * entry.shape[axis])
+    return tuple(
+        (start := entry.start + (o * entry.shape[axis] + index) * stride, start + stride)
+        for o in range(outer)
+        for index in kept
+    )
+
+
+def piece(entry: TensorEntry, tensor: ExpertTensor | None, kept: list[int]) -> Piece | None:
+    """What remains of one tensor on disk; None when it goes.
+
+    Args:
+        entry: the tensor.
+        tensor: how it depends on the experts, None when it does not.
+        kept: ids of its layer's kept experts, ascending.
+
+    """
+    whole = ((entry.start, entry.end),)
+    if tensor is None:
+        return Piece(entry.name, entry.dtype, entry.shape, whole)
+    if tensor.axis is None:
+        if tensor.expert not in kept:
+            return None
+        return Piece(_renamed(entry.name, kept.index(tensor.expert)), entry.dtype, entry.shape, whole)
+    shape = (*entry.shape[: tensor.axis], len(kept), *entry.shape[tensor.axis + 1 :])
+    return Piece(entry.name, entry.dtype, shape, _slices(entry, tensor.axis, kept))
+
+
+def pieces_by_shard(structure: Structure, plan: Plan) -> dict[str, list[Piece]]:
+    """The tensors of every output shard, in the order of the source's bytes; shards that lose everything are left out."""
+    shards: dict[str, list[Piece]] = {}
+    for name, entry in structure.checkpoint.tensors.items():
+        tensor = structure.tensors.get(name)
+        kept = plan.layers[tensor.layer].kept if tensor else []
+        remaining = piece(entry, tensor, kept)
+        if remaining is not None:
+            shards.setdefault(entry.shard, []).append(remaining)
+    return shards
+
+
+def edited_config(text: str, structure: Structure, keep: int) -> str:
+    """The text of config.json with the expert count changed and nothing else.
+
+    The number is replaced in the text, so that order, spacing and the spelling of floats stay; where that cannot be
+    done without doubt (the key occurs twice with other meanings) the JSON is written anew.
+    """
+    wanted = with_expert_count(json.loads(text), structure.count_keys, keep)
+    edited = text
+    for path in structure.count_keys:
+        edited = re.sub(rf'("{re.escape(path[-1])}"\s*:\s*){structure.topology.num_experts}\b', rf"\g<1>{keep}", edited)
+    if json.loads(edited) == wanted:
+        return edited
+    return json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
+
+
+def _coalesced(pieces: list[Piece]) -> Iterator[tuple[int, int]]:
+    """Byte ranges of consecutive pieces, adjacent ones joined."""
+    current: tuple[int, int] | None = None
+    for start, end in (r for p in pieces for r in p.ranges):
+        if current is not None and current[1] == start:
+            current = (current[0], end)
+            continue
+        if current is not None:
+            yield current
+        current = (start, end)
+    if current is not None:
+        yield current
+
+
+def write_shard(
+    source: Path, target: Path, pieces: list[Piece], metadata: dict[str, str] | None, advance: Callable[[int], None]
+) -> str:
+    """Write one safetensors file from byte ranges of another; returns its sha256.
+
+    Raises:
+        MoecoverError: the source ends early (it changed while it was read).
+
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    position = 0
+    for p in pieces:
+        header[p.name] = {"dtype": p.dtype, "shape": list(p.shape), "data_offsets": [position, position + p.num_bytes]}
+        position += p.num_bytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            view = memoryview(data)
+            while view:
+                view = view[writer.write(view) :]
+
+        put(struct.pack("<Q", len(raw)) + raw)
+        for start, end in _coalesced(pieces):
+            reader.seek(start)
+            while start < end:
+                got = reader.readinto(buffer[: min(CHUNK_BYTES, end - start)])
+                if not got:
+                    raise MoecoverError(f"{source} ended at byte {start}, {end} is needed: it changed while it was read. Nothing was left behind")  # fmt: skip
+                put(buffer[:got])
+                start += got
+                advance(got)
+    return digest.hexdigest()
+
+
+def _other_files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Files to be copied as they are, relative to the folder: no weights, no links to folders, nothing hidden."""
+    skipped = {"config.json", INDEX, MANIFEST}
+    for parent, folders, files in os.walk(checkpoint.path):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(files):
+            relative = (Path(parent) / name).relative_to(checkpoint.path)
+            if (
+                name.startswith(".")
+                or not (Path(parent) / name).is_file()
+                or name.endswith(OTHER_WEIGHTS)
+                or relative.as_posix() in skipped
+            ):
+                continue
+            yield relative
+
+
+def left_out_files(checkpoint: Checkpoint) -> list[str]:
+    """Weights in other formats and safetensors outside the index: they hold the whole model and are not copied."""
+    return sorted(
+        p.relative_to(checkpoint.path).as_posix()
+        for p in checkpoint.path.rglob("*")
+        if p.name.endswith(OTHER_WEIGHTS) and not (p.name in checkpoint.shard_metadata and p.parent == checkpoint.path)
+    )
+
+
+def _new_index(checkpoint: Checkpoint, shards: dict[str, list[Piece]]) -> str:
+    assert checkpoint.index is not None
+    metadata = dict(checkpoint.index.get("metadata") or {})
+    pieces = [p for ps in shards.values() for p in ps]
+    metadata["total_size"] = sum(p.num_bytes for p in pieces)
+    if "total_parameters" in metadata:
+        counts = [json.dumps(list(p.shape)) for p in pieces]
+        metadata["total_parameters"] = sum(_product(json.loads(c)) for c in counts)
+    weight_map = {p.name: shard for shard, ps in shards.items() for p in ps}
+    index = {**checkpoint.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _product(shape: list[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def check_target(structure: Structure, output: str | Path, *, overwrite: bool = False) -> Path:
+    """The output folder, refused before any work when it exists or lies inside the source (or around it).
+
+    Raises:
+        InputError: see above.
+
+    """
+    path, source = Path(os.path.abspath(Path(output).expanduser())), structure.checkpoint.path.resolve()  # noqa: PTH100
+    if path.resolve() == source or source in path.resolve().parents or path.resolve() in source.parents:
+        raise InputError(
+            f"the output {output} and the model {structure.checkpoint.name} overlap. Choose another folder"
+        )
+    check_output(path, overwrite=overwrite, marker=MANIFEST)
+    return path
+
+
+def prune(
+    structure: Structure,
+    plan: Plan,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    other_weights: bool = False,
+    command: str = "",
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> Path:
+    """Write the checkpoint that a plan leaves.
+
+    The folder appears only when it is complete: it is filled beside, flushed and renamed; an error or an interrupt
+    leaves nothing.
+
+    Args:
+        structure: the source, from `read_structure`.
+        plan: from `plan` or `Plan.load`.
+        output: folder to write; must not exist, or ``overwrite`` and be one of ours.
+        overwrite: replace a folder that this program wrote.
+        other_weights: accept a plan made on other weights of the same shape.
+        command: what the user typed, for the model card.
+        advance: called with the bytes of every chunk written.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the plan does not fit or the output exists.
+        MoecoverError: the disk is full or a file cannot be read or written; nothing is left behind.
+
+    """
+    from moecover import __version__
+
+    path = check_target(structure, output, overwrite=overwrite)
+    check_plan(plan, structure, other_weights=other_weights)
+    checkpoint = structure.checkpoint
+    shards = pieces_by_shard(structure, plan)
+    needed = sum(p.num_bytes for ps in shards.values() for p in ps)
+    parent = next(p for p in path.parents if p.exists())
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise MoecoverError(f"{output} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free. Free some space or choose another folder")  # fmt: skip
+    with new_folder(path) as folder:
+        hashes: dict[str, str] = {}
+
+        def put(name: str, content: bytes) -> None:
+            (folder / name).write_bytes(content)
+            hashes[name] = hashlib.sha256(content).hexdigest()
+
+        for shard, pieces in shards.items():
+            hashes[shard] = write_shard(
+                checkpoint.path / shard, folder / shard, pieces, checkpoint.shard_metadata[shard], advance
+            )
+        for relative in _other_files(checkpoint):
+            name = ORIGINAL_CARD if relative.as_posix() == CARD else relative.as_posix()
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            put(name, (checkpoint.path / relative).read_bytes())
+        config = (checkpoint.path / "config.json").read_text(encoding="utf-8")
+        put("config.json", edited_config(config, structure, plan.keep).encode())
+        if checkpoint.index is not None:
+            put(INDEX, _new_index(checkpoint, shards).encode())
+        original_card = checkpoint.path / CARD
+        card = original_card.read_text(encoding="utf-8", errors="replace") if original_card.is_file() else ""
+        put(CARD, model_card(structure, plan, command=command, original_card=card).encode())
+        manifest = {
+            "schema": 1,
+            "created_by": f"moecover {__version__}",
+            "command": command,
+            "source": {
+                "name": checkpoint.name,
+                "revision": checkpoint.revision,
+                "fingerprint": structure.model_fingerprint,
+                "topology": structure.topology.to_json(),
+            },
+            "experts": [
+                {
+                    "decoder_layer": layer.decoder_layer,
+                    "old_to_new": {str(old): new for new, old in enumerate(layer.kept)},
+                }
+                for layer in plan.layers
+            ],
+            "plan": plan.model_dump(by_alias=True),
+            "left_out": left_out_files(checkpoint),
+            "files": dict(sorted(hashes.items())),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return path

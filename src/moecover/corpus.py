@@ -1,0 +1,401 @@
+"""Stage 1, corpus: reads text or token ids by name or path, gives sequences of token ids with a mask and a hash.
+
+A named corpus is one row of `CORPORA`. A path is read by its ending: .txt, .jsonl, .jsonl.gz or .parquet. A row holds
+``text``, or ``input_ids`` (with an optional ``attention_mask``), which are taken as they are.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecover.errors import InputError
+from moecover.registry import unknown_name
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+SEQUENCES, LENGTH = 128, 2048  # the calibration set of the field: 128 blocks of 2048 tokens
+PIECE_CHARS = 20_000  # longer documents are cut at line ends, so that a sample does not come from one book
+POOL = 4  # documents are tokenised until there are this many times the blocks wanted, then the sample is drawn
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """A text corpus on the hub at a pinned revision; ``streaming`` reads only the documents that are used."""
+
+    summary: str
+    path: str
+    config: str
+    split: str
+    revision: str
+    streaming: bool
+    licence: str
+    rows_are_lines: bool = False
+
+    def documents(self, seed: int) -> Iterator[str]:
+        from datasets import load_dataset
+
+        try:
+            data = load_dataset(
+                self.path, self.config, split=self.split, revision=self.revision, streaming=self.streaming
+            )
+            if self.streaming:
+                data = data.shuffle(seed=seed, buffer_size=10_000)
+            rows = (row["text"] for row in data)
+            if self.rows_are_lines:
+                yield "\n\n".join(rows)
+            else:
+                yield from rows
+        except Exception as error:  # the clients below raise many unrelated types
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"corpus {self.path} could not be read from the hub: {reason}. Give a local copy as NAME=PATH") from error  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShippedCorpus:
+    """A corpus inside the package, the project's own text."""
+
+    summary: str
+    file: str
+    licence: str = "MIT, with this package"
+
+    def documents(self, seed: int) -> Iterator[str]:
+        del seed
+        with resources.as_file(resources.files("moecover") / "assets" / "corpora" / self.file) as path:
+            yield from (row["text"] for row in _jsonl_rows(path))
+
+
+@dataclass(frozen=True)
+class StdlibCorpus:
+    """Python source of the running interpreter's standard library; one module in eight is held out."""
+
+    summary: str
+    held_out: bool
+    licence: str = "PSF-2.0"
+
+    def documents(self, seed: int) -> Iterator[str]:
+        del seed
+        return stdlib_documents(held_out=self.held_out)
+
+
+CORPORA: dict[str, HubCorpus | ShippedCorpus | StdlibCorpus] = {
+    "wikitext2": HubCorpus(
+        "encyclopedic articles, train split", "Salesforce/wikitext", "wikitext-2-raw-v1", "train",
+        "b08601e04326c79dfdd32d625aee71d232d685c3", streaming=False, licence="CC BY-SA 3.0, GFDL", rows_are_lines=True,
+    ),
+    "c4": HubCorpus(
+        "cleaned web crawl, train split, streamed", "allenai/c4", "en", "train",
+        "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", streaming=True, licence="ODC-BY 1.0, Common Crawl terms",
+    ),
+    "encyclopedia": ShippedCorpus("articles written for this project, calibration part", "encyclopedia.jsonl"),
+    "encyclopedia-heldout": ShippedCorpus("the same, held-out part", "encyclopedia-heldout.jsonl"),
+    "web": ShippedCorpus("web pages written for this project, calibration part", "web.jsonl"),
+    "web-heldout": ShippedCorpus("the same, held-out part", "web-heldout.jsonl"),
+    "python": StdlibCorpus("source of the running interpreter's standard library", held_out=False),
+    "python-heldout": StdlibCorpus("the same, modules that the shipped model was not trained on", held_out=True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sequences of token ids, ready for a forward pass.
+
+    Attributes:
+        name: what the profile calls it.
+        tokens: int64 ``[sequence, position]``.
+        mask: bool ``[sequence, position]``, True where there is a token and False where there is padding.
+        record: JSON-ready origin: source, sha256 of tokens and mask, sizes, seed, documents.
+
+    """
+
+    name: str
+    tokens: NDArray[np.int64]
+    mask: NDArray[np.bool_]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, padding not counted."""
+        return int(self.mask.sum())
+
+    def __getitem__(self, rows: slice) -> Corpus:
+        """A shard of the corpus: some of its sequences, with a hash of their own."""
+        return make_corpus(self.name, self.tokens[rows], self.mask[rows], {**self.record, "rows": str(rows)})
+
+
+def make_corpus(name: str, tokens: NDArray[np.int64], mask: NDArray[np.bool_], origin: dict[str, Any]) -> Corpus:
+    """A corpus with its hash and sizes; the hash covers token ids and mask, padding excluded."""
+    digest = hashlib.sha256()
+    for row, keep in zip(tokens, mask, strict=True):
+        digest.update(len(row[keep]).to_bytes(8, "little") + row[keep].astype("<i8").tobytes())
+    sizes = {"sequences": len(tokens), "tokens": int(mask.sum()), "sha256": digest.hexdigest()}
+    return Corpus(name, tokens, mask, {**origin, **sizes})
+
+
+def stdlib_documents(*, held_out: bool) -> Iterator[str]:
+    """Modules of the running interpreter's standard library, tests and vendored packages left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3", "ensurepip"}
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        held = hashlib.sha256(relative.as_posix().encode()).digest()[0] % 8 == 0
+        if held == held_out and skipped.isdisjoint(relative.parts):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            if 200 < len(text) < 200_000:
+                yield text
+
+
+def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
+    """Names and sources from ``NAME`` and ``NAME=PATH`` arguments.
+
+    Raises:
+        InputError: unknown name, name given twice, or a name that cannot stand in a tensor name.
+
+    """
+    sources: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not name or "/" in name:
+            raise InputError(f"--corpus {argument}: give NAME=PATH for a file, or one of {', '.join(CORPORA)}")
+        if name in sources:
+            raise InputError(f"--corpus {name} is given twice. Corpora are kept apart by name: give each its own")
+        if equals and not path:
+            raise InputError(f"--corpus {argument}: no path after the equals sign")
+        if not equals and name not in CORPORA:
+            raise unknown_name("corpus", name, CORPORA)
+        sources[name] = path
+    if not sources:
+        raise InputError(f"no corpus. Give at least one --corpus NAME or NAME=PATH; named ones: {', '.join(CORPORA)}")
+    for path in filter(None, sources.values()):
+        if not Path(path).is_file():
+            raise InputError(f"corpus file {path} does not exist")
+        if not path.endswith(SUFFIXES):
+            raise InputError(f"corpus file {path}: unknown ending. Allowed: {', '.join(SUFFIXES)}")
+    return sources
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict) or not ("text" in row or "input_ids" in row):
+                raise InputError(f"{path}, line {number}: a row must hold `text` or `input_ids`")
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as parquet
+
+    file = parquet.ParquetFile(path)
+    wanted = [c for c in ("text", "input_ids", "attention_mask") if c in file.schema_arrow.names]
+    if "text" not in wanted and "input_ids" not in wanted:
+        raise InputError(f"{path}: columns {', '.join(file.schema_arrow.names)}; `text` or `input_ids` is needed")
+    for batch in file.iter_batches(columns=wanted):
+        yield from batch.to_pylist()
+
+
+def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        if path.suffix == ".txt":
+            yield {"text": path.read_text(encoding="utf-8")}
+        else:
+            yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"corpus file {path} could not be read: {error}") from error
+
+
+def load_corpus(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sequences: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    max_length: int | None = None,
+) -> Corpus:
+    """Sequences of a named corpus or of a file.
+
+    Text is tokenised in seeded order with an end-of-text token after every document, packed into blocks of ``length``
+    tokens, and a seeded sample of ``sequences`` blocks is drawn. Rows with ``input_ids`` are taken as they are.
+
+    Args:
+        name: what the profile calls the corpus; a key of `CORPORA` when there is no path.
+        path: .txt, .jsonl, .jsonl.gz or .parquet file.
+        tokenizer: the model's tokenizer; not needed for ``input_ids``.
+        sequences: sequences wanted, an error when there are fewer; None takes up to 128 blocks (all rows of ``input_ids``).
+        length: tokens per block of text; None takes 2048, or ``max_length`` if that is less.
+        seed: order of documents and choice of blocks.
+        vocab_size: ids at or above it are refused.
+        max_length: longest sequence that the model takes.
+
+    Raises:
+        InputError: unknown name, unreadable file, no text, too few blocks, or ids out of range.
+
+    """
+    if path is None and name not in CORPORA:
+        raise unknown_name("corpus", name, CORPORA)
+    origin: dict[str, Any] = {"source": f"{Path(path).name}" if path is not None else name, "seed": seed}
+    if path is None:
+        row = CORPORA[name]
+        if isinstance(row, HubCorpus):
+            origin["source"] = f"{row.path}@{row.revision}"
+        documents: Iterable[str] = row.documents(seed)
+    else:
+        rows = _file_rows(Path(path))
+        first = next(rows, None)
+        if first is None:
+            raise InputError(f"corpus {name}: {path} is empty")
+        rows = itertools.chain([first], rows)
+        if "input_ids" in first:
+            return _take_rows(name, rows, sequences, seed, vocab_size, max_length, origin)
+        documents = (_text_of(row, name, path) for row in rows)
+    if tokenizer is None:
+        raise InputError(f"corpus {name} holds text, but the model has no tokenizer. Give rows of `input_ids`")
+    length = length or min(LENGTH, max_length or LENGTH)
+    if max_length is not None and length > max_length:
+        raise InputError(
+            f"--length {length} is above the {max_length} positions of the model. Give --length {max_length} or less"
+        )
+    streamed = path is None and isinstance(row, HubCorpus) and row.streaming
+    return _pack(name, documents, tokenizer, sequences, length, seed, origin, streamed=streamed)
+
+
+def _text_of(row: dict[str, Any], name: str, path: str | Path) -> str:
+    if not isinstance(row.get("text"), str):
+        raise InputError(f"corpus {name}: a row of {path} has no `text`; rows with and without it do not mix")
+    return str(row["text"])
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """A document in pieces of about PIECE_CHARS characters, cut at line ends where there are any."""
+    start = 0
+    while len(document) - start > PIECE_CHARS:
+        end = document.rfind("\n", start + 1, start + PIECE_CHARS) + 1 or start + PIECE_CHARS
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+def _pack(
+    name: str,
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: int | None,
+    length: int,
+    seed: int,
+    origin: dict[str, Any],
+    *,
+    streamed: bool,
+) -> Corpus:
+    wanted = sequences or SEQUENCES
+    rng = np.random.default_rng(seed)
+    # A stream is shuffled by its reader, so little more than is needed is read; a file is read up to a generous limit
+    # (300 MB of text at the default size) and put in seeded order here.
+    limit_chars = (4 if streamed else 256) * POOL * wanted * length
+    texts, chars = [], 0
+    for document in documents:
+        for piece in _pieces(document):
+            if piece.strip():
+                texts.append(piece)
+                chars += len(piece)
+        if chars > limit_chars:
+            break
+    if not texts:
+        raise InputError(f"corpus {name} holds no text")
+    end = tokenizer.eos_token_id
+    ids: list[int] = []
+    order = rng.permutation(len(texts))
+    for start in range(0, len(order), 64):
+        if len(ids) >= POOL * wanted * length:
+            break
+        batch = [texts[i] for i in order[start : start + 64]]
+        for encoded in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            ids.extend(encoded if end is None else [*encoded, end])
+    blocks = len(ids) // length
+    if blocks == 0:
+        raise InputError(f"corpus {name} holds {len(ids)} tokens, less than one block of {length}. Give a shorter --length or more text")  # fmt: skip
+    if sequences is not None and blocks < sequences:
+        raise InputError(f"corpus {name} gives {blocks} blocks of {length} tokens, {sequences} are wanted. Give --sequences {blocks}, a shorter --length or more text")  # fmt: skip
+    chosen = np.sort(rng.choice(blocks, size=min(blocks, wanted), replace=False))
+    tokens = np.asarray(ids[: blocks * length], dtype=np.int64).reshape(blocks, length)[chosen]
+    origin = {**origin, "length": length, "blocks_available": blocks, "documents": len(texts)}
+    return make_corpus(name, tokens, np.ones_like(tokens, dtype=bool), origin)
+
+
+def _take_rows(
+    name: str,
+    rows: Iterable[dict[str, Any]],
+    sequences: int | None,
+    seed: int,
+    vocab_size: int | None,
+    max_length: int | None,
+    origin: dict[str, Any],
+) -> Corpus:
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        where = f"corpus {name}, row {number}"
+        try:
+            ids = np.asarray(row["input_ids"], dtype=np.int64)
+            mask = np.asarray(row.get("attention_mask", np.ones(len(ids))), dtype=np.int64)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"{where}: `input_ids` must be a list of whole numbers, `attention_mask` likewise"
+            ) from error
+        if ids.ndim != 1 or ids.shape != mask.shape or not mask.any() or ((mask != 0) & (mask != 1)).any():
+            raise InputError(f"{where}: `input_ids` has shape {ids.shape} and `attention_mask` {mask.shape} with {int(mask.sum())} ones; two equal lists and at least one 1 are needed")  # fmt: skip
+        if ids.min() < 0 or (vocab_size is not None and ids.max() >= vocab_size):
+            raise InputError(f"{where}: token id {int(ids.max() if ids.min() >= 0 else ids.min())} is out of range. Allowed: 0 to {(vocab_size or 0) - 1}")  # fmt: skip
+        if max_length is not None and len(ids) > max_length:
+            raise InputError(f"{where}: {len(ids)} tokens, the model takes {max_length}")
+        pairs.append((ids, mask.astype(bool)))
+    if sequences is not None and len(pairs) < sequences:
+        raise InputError(f"corpus {name} holds {len(pairs)} rows, {sequences} are wanted. Give --sequences {len(pairs)} or leave it out")  # fmt: skip
+    available = len(pairs)
+    if sequences is not None and sequences < available:
+        chosen = np.sort(np.random.default_rng(seed).choice(available, size=sequences, replace=False))
+        pairs = [pairs[i] for i in chosen]
+    width = max(len(ids) for ids, _ in pairs)
+    tokens = np.zeros((len(pairs), width), dtype=np.int64)
+    masks = np.zeros((len(pairs), width), dtype=bool)
+    for i, (ids, mask) in enumerate(pairs):
+        tokens[i, : len(ids)], masks[i, : len(ids)] = ids, mask
+    return make_corpus(name, tokens, masks, {**origin, "blocks_available": available})
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a checkpoint folder, None where there is none.
+
+    Raises:
+        InputError: there is one, but it cannot be loaded.
+
+    """
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((folder / n).is_file() for n in names):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a broken tokenizer makes the library raise
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{folder}: the tokenizer could not be loaded: {reason}") from error

@@ -1,0 +1,32 @@
+"""What can be named on the command line: reads the registries, gives rows for `ls` and the docs."""
+
+from __future__ import annotations
+
+from moecover.errors import InputError
+
+
+def listing(what: str) -> list[dict[str, str]]:
+    """Rows ``name``, ``summary``, ``source`` of methods, saliencies, corpora or families.
+
+    Raises:
+        InputError: something else.
+
+    """
+    if what == "corpora":
+        from moecover.corpus import CORPORA, HubCorpus
+
+        return [
+            {"name": name, "summary": row.summary, "source": (f"{row.path}, " if isinstance(row, HubCorpus) else "") + row.licence}
+            for name, row in CORPORA.items()
+        ]  # fmt: skip
+    if what == "families":
+        from moecover.topology import PROVEN_FAMILIES
+
+        return [{"name": name, "summary": text, "source": "proven"} for name, text in PROVEN_FAMILIES.items()]
+    if what == "methods":
+        from moecover.planning import METHODS as REGISTRY
+    elif what == "saliencies":
+        from moecover.saliency import SALIENCIES as REGISTRY
+    else:
+        raise InputError(f"nothing is listed under {what!r}. Allowed: methods, saliencies, corpora, families")
+    return [{"name": r["name"], "summary": r["summary"], "source": r["paper"]} for r in REGISTRY.rows()]

@@ -1,0 +1,498 @@
+"""Stage 2, profile: reads a model and corpora, writes additive statistics of every expert on every corpus.
+
+The forward pass is the library's own. A hook on the experts module sees the selected experts and the routing weights
+that the model itself used; a recorder in the slot between the experts' outputs and their weighting sees every output
+that the pass computes anyway. So no router is re-derived, only routed (token, expert) pairs are evaluated, and the
+logits stay bit-equal to those of the plain pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecover.corpus import Corpus
+from moecover.errors import InputError
+from moecover.files import canonical_json, write_bytes
+from moecover.topology import Structure, Topology
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+SCHEMA = 1
+FILE = "profile.safetensors"
+COUNTS = ("count", "num_tokens")
+SUMS = (
+    "weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "renorm_weighted_norm_sum", "prob_sum",
+)  # fmt: skip
+MAXIMA = ("max_abs",)
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # what the grouped kernel runs
+STATISTICS = (*COUNTS, *SUMS, *MAXIMA)
+
+Statistics = dict[str, "NDArray[Any]"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Statistics of every routed expert on every corpus.
+
+    With T_e the tokens that the model's router sent to expert e, g_e(x) the routing weight that it used, f_e(x) the
+    expert's output before weighting and p_e(x) the router's probability, each over one corpus:
+
+    ================================ ====================================================== =======
+    ``count``                        tokens in T_e                                          int64
+    ``num_tokens``                   tokens of the corpus that reached the layer            int64
+    ``weight_sum``                   sum of g_e(x)                                          float64
+    ``norm_sum``                     sum of ||f_e(x)||_2                                    float64
+    ``weighted_norm_sum``            sum of g_e(x) ||f_e(x)||                               float64
+    ``weighted_sq_sum``              sum of g_e(x)^2 ||f_e(x)||^2                           float64
+    ``renorm_weighted_norm_sum``     sum of g_e(x) / (sum of the token's weights) ||f_e(x)|| float64
+    ``prob_sum``                     sum of p_e(x) over all tokens                          float64
+    ``max_abs``                      largest component of |f_e(x)|                          float64
+    ================================ ====================================================== =======
+
+    Attributes:
+        topology: shape of the routed part of the model.
+        statistics: ``statistics[corpus][name]``, each of shape ``[layer, expert]``; padding is in none of them.
+        corpora: origin and hash of every corpus, a list of records for a profile that was added up.
+        model: name, revision and fingerprint of the model.
+        settings: how the pass was run, and the versions that ran it.
+
+    """
+
+    topology: Topology
+    statistics: dict[str, Statistics]
+    corpora: dict[str, list[dict[str, Any]]]
+    model: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __add__(self, other: Profile) -> Profile:
+        """The profile of both token sets: sums add, maxima take the larger, a corpus of one side stays as it is.
+
+        Raises:
+            InputError: the profiles are of different models.
+
+        """
+        if not isinstance(other, Profile):
+            return NotImplemented
+        if self.topology != other.topology or self.model["fingerprint"] != other.model["fingerprint"]:
+            raise InputError(f"profiles of different models do not add up: {self.model['name']} ({self.model['fingerprint'][:12]}) and {other.model['name']} ({other.model['fingerprint'][:12]})")  # fmt: skip
+        statistics = {**self.statistics, **other.statistics}
+        corpora = {**self.corpora, **other.corpora}
+        for corpus in self.statistics.keys() & other.statistics.keys():
+            mine, theirs = self.statistics[corpus], other.statistics[corpus]
+            statistics[corpus] = {
+                name: np.maximum(mine[name], theirs[name]) if name in MAXIMA else mine[name] + theirs[name]
+                for name in STATISTICS
+            }
+            corpora[corpus] = self.corpora[corpus] + other.corpora[corpus]
+        return Profile(self.topology, statistics, corpora, self.model, self.settings)
+
+    def pooled(self) -> Statistics:
+        """The statistics of all corpora taken as one, each ``[layer, expert]``."""
+        corpora = list(self.statistics.values())
+        return {
+            name: np.max([c[name] for c in corpora], axis=0) if name in MAXIMA else np.sum([c[name] for c in corpora], axis=0)
+            for name in STATISTICS
+        }  # fmt: skip
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of model, corpora and statistics; versions and the machine do not enter."""
+        import hashlib
+
+        digest = hashlib.sha256(canonical_json([self.model["fingerprint"], self.corpora]).encode())
+        for corpus, statistics in sorted(self.statistics.items()):
+            for name in STATISTICS:
+                digest.update(f"{corpus}/{name}".encode() + statistics[name].tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``profile.safetensors`` into a folder; the file appears only when complete.
+
+        Tensors are named ``{corpus}/{statistic}``; the metadata entry ``moecover`` holds everything else as JSON.
+        """
+        from safetensors.numpy import save
+
+        about = {
+            "schema": SCHEMA,
+            "topology": self.topology.to_json(),
+            "model": self.model,
+            "corpora": self.corpora,
+            "settings": self.settings,
+        }
+        tensors = {f"{corpus}/{name}": values for corpus, s in self.statistics.items() for name, values in s.items()}
+        path = Path(folder) / FILE
+        write_bytes(path, save(tensors, metadata={"moecover": json.dumps(about, sort_keys=True)}))
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Profile:
+        """Read ``profile.safetensors`` from a folder.
+
+        Raises:
+            InputError: no profile there, another schema, or statistics that no pass can give.
+
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder)
+        path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(f"{folder} holds no {FILE}. Make one with `moecover profile`")
+        try:
+            with safe_open(path, framework="np") as file:
+                about = json.loads((file.metadata() or {}).get("moecover", "null"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise InputError(f"{path} is damaged: {error}. Make it anew with `moecover profile`") from error
+        if not isinstance(about, dict) or about.get("schema") != SCHEMA:
+            found = about.get("schema") if isinstance(about, dict) else None
+            raise InputError(f"{path} has schema {found}, this version reads {SCHEMA}. Make it anew with `moecover profile`")  # fmt: skip
+        topology = Topology.from_json(about["topology"])
+        statistics: dict[str, Statistics] = {corpus: {} for corpus in about["corpora"]}
+        shape = (len(topology.decoder_layers), topology.num_experts)
+        for corpus, values in statistics.items():
+            for name in STATISTICS:
+                tensor = tensors.get(f"{corpus}/{name}")
+                if tensor is None or tensor.shape != shape:
+                    got = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                    raise InputError(f"{path}: {corpus}/{name} is {got}, {list(shape)} is needed")
+                if not np.isfinite(tensor).all() or (name in COUNTS and (tensor < 0).any()):
+                    raise InputError(f"{path}: {corpus}/{name} holds negative or non-finite values. Make it anew with `moecover profile`")  # fmt: skip
+                values[name] = tensor
+        return cls(topology, statistics, about["corpora"], about["model"], about["settings"])
+
+
+def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
+    """The live model of a checkpoint, in evaluation mode, its experts run by the library's grouped kernel.
+
+    Args:
+        structure: the checkpoint.
+        dtype: a torch dtype by name; ``auto`` takes the checkpoint's.
+        device: a torch device by name; ``auto`` takes the first GPU, else the CPU.
+
+    Raises:
+        InputError: unknown dtype or device, or tensors missing in the files.
+
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise InputError(f"unknown --dtype {dtype!r}. Allowed: {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+    name = structure.checkpoint.name
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            structure.checkpoint.path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            experts_implementation="grouped_mm", output_loading_info=True, local_files_only=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again"
+        )
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Module, ...]:
+    """The router module of every MoE layer: the one of the class that the model itself declares.
+
+    Raises:
+        InputError: no module or more than one fits a layer.
+
+    """
+    declared = []
+    for module in model.modules():
+        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        declared += [getattr(r, "target_class", r) for r in (recorder if isinstance(recorder, list) else [recorder])]
+    classes = tuple({c for c in declared if isinstance(c, type)})
+    found = []
+    for layer, name in enumerate(structure.experts_modules):
+        block = model.get_submodule(name.rpartition(".")[0])
+        fitting = [m for m in block.modules() if isinstance(m, classes)] if classes else []
+        if len(fitting) != 1:
+            raise InputError(f"decoder layer {structure.topology.decoder_layers[layer]} of {structure.topology.family} has {len(fitting)} modules that route, one is needed: not supported")  # fmt: skip
+        found.append(fitting[0])
+    return tuple(found)
+
+
+class _Recorder:
+    """Accumulates the statistics of one MoE layer over batches."""
+
+    def __init__(self, decoder_layer: int, experts: int, device: torch.device) -> None:
+        import torch
+
+        self.decoder_layer, self.experts = decoder_layer, experts
+        self.sums = torch.zeros(len(SUMS) - 1, experts, dtype=torch.float64, device=device)
+        self.prob_sum = torch.zeros(experts, dtype=torch.float64, device=device)
+        self.count = torch.zeros(experts, dtype=torch.int64, device=device)
+        self.max_abs = torch.zeros(experts, dtype=torch.float32, device=device)
+        self.num_tokens = 0
+        self.token_mask: torch.Tensor | None = None  # bool [token] of the batch; None: every token counts
+        self.routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.probability: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def before_experts(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Hook before the experts: hidden states [token, hidden], selected experts and weights [token, slot]."""
+        if self.routing is not None:
+            raise RuntimeError("the experts ran, but not through the kernel that is recorded")
+        hidden, index, weights = args
+        self.routing = (hidden, index, weights)
+
+    def after_router(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Hook after the router: logits [token, expert], weights and selected experts [token, slot]."""
+        logits, weights, index = output
+        if self.probability is None:
+            self.probability = scoring_function(logits, weights, index)
+        probabilities = self.probability(logits)
+        if self.token_mask is not None:
+            probabilities = probabilities[self.token_mask]
+        self.prob_sum += probabilities.sum(0, dtype=self.prob_sum.dtype)
+
+    def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Recorder in the slot after the experts: unweighted outputs [pair, hidden], pairs sorted by expert."""
+        import torch
+
+        assert self.routing is not None
+        _, index, weights = self.routing
+        slots = index.shape[-1]
+        experts, order = torch.sort(index.reshape(-1))  # the same sort of the same values as the kernel's
+        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
+        peaks = torch.linalg.vector_norm(outputs, ord=torch.inf, dim=-1).float()
+        if not bool(torch.isfinite(peaks).all()):
+            self._explain_non_finite(experts, order, peaks)
+        weights = weights.double()
+        renormalised = (weights / weights.sum(-1, keepdim=True)).reshape(-1)[order]
+        used = weights.reshape(-1)[order]
+        norms = norms.double()
+        if self.token_mask is not None:
+            keep = self.token_mask[order // slots]
+            experts, used, renormalised, norms, peaks = (t[keep] for t in (experts, used, renormalised, norms, peaks))
+        weighted = used * norms
+        # In the order of SUMS, prob_sum left out.
+        rows = torch.stack([used, norms, weighted, weighted.square(), renormalised * norms])
+        self.sums.index_add_(1, experts, rows)
+        self.count += torch.bincount(experts, minlength=self.experts)
+        self.max_abs.scatter_reduce_(0, experts, peaks, "amax")
+        self.num_tokens += index.shape[0] if self.token_mask is None else int(self.token_mask.sum())
+        self.routing = None
+        return outputs
+
+    def _explain_non_finite(self, experts: torch.Tensor, order: torch.Tensor, peaks: torch.Tensor) -> None:
+        import torch
+
+        assert self.routing is not None
+        hidden, index, _ = self.routing
+        bad = ~torch.isfinite(peaks)
+        from_bad_input = bad & ~torch.isfinite(hidden).all(-1)[order // index.shape[-1]]
+        if bool(from_bad_input.any()):
+            raise InputError(f"decoder layer {self.decoder_layer}: the hidden states that enter the experts are not finite. The weights before it hold NaN or infinity, or the dtype overflows (try --dtype float32)")  # fmt: skip
+        named = sorted(set(experts[bad].tolist()))
+        listed = ", ".join(map(str, named[:8]))
+        raise InputError(f"decoder layer {self.decoder_layer}, expert {listed}: the output is not finite. Its weights hold NaN or infinity, or the dtype overflows (try --dtype float32)")  # fmt: skip
+
+    def statistics(self) -> dict[str, NDArray[Any]]:
+        """Statistics of this layer, each of shape [expert]."""
+        names = [name for name in SUMS if name != "prob_sum"]
+        values = dict(zip(names, self.sums.cpu().numpy(), strict=True))
+        return {
+            **values,
+            "prob_sum": self.prob_sum.cpu().numpy(),
+            "count": self.count.cpu().numpy(),
+            "num_tokens": np.full(self.experts, self.num_tokens, dtype=np.int64),
+            "max_abs": self.max_abs.double().cpu().numpy(),
+        }
+
+
+def scoring_function(
+    logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function from logits to probabilities that a router applies, recognised from one output.
+
+    The weights of a token's slots are proportional to the probabilities of the selected experts, whatever the router
+    normalises or scales afterwards. Softmax is taken where nothing fits (a router that multiplies by something else).
+
+    Args:
+        logits: ``[token, expert]``.
+        weights: ``[token, slot]``.
+        index: selected experts ``[token, slot]``.
+
+    """
+    import torch
+
+    def softmax(x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x, -1, dtype=torch.float32)
+
+    def sigmoid(x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(x.float())
+
+    shares = weights.float() / weights.float().sum(-1, keepdim=True)
+    for function in (softmax, sigmoid):
+        selected = function(logits).gather(-1, index)
+        if torch.allclose(selected / selected.sum(-1, keepdim=True), shares, rtol=0.02, atol=1e-3):
+            return function
+    return softmax
+
+
+@contextlib.contextmanager
+def recording(model: torch.nn.Module, structure: Structure) -> Iterator[list[_Recorder]]:
+    """Record statistics of every MoE layer while the block runs forward passes; leaves the model as it was.
+
+    Raises:
+        InputError: the experts of this family cannot be observed.
+
+    """
+    recorders, handles, changed = [], [], []
+    device = next(model.parameters()).device
+    try:
+        for name, router, layer in zip(
+            structure.experts_modules, routers(model, structure), structure.topology.decoder_layers, strict=True
+        ):
+            experts: Any = model.get_submodule(name)
+            if getattr(experts, "has_post_expert_norm", None) is not False:
+                raise InputError(f"the experts of {structure.topology.family} (decoder layer {layer}) do not run through the library's common kernel: not supported yet")  # fmt: skip
+            recorder = _Recorder(layer, structure.topology.num_experts, device)
+            changed.append(experts)
+            experts.has_post_expert_norm = True
+            experts.__dict__["post_expert_norm"] = recorder
+            handles.append(experts.register_forward_pre_hook(recorder.before_experts))
+            handles.append(router.register_forward_hook(recorder.after_router))
+            recorders.append(recorder)
+        yield recorders
+    finally:
+        for handle in handles:
+            handle.remove()
+        for experts in changed:
+            experts.has_post_expert_norm = False
+            experts.__dict__.pop("post_expert_norm", None)
+
+
+def batches(corpus: Corpus, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Model inputs of a corpus, ``batch_size`` sequences at a time; mask and positions only where there is padding."""
+    import torch
+
+    for start in range(0, len(corpus.tokens), batch_size):
+        tokens = torch.from_numpy(corpus.tokens[start : start + batch_size])
+        mask = torch.from_numpy(corpus.mask[start : start + batch_size])
+        used = mask.any(0).nonzero()
+        first, last = int(used[0]), int(used[-1]) + 1
+        tokens, mask = tokens[:, first:last], mask[:, first:last]
+        if bool(mask.all()):
+            yield {"input_ids": tokens}
+        else:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            yield {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions}
+
+
+def profile_corpus(
+    model: torch.nn.Module,
+    structure: Structure,
+    corpus: Corpus,
+    *,
+    batch_size: int = 4,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Statistics:
+    """Statistics of one corpus, each ``[layer, expert]``, from one forward pass over it.
+
+    Args:
+        model: from `load_model`.
+        structure: the checkpoint of the model.
+        corpus: token ids.
+        batch_size: sequences per forward pass.
+        advance: called with the tokens of every finished batch.
+
+    Raises:
+        InputError: an expert's output is not finite (names layer and expert), or the family cannot be observed.
+
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    backbone = getattr(model, str(model.base_model_prefix))  # the head is not needed for statistics
+    with torch.inference_mode(), recording(model, structure) as recorders:
+        for inputs in batches(corpus, batch_size):
+            mask = inputs.get("attention_mask")
+            for recorder in recorders:
+                recorder.token_mask = None if mask is None else mask.bool().reshape(-1).to(device)
+            backbone(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
+            advance(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
+    layers = [recorder.statistics() for recorder in recorders]
+    return {name: np.stack([layer[name] for layer in layers]) for name in STATISTICS}
+
+
+def profile(
+    structure: Structure,
+    corpora: Sequence[Corpus],
+    *,
+    model: torch.nn.Module | None = None,
+    batch_size: int = 4,
+    dtype: str = "auto",
+    device: str = "auto",
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Profile:
+    """Profile of a model on corpora that are kept apart, from one forward pass over each.
+
+    Args:
+        structure: the checkpoint, from `read_structure`.
+        corpora: from `load_corpus`; names must differ.
+        model: the live model if there is one already; else it is loaded.
+        batch_size: sequences per forward pass.
+        dtype: torch dtype by name, ``auto`` for the checkpoint's.
+        device: torch device by name, ``auto`` for a GPU where there is one.
+        advance: called with the tokens of every finished batch.
+
+    Raises:
+        InputError: names that repeat, or what `load_model` and `profile_corpus` raise.
+
+    """
+    import torch
+    import transformers
+
+    from moecover import __version__
+
+    names = [corpus.name for corpus in corpora]
+    if len(set(names)) < len(names) or not names:
+        raise InputError(f"corpora {', '.join(names) or '(none)'}: at least one is needed, and every name once")
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size} is out of range: 1 or more")
+    if model is None:
+        model = load_model(structure, dtype=dtype, device=device)
+    statistics: Mapping[str, Statistics] = {
+        corpus.name: profile_corpus(model, structure, corpus, batch_size=batch_size, advance=advance)
+        for corpus in corpora
+    }
+    parameter = next(model.parameters())
+    settings = {
+        "batch_size": batch_size,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type,
+        "experts": "grouped_mm",
+        "versions": {
+            "moecover": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    about = {
+        "name": structure.checkpoint.name,
+        "revision": structure.checkpoint.revision,
+        "fingerprint": structure.model_fingerprint,
+    }
+    return Profile(structure.topology, dict(statistics), {c.name: [c.record] for c in corpora}, about, settings)

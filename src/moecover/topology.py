@@ -1,0 +1,424 @@
+"""What in a model depends on the experts: reads a checkpoint's configuration and headers, gives its topology.
+
+No table of families is needed. The model class is built on torch's ``meta`` device (no memory) with E and with 2 E
+experts: whatever tensor changes its shape has an expert axis, and where. The library's own conversion mapping leads from
+the names on disk to those parameters. A family that this reading does not fit is refused before any work.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moecover.errors import InputError
+from moecover.files import canonical_json
+from moecover.source import Checkpoint, TensorEntry, open_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+# Families proven end to end by the tests (golden property through the written files). Others run by the same mechanism
+# with a warning; `moecover verify` proves them case by case.
+PROVEN_FAMILIES = {
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-MoE",
+    "qwen3_moe": "Qwen3-MoE",
+    "mixtral": "Mixtral",
+    "olmoe": "OLMoE",
+}
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
+SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+FLOAT_TYPES = {"F16", "BF16", "F32", "F64"}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Shape of the routed part of a model.
+
+    Attributes:
+        family: ``model_type`` of config.json.
+        decoder_layers: decoder index of every MoE layer; its position is the MoE ``layer`` axis everywhere else.
+        num_experts: routed experts per MoE layer (E).
+        top_k: slots per token.
+        hidden_size: width of the residual stream.
+        num_layers: decoder layers, dense ones included.
+
+    """
+
+    family: str
+    decoder_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    num_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "decoder_layers": list(self.decoder_layers)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Topology:
+        return cls(**{**value, "decoder_layers": tuple(value["decoder_layers"])})
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the topology alone."""
+        return hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """How one tensor on disk depends on the experts of a layer.
+
+    Attributes:
+        layer: MoE layer.
+        expert: the one expert whose tensor this is; None when the tensor holds all experts along ``axis``.
+        axis: axis of the experts; None for the tensor of one expert.
+        routed: part of an expert's own weights (else: of the router).
+
+    """
+
+    layer: int
+    expert: int | None
+    axis: int | None
+    routed: bool
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A checkpoint read with its topology.
+
+    Attributes:
+        checkpoint: the files.
+        topology: shape of the routed part.
+        tensors: the expert-dependent tensors on disk, by name.
+        parameters: expert axis of every expert-dependent parameter or buffer of the live model, by name.
+        experts_modules: dotted name of the experts module of every MoE layer.
+        count_keys: paths of the expert-count keys in config.json.
+        warnings: what the user should know before using the result.
+
+    """
+
+    checkpoint: Checkpoint
+    topology: Topology
+    tensors: dict[str, ExpertTensor]
+    parameters: dict[str, int]
+    experts_modules: tuple[str, ...]
+    count_keys: tuple[tuple[str, ...], ...]
+    warnings: tuple[str, ...]
+
+    @functools.cached_property
+    def expert_num_bytes(self) -> int:
+        """Bytes of one expert of one layer on disk, its router rows included (mean over experts and layers)."""
+        entries, experts = self.checkpoint.tensors, self.topology.num_experts
+        return sum(entries[name].num_bytes for name in self.tensors) // (experts * len(self.topology.decoder_layers))
+
+    def num_bytes(self, keep: int) -> int:
+        """Bytes of all tensors when ``keep`` experts per layer remain."""
+        removed = (self.topology.num_experts - keep) * len(self.topology.decoder_layers)
+        return self.checkpoint.num_bytes - removed * self.expert_num_bytes
+
+    @functools.cached_property
+    def model_fingerprint(self) -> str:
+        """Hash of the topology and of the routers' bytes: the same for every copy of a model, whatever its sharding."""
+        digest = hashlib.sha256(self.topology.fingerprint.encode())
+        for name in sorted(n for n, t in self.tensors.items() if not t.routed):
+            entry = self.checkpoint.tensors[name]
+            digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+            with (self.checkpoint.path / entry.shard).open("rb") as file:
+                digest.update(os.pread(file.fileno(), entry.num_bytes, entry.start))
+        return digest.hexdigest()
+
+
+def _dicts(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    yield path, config
+    for key, value in config.items():
+        if isinstance(value, dict) and (key.endswith("config") and key != "quantization_config"):
+            yield from _dicts(value, (*path, key))
+
+
+def expert_count_keys(config: dict[str, Any]) -> dict[tuple[str, ...], int]:
+    """Paths of the keys of a raw config that count routed experts, with their values (above one)."""
+    return {
+        (*path, key): value
+        for path, part in _dicts(config)
+        for key in COUNT_KEYS
+        if isinstance(value := part.get(key), int) and not isinstance(value, bool) and value > 1
+    }
+
+
+def with_expert_count(config: dict[str, Any], keys: tuple[tuple[str, ...], ...], count: int) -> dict[str, Any]:
+    """A copy of a raw config with every expert-count key set to ``count``."""
+    edited = copy.deepcopy(config)
+    for path in keys:
+        part = edited
+        for name in path[:-1]:
+            part = part[name]
+        part[path[-1]] = count
+    return edited
+
+
+def _build_on_meta(config: dict[str, Any], name: str) -> torch.nn.Module:
+    """The model class of a raw config without memory.
+
+    Raises:
+        InputError: transformers does not know the architecture, or cannot build it.
+
+    """
+    import torch
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    family = config.get("model_type")
+    if family not in CONFIG_MAPPING:
+        raise InputError(f"{name}: architecture {family!r} is not known to transformers {transformers.__version__}, and code that comes with a checkpoint is not run")  # fmt: skip
+    try:
+        parsed = CONFIG_MAPPING[family].from_dict(config)
+        if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise InputError(f"{name}: architecture {family!r} is no causal language model")
+        with torch.device("meta"):
+            model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(parsed)
+            return model
+    except InputError:
+        raise
+    except Exception as error:  # whatever the library raises on a configuration that it cannot build
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{name}: transformers cannot build {family!r} from config.json: {reason}") from error
+
+
+def _expert_axes(one: torch.nn.Module, two: torch.nn.Module, experts: int, name: str) -> dict[str, int]:
+    """Parameters and buffers whose shape follows the expert count, with the axis that does."""
+    wide = dict(two.state_dict())
+    axes = {}
+    for key, tensor in one.state_dict().items():
+        changed = [i for i, (a, b) in enumerate(zip(tensor.shape, wide[key].shape, strict=True)) if a != b]
+        if not changed:
+            continue
+        if len(changed) > 1 or tensor.shape[changed[0]] != experts:
+            raise InputError(f"{name}: {key} of shape {list(tensor.shape)} depends on the expert count in a way that is not supported")  # fmt: skip
+        axes[key] = changed[0]
+    return axes
+
+
+def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    for _, part in _dicts(config):
+        for key in keys:
+            if isinstance(part.get(key), int):
+                return int(part[key])
+    return None
+
+
+def read_structure(model: str | Path | Checkpoint, *, revision: str | None = None) -> Structure:
+    """Topology and expert-dependent tensors of a checkpoint, from its configuration and headers only.
+
+    Args:
+        model: folder, hub id, or a checkpoint already opened.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        InputError: no routed experts, an architecture that is unknown or does not fit, or tensors that do not match it.
+
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision=revision)
+    config, name = checkpoint.config, checkpoint.name
+    counts = expert_count_keys(config)
+    _check_unquantised(checkpoint)
+    one = _build_on_meta(config, name)
+    if not counts:
+        raise InputError(f"{name}: {config['model_type']!r} has no routed experts (config.json has none of {', '.join(COUNT_KEYS)} above 1)")  # fmt: skip
+    if len(set(counts.values())) > 1:
+        raise InputError(f"{name}: config.json counts experts in more than one way: { {'.'.join(k): v for k, v in counts.items()} }")  # fmt: skip
+    experts = next(iter(counts.values()))
+    axes = _expert_axes(one, _build_on_meta(with_expert_count(config, tuple(counts), 2 * experts), name), experts, name)
+    modules = _experts_modules(one, axes)
+    if not modules:
+        raise InputError(f"{name}: {config['model_type']!r} has no MoE layer in a form that is supported ({', '.join(sorted(PROVEN_FAMILIES))} and most others)")  # fmt: skip
+    decoder_layers = tuple(_layer_number(module) for module in modules)
+    text: Any = one.config.get_text_config()  # type: ignore[operator,union-attr]
+    groups = _first(config, ("n_group", "num_expert_group"))
+    if groups is not None and groups > 1:
+        raise InputError(f"{name}: routers limited to groups of experts ({groups} groups) are not supported yet")
+    top_k = next((int(v) for k in TOP_K_KEYS if isinstance(v := getattr(text, k, None), int)), None)
+    if top_k is None:
+        raise InputError(f"{name}: no slots per token (top-k) in config.json; looked for {', '.join(TOP_K_KEYS)}")
+    topology = Topology(config["model_type"], decoder_layers, experts, top_k, text.hidden_size, text.num_hidden_layers)
+    tensors = _classify(checkpoint, one, axes, modules, experts)
+    warnings: tuple[str, ...] = ()
+    if topology.family not in PROVEN_FAMILIES:
+        warnings = (f"family {topology.family!r} is not among the proven ones ({', '.join(PROVEN_FAMILIES)}): run `moecover verify` on the result",)  # fmt: skip
+    return Structure(checkpoint, topology, tensors, axes, modules, tuple(counts), warnings)
+
+
+def _check_unquantised(checkpoint: Checkpoint) -> None:
+    quantised = next((e for e in checkpoint.tensors.values() if e.dtype not in FLOAT_TYPES), None)
+    if quantised or "quantization_config" in checkpoint.config:
+        what = f"tensor {quantised.name} of {quantised.dtype}" if quantised else "quantization_config"
+        raise InputError(f"{checkpoint.name}: quantised checkpoints are not supported yet ({what}). Prune the original and quantise the result")  # fmt: skip
+
+
+def _layer_number(parameter: str) -> int:
+    match = re.search(r"\.(\d+)\.", parameter)
+    if match is None:
+        raise InputError(f"{parameter} has experts but belongs to no numbered layer: not supported")
+    return int(match[1])
+
+
+def _experts_modules(model: torch.nn.Module, axes: dict[str, int]) -> tuple[str, ...]:
+    """Modules named ``experts`` that hold expert-dependent parameters, in the order of the layers."""
+    owners = {key.rpartition(".")[0] for key in axes}
+    found = sorted((name for name in owners if name.rpartition(".")[2] == "experts"), key=_layer_number)
+    return tuple(name for name in found if hasattr(model.get_submodule(name), "num_experts"))
+
+
+def _classify(
+    checkpoint: Checkpoint, model: torch.nn.Module, axes: dict[str, int], modules: tuple[str, ...], experts: int
+) -> dict[str, ExpertTensor]:
+    """The expert-dependent tensors on disk; checks every tensor's shape against the parameter that it fills."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    parameters = dict(model.state_dict())
+    layer_of = {_layer_number(module): layer for layer, module in enumerate(modules)}
+    tensors: dict[str, ExpertTensor] = {}
+    filled: dict[str, int] = {}
+    for key, entry in checkpoint.tensors.items():
+        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if target not in parameters:
+            if re.search(r"\.experts\.", key):
+                raise InputError(f"{checkpoint.name}: tensor {key} belongs to experts that the model class does not have (a multi-token-prediction layer?): not supported")  # fmt: skip
+            continue
+        expected = tuple(parameters[target].shape)
+        filled[target] = filled.get(target, 0) + _count(entry.shape)
+        if target not in axes:
+            if _count(expected) != _count(entry.shape):
+                raise _wrong_shape(checkpoint, entry, expected)
+            continue
+        layer = layer_of[_layer_number(target)]
+        routed = target.rpartition(".")[0] in modules
+        match = re.search(r"\.experts\.(\d+)\.", key)
+        if match:
+            if int(match[1]) >= experts:
+                raise InputError(f"{checkpoint.name}: tensor {key} is of expert {match[1]}, config.json has {experts}")
+            tensors[key] = ExpertTensor(layer, int(match[1]), None, routed)
+        elif entry.shape == expected:
+            tensors[key] = ExpertTensor(layer, None, axes[target], routed)
+        else:
+            raise _wrong_shape(checkpoint, entry, expected)
+    _check_experts_alike(checkpoint, tensors)
+    for key, parameter in parameters.items():
+        if key in filled and filled[key] != parameter.numel():
+            raise InputError(f"{checkpoint.name}: {key} needs {parameter.numel()} numbers of shape {list(parameter.shape)}, the files hold {filled[key]}")  # fmt: skip
+        if key not in filled and key in axes:
+            raise InputError(f"{checkpoint.name}: nothing in the files fills {key} of shape {list(parameter.shape)}")
+    return tensors
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _wrong_shape(checkpoint: Checkpoint, entry: TensorEntry, expected: tuple[int, ...]) -> InputError:
+    return InputError(f"{checkpoint.name}: tensor {entry.name} in {entry.shard} has shape {list(entry.shape)}, config.json asks for {list(expected)}")  # fmt: skip
+
+
+def _check_experts_alike(checkpoint: Checkpoint, tensors: dict[str, ExpertTensor]) -> None:
+    """Every expert of every layer has the same tensors with the same shapes and types."""
+    kinds: dict[str, TensorEntry] = {}
+    for key, tensor in tensors.items():
+        if tensor.expert is None:
+            continue
+        kind = re.sub(r"\.experts\.\d+\.", ".experts.*.", re.sub(r"\.\d+\.", ".#.", key, count=1))
+        entry = checkpoint.tensors[key]
+        first = kinds.setdefault(kind, entry)
+        if (entry.shape, entry.dtype) != (first.shape, first.dtype):
+            raise InputError(f"{checkpoint.name}: tensor {key} in {entry.shard} has shape {list(entry.shape)} of {entry.dtype}, {first.name} has {list(first.shape)} of {first.dtype}")  # fmt: skip
+
+
+def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None) -> int:
+    """Experts kept per layer from exactly one of a count and a fraction (rounded to the nearest, halves up).
+
+    Raises:
+        InputError: both or neither given, out of range, or fewer than the slots of a token.
+
+    """
+    experts, top_k = topology.num_experts, topology.top_k
+    if (keep is None) == (retain is None):
+        raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
+    if retain is not None:
+        if not 0 < retain <= 1:
+            raise InputError(f"--retain {retain} is out of range: a fraction above 0 and at most 1 (0.5 keeps half)")
+        keep = int(retain * experts + 0.5)
+        given = f"--retain {retain} keeps {keep} of {experts} experts, which"
+    else:
+        given = f"--keep {keep}"
+    assert keep is not None
+    if keep > experts:
+        raise InputError(f"{given} is above the {experts} experts of a layer of {topology.family}. Allowed: {top_k} to {experts}")  # fmt: skip
+    if keep < top_k:
+        raise InputError(f"{given} leaves fewer experts than the router's top-k of {top_k}. Allowed: --keep {top_k} to {experts}")  # fmt: skip
+    return keep
+
+
+def inspect(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """Facts about a model's routed experts, from its configuration and headers only.
+
+    Args:
+        model: local folder or hub id (only config.json and the headers of the shards are fetched).
+        revision: branch, tag or commit of a hub model.
+
+    Returns:
+        A JSON-ready dictionary: family, layers, experts, top-k, shared experts, sizes in bytes, and ``refused``: one
+        line a reason for which `prune` would refuse, empty when it would not.
+
+    """
+    checkpoint = open_checkpoint(model, revision=revision, headers_only=True)
+    facts: dict[str, Any] = {
+        "model": checkpoint.name,
+        "family": checkpoint.config.get("model_type"),
+        "total_bytes": checkpoint.num_bytes,
+        "shards": len(checkpoint.shard_metadata),
+    }
+    try:
+        structure = read_structure(checkpoint)
+    except InputError as error:
+        return {**facts, "refused": [str(error)], "warnings": []}
+    topology, experts = structure.topology, structure.topology.num_experts
+    keeps = {percent: max(topology.top_k, int(experts * percent / 100 + 0.5)) for percent in (25, 50, 75)}
+    return {
+        **facts,
+        "family_proven": topology.family in PROVEN_FAMILIES,
+        "decoder_layers": topology.num_layers,
+        "moe_layers": list(topology.decoder_layers),
+        "experts": experts,
+        "top_k": topology.top_k,
+        "shared_experts": _shared_experts(checkpoint.config),
+        "hidden_size": topology.hidden_size,
+        "expert_bytes": structure.expert_num_bytes,
+        "routed_bytes": structure.expert_num_bytes * experts * len(topology.decoder_layers),
+        "sizes": [
+            {"percent": percent, "keep": keep, "bytes": structure.num_bytes(keep)} for percent, keep in keeps.items()
+        ],
+        "refused": [],
+        "warnings": list(structure.warnings),
+    }
+
+
+def _shared_experts(config: dict[str, Any]) -> int:
+    """Shared experts per layer: a count where the config has one, else 1 where it gives them a width."""
+    count = _first(config, SHARED_KEYS)
+    if count is not None:
+        return count
+    return 1 if (_first(config, ("shared_expert_intermediate_size", "shared_intermediate_size")) or 0) > 0 else 0

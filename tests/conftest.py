@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecover.checkpoint import prune
+from moecover.corpus import Corpus, make_corpus
+from moecover.planning import LayerPlan, Plan, plan
+from moecover.profiling import Profile, profile
+from moecover.topology import Structure, read_structure
+from tests.tiny import FAMILIES, make_checkpoint
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the development corpora (../shared/data) are not on this machine"
+)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a tiny checkpoint by family and options, made once a session; tests must not write into it."""
+    made: dict[str, Path] = {}
+
+    def get(family: str, **options: object) -> Path:
+        key = family + "".join(f"-{k}{v}" for k, v in sorted(options.items())).replace(" ", "").replace("/", "")
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp("tiny") / key, family, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def structure(checkpoints: Callable[..., Path], family: str) -> Structure:
+    return read_structure(checkpoints(family))
+
+
+def random_corpus(
+    name: str = "random", *, sequences: int = 6, length: int = 24, seed: int = 0, vocab: int = 300
+) -> Corpus:
+    """Token ids of a skewed distribution, so that two seeds use different experts."""
+    rng = np.random.default_rng(seed)
+    favourites = rng.choice(vocab, size=40, replace=False)
+    tokens = rng.choice(favourites, size=(sequences, length)).astype(np.int64)
+    return make_corpus(name, tokens, np.ones_like(tokens, dtype=bool), {"source": "random"})
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def small_profile(structure: Structure) -> Profile:
+    return profile(structure, [random_corpus("a", seed=1), random_corpus("b", seed=2)], dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def pruned(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A checkpoint pruned to half by TB-Coverage, by family, made once a session."""
+    made: dict[str, Path] = {}
+
+    def get(family: str, **options: object) -> Path:
+        key = family + "".join(f"-{k}{v}" for k, v in sorted(options.items()))
+        if key not in made:
+            structure = read_structure(checkpoints(family, **options))
+            profiled = profile(structure, [random_corpus("a", seed=1), random_corpus("b", seed=2)])
+            chosen = plan(profiled, keep=max(structure.topology.top_k, structure.topology.num_experts // 2))
+            made[key] = prune(structure, chosen, tmp_path_factory.mktemp("pruned") / key)
+        return made[key]
+
+    return get
+
+
+def hand_plan(structure: Structure, kept: list[list[int]]) -> Plan:
+    layers = [
+        LayerPlan(decoder_layer=d, kept=list(k)) for d, k in zip(structure.topology.decoder_layers, kept, strict=True)
+    ]
+    return Plan(schema=1, keep=len(kept[0]), layers=layers)

@@ -1,0 +1,74 @@
+"""Tiny random checkpoints in the hub's format, one a family, seeded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+COMMON = {
+    "vocab_size": 300, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+FAMILIES = {
+    # A dense first layer: the MoE layer index is not the decoder index.
+    "qwen2_moe": {
+        "num_hidden_layers": 3, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 12,
+        "shared_expert_intermediate_size": 24, "num_experts_per_tok": 4, "norm_topk_prob": False, "mlp_only_layers": [0],
+    },
+    "qwen3_moe": {
+        "num_hidden_layers": 3, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 8,
+        "num_experts_per_tok": 2, "norm_topk_prob": True, "mlp_only_layers": [1],
+    },
+    "mixtral": {"num_hidden_layers": 2, "intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "olmoe": {"num_hidden_layers": 2, "intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False},
+}  # fmt: skip
+TEXT = "The river rises in the hills, turns south past the old mill and falls into the sea. 0123456789\n"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 10, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def make_checkpoint(
+    folder: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shards: bool = False,
+    **config: object,
+) -> Path:
+    """A checkpoint of one family: routers spread out so that routing is uneven, per-expert tensors as on the hub."""
+    torch.manual_seed(seed)
+    parsed = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
+    model = AutoModelForCausalLM.from_config(parsed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".gate.weight", ".router.weight")):
+                parameter.normal_(0, 1.0)
+            elif parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    model = model.to(dtype)
+    model.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB", save_original_format=True)
+    # save_pretrained writes qwen3_moe's count under another name than the hub's files: put the hub's key back.
+    raw = json.loads((folder / "config.json").read_text())
+    if family == "qwen3_moe":
+        raw["num_experts"] = raw.pop("num_local_experts", raw.get("num_experts"))
+    raw["rms_norm_eps"] = 1e-6
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    make_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,361 @@
+"""Train the small Mixture-of-Experts language model that the project ships.
+
+Reads a folder of plain corpora (``--data``: wikitext2/, c4/, gutenberg/, gsm8k/; see ``sources``) and the standard
+library of the running interpreter. Writes a checkpoint in the hub's format (tokenizer, config.json, one bf16
+safetensors file) and ``training.json`` with the settings, the curve and the final figures.
+
+    python training/train_tiny.py --data DIR -o OUT --work WORK [--tokens 20e6]
+
+A run that was interrupted continues from ``WORK/state.pt`` when it is started again with the same options. (That file is
+this script's own scratch, read back by nobody else; the product itself only ever reads safetensors.)
+
+The shape is that of Qwen1.5-MoE-A2.7B (60 routed experts, top-4, one shared expert with a gate, ``norm_topk_prob`` false)
+at a width that trains on two CPU cores in about an hour. Two optimisers: Muon (momentum orthogonalised by a
+Newton-Schulz iteration, batched over the experts) for the matrices, AdamW for embeddings, routers, norms and biases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+END = "<|endoftext|>"
+LENGTH = 256
+MIXTURE = {"wikitext2": 0.36, "c4": 0.30, "gutenberg": 0.12, "gsm8k": 0.05, "python": 0.17}
+
+
+# ---------------------------------------------------------------------------------------------------------- documents
+def held_out_module(relative: str) -> bool:
+    """True for the standard-library modules (one in eight, by hash of the path) that training never sees."""
+    return hashlib.sha256(relative.encode()).digest()[0] % 8 == 0
+
+
+def python_documents(held_out: bool = False) -> Iterator[str]:
+    """Source files of the running interpreter's standard library, tests and vendored packages left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3", "ensurepip"}
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if skipped.isdisjoint(relative.parts) and held_out_module(relative.as_posix()) == held_out:
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            if 200 < len(text) < 200_000:
+                yield text
+
+
+def wikitext_articles(path: Path) -> Iterator[str]:
+    """Articles of a WikiText file: a line `` = Title = `` (one equals sign) opens each."""
+    article: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        title = line.startswith(" = ") and not line.startswith(" = = ")
+        if title and article:
+            yield "".join(article)
+            article = []
+        article.append(line)
+    yield "".join(article)
+
+
+def jsonl_documents(*paths: Path) -> Iterator[str]:
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would also cut at U+2028
+            if not line:
+                continue
+            row = json.loads(line)
+            yield row["text"] if "text" in row else row["question"] + "\n" + row["answer"]
+
+
+def sources(data: Path) -> dict[str, list[str]]:
+    """Training documents by domain."""
+    wiki = data / "wikitext2"
+    return {
+        "wikitext2": [*wikitext_articles(wiki / "train.txt"), *wikitext_articles(wiki / "train_head.raw.txt")],
+        "c4": list(jsonl_documents(*sorted((data / "c4").glob("train_*.jsonl")))),
+        "gutenberg": list(jsonl_documents(data / "gutenberg" / "train.jsonl")),
+        "gsm8k": list(jsonl_documents(data / "gsm8k" / "train.jsonl")),
+        "python": list(python_documents()),
+    }
+
+
+def held_out(data: Path) -> dict[str, str]:
+    """Held-out text by domain; the first two are the figures of the model card."""
+    return {
+        "wikitext2": (data / "wikitext2" / "test.txt").read_text(encoding="utf-8"),
+        "c4": END.join(jsonl_documents(data / "c4" / "validation.jsonl")),
+        "python": END.join(python_documents(held_out=True)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+def train_tokenizer(documents: dict[str, list[str]], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learned on an equal number of characters of every domain but two (half of each)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    budget = {"wikitext2": 6e6, "c4": 6e6, "gutenberg": 2e6, "gsm8k": 1e6, "python": 3e6}
+
+    def text() -> Iterator[str]:
+        for name, docs in documents.items():
+            order = np.random.default_rng(0).permutation(len(docs))
+            left = budget[name]
+            for i in order:
+                if left <= 0:
+                    break
+                left -= len(docs[i])
+                yield docs[i]
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(text(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END, model_max_length=2 * LENGTH
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarray:
+    """One stream of uint16 token ids, an end mark after every document."""
+    end = tokenizer.convert_tokens_to_ids(END)
+    streams = []
+    for start in range(0, len(documents), 64):
+        for ids in tokenizer(documents[start : start + 64], verbose=False)["input_ids"]:
+            streams.append(np.asarray([*ids, end], dtype=np.uint16))
+    return np.concatenate(streams)
+
+
+def blocks(stream: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Endless shuffled blocks of LENGTH + 1 tokens; every epoch cuts the stream at another offset."""
+    rng = np.random.default_rng(seed)
+    while True:
+        offset = int(rng.integers(LENGTH))
+        starts = np.arange(offset, len(stream) - LENGTH - 1, LENGTH)
+        for start in rng.permutation(starts):
+            yield stream[start : start + LENGTH + 1].astype(np.int64)
+
+
+def batches(streams: dict[str, np.ndarray], batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless batches (batch_size, LENGTH + 1), every row's domain drawn from MIXTURE."""
+    rng = np.random.default_rng(seed)
+    rows = {name: blocks(stream, seed + i) for i, (name, stream) in enumerate(streams.items())}
+    names, shares = list(MIXTURE), np.array(list(MIXTURE.values()))
+    while True:
+        drawn = rng.choice(len(names), size=batch_size, p=shares)
+        yield torch.from_numpy(np.stack([next(rows[names[i]]) for i in drawn]))
+
+
+# --------------------------------------------------------------------------------------------------------- optimisers
+def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Newton-Schulz iteration towards the nearest (semi-)orthogonal matrix, batched over leading axes (Jordan 2024)."""
+    x = matrix.bfloat16()
+    transposed = x.size(-2) > x.size(-1)
+    if transposed:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if transposed else x).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: for matrices (..., rows, columns), the leading axis being experts."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+
+
+def make_optimisers(model: torch.nn.Module, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        small = (
+            p.dim() < 2 or "embed" in name or "lm_head" in name or name.endswith("mlp.gate.weight") or "_gate." in name
+        )
+        (others if small else matrices).append(p)
+    return [Muon(matrices, lr=matrix_lr), torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+def make_model(vocabulary: int, hidden: int, layers: int, expert: int, shared: int) -> Qwen2MoeForCausalLM:
+    config = Qwen2MoeConfig(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32, intermediate_size=shared, moe_intermediate_size=expert,
+        shared_expert_intermediate_size=shared, num_experts=60, num_experts_per_tok=4, norm_topk_prob=False,
+        decoder_sparse_step=1, max_position_embeddings=2 * LENGTH, rope_theta=10000.0, tie_word_embeddings=True,
+        use_sliding_window=False, bos_token_id=0, eos_token_id=0, initializer_range=0.02,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    model = Qwen2MoeForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def balance_loss(router_logits: tuple[torch.Tensor, ...], k: int) -> torch.Tensor:
+    """Switch-style balancing loss, mean over layers: experts x sum of (share of slots x mean probability); 1 = uniform."""
+    losses = []
+    for logits in router_logits:
+        probability = logits.float().softmax(-1)
+        experts = logits.size(-1)
+        share = torch.bincount(probability.topk(k).indices.flatten(), minlength=experts) / (logits.size(0) * k)
+        losses.append(experts * (share * probability.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+@torch.inference_mode()
+def bits_per_byte(model, tokenizer, text: str) -> float:
+    """-log2 p of the whole text over its UTF-8 bytes; disjoint windows of LENGTH tokens, every token but the first scored."""
+    ids = torch.from_numpy(encode(tokenizer, text.split(END)).astype(np.int64))[:-1]
+    rows = (len(ids) - 1) // LENGTH
+    nats, n_bytes = 0.0, len(text.replace(END, "").encode())
+    parts = [ids[: rows * LENGTH + 1], ids[rows * LENGTH :]]
+    for part, length in zip(parts, (LENGTH, len(parts[1]) - 1), strict=True):
+        if length <= 0:
+            continue
+        inputs, targets = part[:-1].view(-1, length), part[1:].view(-1, length)
+        for x, y in zip(inputs.split(32), targets.split(32), strict=True):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(x).logits
+            nats += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
+    return nats / math.log(2) / n_bytes
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    documents = sources(args.data)
+    if (args.work / "tokenizer").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
+    else:
+        tokenizer = train_tokenizer(documents, args.vocabulary)
+        tokenizer.save_pretrained(args.work / "tokenizer")
+    if not (args.work / "streams.npz").exists():
+        np.savez(args.work / "streams.npz", **{name: encode(tokenizer, docs) for name, docs in documents.items()})
+    streams = dict(np.load(args.work / "streams.npz"))
+    print({name: len(s) for name, s in streams.items()}, flush=True)
+    model = make_model(len(tokenizer), args.hidden, args.layers, args.expert, args.shared)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{n_parameters:,} parameters, {2 * n_parameters / 1e6:.1f} MB in bf16", flush=True)
+
+    optimisers = make_optimisers(model, args.matrix_lr, args.other_lr)
+    steps = int(args.tokens) // (args.batch_size * LENGTH)
+    data = batches(streams, args.batch_size, args.seed)
+    first, curve, spent_s = 0, [], 0.0
+    state_file = args.work / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        first, curve, spent_s = state["step"], state["curve"], state["spent_s"]
+        for _ in range(first):
+            next(data)
+    base = [[g["lr"] for g in o.param_groups] for o in optimisers]
+    if first:
+        base = [[args.matrix_lr], [args.other_lr]]
+    texts = held_out(args.data)
+    started = time.monotonic()
+    for step in range(first, steps):
+        decay = min(1.0, (step + 1) / 50) * min(1.0, (steps - step) / (args.decay * steps))
+        for optimiser, rates in zip(optimisers, base, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * decay
+        batch = next(data)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(batch[:, :-1], output_router_logits=True, labels=None)
+        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        balance = balance_loss(output.router_logits, model.config.num_experts_per_tok)
+        (loss + args.balance * balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            used = spent_s + time.monotonic() - started
+            rate = (step - first + 1) * args.batch_size * LENGTH / (time.monotonic() - started)
+            print(
+                f"step {step}/{steps} loss {loss.item():.3f} balance {balance.item():.2f} {rate:.0f} tokens/s {used:.0f} s",
+                flush=True,
+            )
+            curve.append({"step": step, "loss": round(loss.item(), 4), "balance": round(balance.item(), 3)})
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            spent = spent_s + time.monotonic() - started
+            state = {
+                "model": model.state_dict(),
+                "optimisers": [o.state_dict() for o in optimisers],
+                "step": step + 1,
+                "curve": curve,
+                "spent_s": spent,
+            }
+            torch.save(state, state_file.with_suffix(".partial"))
+            os.replace(state_file.with_suffix(".partial"), state_file)
+            sample = {name: round(bits_per_byte(model, tokenizer, text[:100_000]), 4) for name, text in texts.items()}
+            print(f"step {step + 1}: bits per byte on 100 kB of each held-out text {sample}", flush=True)
+    finish(args, model, tokenizer, texts, curve, steps, json.loads(json.dumps(spent_s + time.monotonic() - started)))
+
+
+def finish(args, model, tokenizer, texts, curve, steps, spent_s) -> None:
+    model = model.to(torch.bfloat16)
+    args.output.mkdir(parents=True, exist_ok=True)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    figures = {name: round(bits_per_byte(model, tokenizer, text), 4) for name, text in texts.items()}
+    record = {
+        "bits_per_byte": figures, "tokens": steps * args.batch_size * LENGTH, "wall_s": round(spent_s), "threads": args.threads,
+        "torch": torch.__version__, "python": platform.python_version(), "mixture": MIXTURE,
+        "options": {k: v for k, v in vars(args).items() if k not in ("data", "output", "work")}, "curve": curve[::5],
+    }  # fmt: skip
+    (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["bits_per_byte"]), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/, c4/, gutenberg/ and gsm8k/")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="where the finished checkpoint goes")
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder: tokenizer, token streams, state")
+    parser.add_argument("--tokens", type=float, default=20e6)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=160)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--expert", type=int, default=64, help="intermediate width of a routed expert")
+    parser.add_argument("--shared", type=int, default=256, help="intermediate width of the shared expert")
+    parser.add_argument("--matrix-lr", type=float, default=0.02)
+    parser.add_argument("--other-lr", type=float, default=3e-3)
+    parser.add_argument("--balance", type=float, default=0.003, help="coefficient of the balancing loss")
+    parser.add_argument(
+        "--decay", type=float, default=0.6, help="last share of the run over which the rates fall to zero"
+    )
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
