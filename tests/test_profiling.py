@@ -127,7 +127,9 @@ def test_padding_is_in_no_statistic(structure: Structure, side: str, tmp_path: P
     found = profile(structure, [corpus], model=model, batch_size=3).statistics["rows"]
     assert (found["num_tokens"] == 53).all()
     # Padded batches and single rows round the hidden states of float32 differently, so the tolerance is wider here.
-    assert_equal_statistics(found, naive_statistics(structure, corpus, block_inputs(model, structure, corpus)), rtol=1e-5)
+    assert_equal_statistics(
+        found, naive_statistics(structure, corpus, block_inputs(model, structure, corpus)), rtol=1e-5
+    )
 
 
 def test_rows_without_mask_of_different_lengths_count_every_token_once(structure: Structure, tmp_path: Path) -> None:

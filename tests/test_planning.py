@@ -1,0 +1,313 @@
+"""Saliencies against naive loops and hand-checked integers; TB-Coverage's guarantee as properties; plans as files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecover.errors import InputError
+from moecover.planning import METHODS, Plan, check_plan, cover, keep_all, plan, ranked
+from moecover.profiling import STATISTICS, Profile
+from moecover.saliency import SALIENCIES
+from moecover.topology import Structure, Topology, resolve_keep
+from tests.conftest import hand_plan
+
+# ------------------------------------------------------------------------------------------------------- saliencies
+# One layer, two experts, k = 2. Outputs are 3-4-5 and 5-12-13 vectors, so that every norm is an integer.
+ROUTED = [  # (expert, weight, sum of the token's weights, output)
+    (0, 0.5, 1.0, (3.0, 4.0)),
+    (0, 0.25, 0.5, (5.0, 12.0)),
+    (1, 0.5, 1.0, (6.0, 8.0)),
+]
+TOKENS = 4
+
+
+def statistics_of(
+    routed: list[tuple[int, float, float, tuple[float, ...]]], tokens: int, experts: int
+) -> dict[str, np.ndarray]:
+    s = {name: np.zeros((1, experts)) for name in STATISTICS}
+    s["num_tokens"][:] = tokens
+    for e, g, total, y in routed:
+        norm = math.hypot(*y)
+        for name, value in {
+            "count": 1, "weight_sum": g, "norm_sum": norm, "weighted_norm_sum": g * norm,
+            "weighted_sq_sum": (g * norm) ** 2, "renorm_weighted_norm_sum": g / total * norm,
+        }.items():  # fmt: skip
+            s[name][0, e] += value
+        s["max_abs"][0, e] = max(s["max_abs"][0, e], max(map(abs, y)))
+    return s
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("frequency", [2, 1, 0]),
+        ("router-weight", [0.75, 0.5, 0]),
+        ("ean", [5 + 13, 10, 0]),
+        ("ean-mean", [9, 10, 0]),
+        ("reap", [(0.5 * 5 + 0.5 * 13) / 2, 0.5 * 10, 0]),
+        ("reap-raw", [(0.5 * 5 + 0.25 * 13) / 2, 0.5 * 10, 0]),
+        ("contribution", [(0.5 * 5 + 0.25 * 13) / 4, 0.5 * 10 / 4, 0]),
+    ],
+)
+def test_saliency_by_hand(name: str, expected: list[float]) -> None:
+    assert SALIENCIES[name](statistics_of(ROUTED, TOKENS, 3))[0].tolist() == expected
+
+
+def test_the_hand_cases_cover_every_saliency() -> None:
+    cases = {mark.args[1][i][0] for mark in test_saliency_by_hand.pytestmark for i in range(len(mark.args[1]))}
+    assert cases == set(SALIENCIES)
+
+
+# ------------------------------------------------------------------------------------------------------ tb-coverage
+utilities = st.integers(1, 5).flatmap(
+    lambda corpora: st.integers(1, 16).flatmap(
+        lambda experts: st.tuples(
+            # Few distinct values, zeros among them: ties and never-routed experts are the rule.
+            st.lists(
+                st.lists(st.sampled_from([0.0, 0.0, 0.125, 0.5, 1.0, 3.0, 7.5]), min_size=experts, max_size=experts),
+                min_size=corpora, max_size=corpora,
+            ),
+            st.integers(1, experts),
+            st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),
+        )
+    )
+)  # fmt: skip
+
+
+def naive_cover(utility: list[list[float]], keep: int, protect: float) -> tuple[list[list[int]], list[int]]:
+    """The rule in plain Python, one decision at a time."""
+    shares = [[u / sum(row) if sum(row) > 0 else 0.0 for u in row] for row in utility]
+    experts, protected, chosen = range(len(utility[0])), [[] for _ in utility], []
+    for turn in range(math.floor(protect * keep + 0.5)):
+        row = shares[turn % len(shares)]
+        best = max((e for e in experts if e not in chosen), key=lambda e: (row[e], -e))
+        protected[turn % len(shares)].append(best)
+        chosen.append(best)
+    filled = []
+    while len(chosen) < keep:
+        best = max((e for e in experts if e not in chosen), key=lambda e: (np.mean([row[e] for row in shares]), -e))
+        filled.append(best)
+        chosen.append(best)
+    return protected, filled
+
+
+@given(utilities)
+@settings(max_examples=400, deadline=None)
+def test_cover_equals_the_rule_in_plain_python(case) -> None:
+    utility, keep, protect = case
+    assert cover(np.array(utility), keep, protect) == naive_cover(utility, keep, protect)
+
+
+@given(utilities)
+@settings(max_examples=400, deadline=None)
+def test_cover_keeps_its_guarantee(case) -> None:
+    utility, keep, protect = case
+    array = np.array(utility)
+    protected, filled = cover(array, keep, protect)
+    kept = [*(e for row in protected for e in row), *filled]
+    assert len(kept) == len(set(kept)) == keep
+    assert all(0 <= e < array.shape[1] for e in kept)
+    guaranteed = math.floor(protect * keep + 0.5) // len(utility)
+    for row in array:
+        assert set(ranked(row)[:guaranteed].tolist()) <= set(kept)
+
+
+@given(utilities, st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
+def test_permuting_corpora_keeps_the_guarantee(case, random) -> None:
+    utility, keep, protect = case
+    shuffled = random.sample(utility, len(utility))
+    protected, filled = cover(np.array(shuffled), keep, protect)
+    kept = {*(e for row in protected for e in row), *filled}
+    guaranteed = math.floor(protect * keep + 0.5) // len(utility)
+    for row in utility:
+        assert set(ranked(np.array(row))[:guaranteed].tolist()) <= kept
+
+
+@given(st.integers(1, 5), st.integers(1, 12), st.data())
+@settings(max_examples=200, deadline=None)
+def test_permuting_experts_permutes_the_choice(corpora: int, experts: int, data) -> None:
+    """Without ties; with ties the lower id wins, which is the one thing that ids decide."""
+    values = data.draw(st.permutations([2.0**i for i in range(corpora * experts)]))
+    utility = np.array(values).reshape(corpora, experts)
+    keep = data.draw(st.integers(1, experts))
+    permutation = np.array(data.draw(st.permutations(range(experts))))
+    protected, filled = cover(utility, keep, 0.5)
+    moved_protected, moved_filled = cover(utility[:, permutation], keep, 0.5)
+    assert [[permutation[e] for e in row] for row in moved_protected] == protected
+    assert sorted(permutation[e] for e in moved_filled) == sorted(filled)
+
+
+def test_ties_go_to_the_lower_id() -> None:
+    assert cover(np.ones((2, 6)), 4, 0.5) == ([[0], [1]], [2, 3])
+    assert cover(np.zeros((1, 5)), 2, 1.0) == ([[0, 1]], [])
+    assert ranked(np.array([1.0, 3.0, 3.0, 0.0, 1.0])).tolist() == [1, 2, 0, 4, 3]
+
+
+def test_a_corpus_that_speaks_louder_gets_no_more() -> None:
+    """Utilities are scaled per corpus: a hundredfold norm in one corpus changes nothing."""
+    utility = np.array([[4.0, 3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0, 5.0]])
+    assert cover(utility, 3, 0.5) == cover(utility * np.array([[100.0], [1.0]]), 3, 0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------ plans
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_is_deterministic_and_keeps_exactly_k(small_profile: Profile, method: str) -> None:
+    topology = small_profile.topology
+    for keep in range(topology.top_k, topology.num_experts + 1):
+        made = plan(small_profile, method=method, keep=keep)
+        assert [len(layer.kept) for layer in made.layers] == [keep] * len(topology.decoder_layers)
+        assert tuple(layer.decoder_layer for layer in made.layers) == topology.decoder_layers
+        assert made.to_json() == plan(small_profile, method=method, keep=keep).to_json()
+    assert made.mask(topology.num_experts).all()
+
+
+def test_plan_survives_the_file_and_its_bytes_are_the_same(small_profile: Profile, tmp_path: Path) -> None:
+    small_profile.save(tmp_path)
+    options = {"saliency": "reap", "protect": 0.75, "keep": small_profile.topology.num_experts - 1}
+    one = plan(small_profile, **options).save(tmp_path / "1.json")
+    two = plan(Profile.load(tmp_path), **options).save(tmp_path / "2.json")
+    assert one.read_bytes() == two.read_bytes()
+    assert Plan.load(one) == plan(small_profile, **options)
+    raw = json.loads(one.read_text())
+    assert raw["schema"] == 1
+    assert raw["options"] == {"saliency": "reap", "protect": 0.75}
+    assert set(raw["layers"][0]["protected"]) == set(raw["layers"][0]["saliency"]) == {"a", "b"}
+    layer = raw["layers"][0]
+    assert sorted([e for ids in layer["protected"].values() for e in ids] + layer["filled"]) == layer["kept"]
+
+
+def test_coverage_uses_each_corpus_by_itself(small_profile: Profile) -> None:
+    """The protected experts of a corpus are its own best, not those of the pool."""
+    made = plan(small_profile, keep=small_profile.topology.top_k, protect=1.0)
+    for i, layer in enumerate(made.layers):
+        first = {c: SALIENCIES["contribution"](s)[i].argmax() for c, s in small_profile.statistics.items()}
+        assert layer.protected["a"][0] == first["a"]
+        assert first["b"] in layer.kept
+
+
+def test_pooled_is_the_sum_of_the_corpora(small_profile: Profile) -> None:
+    made = plan(small_profile, method="pooled", saliency="frequency", keep=small_profile.topology.top_k)
+    total = sum(s["count"] for s in small_profile.statistics.values())
+    for i, layer in enumerate(made.layers):
+        assert set(layer.kept) == set(ranked(total[i])[: made.keep].tolist())
+
+
+def test_random_seeds_differ_and_repeat(small_profile: Profile) -> None:
+    keep = small_profile.topology.num_experts // 2
+    masks = {
+        plan(small_profile, method="random", keep=max(keep, small_profile.topology.top_k), seed=s).to_json()
+        for s in (0, 1, 2, 0)
+    }
+    assert len(masks) == 3
+
+
+@pytest.mark.parametrize("corpora", [1, 5])
+def test_one_corpus_and_five(small_profile: Profile, corpora: int) -> None:
+    first = small_profile.statistics["a"]
+    statistics = {f"c{i}": {n: np.roll(v, i, axis=1) for n, v in first.items()} for i in range(corpora)}
+    records = dict.fromkeys(statistics, small_profile.corpora["a"])
+    profile = Profile(small_profile.topology, statistics, records, small_profile.model)
+    made = plan(profile, keep=small_profile.topology.num_experts - 1, protect=1.0)
+    assert all(len(layer.protected) == corpora for layer in made.layers)
+
+
+TOPOLOGY = Topology("qwen2_moe", (0, 1), 60, 4, 32, 2)
+
+
+@pytest.mark.parametrize(
+    "keep, retain, message",
+    [
+        (None, None, "exactly one of --keep"),
+        (30, 0.5, "exactly one of --keep"),
+        (3, None, r"--keep 3 leaves fewer experts than the router's top-k of 4. Allowed: --keep 4 to 60"),
+        (61, None, "--keep 61 is above the 60 experts"),
+        (0, None, "fewer experts"),
+        (None, 0.0, r"--retain 0.0 is out of range"),
+        (None, 1.5, r"--retain 1.5 is out of range"),
+        (None, float("nan"), "out of range"),
+        (None, 0.01, "--retain 0.01 keeps 1 of 60 experts, which leaves fewer"),
+    ],
+)
+def test_budgets_out_of_range(keep: int | None, retain: float | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve_keep(TOPOLOGY, keep=keep, retain=retain)
+
+
+@pytest.mark.parametrize("retain, keep", [(0.25, 15), (0.5, 30), (0.75, 45), (1.0, 60), (0.66, 40), (0.075, 5)])
+def test_retain_rounds_to_the_nearest(retain: float, keep: int) -> None:
+    assert resolve_keep(TOPOLOGY, keep=None, retain=retain) == keep
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "tb-covrage"}, "unknown method 'tb-covrage'. Did you mean tb-coverage"),
+        ({"saliency": "reep"}, "unknown saliency 'reep'. Did you mean reap"),
+        ({"protect": 1.2}, "--protect 1.2 is out of range"),
+        ({"method": "random", "saliency": "reap"}, "--saliency is no option of method random. It has: --seed"),
+    ],
+)
+def test_bad_options(small_profile: Profile, options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plan(small_profile, retain=0.75, **options)
+
+
+# ------------------------------------------------------------------------------------------- plans edited by hand
+def test_minimal_plan_by_hand_is_accepted(structure: Structure, tmp_path: Path) -> None:
+    keep = structure.topology.top_k
+    layers = [{"decoder_layer": d, "kept": list(range(keep))[::-1]} for d in structure.topology.decoder_layers]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"schema": 1, "keep": keep, "layers": layers}))
+    loaded = Plan.load(path)
+    check_plan(loaded, structure)
+    assert loaded.layers[0].kept == list(range(keep))
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda p: p.pop("layers"), "layers: Field required"),
+        (lambda p: p["layers"][0]["kept"].append(p["layers"][0]["kept"][0]), "must hold different ids"),
+        (lambda p: p["layers"][0]["kept"].__setitem__(0, "3"), "kept.0"),
+        (lambda p: p.__setitem__("schema", 7), "schema"),
+        (lambda p: p.__setitem__("keeep", 7), "keeep"),
+        (lambda p: p["layers"][0]["kept"].pop(), "Every layer must keep the same number"),
+        (lambda p: p["layers"][0]["kept"].__setitem__(-1, 60), "keeps expert 60. Allowed: 0 to"),
+        (lambda p: p["layers"].pop(), "the plan has decoder layers"),
+        (lambda p: p["layers"][0].__setitem__("decoder_layer", 9), "the plan has decoder layers 9"),
+    ],
+)
+def test_bad_edits_are_refused(structure: Structure, tmp_path: Path, edit, message: str) -> None:
+    keep = structure.topology.top_k
+    raw = json.loads(hand_plan(structure, [list(range(keep))] * len(structure.topology.decoder_layers)).to_json())
+    edit(raw)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=message):
+        check_plan(Plan.load(path), structure)
+
+
+def test_too_few_in_every_layer(structure: Structure) -> None:
+    few = hand_plan(structure, [[0]] * len(structure.topology.decoder_layers))
+    with pytest.raises(InputError, match="leaves fewer experts than the router's top-k"):
+        check_plan(few, structure)
+
+
+def test_keep_all_fits(structure: Structure) -> None:
+    check_plan(keep_all(structure.topology), structure)
+
+
+def test_no_plan_no_json(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no plan"):
+        Plan.load(tmp_path / "none.json")
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        Plan.load(tmp_path / "plan.json")
