@@ -232,11 +232,13 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
     _check_unquantised(checkpoint)
     one = _build_on_meta(config, name)
     if not counts:
-        raise InputError(f"{name}: {config['model_type']!r} has no routed experts (config.json has none of {', '.join(COUNT_KEYS)} above 1)")  # fmt: skip
+        raise _no_experts(name, config)
     if len(set(counts.values())) > 1:
         raise InputError(f"{name}: config.json counts experts in more than one way: { {'.'.join(k): v for k, v in counts.items()} }")  # fmt: skip
     experts = next(iter(counts.values()))
     axes = _expert_axes(one, _build_on_meta(with_expert_count(config, tuple(counts), 2 * experts), name), experts, name)
+    if not axes:
+        raise _no_experts(name, config)
     modules = _experts_modules(one, axes)
     if not modules:
         raise InputError(f"{name}: {config['model_type']!r} has no MoE layer in a form that is supported ({', '.join(sorted(PROVEN_FAMILIES))} and most others)")  # fmt: skip
@@ -254,6 +256,10 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
     if topology.family not in PROVEN_FAMILIES:
         warnings = (f"family {topology.family!r} is not among the proven ones ({', '.join(PROVEN_FAMILIES)}): run `moecover verify` on the result",)  # fmt: skip
     return Structure(checkpoint, topology, tensors, axes, modules, tuple(counts), warnings)
+
+
+def _no_experts(name: str, config: dict[str, Any]) -> InputError:
+    return InputError(f"{name}: {config['model_type']!r} has no routed experts (no count above 1 that shapes its tensors under {', '.join(COUNT_KEYS)} in config.json)")  # fmt: skip
 
 
 def _check_unquantised(checkpoint: Checkpoint) -> None:

@@ -1,0 +1,334 @@
+"""The command line as a user meets it: output, exit status, one-line errors, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import moecover
+from moecover.cli import main
+from moecover.demo import shipped_model
+from moecover.profiling import Profile
+from tests.conftest import write_rows
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Token ids for a model without need of its tokenizer."""
+    return write_rows(
+        tmp_path / "rows.jsonl", [{"input_ids": [(7 * i + j * j) % 300 for j in range(30)]} for i in range(8)]
+    )
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command run in this process."""
+    try:
+        status = main([str(a) for a in arguments])
+    except SystemExit as stop:  # argparse
+        status = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_the_verbs_in_order(checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys) -> None:
+    model = checkpoints("qwen2_moe")
+    status, out, _ = run(capsys, "inspect", model, "--json")
+    assert (status, json.loads(out)["experts"]) == (0, 12)
+    status, out, _ = run(
+        capsys, "profile", model, "--corpus", f"a={rows}", "--corpus", f"b={rows}", "-o", tmp_path / "p", "--json"
+    )
+    assert status == 0
+    assert json.loads(out)["shape"] == [2, 12]
+    assert json.loads(out)["tokens"] == {"a": 240, "b": 240}
+    status, out, _ = run(
+        capsys, "plan", tmp_path / "p", "--method", "tb-coverage", "--retain", 0.5, "-o", tmp_path / "plan.json"
+    )
+    assert status == 0
+    assert "protected per layer: 2 by a, 1 by b" in out
+    status, out, err = run(capsys, "prune", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert (status, "6 of 12 experts" in out) == (0, True)
+    assert "writing" in err
+    assert "moecover prune" in (tmp_path / "out" / "README.md").read_text()
+    status, out, _ = run(capsys, "verify", model, tmp_path / "out", "--json")
+    assert (status, json.loads(out)["equal"], json.loads(out)["max_abs_difference"]) == (0, True, 0.0)
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    status, out, _ = run(capsys, "verify", model, tmp_path / "out", "--corpus", f"a={rows}")
+    assert status == 1
+    assert "NOT equal: files changed since they were written: tokenizer.json" in out
+
+
+def test_one_shot_equals_the_three_steps(checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys) -> None:
+    model = checkpoints("olmoe")
+    corpora = ["--corpus", f"a={rows}", "--corpus", f"b={rows}", "--batch-size", 3]
+    run(capsys, "profile", model, *corpora, "-o", tmp_path / "p")
+    run(capsys, "plan", tmp_path / "p", "--keep", 4, "-o", tmp_path / "plan.json")
+    run(capsys, "prune", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "three")
+    status, _, _ = run(
+        capsys, "prune", model, *corpora, "--keep", 4, "-o", tmp_path / "one", "--save-profile", tmp_path / "q"
+    )
+    assert status == 0
+    assert Profile.load(tmp_path / "q").fingerprint == Profile.load(tmp_path / "p").fingerprint
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+
+
+def test_text_goes_through_the_models_own_tokenizer(checkpoints: Callable[..., Path], tmp_path: Path, capsys) -> None:
+    status, out, err = run(
+        capsys,
+        "profile",
+        checkpoints("mixtral"),
+        "--corpus",
+        "web",
+        "--length",
+        32,
+        "--sequences",
+        4,
+        "-o",
+        tmp_path / "p",
+    )
+    assert status == 0, err
+    assert "web: 128 tokens" in out
+    record = Profile.load(tmp_path / "p").corpora["web"][0]
+    assert record["length"] == 32
+    assert len(record["sha256"]) == 64
+
+
+def test_few_blocks_by_default_are_said(checkpoints: Callable[..., Path], tmp_path: Path, capsys) -> None:
+    (tmp_path / "t.txt").write_text("A short text about a river.\n" * 30)
+    status, _, err = run(
+        capsys, "profile", checkpoints("mixtral"), "--corpus", f"t={tmp_path / 't.txt'}", "-o", tmp_path / "p"
+    )
+    assert status == 0
+    assert "corpus t: only" in err
+    assert "128 are usual" in err
+
+
+CASES: list[tuple[str, list[str], str]] = [
+    # id, arguments ({m} model, {r} rows, {t} folder), what the message must hold
+    ("no verb", [], "VERB"),
+    ("unknown verb", ["purne"], "invalid choice: 'purne'"),
+    ("missing folder", ["profile", "{t}/none", "--corpus", "web", "-o", "{t}/o"], "no folder"),
+    ("unknown corpus", ["profile", "{m}", "--corpus", "wikitxt", "-o", "{t}/o"], "Did you mean wikitext2"),
+    ("empty corpus", ["profile", "{m}", "--corpus", "e={t}/empty.txt", "-o", "{t}/o"], "holds no text"),
+    ("keep below top-k", ["prune", "{m}", "--corpus", "r={r}", "--keep", "3", "-o", "{t}/o"], "top-k of 4"),
+    ("keep above E", ["prune", "{m}", "--corpus", "r={r}", "--keep", "13", "-o", "{t}/o"], "above the 12 experts"),
+    ("retain 0", ["prune", "{m}", "--corpus", "r={r}", "--retain", "0", "-o", "{t}/o"], "--retain 0.0 is out of range"),
+    ("retain 2", ["prune", "{m}", "--corpus", "r={r}", "--retain", "2", "-o", "{t}/o"], "--retain 2.0 is out of range"),
+    ("both budgets", ["prune", "{m}", "--corpus", "r={r}", "--keep", "6", "--retain", ".5", "-o", "{t}/o"], "exactly one"),
+    ("no budget", ["prune", "{m}", "--corpus", "r={r}", "-o", "{t}/o"], "exactly one"),
+    ("no plan, no corpus", ["prune", "{m}", "--retain", ".5", "-o", "{t}/o"], "give --plan PLAN, or --corpus"),
+    ("plan and corpus", ["prune", "{m}", "--plan", "{t}/p", "--corpus", "web", "-o", "{t}/o"], "--plan and --corpus do not go together"),
+    ("no such plan", ["prune", "{m}", "--plan", "{t}/p", "-o", "{t}/o"], "no plan"),
+    ("unknown method", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--method", "randm", "-o", "{t}/o"], "Did you mean random"),
+    ("unknown saliency", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--saliency", "reab", "-o", "{t}/o"], "Did you mean reap"),
+    ("no profile", ["plan", "{t}", "--retain", ".5", "-o", "{t}/o"], "holds no profile.safetensors"),
+    ("verify nothing of ours", ["verify", "{m}", "{m}"], "was not written by `moecover prune`"),
+    ("sequences 0", ["profile", "{m}", "--corpus", "web", "--sequences", "0", "-o", "{t}/o"], "--sequences 0 is out of range"),
+    ("batch size 0", ["profile", "{m}", "--corpus", "web", "--batch-size", "0", "-o", "{t}/o"], "--batch-size 0 is out of range"),
+    ("too many sequences", ["profile", "{m}", "--corpus", "r={r}", "--sequences", "9", "-o", "{t}/o"], "holds 8 rows, 9 are wanted"),
+    ("negative tolerance", ["verify", "{m}", "{m}", "--tolerance", "-1"], "--tolerance -1.0 is out of range"),
+    ("ls of what", ["ls", "modles"], "invalid choice"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, message", [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_bad_input_is_one_line_and_status_2(
+    checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    before = sorted(tmp_path.iterdir())
+    filled = [a.format(m=checkpoints("qwen2_moe"), r=rows, t=tmp_path) for a in arguments]
+    status, out, err = run(capsys, *filled)
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("moecover")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_request_is_refused_before_the_model_is_loaded(
+    checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Fail before the long job: none of these may reach the forward pass."""
+    from moecover import profiling
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(profiling, "load_model", never)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("x")
+    model = checkpoints("qwen2_moe")
+    for extra in (["--keep", 3], ["--retain", 2], ["--retain", 0.5, "--method", "x"], ["--retain", 0.5]):
+        status, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", *extra, "-o", tmp_path / "out")
+        assert status == 2, err
+    assert "out exists" in err
+
+
+def test_plan_of_another_model(checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys) -> None:
+    run(capsys, "profile", checkpoints("mixtral"), "--corpus", f"r={rows}", "-o", tmp_path / "p")
+    run(capsys, "plan", tmp_path / "p", "--keep", 4, "-o", tmp_path / "plan.json")
+    status, _, err = run(capsys, "prune", checkpoints("olmoe"), "--plan", tmp_path / "plan.json", "-o", tmp_path / "o")
+    assert (status, "made for another model" in err, "topologies differ" in err) == (2, True, True)
+    sibling = checkpoints("mixtral", seed=1)
+    status, _, err = run(capsys, "prune", sibling, "--plan", tmp_path / "plan.json", "-o", tmp_path / "o")
+    assert (status, "the routers differ" in err) == (2, True)
+    assert not (tmp_path / "o").exists()
+    status, _, err = run(
+        capsys, "prune", sibling, "--plan", tmp_path / "plan.json", "-o", tmp_path / "o", "--other-weights"
+    )
+    assert status == 0
+    status, _, err = run(capsys, "verify", checkpoints("mixtral"), tmp_path / "o")
+    assert (status, "was cut from" in err) == (2, True)
+
+
+def test_existing_outputs(checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys) -> None:
+    command = ["profile", checkpoints("mixtral"), "--corpus", f"r={rows}", "-o", tmp_path / "p"]
+    assert run(capsys, *command)[0] == 0
+    status, _, err = run(capsys, *command)
+    assert (status, "profile.safetensors exists" in err) == (2, True)
+    assert run(capsys, *command, "--overwrite")[0] == 0
+
+
+def test_inspect_says_what_would_be_refused(tmp_path: Path, checkpoints: Callable[..., Path], capsys) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoints("olmoe"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    status, out, _ = run(capsys, "inspect", folder)
+    assert status == 1
+    assert "refused" in out
+    assert "quantised" in out
+
+
+@pytest.mark.parametrize("what", ["methods", "saliencies", "corpora", "families"])
+def test_ls(what: str, capsys) -> None:
+    status, out, _ = run(capsys, "ls", what, "--json")
+    names = [row["name"] for row in json.loads(out)]
+    assert status == 0
+    assert {"methods": "tb-coverage", "saliencies": "reap", "corpora": "wikitext2", "families": "mixtral"}[
+        what
+    ] in names
+    assert run(capsys, "ls", what)[1].count("\n") == len(names)
+
+
+def test_help_is_quick_and_does_not_load_torch() -> None:
+    code = "import sys; from moecover.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    for name in moecover.__all__:
+        value = getattr(moecover, name)
+        assert (value.__doc__ or "").strip(), name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = moecover.nonsense
+    assert set(moecover.__all__) <= set(dir(moecover))
+
+
+def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "moecover", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+# A whole one-shot run on the shipped model takes some five seconds: start, imports, reading, profiling, writing.
+@pytest.mark.parametrize("delay_s", [0.4, 1.0, 2.0, 3.0, 4.0, 5.0])
+def test_ctrl_c_leaves_nothing(tmp_path: Path, delay_s: float) -> None:
+    process = start(
+        "prune",
+        shipped_model(),
+        "--corpus",
+        "encyclopedia",
+        "--corpus",
+        "web",
+        "--length",
+        64,
+        "--retain",
+        0.5,
+        "-o",
+        tmp_path / "out",
+    )
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    if process.returncode == 0:  # it was quicker than the signal
+        assert (tmp_path / "out" / "moecover.json").exists()
+        return
+    assert process.returncode == 130, err
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_writing_leaves_nothing(
+    checkpoints: Callable[..., Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    """The writer is slowed down, so that the signal surely comes in the middle of it."""
+    code = (
+        "import sys, time\nfrom moecover import checkpoint\nreal = checkpoint.write_shard\n"
+        "def slow(*a):\n    r = real(*a); print('written', flush=True); time.sleep(20); return r\n"
+        "checkpoint.write_shard = slow\nfrom moecover.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    keep = list(range(6))
+    plan = {"schema": 1, "keep": 6, "layers": [{"decoder_layer": d, "kept": keep} for d in (1, 2)]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    model = checkpoints("qwen2_moe", shards=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "prune", str(model), "--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    assert (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
+
+
+def test_a_file_size_limit_in_the_middle_of_a_shard(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    """A real write error from the system: the process may write no file above 60 kB."""
+    code = (
+        "import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from moecover.cli import main\nimport transformers\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    plan = {"schema": 1, "keep": 8, "layers": [{"decoder_layer": d, "kept": list(range(8))} for d in (1, 2)]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    done = subprocess.run(
+        [sys.executable, "-c", code, "prune", str(checkpoints("qwen2_moe")), "--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Nothing was left behind" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
+
+
+def test_full_disk_while_writing_a_profile(
+    checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = run(capsys, "profile", checkpoints("mixtral"), "--corpus", f"r={rows}", "-o", tmp_path / "p")
+    assert status == 1
+    assert "No space left on device; free some space" in err
+    assert list((tmp_path / "p").iterdir()) == []
