@@ -27,8 +27,8 @@ docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/profiling_overhead.py
-	$(BIN)/python benchmarks/one_shot.py
+	$(BIN)/python -m benchmarks.profiling_overhead
+	$(BIN)/python -m benchmarks.one_shot
 
 # The environment is made anew when the requirements or their pins change.
 $(STAMP): pyproject.toml constraints.txt

@@ -6,8 +6,10 @@ safetensors file) and ``training.json`` with the settings, the curve and the fin
 
     python training/train_tiny.py --data DIR -o OUT --work WORK [--tokens 20e6]
 
-A run that was interrupted continues from ``WORK/state.pt`` when it is started again with the same options. (That file is
-this script's own scratch, read back by nobody else; the product itself only ever reads safetensors.)
+A run that was interrupted continues from ``WORK/state.safetensors`` when it is started again with the same options.
+Memory that glibc hands back and faults in again at every step costs a third of the time; keep it:
+
+    MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 python training/...
 
 The shape is that of Qwen1.5-MoE-A2.7B (60 routed experts, top-4, one shared expert with a gate, ``norm_topk_prob`` false)
 at a width that trains on two CPU cores in about an hour. Two optimisers: Muon (momentum orthogonalised by a
@@ -17,12 +19,10 @@ Newton-Schulz iteration, batched over the experts) for the matrices, AdamW for e
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import platform
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from moecover.corpus import stdlib_documents
 
 END = "<|endoftext|>"
 LENGTH = 256
@@ -39,23 +43,6 @@ MIXTURE = {"wikitext2": 0.36, "c4": 0.30, "gutenberg": 0.12, "gsm8k": 0.05, "pyt
 
 
 # ---------------------------------------------------------------------------------------------------------- documents
-def held_out_module(relative: str) -> bool:
-    """True for the standard-library modules (one in eight, by hash of the path) that training never sees."""
-    return hashlib.sha256(relative.encode()).digest()[0] % 8 == 0
-
-
-def python_documents(held_out: bool = False) -> Iterator[str]:
-    """Source files of the running interpreter's standard library, tests and vendored packages left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3", "ensurepip"}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if skipped.isdisjoint(relative.parts) and held_out_module(relative.as_posix()) == held_out:
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            if 200 < len(text) < 200_000:
-                yield text
-
-
 def wikitext_articles(path: Path) -> Iterator[str]:
     """Articles of a WikiText file: a line `` = Title = `` (one equals sign) opens each."""
     article: list[str] = []
@@ -85,7 +72,7 @@ def sources(data: Path) -> dict[str, list[str]]:
         "c4": list(jsonl_documents(*sorted((data / "c4").glob("train_*.jsonl")))),
         "gutenberg": list(jsonl_documents(data / "gutenberg" / "train.jsonl")),
         "gsm8k": list(jsonl_documents(data / "gsm8k" / "train.jsonl")),
-        "python": list(python_documents()),
+        "python": list(stdlib_documents(held_out=False)),
     }
 
 
@@ -94,7 +81,7 @@ def held_out(data: Path) -> dict[str, str]:
     return {
         "wikitext2": (data / "wikitext2" / "test.txt").read_text(encoding="utf-8"),
         "c4": END.join(jsonl_documents(data / "c4" / "validation.jsonl")),
-        "python": END.join(python_documents(held_out=True)),
+        "python": END.join(stdlib_documents(held_out=True)),
     }
 
 
@@ -242,6 +229,36 @@ def bits_per_byte(model, tokenizer, text: str) -> float:
     return nats / math.log(2) / n_bytes
 
 
+def save_state(path: Path, model, optimisers, step: int, curve: list, spent_s: float) -> None:
+    """Weights, optimiser states, position and curve in one safetensors file that appears only when complete."""
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    for i, optimiser in enumerate(optimisers):
+        for j, values in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser{i}/{j}/{key}": value for key, value in values.items()}
+    about = json.dumps({"step": step, "curve": curve, "spent_s": spent_s})
+    save_file(tensors, path.with_suffix(".partial"), metadata={"state": about})
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def load_state(path: Path, model, optimisers) -> tuple[int, list, float]:
+    """Restore what `save_state` wrote; gives step, curve and seconds spent."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["state"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(tensors[f"model/{name}"])
+    for i, optimiser in enumerate(optimisers):
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            owner, _, rest = key.partition("/")
+            if owner == f"optimiser{i}":
+                number, _, name = rest.partition("/")
+                state.setdefault(int(number), {})[name] = value
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    return about["step"], about["curve"], about["spent_s"]
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -264,25 +281,18 @@ def train(args: argparse.Namespace) -> None:
     steps = int(args.tokens) // (args.batch_size * LENGTH)
     data = batches(streams, args.batch_size, args.seed)
     first, curve, spent_s = 0, [], 0.0
-    state_file = args.work / "state.pt"
+    state_file = args.work / "state.safetensors"
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        first, curve, spent_s = state["step"], state["curve"], state["spent_s"]
+        first, curve, spent_s = load_state(state_file, model, optimisers)
         for _ in range(first):
             next(data)
-    base = [[g["lr"] for g in o.param_groups] for o in optimisers]
-    if first:
-        base = [[args.matrix_lr], [args.other_lr]]
+    base = [args.matrix_lr, args.other_lr]
     texts = held_out(args.data)
     started = time.monotonic()
     for step in range(first, steps):
         decay = min(1.0, (step + 1) / 50) * min(1.0, (steps - step) / (args.decay * steps))
-        for optimiser, rates in zip(optimisers, base, strict=True):
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * decay
+        for optimiser, rate in zip(optimisers, base, strict=True):
+            optimiser.param_groups[0]["lr"] = rate * decay
         batch = next(data)
         with torch.autocast("cpu", torch.bfloat16):
             output = model(batch[:, :-1], output_router_logits=True, labels=None)
@@ -302,19 +312,10 @@ def train(args: argparse.Namespace) -> None:
             )
             curve.append({"step": step, "loss": round(loss.item(), 4), "balance": round(balance.item(), 3)})
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            spent = spent_s + time.monotonic() - started
-            state = {
-                "model": model.state_dict(),
-                "optimisers": [o.state_dict() for o in optimisers],
-                "step": step + 1,
-                "curve": curve,
-                "spent_s": spent,
-            }
-            torch.save(state, state_file.with_suffix(".partial"))
-            os.replace(state_file.with_suffix(".partial"), state_file)
+            save_state(state_file, model, optimisers, step + 1, curve, spent_s + time.monotonic() - started)
             sample = {name: round(bits_per_byte(model, tokenizer, text[:100_000]), 4) for name, text in texts.items()}
             print(f"step {step + 1}: bits per byte on 100 kB of each held-out text {sample}", flush=True)
-    finish(args, model, tokenizer, texts, curve, steps, json.loads(json.dumps(spent_s + time.monotonic() - started)))
+    finish(args, model, tokenizer, texts, curve, steps, spent_s + time.monotonic() - started)
 
 
 def finish(args, model, tokenizer, texts, curve, steps, spent_s) -> None:

@@ -273,8 +273,7 @@ class _Recorder:
         _, index, weights = self.routing
         slots = index.shape[-1]
         experts, order = torch.sort(index.reshape(-1))  # the same sort of the same values as the kernel's
-        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
-        peaks = torch.linalg.vector_norm(outputs, ord=torch.inf, dim=-1).float()
+        norms, peaks = norms_and_peaks(outputs)
         if not bool(torch.isfinite(peaks).all()):
             self._explain_non_finite(experts, order, peaks)
         weights = weights.double()
@@ -318,6 +317,23 @@ class _Recorder:
             "num_tokens": np.full(self.experts, self.num_tokens, dtype=np.int64),
             "max_abs": self.max_abs.double().cpu().numpy(),
         }
+
+
+def norms_and_peaks(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Euclidean norm and largest absolute component of every row, float32 ``[row]``; ``outputs`` is ``[row, hidden]``.
+
+    In chunks that stay in the cache (on a GPU: large ones), each converted to float32 once. NaN and infinity show in the
+    peaks.
+    """
+    import torch
+
+    chunk = 1024 if outputs.device.type == "cpu" else 65536
+    norms, peaks = torch.empty(2, len(outputs), dtype=torch.float32, device=outputs.device)
+    for start in range(0, len(outputs), chunk):
+        values = outputs[start : start + chunk].float()
+        norms[start : start + chunk] = torch.linalg.vector_norm(values, dim=-1)
+        peaks[start : start + chunk] = torch.maximum(values.amax(-1), -values.amin(-1))
+    return norms, peaks
 
 
 def scoring_function(
