@@ -1,6 +1,6 @@
 """Cost of recording: time of a forward pass with statistics over the same plain forward pass, in one run.
 
-    python -m benchmarks.profiling_overhead [--repeats 21] [--threads 2]
+    python -m benchmarks.profiling_overhead [--repeats 21] [--batches 4] [--threads 2]
 
 The two passes take turns, so that a noisy machine disturbs both; the ratio printed is that of the medians, and beside
 it the median of the ratios of neighbours.
@@ -24,6 +24,9 @@ from moecover.topology import read_structure
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument(
+        "--batches", type=int, default=4, help="batches of 4 x 512 tokens per turn, as in a small corpus"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -37,14 +40,17 @@ def main() -> None:
             recorded: list[float] = []
             for repeat in range(args.repeats + 3):
                 start = time.perf_counter()
-                model(tokens, use_cache=False)
-                middle = time.perf_counter()
-                with recording(model, structure):
+                for _ in range(args.batches):
                     model(tokens, use_cache=False)
+                middle = time.perf_counter()
+                with recording(model, structure) as recorder:
+                    for _ in range(args.batches):
+                        model(tokens, use_cache=False)
+                        recorder.end_batch()
                 end = time.perf_counter()
                 if repeat >= 3:
-                    plain.append(middle - start)
-                    recorded.append(end - middle)
+                    plain.append((middle - start) / args.batches)
+                    recorded.append((end - middle) / args.batches)
             ratio = statistics.median(recorded) / statistics.median(plain)
             paired = statistics.median(b / a for a, b in zip(plain, recorded, strict=True))
             print(

@@ -168,6 +168,7 @@ def test_pruning_a_pruned_checkpoint(
     assert structure.topology.num_experts == 6
     twice = prune(structure, quarter(structure), tmp_path / "twice")
     assert verify(once, twice)["equal"]
+    assert not (twice / "README.original.md").exists()  # the card that we wrote is not passed on as the original
     assert (twice / "moecover.json").read_text() != (once / "moecover.json").read_text()
 
 
@@ -264,13 +265,42 @@ def test_source_that_shrinks_while_it_is_read(checkpoints: Callable[..., Path], 
     assert leftovers(tmp_path) == ["m"]
 
 
-def test_the_rest_of_an_earlier_crash_is_replaced(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_neighbours_of_the_output_are_left_alone(
+    checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     structure = read_structure(checkpoints("mixtral"))
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "junk").write_text("x")
+    for name in ("out.partial", "out.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("x")
     prune(structure, quarter(structure), tmp_path / "out")
-    assert leftovers(tmp_path) == ["out"]
-    assert not (tmp_path / "out" / "junk").exists()
+    assert leftovers(tmp_path) == ["out", "out.partial", "out.replaced"]
+    monkeypatch.setattr(checkpoint_module, "write_shard", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        prune(structure, quarter(structure), tmp_path / "deep" / "er" / "out")
+    assert leftovers(tmp_path) == ["out", "out.partial", "out.replaced"]
+    assert leftovers(tmp_path / "out.partial") == ["mine"]
+
+
+def test_output_behind_a_link(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    structure = read_structure(checkpoints("mixtral"))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")  # dangling at first
+    prune(structure, quarter(structure), tmp_path / "link")
+    assert (tmp_path / "disk" / "out" / "moecover.json").is_file()
+    (tmp_path / "disk" / "out" / "stale").write_text("x")
+    prune(structure, quarter(structure), tmp_path / "link", overwrite=True)
+    assert not (tmp_path / "link" / "stale").exists()
+    assert leftovers(tmp_path) == ["disk", "link"]
+    assert leftovers(tmp_path / "disk") == ["out"]
+
+
+def test_a_mount_point_is_refused(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    structure = read_structure(checkpoints("mixtral"))
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    with pytest.raises(InputError, match="is a mount point"):
+        prune(structure, quarter(structure), tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------------- bad sources
@@ -329,6 +359,11 @@ def test_header_that_lies(broken: Path) -> None:
         (lambda t: t.update(shape=[1, *t["shape"], 7]), "but the header gives it bytes"),
         (lambda t: t.update(dtype="F99"), "unknown type F99"),
         (lambda t: t.pop("shape"), "no valid safetensors header"),
+        (lambda t: t.update(dtype=[]), "unknown type"),
+        (lambda t: t.update(shape=["x"]), "no valid safetensors header"),
+        (lambda t: t.update(shape=[-2, -3]), "no valid safetensors header"),
+        (lambda t: t.update(data_offsets=[0, "9"]), "no valid safetensors header"),
+        (lambda t: t.update(data_offsets=[0]), "no valid safetensors header"),
     ):
         changed = json.loads(json.dumps(header))
         edit(changed[name])
@@ -401,7 +436,8 @@ def test_tensors_that_do_not_fit_the_config(
     [
         (lambda c: c.update(model_type="llama"), "'llama' has no routed experts"),
         (lambda c: c.update(model_type="qwen9_moe"), "architecture 'qwen9_moe' is not known to transformers"),
-        (lambda c: c.pop("model_type"), "architecture None is not known"),
+        (lambda c: c.pop("model_type"), "architecture 'None' is not known"),
+        (lambda c: c.update(model_type=["x"]), "is not known to transformers"),
         (lambda c: c.update(model_type="bert"), "bert"),
         (lambda c: c.update(num_experts=0), "no routed experts"),
         (lambda c: c.update(hidden_size="x"), "transformers cannot build 'qwen2_moe' from config.json"),
@@ -449,3 +485,12 @@ def test_fused_tensors_on_disk_are_sliced(checkpoints: Callable[..., Path], tmp_
     assert {t.axis for t in structure.tensors.values()} == {0}
     cut = prune(structure, quarter(structure), tmp_path / "cut")
     assert verify(source, cut)["equal"]
+
+
+def test_damaged_manifest(checkpoints: Callable[..., Path], pruned: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(pruned("mixtral"), folder)
+    for text in ("{", "[]", '{"plan": {}, "files": {}}'):
+        (folder / "moecover.json").write_text(text)
+        with pytest.raises(InputError, match="is damaged"):
+            verify(checkpoints("mixtral"), folder)

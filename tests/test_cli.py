@@ -127,6 +127,11 @@ CASES: list[tuple[str, list[str], str]] = [
     ("no budget", ["prune", "{m}", "--corpus", "r={r}", "-o", "{t}/o"], "exactly one"),
     ("no plan, no corpus", ["prune", "{m}", "--retain", ".5", "-o", "{t}/o"], "give --plan PLAN, or --corpus"),
     ("plan and corpus", ["prune", "{m}", "--plan", "{t}/p", "--corpus", "web", "-o", "{t}/o"], "--plan and --corpus do not go together"),
+    ("plan and protect 0", ["prune", "{m}", "--plan", "{t}/p", "--protect", "0", "-o", "{t}/o"], "--plan and --protect do not go together"),
+    ("plan and dtype", ["prune", "{m}", "--plan", "{t}/p", "--dtype", "float32", "-o", "{t}/o"], "--plan and --dtype do not go together"),
+    ("revision of a folder", ["inspect", "{m}", "--revision", "v1"], "--revision is for hub models"),
+    ("no such user", ["inspect", "~nosuchuser/m"], "no folder ~nosuchuser/m"),
+    ("file without a name", ["profile", "{m}", "--corpus", "notes.jsonl", "-o", "{t}/o"], "give the file a name, as --corpus notes=notes.jsonl"),
     ("no such plan", ["prune", "{m}", "--plan", "{t}/p", "-o", "{t}/o"], "no plan"),
     ("unknown method", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--method", "randm", "-o", "{t}/o"], "Did you mean random"),
     ("unknown saliency", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--saliency", "reab", "-o", "{t}/o"], "Did you mean reap"),
@@ -169,7 +174,10 @@ def test_bad_request_is_refused_before_the_model_is_loaded(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("x")
     model = checkpoints("qwen2_moe")
-    for extra in (["--keep", 3], ["--retain", 2], ["--retain", 0.5, "--method", "x"], ["--retain", 0.5]):
+    bad = ["--keep 3", "--retain 2", "--retain .5 --method x", "--retain .5 --protect 5", "--retain .5 --saliency x",
+           "--retain .5 --method random --saliency reap", "--retain .5 --dtype float99", "--retain .5 --device nowhere",
+           "--retain .5 --save-profile {t}/out", "--retain .5 --save-profile {t}/out/p", "--retain .5"]  # fmt: skip
+    for extra in (line.format(t=tmp_path).split() for line in bad):
         status, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", *extra, "-o", tmp_path / "out")
         assert status == 2, err
     assert "out exists" in err
@@ -292,7 +300,7 @@ def test_a_signal_while_writing_leaves_nothing(
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "written\n"
-    assert (tmp_path / "out.partial").exists()
+    assert len(list(tmp_path.glob(".out.*.partial"))) == 1
     assert not (tmp_path / "out").exists()
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -331,4 +339,54 @@ def test_full_disk_while_writing_a_profile(
     status, _, err = run(capsys, "profile", checkpoints("mixtral"), "--corpus", f"r={rows}", "-o", tmp_path / "p")
     assert status == 1
     assert "No space left on device; free some space" in err
-    assert list((tmp_path / "p").iterdir()) == []
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_closed_pipe_hides_no_failure(
+    checkpoints: Callable[..., Path], pruned: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`verify ... | true` must still say 1 when the files differ."""
+    folder = tmp_path / "changed"
+    shutil.copytree(pruned("mixtral"), folder)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    for arguments, expected in ((["verify", checkpoints("mixtral"), folder], 1), (["ls", "methods"], 0)):
+        process = start(*arguments)
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(timeout=60) == expected
+
+
+def test_unreadable_and_odd_outputs_are_one_line(
+    checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys
+) -> None:
+    model = checkpoints("mixtral")
+    assert run(capsys, "profile", model, "--corpus", f"r={rows}", "-o", tmp_path / "p")[0] == 0
+    status, _, err = run(capsys, "plan", tmp_path / "p", "--keep", 4, "-o", tmp_path)
+    assert (status, "is a folder, a file is to be written there" in err) == (2, True)
+    (tmp_path / "file").write_text("x")
+    status, _, err = run(capsys, "profile", model, "--corpus", f"r={rows}", "-o", tmp_path / "file")
+    assert (status, "is a file, a folder is to be written there" in err) == (2, True)
+    status, _, err = run(capsys, "inspect", "x" * 300)
+    assert (status in (1, 2), len(err.strip().splitlines())) == (True, 1)
+
+
+def test_python_m_and_the_installed_command_are_the_same() -> None:
+    script = Path(sys.executable).with_name("moecover")
+    for command in ([sys.executable, "-m", "moecover"], [str(script)]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"moecover {moecover.__version__}\n"
+
+
+def test_out_of_memory_is_one_line(
+    checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    from moecover import profiling
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried ..."
+        )
+
+    monkeypatch.setattr(profiling, "profile_corpus", full)
+    status, _, err = run(capsys, "profile", checkpoints("mixtral"), "--corpus", f"r={rows}", "-o", tmp_path / "p")
+    assert (status, "not enough memory. Give a smaller --batch-size" in err) == (1, True)

@@ -117,6 +117,10 @@ def test_input_ids_are_taken_as_they_are(tmp_path: Path) -> None:
         ([{"input_ids": [1, 2], "attention_mask": [0, 0]}], "at least one 1"),
         ([{"input_ids": []}], "at least one 1"),
         ([{"input_ids": "abc"}], "must be a list of whole numbers"),
+        ([{"input_ids": [1.7, 2]}], "must be a list of whole numbers"),
+        ([{"input_ids": [1, True, "5"]}], "must be a list of whole numbers"),
+        ([{"input_ids": [1, 2], "attention_mask": [0.6, 1]}], "must be a list of whole numbers"),
+        ([{"input_ids": [[1, 2]]}], "two equal lists"),
         ([{"input_ids": list(range(9)) * 9}], "81 tokens, the model takes 64"),
         ([{"title": "x"}], "line 1: a row must hold `text` or `input_ids`"),
         ([{"text": "x"}, {"input_ids": [1]}], "rows with and without it do not mix"),
@@ -267,3 +271,67 @@ def test_real_corpora(checkpoints: Callable[..., Path], tokenizer) -> None:
 
 def test_every_corpus_row_says_its_licence() -> None:
     assert all(row.licence and row.summary for row in corpus_module.CORPORA.values())
+
+
+def test_a_null_mask_is_no_mask(tmp_path: Path) -> None:
+    table = tmp_path / "t.parquet"
+    rows = [{"input_ids": [1, 2, 3], "attention_mask": None}, {"input_ids": [4, 5], "attention_mask": [0, 1]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    assert load_corpus("t", table, vocab_size=10).num_tokens == 4
+
+
+def test_files_that_are_not_what_they_are_called(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(InputError, match="is no parquet file"):
+        load_corpus("x", tmp_path / "x.parquet", tokenizer=tokenizer)
+    packed = bytearray(gzip.compress(b'{"text": "abc"}\n' * 500))
+    packed[20:40] = bytes(20)
+    (tmp_path / "x.jsonl.gz").write_bytes(packed)
+    with pytest.raises(InputError, match="could not be read|not JSON"):
+        load_corpus("x", tmp_path / "x.jsonl.gz", tokenizer=tokenizer)
+
+
+def test_lone_surrogates_do_not_stop_the_tokenizer(tmp_path: Path, tokenizer) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"text": "' + "a \\ud83d b " * 40 + '"}\n')
+    assert load_corpus("s", path, tokenizer=tokenizer, length=16).num_tokens >= 16
+
+
+def test_model_gives_tokenizer_vocabulary_and_length(
+    checkpoints: Callable[..., Path], text_files: dict[str, Path]
+) -> None:
+    from moecover.topology import read_structure
+
+    structure = read_structure(checkpoints("mixtral"))
+    loaded = load_corpus("x", text_files["jsonl"], structure=structure)
+    assert loaded.tokens.shape[1] == 64  # the model's positions
+    with pytest.raises(InputError, match="Tokenizer and model do not belong together"):
+        load_corpus("x", text_files["jsonl"], structure=structure, vocab_size=50)
+
+
+def test_token_ids_need_no_working_tokenizer(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    import shutil
+
+    from moecover.topology import read_structure
+
+    shutil.copytree(checkpoints("mixtral"), tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{")
+    structure = read_structure(tmp_path / "m")
+    path = write_rows(tmp_path / "r.jsonl", [{"input_ids": [1, 2, 3]}])
+    assert load_corpus("r", path, structure=structure).num_tokens == 3
+
+
+def test_code_of_a_tokenizer_is_never_run(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoints("mixtral"), folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass T: pass\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    try:
+        load_tokenizer(folder)
+    except InputError as error:
+        assert "could not be loaded" in str(error)  # noqa: PT017
+    assert not (tmp_path / "ran").exists()

@@ -31,10 +31,10 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_writes_what_it_says(demo_folder: Path) -> None:
-    assert sorted(p.name for p in demo_folder.iterdir()) == ["plans", "profile", "pruned-50", "results.json"]
-    results = json.loads((demo_folder / "results.json").read_text())
+    assert sorted(p.name for p in demo_folder.iterdir()) == ["moecover-demo.json", "plans", "profile", "pruned-50"]
+    results = json.loads((demo_folder / "moecover-demo.json").read_text())
     assert results["verified"]["equal"] is True
-    rows = rows_from_json((demo_folder / "results.json").read_text())
+    rows = rows_from_json((demo_folder / "moecover-demo.json").read_text())
     assert [(r.label, r.retain) for r in rows] == [("full model", 1.0)] + [
         (label, b) for b in (0.5, 0.25) for label, _, _ in RUNS
     ]
@@ -61,7 +61,7 @@ def test_the_written_checkpoint_speaks(demo_folder: Path) -> None:
 
 def test_a_second_demo_replaces_the_first_and_nothing_else(demo_folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("x")
+    (tmp_path / "mine" / "results.json").write_text("{}")
     assert main(["demo", "-o", str(tmp_path / "mine")]) == 2
     assert "was not written by moecover" in capsys.readouterr().err
 

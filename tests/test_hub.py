@@ -149,3 +149,22 @@ def test_a_model_that_the_hub_does_not_have(hub: Hub, tmp_path: Path, model: str
     assert done.returncode == 2
     assert f"no folder {name}, and the hub did not give {name}" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_refusal_comes_before_the_download(hub: Hub, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"input_ids": list(range(40))}) + "\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x").write_text("x")
+    config = json.loads((hub.folder / "config.json").read_text())
+    for extra, message in (
+        (["--keep", 1, "-o", tmp_path / "o"], "top-k of 2"),
+        (["--keep", 4, "-o", tmp_path / "taken"], "taken exists"),
+        (["--keep", 4, "-o", tmp_path / "o"], "quantised checkpoints are not supported"),
+    ):
+        if "quantised" in message:
+            (hub.folder / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+        done = moecover(hub, tmp_path / message.split()[0], "prune", REPO, "--corpus", f"r={rows}", *extra)
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert "tokenizer.json" not in hub.sent  # a whole download would have fetched it

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from moecover.corpus import load_corpus, make_corpus
 from moecover.errors import InputError
+from moecover.planning import plan
 from moecover.profiling import STATISTICS, Profile, batches, load_model, profile, recording, routers, scoring_function
 from moecover.topology import Structure, read_structure
 from tests.conftest import random_corpus, write_rows
@@ -286,7 +287,10 @@ def test_routers_are_found_and_a_family_that_does_not_fit_is_refused(structure: 
     model = load_model(structure)
     assert len(routers(model, structure)) == len(structure.topology.decoder_layers)
     model.get_submodule(structure.experts_modules[0]).has_post_expert_norm = True
-    with pytest.raises(InputError, match="do not run through the library's common kernel"), recording(model, structure):
+    with (
+        pytest.raises(InputError, match="do not run through the library's grouped kernel"),
+        recording(model, structure),
+    ):
         pass
 
 
@@ -317,3 +321,39 @@ def test_unknown_dtype_and_device(structure: Structure) -> None:
 def test_fingerprint_does_not_depend_on_versions(small_profile: Profile) -> None:
     other = dataclasses.replace(small_profile, settings={})
     assert other.fingerprint == small_profile.fingerprint
+
+
+def test_nan_router_of_the_last_layer_is_an_error(
+    checkpoints: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    """Nothing comes after the last layer that could notice it."""
+    structure = read_structure(checkpoints(family))
+    last = structure.topology.decoder_layers[-1]
+    router = next(n for n, t in structure.tensors.items() if not t.routed and f"layers.{last}." in n)
+    folder = spoiled(checkpoints(family), tmp_path / "m", lambda t: t[router].fill_(float("nan")))
+    with pytest.raises(
+        InputError, match=rf"decoder layer {last}: the (router's weights are|hidden states|.*) not finite"
+    ):
+        profile(read_structure(folder), [random_corpus()])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_another_kernel_is_refused_not_recorded_wrongly(structure: Structure, implementation: str) -> None:
+    model = load_model(structure)
+    model.set_experts_implementation(implementation)
+    with pytest.raises(InputError, match=f"experts implementation {implementation}"):
+        profile(structure, [random_corpus()], model=model)
+
+
+def test_order_of_corpora_survives_the_file(structure: Structure, tmp_path: Path) -> None:
+    """Turns are taken in this order, so a plan from the file must equal one from memory."""
+    made = profile(structure, [random_corpus("wiki", seed=2), random_corpus("c4", seed=1)])
+    made.save(tmp_path)
+    loaded = Profile.load(tmp_path)
+    assert list(loaded.statistics) == ["wiki", "c4"]
+    top_k, experts = structure.topology.top_k, structure.topology.num_experts
+    for keep in range(top_k, experts):
+        assert plan(loaded, keep=keep).to_json() == plan(made, keep=keep).to_json()
+    swapped = profile(structure, [random_corpus("c4", seed=1), random_corpus("wiki", seed=2)])
+    assert swapped.fingerprint != made.fingerprint
+    assert next(iter(plan(swapped, keep=top_k).layers[0].protected)) == "c4"

@@ -24,14 +24,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/ and c4/")
     args = parser.parse_args()
     structure = moecover.read_structure(args.model)
-    tokenizer = moecover.load_tokenizer(args.model)
     paths = {
         "wikitext2": args.data / "wikitext2" / "test.txt",
         "c4": args.data / "c4" / "validation.jsonl",
         "python": None,
     }
     corpora = [
-        moecover.load_corpus(name if path else "python-heldout", path, tokenizer=tokenizer, sequences=200, length=256)
+        moecover.load_corpus(name if path else "python-heldout", path, structure=structure, sequences=200, length=256)
         for name, path in paths.items()
     ]
     profile = moecover.profile(structure, corpora, batch_size=16)

@@ -263,6 +263,13 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
+    options = {k: v for k, v in vars(args).items() if k not in ("data", "output", "work", "threads", "save_every")}
+    record = args.work / "options.json"
+    if record.exists() and json.loads(record.read_text()) != options:
+        raise SystemExit(
+            f"{args.work} belongs to a run with other options: {record.read_text().strip()}. Give another --work"
+        )
+    record.write_text(json.dumps(options) + "\n")
     documents = sources(args.data)
     if (args.work / "tokenizer").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")

@@ -5,8 +5,7 @@ The data flow is corpus -> profile -> plan -> checkpoint -> evaluation:
     import moecover
 
     structure = moecover.read_structure("path/to/model")          # configuration and headers only
-    tokenizer = moecover.load_tokenizer(structure.checkpoint.path)
-    corpora = [moecover.load_corpus(name, tokenizer=tokenizer) for name in ("wikitext2", "c4")]
+    corpora = [moecover.load_corpus(name, structure=structure) for name in ("wikitext2", "c4")]
     profile = moecover.profile(structure, corpora)                # one forward pass over each corpus
     plan = moecover.plan(profile, method="tb-coverage", retain=0.5)
     moecover.prune(structure, plan, "path/to/output")             # raw byte ranges, the model is not loaded

@@ -65,7 +65,7 @@ def model_card(structure: Structure, plan: Plan, *, command: str, original_card:
         "Check it against the original (same outputs as the original with the removed experts masked):",
         "",
         "```",
-        f"moecover verify {checkpoint.name} .",
+        f"moecover verify {checkpoint.name} . {f'--revision {checkpoint.revision}' if checkpoint.revision else ''}".strip(),
         "```",
     ]
     if original_card:

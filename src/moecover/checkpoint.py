@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -49,9 +50,7 @@ def _renamed(name: str, new_expert: int) -> str:
 
 def _slices(entry: TensorEntry, axis: int, kept: list[int]) -> tuple[tuple[int, int], ...]:
     """Byte ranges of the kept indices along one axis of a contiguous tensor."""
-    outer = 1
-    for n in entry.shape[:axis]:
-        outer *= n
+    outer = math.prod(entry.shape[:axis])
     stride = entry.num_bytes // (outer * entry.shape[axis])
     return tuple(
         (start := entry.start + (o * entry.shape[axis] + index) * stride, start + stride)
@@ -163,6 +162,8 @@ def write_shard(
 def _other_files(checkpoint: Checkpoint) -> Iterator[Path]:
     """Files to be copied as they are, relative to the folder: no weights, no links to folders, nothing hidden."""
     skipped = {"config.json", INDEX, MANIFEST}
+    if (checkpoint.path / MANIFEST).is_file():
+        skipped.add(CARD)  # the card that this program wrote; the original one is beside it
     for parent, folders, files in os.walk(checkpoint.path):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(files):
@@ -192,18 +193,10 @@ def _new_index(checkpoint: Checkpoint, shards: dict[str, list[Piece]]) -> str:
     pieces = [p for ps in shards.values() for p in ps]
     metadata["total_size"] = sum(p.num_bytes for p in pieces)
     if "total_parameters" in metadata:
-        counts = [json.dumps(list(p.shape)) for p in pieces]
-        metadata["total_parameters"] = sum(_product(json.loads(c)) for c in counts)
+        metadata["total_parameters"] = sum(math.prod(p.shape) for p in pieces)
     weight_map = {p.name: shard for shard, ps in shards.items() for p in ps}
     index = {**checkpoint.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2) + "\n"
-
-
-def _product(shape: list[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def check_target(structure: Structure, output: str | Path, *, overwrite: bool = False) -> Path:
@@ -213,8 +206,10 @@ def check_target(structure: Structure, output: str | Path, *, overwrite: bool = 
         InputError: see above.
 
     """
-    path, source = Path(os.path.abspath(Path(output).expanduser())), structure.checkpoint.path.resolve()  # noqa: PTH100
-    if path.resolve() == source or source in path.resolve().parents or path.resolve() in source.parents:
+    # A link is followed: its target is what gets replaced, on the disk where it lies.
+    path, folder = Path(output).expanduser().resolve(), structure.checkpoint.folder
+    source = folder.resolve() if folder else None  # a hub model that is not here yet lies in the cache
+    if source and (path == source or source in path.parents or path in source.parents):
         raise InputError(
             f"the output {output} and the model {structure.checkpoint.name} overlap. Choose another folder"
         )
@@ -278,12 +273,14 @@ def prune(
         for relative in _other_files(checkpoint):
             name = ORIGINAL_CARD if relative.as_posix() == CARD else relative.as_posix()
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            put(name, (checkpoint.path / relative).read_bytes())
+            shutil.copyfile(checkpoint.path / relative, folder / name)
+            with (folder / name).open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
         config = (checkpoint.path / "config.json").read_text(encoding="utf-8")
         put("config.json", edited_config(config, structure, plan.keep).encode())
         if checkpoint.index is not None:
             put(INDEX, _new_index(checkpoint, shards).encode())
-        original_card = checkpoint.path / CARD
+        original_card = folder / ORIGINAL_CARD
         card = original_card.read_text(encoding="utf-8", errors="replace") if original_card.is_file() else ""
         put(CARD, model_card(structure, plan, command=command, original_card=card).encode())
         manifest = {

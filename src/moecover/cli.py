@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moecover import __version__, progress
-from moecover.errors import InputError, MoecoverError
+from moecover.errors import InputError, MoecoverError, is_out_of_memory
 
 EPILOG = """examples:
   moecover inspect Qwen/Qwen1.5-MoE-A2.7B
@@ -25,6 +25,16 @@ EPILOG = """examples:
   moecover plan    profile --retain 0.25 -o plan.json
   moecover verify  ./model ./pruned
 """
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Options as ``-o, --output OUT`` on every Python (3.13 changed it), so that the generated page is the same."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,14 +47,14 @@ def _add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group.add_argument("--corpus", action="append", default=[], metavar="NAME[=PATH]", required=required, help="a named corpus (moecover ls corpora), or NAME=PATH of a .txt, .jsonl, .jsonl.gz or .parquet file; repeat it: corpora are kept apart")  # fmt: skip
     group.add_argument("--sequences", type=int, metavar="N", help="blocks per corpus (default: up to 128; all rows of input_ids); fewer than N is an error")  # fmt: skip
     group.add_argument("--length", type=int, metavar="N", help="tokens per block of text (default: 2048, or the model's positions if fewer)")  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=4, metavar="N", help="sequences per forward pass (default: 4)")
-    group.add_argument("--seed", type=int, default=0, help="of the sample of blocks, and of method random (default: 0)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 4)")
+    group.add_argument("--seed", type=int, help="of the sample of blocks, and of method random (default: 0)")
     _add_device(group)
 
 
 def _add_device(parser: Any) -> None:
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")
+    parser.add_argument("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
 
 
 def _add_plan(parser: argparse.ArgumentParser, *, seed: bool) -> None:
@@ -64,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="moecover",
         description="Makes a sparse Mixture-of-Experts language model smaller by removing whole routed experts.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
     )
     parser.add_argument("--version", action="version", version=f"moecover {__version__}")
     common = argparse.ArgumentParser(add_help=False)
@@ -74,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = verbs.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common]
+            name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common], formatter_class=_Formatter
         )
         return made
 
@@ -155,88 +165,118 @@ def _inspect(args: argparse.Namespace) -> tuple[Any, str, int]:
     return facts, "\n".join(lines), 1 if facts["refused"] else 0
 
 
-def _load_corpora(args: argparse.Namespace, structure: Any) -> list[Any]:
-    from moecover.corpus import load_corpus, load_tokenizer, parse_corpora
+def _check_pass(args: argparse.Namespace) -> None:
+    """Refuse what is wrong with the corpora or the pass, before anything is fetched or read."""
+    from moecover.corpus import parse_corpora
+    from moecover.profiling import check_device
 
-    sources = parse_corpora(args.corpus)
+    parse_corpora(args.corpus)
     for name in ("sequences", "length", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range: 1 or more")
-    text = structure.checkpoint.config.get("text_config", structure.checkpoint.config)
-    tokenizer = load_tokenizer(structure.checkpoint.path)
+    check_device(args.dtype or "auto", args.device or "auto")
+
+
+def _check_profile_folder(folder: Path, *, overwrite: bool) -> None:
+    from moecover.profiling import FILE
+
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, a folder is to be written there")
+    if (folder / FILE).exists() and not overwrite:
+        raise InputError(f"{folder / FILE} exists. Choose another folder, or give --overwrite")
+
+
+def _load_corpora(args: argparse.Namespace, structure: Any) -> list[Any]:
+    from moecover.corpus import SEQUENCES, load_corpus, parse_corpora
+
     corpora = []
-    for name, path in sources.items():
+    for name, path in parse_corpora(args.corpus).items():
         with progress.spinner(f"reading corpus {name}"):
             corpus = load_corpus(
-                name, path or None, tokenizer=tokenizer, sequences=args.sequences, length=args.length, seed=args.seed,
-                vocab_size=text.get("vocab_size"), max_length=text.get("max_position_embeddings"),
-            )  # fmt: skip
+                name,
+                path or None,
+                structure=structure,
+                sequences=args.sequences,
+                length=args.length,
+                seed=args.seed or 0,
+            )
         record = corpus.record
-        if "length" in record and args.sequences is None and record["sequences"] < 128:
-            progress.say(f"corpus {name}: only {record['blocks_available']} blocks of {record['length']} tokens are there, 128 are usual")  # fmt: skip
+        if "length" in record and args.sequences is None and record["sequences"] < SEQUENCES:
+            progress.say(f"corpus {name}: only {record['blocks_available']} blocks of {record['length']} tokens are there, {SEQUENCES} are usual")  # fmt: skip
         corpora.append(corpus)
     return corpora
 
 
-def _make_profile(args: argparse.Namespace, structure: Any, corpora: list[Any]) -> Any:
+def _make_profile(args: argparse.Namespace, structure: Any) -> Any:
     from moecover.profiling import load_model, profile
 
+    corpora = _load_corpora(args, structure)
     with progress.spinner(f"loading {args.model}"):
-        model = load_model(structure, dtype=args.dtype, device=args.device)
+        model = load_model(structure, dtype=args.dtype or "auto", device=args.device or "auto")
     with progress.bar("profiling", sum(c.num_tokens for c in corpora)) as advance:
-        return profile(structure, corpora, model=model, batch_size=args.batch_size, advance=advance)
+        return profile(structure, corpora, model=model, batch_size=args.batch_size or 4, advance=advance)
 
 
-def _structure(args: argparse.Namespace) -> Any:
+def _headers(args: argparse.Namespace) -> Any:
+    """The model's structure; of a hub model from its headers alone, so that a refusal comes before the download."""
+    from moecover.source import open_checkpoint
     from moecover.topology import read_structure
 
-    structure = read_structure(args.model, revision=args.revision)
+    structure = read_structure(open_checkpoint(args.model, revision=args.revision, headers_only=True))
     for warning in structure.warnings:
         progress.say(f"note: {warning}")
     return structure
 
 
-def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
-    from moecover.corpus import parse_corpora
-    from moecover.profiling import FILE
+def _files(args: argparse.Namespace, structure: Any) -> Any:
+    """The structure with its files on this machine, fetched if they are not."""
+    from moecover.topology import read_structure
 
-    parse_corpora(args.corpus)
-    if (args.output / FILE).exists() and not args.overwrite:
-        raise InputError(f"{args.output / FILE} exists. Choose another folder, or give --overwrite")
-    structure = _structure(args)
-    corpora = _load_corpora(args, structure)
-    profile = _make_profile(args, structure, corpora)
+    if structure.checkpoint.folder is not None:
+        return structure
+    progress.say(f"fetching {args.model}, {_size(structure.checkpoint.num_bytes)}")
+    return read_structure(args.model, revision=args.revision)
+
+
+def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
+    _check_pass(args)
+    _check_profile_folder(args.output, overwrite=args.overwrite)
+    profile = _make_profile(args, _files(args, _headers(args)))
     path = profile.save(args.output)
     shape = [len(profile.topology.decoder_layers), profile.topology.num_experts]
-    tokens = {c.name: c.num_tokens for c in corpora}
+    tokens = {name: records[0]["tokens"] for name, records in profile.corpora.items()}
     lines = [f"{path}: statistics of {shape[0]} layers x {shape[1]} experts"]
     lines += [f"  {name}: {count:,} tokens" for name, count in tokens.items()]
     lines.append(f"next: moecover plan {shlex.quote(str(args.output))} --retain 0.5 -o plan.json")
-    return (
-        {"profile": str(path), "shape": shape, "tokens": tokens, "fingerprint": profile.fingerprint},
-        "\n".join(lines),
-        0,
-    )
+    result = {"profile": str(path), "shape": shape, "tokens": tokens, "fingerprint": profile.fingerprint}
+    return result, "\n".join(lines), 0
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    from moecover.planning import DEFAULT_METHOD
+def _method(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Method and options as given, checked."""
+    from moecover.planning import DEFAULT_METHOD, check_options
 
+    method = args.method or DEFAULT_METHOD
     options = {k: v for k in ("saliency", "protect", "seed") if (v := getattr(args, k)) is not None}
-    if args.verb == "prune" and (args.method or DEFAULT_METHOD) != "random":
-        options.pop("seed")  # there it is first of all the seed of the sample of blocks
-    return {"method": args.method or DEFAULT_METHOD, **options}
+    if args.verb == "prune" and method != "random":
+        options.pop("seed", None)  # there it is first of all the seed of the sample of blocks
+    check_options(method, options)
+    return method, options
 
 
 def _plan(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.planning import plan
     from moecover.profiling import Profile
 
+    method, options = _method(args)
     profile = Profile.load(args.profile)
-    made = plan(profile, keep=args.keep, retain=args.retain, **_options(args))
+    made = plan(profile, method=method, keep=args.keep, retain=args.retain, **options)
     made.save(args.output)
     experts = profile.topology.num_experts
     text = f"{args.output}: {made.method} keeps {made.keep} of {experts} experts in {len(made.layers)} layers"
+    if any(layer.protected for layer in made.layers):
+        counts = {c: len(ids) for c, ids in made.layers[0].protected.items()}
+        text += "; protected per layer: " + ", ".join(f"{n} by {c}" for c, n in counts.items())
     result = {
         "plan": str(args.output),
         "method": made.method,
@@ -244,60 +284,73 @@ def _plan(args: argparse.Namespace) -> tuple[Any, str, int]:
         "keep": made.keep,
         "experts": experts,
     }
-    if any(layer.protected for layer in made.layers):
-        counts = {c: len(ids) for c, ids in made.layers[0].protected.items()}
-        text += "; protected per layer: " + ", ".join(f"{n} by {c}" for c, n in counts.items())
     return result, text, 0
 
 
-def _check_one_shot(args: argparse.Namespace) -> None:
+ONE_SHOT = (
+    "corpus", "keep", "retain", "method", "saliency", "protect", "sequences", "length", "batch_size", "seed", "dtype",
+    "device", "save_profile",
+)  # fmt: skip
+
+
+def _check_prune(args: argparse.Namespace) -> None:
+    """Refuse a request that contradicts itself."""
     if args.plan is None:
         if not args.corpus:
             raise InputError("give --plan PLAN, or --corpus with --keep or --retain for one shot")
+        if (args.keep is None) == (args.retain is None):
+            raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
         return
-    given = [f"--{k}" for k in ("corpus", "keep", "retain", "method", "saliency", "protect") if getattr(args, k)]
-    if given or args.save_profile:
-        raise InputError(
-            f"--plan and {given[0] if given else '--save-profile'} do not go together: the plan says what is kept"
-        )
+    given = [name for name in ONE_SHOT if getattr(args, name) not in (None, [])]
+    if given:
+        raise InputError(f"--plan and --{given[0].replace('_', '-')} do not go together: the plan says what is kept")
+
+
+def _check_saved_profile(args: argparse.Namespace) -> None:
+    _check_profile_folder(args.save_profile, overwrite=args.overwrite)
+    folder = args.save_profile.resolve()
+    for other in (args.output.resolve(), Path(args.model).resolve()):
+        if folder == other or other in folder.parents:
+            raise InputError(f"--save-profile {args.save_profile} lies in {other}. Choose another folder")
 
 
 def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
-    from moecover.checkpoint import check_target, pieces_by_shard, prune
-    from moecover.corpus import parse_corpora
-    from moecover.planning import METHODS, Plan, check_plan, plan
-    from moecover.saliency import SALIENCIES
+    from moecover.checkpoint import check_target, prune
+    from moecover.planning import Plan, plan
     from moecover.topology import resolve_keep
 
-    _check_one_shot(args)
+    _check_prune(args)
+    chosen = None
     if args.plan is not None:
         chosen = Plan.load(args.plan)
     else:
-        parse_corpora(args.corpus)
-        METHODS[args.method or "tb-coverage"], SALIENCIES[args.saliency or "contribution"]
-    structure = _structure(args)
-    check_target(structure, args.output, overwrite=args.overwrite)
-    if args.plan is None:
+        _check_pass(args)
+        method, options = _method(args)
+        if args.save_profile:
+            _check_saved_profile(args)
+    structure = _headers(args)
+    if chosen is None:
         resolve_keep(structure.topology, keep=args.keep, retain=args.retain)
-        profile = _make_profile(args, structure, _load_corpora(args, structure))
+    check_target(structure, args.output, overwrite=args.overwrite)
+    structure = _files(args, structure)
+    if chosen is None:
+        profile = _make_profile(args, structure)
         if args.save_profile:
             profile.save(args.save_profile)
-        chosen = plan(profile, keep=args.keep, retain=args.retain, **_options(args))
-    check_plan(chosen, structure, other_weights=args.other_weights)
-    total = sum(p.num_bytes for pieces in pieces_by_shard(structure, chosen).values() for p in pieces)
-    command = shlex.join(["moecover", *args.argv])
-    with progress.bar("writing", total, unit="bytes") as advance:
+        chosen = plan(profile, method=method, keep=args.keep, retain=args.retain, **options)
+    before, after = structure.checkpoint.num_bytes, structure.num_bytes(chosen.keep)
+    with progress.bar("writing", after, unit="bytes") as advance:
         out = prune(
             structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights,
-            command=command, advance=advance,
+            command=shlex.join(["moecover", *args.argv]), advance=advance,
         )  # fmt: skip
-    before = structure.checkpoint.num_bytes
+    experts = structure.topology.num_experts
+    revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""
     text = (
-        f"{args.output}: {chosen.keep} of {structure.topology.num_experts} experts per layer, "
-        f"{_size(before)} -> {_size(total)} ({total / before:.0%})\n"
-        f"next: moecover verify {shlex.quote(args.model)} {shlex.quote(str(args.output))}"
+        f"{args.output}: {chosen.keep} of {experts} experts per layer, {_size(before)} -> {_size(after)} ({after / before:.0%})\n"
+        f"next: moecover verify {shlex.quote(args.model)} {shlex.quote(str(args.output))}{revision}"
     )
-    return {"output": str(out), "keep": chosen.keep, "bytes_before": before, "bytes": total}, text, 0
+    return {"output": str(out), "keep": chosen.keep, "bytes_before": before, "bytes": after}, text, 0
 
 
 def _verify(args: argparse.Namespace) -> tuple[Any, str, int]:
@@ -309,7 +362,8 @@ def _verify(args: argparse.Namespace) -> tuple[Any, str, int]:
     corpora = list(parse_corpora(args.corpus).items()) if args.corpus else []
     with progress.spinner("reading both checkpoints") as advance:
         result = verify(
-            args.model, args.pruned, revision=args.revision, corpora=corpora, dtype=args.dtype, device=args.device,
+            args.model, args.pruned, revision=args.revision, corpora=corpora,
+            dtype=args.dtype or "auto", device=args.device or "auto",
             tolerance=args.tolerance, advance=advance,
         )  # fmt: skip
     on = f"{result['tokens']:,} tokens of {', '.join(result['corpora'])}"
@@ -356,18 +410,27 @@ def _size(num_bytes: int) -> str:
     return f"{value:.0f} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
 
 
-def _quiet_libraries() -> None:
+def _quiet_libraries(*, quiet: bool) -> None:
     """Keep other libraries' bars and advice out of the log (the user's own settings stay)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if quiet or not sys.stderr.isatty() else "0")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _print(text: str, file: Any) -> None:
+    """Print, also where nobody reads any more (a closed pipe)."""
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def _run(argv: list[str]) -> int:
+    args = make_parser().parse_args(argv)
+    args.argv = argv
     progress.quiet = args.quiet
-    _quiet_libraries()
+    _quiet_libraries(quiet=args.quiet)
     result, text, status = VERBS[args.verb](args)
-    print(json.dumps(result, indent=1) if args.json else text, flush=True)
+    _print(json.dumps(result, indent=1) if args.json else text, sys.stdout)
     return status
 
 
@@ -379,23 +442,20 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError:
         previous = None  # not in the main thread: the caller's business
     try:
-        arguments = sys.argv[1:] if argv is None else argv
-        args = make_parser().parse_args(arguments)
-        args.argv = arguments
-        return _run(args)
+        return _run(sys.argv[1:] if argv is None else argv)
     except MoecoverError as error:
-        print(f"moecover: {error}", file=sys.stderr)
+        _print(f"moecover: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("moecover: interrupted, nothing half-written was left", file=sys.stderr)
+        _print("moecover: interrupted, nothing half-written was left", sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except MemoryError:
-        print(
-            "moecover: not enough memory. Give a smaller --batch-size or --length, or a smaller dtype", file=sys.stderr
-        )
+    except OSError as error:  # a file or folder that cannot be read, where no better message was at hand
+        _print(f"moecover: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _print("moecover: not enough memory. Give a smaller --batch-size or --length, or a smaller --dtype", sys.stderr)
         return 1
     finally:
         if previous is not None:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -25,6 +26,8 @@ from moecover.registry import unknown_name
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+    from moecover.topology import Structure
 
 SEQUENCES, LENGTH = 128, 2048  # the calibration set of the field: 128 blocks of 2048 tokens
 PIECE_CHARS = 20_000  # longer documents are cut at line ends, so that a sample does not come from one book
@@ -168,13 +171,17 @@ def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for argument in arguments:
         name, equals, path = argument.partition("=")
-        if not name or "/" in name:
+        if not name or ("/" in name and equals):
             raise InputError(f"--corpus {argument}: give NAME=PATH for a file, or one of {', '.join(CORPORA)}")
         if name in sources:
             raise InputError(f"--corpus {name} is given twice. Corpora are kept apart by name: give each its own")
         if equals and not path:
             raise InputError(f"--corpus {argument}: no path after the equals sign")
         if not equals and name not in CORPORA:
+            if name.endswith(SUFFIXES):
+                raise InputError(
+                    f"--corpus {name}: give the file a name, as --corpus {Path(name).name.partition('.')[0]}={name}"
+                )
             raise unknown_name("corpus", name, CORPORA)
         sources[name] = path
     if not sources:
@@ -202,9 +209,13 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.lib
     import pyarrow.parquet as parquet
 
-    file = parquet.ParquetFile(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.lib.ArrowException as error:
+        raise InputError(f"corpus file {path} is no parquet file: {str(error).splitlines()[0]}") from error
     wanted = [c for c in ("text", "input_ids", "attention_mask") if c in file.schema_arrow.names]
     if "text" not in wanted and "input_ids" not in wanted:
         raise InputError(f"{path}: columns {', '.join(file.schema_arrow.names)}; `text` or `input_ids` is needed")
@@ -218,7 +229,7 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield {"text": path.read_text(encoding="utf-8")}
         else:
             yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"corpus file {path} could not be read: {error}") from error
 
 
@@ -226,6 +237,7 @@ def load_corpus(
     name: str,
     path: str | Path | None = None,
     *,
+    structure: Structure | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     sequences: int | None = None,
     length: int | None = None,
@@ -233,15 +245,17 @@ def load_corpus(
     vocab_size: int | None = None,
     max_length: int | None = None,
 ) -> Corpus:
-    """Sequences of a named corpus or of a file.
+    """Sequences of a named corpus or of a file, in the tokens of a model.
 
-    Text is tokenised in seeded order with an end-of-text token after every document, packed into blocks of ``length``
-    tokens, and a seeded sample of ``sequences`` blocks is drawn. Rows with ``input_ids`` are taken as they are.
+    Text is put in seeded order, tokenised with an end-of-text token after every document (long ones are cut in pieces of
+    20,000 characters), packed into blocks of ``length`` tokens, and a seeded sample of ``sequences`` blocks is drawn.
+    Rows with ``input_ids`` are taken as they are.
 
     Args:
         name: what the profile calls the corpus; a key of `CORPORA` when there is no path.
         path: .txt, .jsonl, .jsonl.gz or .parquet file.
-        tokenizer: the model's tokenizer; not needed for ``input_ids``.
+        structure: the model; gives tokenizer, vocabulary and longest sequence where they are not given themselves.
+        tokenizer: instead of the model's; loaded only when there is text.
         sequences: sequences wanted, an error when there are fewer; None takes up to 128 blocks (all rows of ``input_ids``).
         length: tokens per block of text; None takes 2048, or ``max_length`` if that is less.
         seed: order of documents and choice of blocks.
@@ -254,11 +268,16 @@ def load_corpus(
     """
     if path is None and name not in CORPORA:
         raise unknown_name("corpus", name, CORPORA)
-    origin: dict[str, Any] = {"source": f"{Path(path).name}" if path is not None else name, "seed": seed}
+    if structure is not None:
+        config = structure.checkpoint.config
+        text = config.get("text_config", config)
+        vocab_size, max_length = vocab_size or text.get("vocab_size"), max_length or text.get("max_position_embeddings")
+    origin: dict[str, Any] = {"source": Path(path).name if path is not None else name, "seed": seed}
+    streamed = False
     if path is None:
         row = CORPORA[name]
         if isinstance(row, HubCorpus):
-            origin["source"] = f"{row.path}@{row.revision}"
+            origin["source"], streamed = f"{row.path}@{row.revision}", row.streaming
         documents: Iterable[str] = row.documents(seed)
     else:
         rows = _file_rows(Path(path))
@@ -266,18 +285,20 @@ def load_corpus(
         if first is None:
             raise InputError(f"corpus {name}: {path} is empty")
         rows = itertools.chain([first], rows)
-        if "input_ids" in first:
+        if first.get("input_ids") is not None:
             return _take_rows(name, rows, sequences, seed, vocab_size, max_length, origin)
         documents = (_text_of(row, name, path) for row in rows)
+    if tokenizer is None and structure is not None:
+        tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
         raise InputError(f"corpus {name} holds text, but the model has no tokenizer. Give rows of `input_ids`")
     length = length or min(LENGTH, max_length or LENGTH)
     if max_length is not None and length > max_length:
-        raise InputError(
-            f"--length {length} is above the {max_length} positions of the model. Give --length {max_length} or less"
-        )
-    streamed = path is None and isinstance(row, HubCorpus) and row.streaming
-    return _pack(name, documents, tokenizer, sequences, length, seed, origin, streamed=streamed)
+        raise InputError(f"--length {length} is above the {max_length} positions of the model. Give --length {max_length} or less")  # fmt: skip
+    packed = _pack(name, documents, tokenizer, sequences, length, seed, origin, streamed=streamed)
+    if vocab_size is not None and packed.tokens.max() >= vocab_size:
+        raise InputError(f"corpus {name}: the tokenizer gives id {packed.tokens.max()}, the model's vocabulary ends at {vocab_size - 1}. Tokenizer and model do not belong together")  # fmt: skip
+    return packed
 
 
 def _text_of(row: dict[str, Any], name: str, path: str | Path) -> str:
@@ -314,7 +335,7 @@ def _pack(
     limit_chars = (4 if streamed else 256) * POOL * wanted * length
     texts, chars = [], 0
     for document in documents:
-        for piece in _pieces(document):
+        for piece in _pieces(document.encode("utf-8", "replace").decode()):  # lone surrogates have no bytes
             if piece.strip():
                 texts.append(piece)
                 chars += len(piece)
@@ -354,17 +375,22 @@ def _take_rows(
     pairs = []
     for number, row in enumerate(rows, 1):
         where = f"corpus {name}, row {number}"
+        given = row.get("attention_mask")
         try:
-            ids = np.asarray(row["input_ids"], dtype=np.int64)
-            mask = np.asarray(row.get("attention_mask", np.ones(len(ids))), dtype=np.int64)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            ids = np.asarray(row["input_ids"])
+            mask = np.ones(ids.shape, dtype=np.int64) if given is None else np.asarray(given)
+        except (KeyError, ValueError) as error:
             raise InputError(
                 f"{where}: `input_ids` must be a list of whole numbers, `attention_mask` likewise"
             ) from error
+        if (ids.size and ids.dtype.kind not in "iu") or (mask.size and mask.dtype.kind not in "iub"):
+            raise InputError(f"{where}: `input_ids` must be a list of whole numbers, `attention_mask` likewise")
+        ids, mask = ids.astype(np.int64), mask.astype(np.int64)
         if ids.ndim != 1 or ids.shape != mask.shape or not mask.any() or ((mask != 0) & (mask != 1)).any():
             raise InputError(f"{where}: `input_ids` has shape {ids.shape} and `attention_mask` {mask.shape} with {int(mask.sum())} ones; two equal lists and at least one 1 are needed")  # fmt: skip
         if ids.min() < 0 or (vocab_size is not None and ids.max() >= vocab_size):
-            raise InputError(f"{where}: token id {int(ids.max() if ids.min() >= 0 else ids.min())} is out of range. Allowed: 0 to {(vocab_size or 0) - 1}")  # fmt: skip
+            allowed = "0 or more" if vocab_size is None else f"0 to {vocab_size - 1}"
+            raise InputError(f"{where}: token id {int(ids.max() if ids.min() >= 0 else ids.min())} is out of range. Allowed: {allowed}")  # fmt: skip
         if max_length is not None and len(ids) > max_length:
             raise InputError(f"{where}: {len(ids)} tokens, the model takes {max_length}")
         pairs.append((ids, mask.astype(bool)))
@@ -395,7 +421,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a broken tokenizer makes the library raise
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{folder}: the tokenizer could not be loaded: {reason}") from error

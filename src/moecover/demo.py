@@ -20,7 +20,7 @@ from typing import Any
 
 from moecover import progress
 from moecover.checkpoint import prune
-from moecover.corpus import Corpus, load_corpus, load_tokenizer
+from moecover.corpus import Corpus, load_corpus
 from moecover.errors import MoecoverError
 from moecover.evaluation import masked, perplexity, verify
 from moecover.files import check_output, new_folder, write_text
@@ -34,7 +34,7 @@ HELD_OUT = ("encyclopedia-heldout", "web-heldout", "python-heldout")
 LENGTH, SEQUENCES = 256, 40
 BUDGETS = (0.5, 0.25)
 WRITTEN = "pruned-50"
-RESULTS = "results.json"
+RESULTS = "moecover-demo.json"  # also the mark by which a second run knows the folder as a demo's
 # Label, and the options of `plan`; seeds are averaged.
 RUNS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("tb-coverage", {"method": "tb-coverage"}, ()),
@@ -68,8 +68,7 @@ class Row:
 
 def held_out_corpora(structure: Structure) -> list[Corpus]:
     """The held-out texts of the demo, at most SEQUENCES blocks of LENGTH tokens each."""
-    tokenizer = load_tokenizer(structure.checkpoint.path)
-    loaded = [load_corpus(name, tokenizer=tokenizer, length=LENGTH) for name in HELD_OUT]
+    loaded = [load_corpus(name, structure=structure, length=LENGTH) for name in HELD_OUT]
     return [corpus[:SEQUENCES] for corpus in loaded]
 
 
@@ -136,7 +135,7 @@ def table(rows: list[Row]) -> str:
         drawn.add_row(*_cells(row))
     out = io.StringIO()
     Console(file=out, width=110).print(drawn)
-    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
 
 
 def markdown_table(rows: list[Row]) -> str:
@@ -147,7 +146,7 @@ def markdown_table(rows: list[Row]) -> str:
 
 
 def rows_from_json(text: str) -> list[Row]:
-    """Rows of a results.json."""
+    """Rows of the demo's results file."""
     return [Row(**row) for row in json.loads(text)["rows"]]
 
 
@@ -166,8 +165,7 @@ def demo(output: Path) -> tuple[dict[str, Any], str]:
     output = Path(os.path.abspath(output))  # noqa: PTH100
     check_output(output, overwrite=True, marker=RESULTS)
     structure = read_structure(shipped_model())
-    tokenizer = load_tokenizer(structure.checkpoint.path)
-    corpora = [load_corpus(name, tokenizer=tokenizer, length=LENGTH) for name in CALIBRATION]
+    corpora = [load_corpus(name, structure=structure, length=LENGTH) for name in CALIBRATION]
     progress.say(f"model: {MODEL}, {structure.topology.num_experts} experts x {len(structure.topology.decoder_layers)} layers, trained by this project")  # fmt: skip
     with new_folder(output) as folder:
         with progress.bar("profiling", sum(c.num_tokens for c in corpora)) as advance:
@@ -194,6 +192,13 @@ def demo(output: Path) -> tuple[dict[str, Any], str]:
         write_text(folder / RESULTS, json.dumps(result, indent=1) + "\n")
     shown = os.path.relpath(output)
     shown = str(output) if shown.startswith("..") else shown
+    about = {
+        "profile": "statistics of every expert, reusable for any method and budget",
+        "plans": "which experts each method keeps, and why",
+        WRITTEN: "the pruned checkpoint: loads in transformers like any other",
+        RESULTS: "the numbers above",
+    }
+    files = "\n".join(f"  {shown}/{name:{len(RESULTS)}}  {text}" for name, text in about.items())
     calibration = " and ".join(f"{n} ({t:,} tokens)" for n, t in result["calibration"].items())
     text = f"""Perplexity on held-out text (lower is better); experts chosen on {calibration}.
 The Python source is a domain that no method saw.
@@ -202,10 +207,7 @@ The Python source is a domain that no method saw.
 
 Verified: {shown}/{WRITTEN} gives bit for bit what the masked original gives ({proof["tokens"]} tokens of real text).
 
-  {shown}/profile     statistics of every expert, reusable for any method and budget
-  {shown}/plans       which experts each method keeps, and why
-  {shown}/{WRITTEN}   the pruned checkpoint: loads in transformers like any other
-  {shown}/{RESULTS}   the numbers above
+{files}
 
 On a real model:
   moecover prune Qwen/Qwen1.5-MoE-A2.7B --corpus wikitext2 --corpus c4 --retain 0.5 -o qwen-moe-half"""

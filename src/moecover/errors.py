@@ -12,6 +12,12 @@ class MoecoverError(Exception):
     exit_code = 1
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what Python and torch raise when memory runs out, on the CPU or on a GPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
 class InputError(MoecoverError, ValueError):
     """The request or its input cannot be used as given (exit status 2)."""
 

@@ -170,7 +170,7 @@ def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
         raise InputError(f"{checkpoint.name} holds no {MANIFEST}: it was not written by `moecover prune`")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["plan"], manifest["files"]
+        manifest["plan"], manifest["files"], manifest["source"]["name"], manifest["source"]["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error!r}. Prune again") from error
     return manifest  # type: ignore[no-any-return]
@@ -201,19 +201,14 @@ def verification_text(
 
     config = structure.checkpoint.config
     text = config.get("text_config", config)
-    vocab_size, positions = text.get("vocab_size"), text.get("max_position_embeddings")
-    tokenizer = load_tokenizer(structure.checkpoint.path)
-    length = min(length, positions or length)
-    if not corpora and tokenizer is None:
-        tokens = np.random.default_rng(0).integers(0, vocab_size or 1000, size=(2 * sequences, length))
+    length = min(length, text.get("max_position_embeddings") or length)
+    if not corpora and load_tokenizer(structure.checkpoint.path) is None:
+        tokens = np.random.default_rng(0).integers(0, text["vocab_size"], size=(2 * sequences, length))
         return [
             make_corpus("random ids (no tokenizer)", tokens, np.ones_like(tokens, dtype=bool), {"source": "random ids"})
         ]
     sources: Sequence[tuple[str, str | None]] = corpora or [(name, None) for name in VERIFY_CORPORA]
-    loaded = [
-        load_corpus(name, path or None, tokenizer=tokenizer, length=length, vocab_size=vocab_size, max_length=positions)
-        for name, path in sources
-    ]
+    loaded = [load_corpus(name, path or None, structure=structure, length=length) for name, path in sources]
     return [corpus[:sequences] for corpus in loaded]
 
 

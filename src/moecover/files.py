@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,27 @@ def explained(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "; free some space or choose another folder" if error.errno == errno.ENOSPC else ""
-        raise MoecoverError(f"{doing}: {error.strerror or error}{remedy}. Nothing was left behind.") from error
+        file = f"{error.filename}: " if error.filename else ""
+        raise MoecoverError(f"{doing}: {file}{error.strerror or error}{remedy}. Nothing was left behind") from error
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A name next to ``path`` that nothing else has."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{ending}")
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make the folders above ``path``; those that were made go again when the block fails."""
+    missing = [p for p in path.parents if not p.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,10 +73,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         MoecoverError: the disk is full or the folder cannot be written.
 
     """
-    partial = path.with_name(path.name + PARTIAL)
-    with explained(f"writing {path}"):
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, a file is to be written there. Give a file name")
+    partial = _beside(path, PARTIAL)
+    with explained(f"writing {path}"), _parents(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
@@ -79,6 +101,8 @@ def check_output(path: Path, *, overwrite: bool, marker: str) -> None:
         InputError: the folder exists.
 
     """
+    if path.is_mount():
+        raise InputError(f"{path} is a mount point, which cannot be replaced as a whole. Choose a folder inside it")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
@@ -93,17 +117,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     What stood at ``path`` before is replaced; on any error or interrupt the unfinished folder is removed.
     """
-    partial, replaced = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".replaced")
-    with explained(f"writing {path}"):
-        shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = _beside(path, PARTIAL), _beside(path, ".replaced")
+    with explained(f"writing {path}"), _parents(path):
         try:
-            partial.mkdir(parents=True)
+            partial.mkdir()
             yield partial
             for file in partial.rglob("*"):
                 sync(file)
             sync(partial)
             if path.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
                 path.rename(replaced)
             partial.rename(path)
             sync(path.parent)
@@ -112,4 +134,5 @@ def new_folder(path: Path) -> Iterator[Path]:
                 replaced.rename(path)
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)

@@ -7,6 +7,7 @@ options give the same bytes.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,7 +90,7 @@ class Plan(BaseModel):
         value = self.model_dump(by_alias=True)
         layers = value.pop("layers")
         head = json.dumps(value, indent=1)[: -len("\n}")]
-        rows = ",\n".join(f"  {json.dumps(layer)}" for layer in layers)
+        rows = ",\n".join(f"  {json.dumps(layer, allow_nan=False)}" for layer in layers)
         return f'{head},\n "layers": [\n{rows}\n ]\n}}\n'
 
     def save(self, path: str | Path) -> Path:
@@ -223,12 +224,7 @@ def tb_coverage(
         saliency: name in `SALIENCIES`, computed on every corpus by itself.
         protect: share of ``keep`` that is protected, in [0, 1].
 
-    Raises:
-        InputError: ``protect`` out of range.
-
     """
-    if not 0 <= protect <= 1:
-        raise InputError(f"--protect {protect} is out of range: a share of the kept experts, from 0 to 1")
     utility = {corpus: SALIENCIES[saliency](s) for corpus, s in profile.statistics.items()}
     plans = []
     for layer, decoder_layer in enumerate(profile.topology.decoder_layers):
@@ -267,6 +263,25 @@ def random(profile: Profile, keep: int, *, seed: int = 0) -> list[LayerPlan]:
     ]
 
 
+def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's options with its defaults filled in.
+
+    Raises:
+        InputError: unknown method or saliency, an option that the method does not have, or one out of range.
+
+    """
+    parameters = inspect.signature(METHODS[method]).parameters
+    known = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if unknown := [name for name in options if name not in known]:
+        raise InputError(f"--{unknown[0]} is no option of method {method}. It has: {', '.join(f'--{k}' for k in known) or 'none'}")  # fmt: skip
+    complete = {**known, **options}
+    if "saliency" in complete:
+        SALIENCIES[complete["saliency"]]
+    if "protect" in complete and not 0 <= complete["protect"] <= 1:
+        raise InputError(f"--protect {complete['protect']} is out of range: a share of the kept experts, from 0 to 1")
+    return complete
+
+
 def plan(
     profile: Profile,
     *,
@@ -288,25 +303,14 @@ def plan(
         InputError: unknown method or saliency, an option that the method does not have, or a budget out of range.
 
     """
-    import inspect
-
-    function = METHODS[method]
-    parameters = inspect.signature(function).parameters
-    known = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    if unknown := [name for name in options if name not in known]:
-        raise InputError(
-            f"--{unknown[0]} is no option of method {method}. It has: {', '.join(f'--{k}' for k in known) or 'none'}"
-        )
+    complete = check_options(method, options)
     count = resolve_keep(profile.topology, keep=keep, retain=retain)
-    options = {**known, **options}
-    if "saliency" in options:
-        SALIENCIES[options["saliency"]]
     return Plan(
         schema=1,
         method=method,
-        options=options,
+        options=complete,
         keep=count,
-        layers=function(profile, count, **options),
+        layers=METHODS[method](profile, count, **complete),
         topology_fingerprint=profile.topology.fingerprint,
         model_fingerprint=profile.model["fingerprint"],
         profile_fingerprint=profile.fingerprint,

@@ -9,7 +9,9 @@ logits stay bit-equal to those of the plain pass.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.corpus import Corpus
-from moecover.errors import InputError
+from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.files import canonical_json, write_bytes
 from moecover.topology import Structure, Topology
 
@@ -106,11 +108,9 @@ class Profile:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of model, corpora and statistics; versions and the machine do not enter."""
-        import hashlib
-
-        digest = hashlib.sha256(canonical_json([self.model["fingerprint"], self.corpora]).encode())
-        for corpus, statistics in sorted(self.statistics.items()):
+        """Hash of model, corpora in their order, and statistics; versions and the machine do not enter."""
+        digest = hashlib.sha256(canonical_json([self.model["fingerprint"], list(self.corpora.items())]).encode())
+        for corpus, statistics in self.statistics.items():
             for name in STATISTICS:
                 digest.update(f"{corpus}/{name}".encode() + statistics[name].tobytes())
         return digest.hexdigest()
@@ -131,7 +131,7 @@ class Profile:
         }
         tensors = {f"{corpus}/{name}": values for corpus, s in self.statistics.items() for name, values in s.items()}
         path = Path(folder) / FILE
-        write_bytes(path, save(tensors, metadata={"moecover": json.dumps(about, sort_keys=True)}))
+        write_bytes(path, save(tensors, metadata={"moecover": json.dumps(about)}))
         return path
 
     @classmethod
@@ -157,8 +157,14 @@ class Profile:
         if not isinstance(about, dict) or about.get("schema") != SCHEMA:
             found = about.get("schema") if isinstance(about, dict) else None
             raise InputError(f"{path} has schema {found}, this version reads {SCHEMA}. Make it anew with `moecover profile`")  # fmt: skip
-        topology = Topology.from_json(about["topology"])
-        statistics: dict[str, Statistics] = {corpus: {} for corpus in about["corpora"]}
+        try:
+            topology = Topology.from_json(about["topology"])
+            statistics: dict[str, Statistics] = {corpus: {} for corpus in about["corpora"]}
+            about["model"]["fingerprint"], about["model"]["name"], about["settings"]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} is damaged: its metadata lacks {error}. Make it anew with `moecover profile`"
+            ) from error
         shape = (len(topology.decoder_layers), topology.num_experts)
         for corpus, values in statistics.items():
             for name in STATISTICS:
@@ -170,6 +176,26 @@ class Profile:
                     raise InputError(f"{path}: {corpus}/{name} holds negative or non-finite values. Make it anew with `moecover profile`")  # fmt: skip
                 values[name] = tensor
         return cls(topology, statistics, about["corpora"], about["model"], about["settings"])
+
+
+def check_device(dtype: str, device: str) -> str:
+    """The device that is meant, by name.
+
+    Raises:
+        InputError: unknown dtype, or a device that this machine does not have.
+
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise InputError(f"unknown --dtype {dtype!r}. Allowed: {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
@@ -184,17 +210,9 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
         InputError: unknown dtype or device, or tensors missing in the files.
 
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise InputError(f"unknown --dtype {dtype!r}. Allowed: {', '.join(DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+    device = check_device(dtype, device)
     name = structure.checkpoint.name
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -202,6 +220,8 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
             experts_implementation="grouped_mm", output_loading_info=True, local_files_only=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
@@ -232,107 +252,155 @@ def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Modu
     return tuple(found)
 
 
-class _Recorder:
-    """Accumulates the statistics of one MoE layer over batches."""
+class Recorder:
+    """Accumulates the statistics of all MoE layers over batches; see `recording`.
 
-    def __init__(self, decoder_layer: int, experts: int, device: torch.device) -> None:
+    During the pass each layer leaves little behind: one norm, one peak and one weight per (token, slot) pair, and its
+    logits. `end_batch` adds them up for all layers at once, expert ids counted on from layer to layer.
+    """
+
+    def __init__(self, topology: Topology, device: torch.device) -> None:
         import torch
 
-        self.decoder_layer, self.experts = decoder_layer, experts
-        self.sums = torch.zeros(len(SUMS) - 1, experts, dtype=torch.float64, device=device)
-        self.prob_sum = torch.zeros(experts, dtype=torch.float64, device=device)
-        self.count = torch.zeros(experts, dtype=torch.int64, device=device)
-        self.max_abs = torch.zeros(experts, dtype=torch.float32, device=device)
+        self.topology, self.device = topology, device
+        slots = len(topology.decoder_layers) * topology.num_experts
+        self.sums = torch.zeros(len(SUMS) - 1, slots, dtype=torch.float64, device=device)  # SUMS without prob_sum
+        self.prob_sum = torch.zeros(slots, dtype=torch.float64, device=device)
+        self.count = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.max_abs = torch.zeros(slots, dtype=torch.float32, device=device)
         self.num_tokens = 0
-        self.token_mask: torch.Tensor | None = None  # bool [token] of the batch; None: every token counts
-        self.routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        buffers: dict[int, torch.Tensor] = {}  # by width; shared, so that it stays in the cache
+        self.taps = [Tap(layer, buffers) for layer in topology.decoder_layers]
         self.probability: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def before_experts(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """Hook before the experts: hidden states [token, hidden], selected experts and weights [token, slot]."""
-        if self.routing is not None:
-            raise RuntimeError("the experts ran, but not through the kernel that is recorded")
-        hidden, index, weights = args
-        self.routing = (hidden, index, weights)
+    def end_batch(self, token_mask: torch.Tensor | None = None) -> None:
+        """Add what the layers left behind; ``token_mask`` is bool ``[token]``, None where every token counts.
 
-    def after_router(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        """Hook after the router: logits [token, expert], weights and selected experts [token, slot]."""
-        logits, weights, index = output
-        if self.probability is None:
-            self.probability = scoring_function(logits, weights, index)
-        probabilities = self.probability(logits)
-        if self.token_mask is not None:
-            probabilities = probabilities[self.token_mask]
-        self.prob_sum += probabilities.sum(0, dtype=self.prob_sum.dtype)
+        Raises:
+            InputError: a router's weights are not finite.
+            MoecoverError: a layer was not seen once.
 
-    def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Recorder in the slot after the experts: unweighted outputs [pair, hidden], pairs sorted by expert."""
+        """
         import torch
 
-        assert self.routing is not None
-        _, index, weights = self.routing
-        slots = index.shape[-1]
-        experts, order = torch.sort(index.reshape(-1))  # the same sort of the same values as the kernel's
-        norms, peaks = norms_and_peaks(outputs)
-        if not bool(torch.isfinite(peaks).all()):
-            self._explain_non_finite(experts, order, peaks)
-        weights = weights.double()
-        renormalised = (weights / weights.sum(-1, keepdim=True)).reshape(-1)[order]
-        used = weights.reshape(-1)[order]
-        norms = norms.double()
-        if self.token_mask is not None:
-            keep = self.token_mask[order // slots]
-            experts, used, renormalised, norms, peaks = (t[keep] for t in (experts, used, renormalised, norms, peaks))
+        if not all(len(tap.left) == 1 and tap.logits is not None for tap in self.taps):
+            raise MoecoverError(
+                "the pass did not run every MoE layer once through the kernel that is recorded: please report this"
+            )
+        experts, order, norms, peaks = (
+            torch.stack(part) for part in zip(*(tap.left[0] for tap in self.taps), strict=True)
+        )
+        weights = torch.stack([tap.weights for tap in self.taps]).double()  # [layer, token, slot]
+        logits = torch.stack([tap.logits for tap in self.taps if tap.logits is not None])  # [layer, token, expert]
+        total = weights.sum(-1, keepdim=True)
+        if not bool(torch.isfinite(total).all()):
+            bad = self.taps[int((~torch.isfinite(total)).flatten(1).any(1).nonzero()[0])].decoder_layer
+            raise InputError(f"decoder layer {bad}: the router's weights are not finite. Its tensors hold NaN or infinity, or the dtype overflows (try --dtype float32)")  # fmt: skip
+        if self.probability is None:
+            first = self.taps[0]
+            self.probability = scoring_function(logits[0, :64], weights[0, :64], first.index[:64])
+        probabilities = self.probability(logits)
+        if token_mask is not None:
+            probabilities = probabilities[:, token_mask]
+        self.prob_sum += probabilities.sum(
+            1
+        ).flatten()  # float32 within a batch (pairwise), float64 from batch to batch
+
+        offsets = torch.arange(len(self.taps), device=self.device)[:, None] * self.topology.num_experts
+        renormalised = (weights / (total + (total == 0))).flatten(1).gather(1, order)
+        used, norms = weights.flatten(1).gather(1, order), norms.double()
+        columns = (experts + offsets, used, renormalised, norms, peaks)
+        if token_mask is None:
+            slots, used, renormalised, norms, peaks = (c.flatten() for c in columns)
+        else:
+            keep = token_mask[order // weights.shape[-1]]
+            slots, used, renormalised, norms, peaks = (c[keep] for c in columns)
         weighted = used * norms
-        # In the order of SUMS, prob_sum left out.
-        rows = torch.stack([used, norms, weighted, weighted.square(), renormalised * norms])
-        self.sums.index_add_(1, experts, rows)
-        self.count += torch.bincount(experts, minlength=self.experts)
-        self.max_abs.scatter_reduce_(0, experts, peaks, "amax")
-        self.num_tokens += index.shape[0] if self.token_mask is None else int(self.token_mask.sum())
-        self.routing = None
+        self.sums.index_add_(1, slots, torch.stack([used, norms, weighted, weighted.square(), renormalised * norms]))
+        self.count += torch.bincount(slots, minlength=len(self.count))
+        self.max_abs.scatter_reduce_(0, slots, peaks, "amax")
+        self.num_tokens += weights.shape[1] if token_mask is None else int(token_mask.sum())
+        for tap in self.taps:
+            tap.clear()
+
+    def statistics(self) -> Statistics:
+        """What was added up, each ``[layer, expert]``."""
+        shape = (len(self.taps), self.topology.num_experts)
+        rows = dict(zip([name for name in SUMS if name != "prob_sum"], self.sums, strict=True))
+        tensors = {"count": self.count, **rows, "prob_sum": self.prob_sum, "max_abs": self.max_abs.double()}
+        values = {name: tensor.cpu().numpy().reshape(shape) for name, tensor in tensors.items()}
+        return {**values, "num_tokens": np.full(shape, self.num_tokens, dtype=np.int64)}
+
+
+class Tap:
+    """What one MoE layer leaves behind in a batch."""
+
+    def __init__(self, decoder_layer: int, buffers: dict[int, torch.Tensor]) -> None:
+        self.decoder_layer, self.buffers = decoder_layer, buffers
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the batch."""
+        self.left: list[tuple[torch.Tensor, ...]] = []  # experts, order, norms, peaks; each [pair], sorted by expert
+        self.hidden: torch.Tensor | None = None
+        self.logits: torch.Tensor | None = None
+
+    def before_experts(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Hook before the experts: hidden states ``[token, hidden]``, selected experts and weights ``[token, slot]``."""
+        self.hidden, self.index, self.weights = args
+
+    def after_router(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Hook after the router: logits ``[token, expert]`` come first in what it returns."""
+        self.logits = output[0]
+
+    def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Recorder in the slot after the experts: unweighted outputs ``[pair, hidden]``, pairs sorted by expert."""
+        import torch
+
+        experts, order = torch.sort(self.index.reshape(-1))  # the same sort of the same values as the kernel's
+        width = outputs.shape[-1]
+        if width not in self.buffers:
+            rows = 512 if outputs.device.type == "cpu" else 65536
+            self.buffers[width] = torch.empty(rows, width, dtype=torch.float32, device=outputs.device)
+        norms, peaks = norms_and_peaks(outputs, self.buffers[width])
+        if not math.isfinite(norms.sum().item()):
+            self._explain_non_finite(experts, order, peaks)
+        self.hidden = None
+        self.left.append((experts, order, norms, peaks))
         return outputs
 
     def _explain_non_finite(self, experts: torch.Tensor, order: torch.Tensor, peaks: torch.Tensor) -> None:
         import torch
 
-        assert self.routing is not None
-        hidden, index, _ = self.routing
+        assert self.hidden is not None
+        where = f"decoder layer {self.decoder_layer}"
+        remedy = "hold NaN or infinity, or the dtype overflows (try --dtype float32)"
         bad = ~torch.isfinite(peaks)
-        from_bad_input = bad & ~torch.isfinite(hidden).all(-1)[order // index.shape[-1]]
-        if bool(from_bad_input.any()):
-            raise InputError(f"decoder layer {self.decoder_layer}: the hidden states that enter the experts are not finite. The weights before it hold NaN or infinity, or the dtype overflows (try --dtype float32)")  # fmt: skip
+        if bool((bad & ~torch.isfinite(self.hidden).all(-1)[order // self.index.shape[-1]]).any()):
+            raise InputError(
+                f"{where}: the hidden states that enter the experts are not finite. The weights before it {remedy}"
+            )
         named = sorted(set(experts[bad].tolist()))
-        listed = ", ".join(map(str, named[:8]))
-        raise InputError(f"decoder layer {self.decoder_layer}, expert {listed}: the output is not finite. Its weights hold NaN or infinity, or the dtype overflows (try --dtype float32)")  # fmt: skip
-
-    def statistics(self) -> dict[str, NDArray[Any]]:
-        """Statistics of this layer, each of shape [expert]."""
-        names = [name for name in SUMS if name != "prob_sum"]
-        values = dict(zip(names, self.sums.cpu().numpy(), strict=True))
-        return {
-            **values,
-            "prob_sum": self.prob_sum.cpu().numpy(),
-            "count": self.count.cpu().numpy(),
-            "num_tokens": np.full(self.experts, self.num_tokens, dtype=np.int64),
-            "max_abs": self.max_abs.double().cpu().numpy(),
-        }
+        if named:
+            listed = ", ".join(map(str, named[:8]))
+            raise InputError(f"{where}, expert {listed}: the output is not finite. Its weights {remedy}")
+        raise InputError(f"{where}: the norms of the experts' outputs overflow float32. The weights before it {remedy}")
 
 
-def norms_and_peaks(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def norms_and_peaks(outputs: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Euclidean norm and largest absolute component of every row, float32 ``[row]``; ``outputs`` is ``[row, hidden]``.
 
-    In chunks that stay in the cache (on a GPU: large ones), each converted to float32 once. NaN and infinity show in the
-    peaks.
+    Row by row through ``buffer`` (float32 ``[chunk, hidden]``), which stays in the cache and is allocated once: on a CPU
+    this halves the cost of recording. NaN and infinity show in the peaks.
     """
     import torch
 
-    chunk = 1024 if outputs.device.type == "cpu" else 65536
     norms, peaks = torch.empty(2, len(outputs), dtype=torch.float32, device=outputs.device)
-    for start in range(0, len(outputs), chunk):
-        values = outputs[start : start + chunk].float()
-        norms[start : start + chunk] = torch.linalg.vector_norm(values, dim=-1)
-        peaks[start : start + chunk] = torch.maximum(values.amax(-1), -values.amin(-1))
+    for start in range(0, len(outputs), len(buffer)):
+        chunk = outputs[start : start + len(buffer)]
+        values = buffer[: len(chunk)].copy_(chunk).abs_()
+        torch.linalg.vector_norm(values, dim=-1, out=norms[start : start + len(chunk)])
+        torch.amax(values, -1, out=peaks[start : start + len(chunk)])
     return norms, peaks
 
 
@@ -358,39 +426,42 @@ def scoring_function(
     def sigmoid(x: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(x.float())
 
-    shares = weights.float() / weights.float().sum(-1, keepdim=True)
+    def shares(values: torch.Tensor) -> torch.Tensor:
+        # One slot has no proportions: there the weight itself is compared.
+        return values if values.shape[-1] == 1 else values / values.sum(-1, keepdim=True)
+
     for function in (softmax, sigmoid):
         selected = function(logits).gather(-1, index)
-        if torch.allclose(selected / selected.sum(-1, keepdim=True), shares, rtol=0.02, atol=1e-3):
+        if torch.allclose(shares(selected), shares(weights.float()), rtol=0.02, atol=1e-3):
             return function
     return softmax
 
 
 @contextlib.contextmanager
-def recording(model: torch.nn.Module, structure: Structure) -> Iterator[list[_Recorder]]:
+def recording(model: torch.nn.Module, structure: Structure) -> Iterator[Recorder]:
     """Record statistics of every MoE layer while the block runs forward passes; leaves the model as it was.
+
+    Call `Recorder.end_batch` after every pass.
 
     Raises:
         InputError: the experts of this family cannot be observed.
 
     """
-    recorders, handles, changed = [], [], []
-    device = next(model.parameters()).device
+    handles, changed = [], []
+    topology = structure.topology
+    recorder = Recorder(topology, next(model.parameters()).device)
     try:
-        for name, router, layer in zip(
-            structure.experts_modules, routers(model, structure), structure.topology.decoder_layers, strict=True
-        ):
+        for name, router, tap in zip(structure.experts_modules, routers(model, structure), recorder.taps, strict=True):
             experts: Any = model.get_submodule(name)
-            if getattr(experts, "has_post_expert_norm", None) is not False:
-                raise InputError(f"the experts of {structure.topology.family} (decoder layer {layer}) do not run through the library's common kernel: not supported yet")  # fmt: skip
-            recorder = _Recorder(layer, structure.topology.num_experts, device)
+            implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+            if getattr(experts, "has_post_expert_norm", None) is not False or implementation != "grouped_mm":
+                raise InputError(f"the experts of {topology.family} (decoder layer {tap.decoder_layer}) do not run through the library's grouped kernel (experts implementation {implementation}): load the model with `load_model`; where that changes nothing, the family is not supported yet")  # fmt: skip
             changed.append(experts)
             experts.has_post_expert_norm = True
-            experts.__dict__["post_expert_norm"] = recorder
-            handles.append(experts.register_forward_pre_hook(recorder.before_experts))
-            handles.append(router.register_forward_hook(recorder.after_router))
-            recorders.append(recorder)
-        yield recorders
+            experts.__dict__["post_expert_norm"] = tap
+            handles.append(experts.register_forward_pre_hook(tap.before_experts))
+            handles.append(router.register_forward_hook(tap.after_router))
+        yield recorder
     finally:
         for handle in handles:
             handle.remove()
@@ -441,15 +512,19 @@ def profile_corpus(
 
     device = next(model.parameters()).device
     backbone = getattr(model, str(model.base_model_prefix))  # the head is not needed for statistics
-    with torch.inference_mode(), recording(model, structure) as recorders:
+    with torch.inference_mode(), recording(model, structure) as recorder:
         for inputs in batches(corpus, batch_size):
             mask = inputs.get("attention_mask")
-            for recorder in recorders:
-                recorder.token_mask = None if mask is None else mask.bool().reshape(-1).to(device)
             backbone(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
+            recorder.end_batch(None if mask is None else mask.bool().flatten().to(device))
             advance(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
-    layers = [recorder.statistics() for recorder in recorders]
-    return {name: np.stack([layer[name] for layer in layers]) for name in STATISTICS}
+    statistics = {name: recorder.statistics()[name] for name in STATISTICS}
+    if (statistics["num_tokens"] != corpus.num_tokens).any():
+        raise MoecoverError(f"corpus {corpus.name} has {corpus.num_tokens} tokens, but the layers recorded {statistics['num_tokens'][:, 0].tolist()}: please report this")  # fmt: skip
+    if name := next((name for name, values in statistics.items() if not np.isfinite(values).all()), None):
+        layer = int(np.argwhere(~np.isfinite(statistics[name]))[0][0])
+        raise InputError(f"decoder layer {structure.topology.decoder_layers[layer]}: {name} is not finite on corpus {corpus.name}. The weights hold NaN or infinity, or the dtype overflows (try --dtype float32)")  # fmt: skip
+    return statistics
 
 
 def profile(
@@ -467,10 +542,10 @@ def profile(
     Args:
         structure: the checkpoint, from `read_structure`.
         corpora: from `load_corpus`; names must differ.
-        model: the live model if there is one already; else it is loaded.
+        model: the live model from `load_model` if there is one already; else it is loaded.
         batch_size: sequences per forward pass.
-        dtype: torch dtype by name, ``auto`` for the checkpoint's.
-        device: torch device by name, ``auto`` for a GPU where there is one.
+        dtype: of the model to be loaded, see `load_model`.
+        device: of the model to be loaded, see `load_model`.
         advance: called with the tokens of every finished batch.
 
     Raises:

@@ -12,7 +12,8 @@ quiet = False
 def say(line: str) -> None:
     """One line of log."""
     if not quiet:
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
+        with contextlib.suppress(BrokenPipeError):  # nobody reads the log: the job goes on
+            print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 @contextlib.contextmanager

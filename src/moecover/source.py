@@ -7,6 +7,7 @@ checkpoint runs. Names of files that the checkpoint itself gives (the index) are
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -102,8 +103,13 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
 
     """
     text = os.fspath(model)
-    folder = Path(text).expanduser()
+    try:
+        folder = Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"no folder {text}: {error}") from error
     if folder.is_dir():
+        if revision is not None:
+            raise InputError(f"--revision is for hub models, {text} is a folder")
         return open_folder(folder, name=text)
     if folder.exists():
         raise InputError(f"{text} is a file. Give the folder that holds config.json and the safetensors files")
@@ -169,6 +175,12 @@ def _plain_name(name: object, where: Path) -> str:
     return name
 
 
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not all(type(n) is int and n >= 0 for n in values):
+        raise ValueError(f"{values} are no sizes")
+    return tuple(values)
+
+
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str] | None]:
     """Entries and ``__metadata__`` of one safetensors file, checked against the size of the file.
 
@@ -186,7 +198,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str] | No
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", None)
-        rows = [(name, v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for name, v in header.items()]
+        rows = []
+        for name, v in header.items():
+            begin, end = _sizes(v["data_offsets"])
+            rows.append((name, str(v["dtype"]), _sizes(v["shape"]), begin, end))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} has no valid safetensors header: {error}") from error
     rows.sort(key=lambda row: (row[3], row[4]))
@@ -195,9 +210,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str] | No
         bits = DTYPE_BITS.get(dtype)
         if bits is None:
             raise InputError(f"{path}: tensor {name} has the unknown type {dtype}")
-        count = 1
-        for n in shape:
-            count *= n
+        count = math.prod(shape)
         if begin != position or (end - begin) * 8 != count * bits:
             raise InputError(f"{path}: tensor {name} has shape {list(shape)} of {dtype}, {count * bits // 8} bytes, but the header gives it bytes {begin} to {end}")  # fmt: skip
         position = end

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -115,14 +116,18 @@ class Structure:
 
     @functools.cached_property
     def expert_num_bytes(self) -> int:
-        """Bytes of one expert of one layer on disk, its router rows included (mean over experts and layers)."""
-        entries, experts = self.checkpoint.tensors, self.topology.num_experts
-        return sum(entries[name].num_bytes for name in self.tensors) // (experts * len(self.topology.decoder_layers))
+        """Bytes of one expert of one layer on disk, its router rows included (mean over the layers)."""
+        return self.expert_total_bytes // (self.topology.num_experts * len(self.topology.decoder_layers))
+
+    @functools.cached_property
+    def expert_total_bytes(self) -> int:
+        """Bytes of everything that depends on the experts: a multiple of their number."""
+        return sum(self.checkpoint.tensors[name].num_bytes for name in self.tensors)
 
     def num_bytes(self, keep: int) -> int:
         """Bytes of all tensors when ``keep`` experts per layer remain."""
-        removed = (self.topology.num_experts - keep) * len(self.topology.decoder_layers)
-        return self.checkpoint.num_bytes - removed * self.expert_num_bytes
+        removed = self.topology.num_experts - keep
+        return self.checkpoint.num_bytes - self.expert_total_bytes // self.topology.num_experts * removed
 
     @functools.cached_property
     def model_fingerprint(self) -> str:
@@ -176,7 +181,7 @@ def _build_on_meta(config: dict[str, Any], name: str) -> torch.nn.Module:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     if family not in CONFIG_MAPPING:
         raise InputError(f"{name}: architecture {family!r} is not known to transformers {transformers.__version__}, and code that comes with a checkpoint is not run")  # fmt: skip
     try:
@@ -243,6 +248,12 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
     if not modules:
         raise InputError(f"{name}: {config['model_type']!r} has no MoE layer in a form that is supported ({', '.join(sorted(PROVEN_FAMILIES))} and most others)")  # fmt: skip
     decoder_layers = tuple(_layer_number(module) for module in modules)
+    stray = next((key for key in axes if _layer_number(key) not in decoder_layers), None)
+    if stray or len(set(decoder_layers)) < len(decoder_layers):
+        what = f"{stray} depends on the experts but lies" if stray else "two groups of experts lie"
+        raise InputError(
+            f"{name}: {what} outside the one experts module of its layer: {config['model_type']!r} is not supported"
+        )
     text: Any = one.config.get_text_config()  # type: ignore[operator,union-attr]
     groups = _first(config, ("n_group", "num_expert_group"))
     if groups is not None and groups > 1:
@@ -304,9 +315,9 @@ def _classify(
                 raise InputError(f"{checkpoint.name}: tensor {key} belongs to experts that the model class does not have (a multi-token-prediction layer?): not supported")  # fmt: skip
             continue
         expected = tuple(parameters[target].shape)
-        filled[target] = filled.get(target, 0) + _count(entry.shape)
+        filled[target] = filled.get(target, 0) + math.prod(entry.shape)
         if target not in axes:
-            if _count(expected) != _count(entry.shape):
+            if math.prod(expected) != math.prod(entry.shape):
                 raise _wrong_shape(checkpoint, entry, expected)
             continue
         layer = layer_of[_layer_number(target)]
@@ -327,13 +338,6 @@ def _classify(
         if key not in filled and key in axes:
             raise InputError(f"{checkpoint.name}: nothing in the files fills {key} of shape {list(parameter.shape)}")
     return tensors
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def _wrong_shape(checkpoint: Checkpoint, entry: TensorEntry, expected: tuple[int, ...]) -> InputError:
@@ -402,7 +406,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> dict[str, Any]
     except InputError as error:
         return {**facts, "refused": [str(error)], "warnings": []}
     topology, experts = structure.topology, structure.topology.num_experts
-    keeps = {percent: max(topology.top_k, int(experts * percent / 100 + 0.5)) for percent in (25, 50, 75)}
+    keeps = {percent: int(experts * percent / 100 + 0.5) for percent in (25, 50, 75)}
     return {
         **facts,
         "family_proven": topology.family in PROVEN_FAMILIES,
@@ -413,9 +417,11 @@ def inspect(model: str | Path, *, revision: str | None = None) -> dict[str, Any]
         "shared_experts": _shared_experts(checkpoint.config),
         "hidden_size": topology.hidden_size,
         "expert_bytes": structure.expert_num_bytes,
-        "routed_bytes": structure.expert_num_bytes * experts * len(topology.decoder_layers),
+        "routed_bytes": structure.expert_total_bytes,
         "sizes": [
-            {"percent": percent, "keep": keep, "bytes": structure.num_bytes(keep)} for percent, keep in keeps.items()
+            {"percent": percent, "keep": keep, "bytes": structure.num_bytes(keep)}
+            for percent, keep in keeps.items()
+            if keep >= topology.top_k
         ],
         "refused": [],
         "warnings": list(structure.warnings),
