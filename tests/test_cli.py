@@ -390,3 +390,19 @@ def test_out_of_memory_is_one_line(
     monkeypatch.setattr(profiling, "profile_corpus", full)
     status, _, err = run(capsys, "profile", checkpoints("mixtral"), "--corpus", f"r={rows}", "-o", tmp_path / "p")
     assert (status, "not enough memory. Give a smaller --batch-size" in err) == (1, True)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_falls_into_a_destructor_is_not_lost(number: signal.Signals, status: int) -> None:
+    """Python drops exceptions that are raised in `__del__`; the signal is delivered again."""
+    code = (
+        "import os, signal, sys, time\nfrom moecover import __main__, cli\n"
+        "class Dying:\n    def __del__(self):\n"
+        f"        os.kill(os.getpid(), {int(number)}); [time.sleep(0.001) for _ in range(50)]\n"
+        "def verb(args):\n    Dying(); time.sleep(5); print('went on'); return {}, '', 0\n"
+        "cli.VERBS['ls'] = verb\nsys.argv = ['moecover', 'ls', 'methods']\nsys.exit(__main__.run())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert "went on" not in done.stdout
