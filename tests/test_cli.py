@@ -54,6 +54,9 @@ def test_the_verbs_in_order(checkpoints: Callable[..., Path], rows: Path, tmp_pa
     )
     assert status == 0
     assert "protected per layer: 2 by a, 1 by b" in out
+    before = (tmp_path / "plan.json").read_bytes()
+    run(capsys, "plan", tmp_path / "p", "--retain", 0.5, "--seed", 7, "-o", tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_bytes() == before  # nothing in this method is drawn by chance
     status, out, err = run(capsys, "prune", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
     assert (status, "6 of 12 experts" in out) == (0, True)
     assert "writing" in err

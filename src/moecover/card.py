@@ -28,7 +28,6 @@ def model_card(structure: Structure, plan: Plan, *, command: str, original_card:
         plan: what was kept.
         command: what made the checkpoint.
         original_card: card of the source; its licence is carried over.
-
     """
     topology, checkpoint = structure.topology, structure.checkpoint
     before, after = checkpoint.num_bytes, structure.num_bytes(plan.keep)

@@ -66,7 +66,6 @@ def piece(entry: TensorEntry, tensor: ExpertTensor | None, kept: list[int]) -> P
         entry: the tensor.
         tensor: how it depends on the experts, None when it does not.
         kept: ids of its layer's kept experts, ascending.
-
     """
     whole = ((entry.start, entry.end),)
     if tensor is None:
@@ -127,7 +126,6 @@ def write_shard(
 
     Raises:
         MoecoverError: the source ends early (it changed while it was read).
-
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     position = 0
@@ -204,7 +202,6 @@ def check_target(structure: Structure, output: str | Path, *, overwrite: bool = 
 
     Raises:
         InputError: see above.
-
     """
     # A link is followed: its target is what gets replaced, on the disk where it lies.
     path, folder = Path(output).expanduser().resolve(), structure.checkpoint.folder
@@ -247,7 +244,6 @@ def prune(
     Raises:
         InputError: the plan does not fit or the output exists.
         MoecoverError: the disk is full or a file cannot be read or written; nothing is left behind.
-
     """
     from moecover import __version__
 

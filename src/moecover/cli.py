@@ -258,8 +258,8 @@ def _method(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     method = args.method or DEFAULT_METHOD
     options = {k: v for k in ("saliency", "protect", "seed") if (v := getattr(args, k)) is not None}
-    if args.verb == "prune" and method != "random":
-        options.pop("seed", None)  # there it is first of all the seed of the sample of blocks
+    if method != "random":
+        options.pop("seed", None)  # the others choose nothing by chance; in one shot it is the seed of the sample
     check_options(method, options)
     return method, options
 

@@ -121,7 +121,6 @@ class Corpus:
         tokens: int64 ``[sequence, position]``.
         mask: bool ``[sequence, position]``, True where there is a token and False where there is padding.
         record: JSON-ready origin: source, sha256 of tokens and mask, sizes, seed, documents.
-
     """
 
     name: str
@@ -166,7 +165,6 @@ def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
 
     Raises:
         InputError: unknown name, name given twice, or a name that cannot stand in a tensor name.
-
     """
     sources: dict[str, str] = {}
     for argument in arguments:
@@ -264,7 +262,6 @@ def load_corpus(
 
     Raises:
         InputError: unknown name, unreadable file, no text, too few blocks, or ids out of range.
-
     """
     if path is None and name not in CORPORA:
         raise unknown_name("corpus", name, CORPORA)
@@ -413,7 +410,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     Raises:
         InputError: there is one, but it cannot be loaded.
-
     """
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((folder / n).is_file() for n in names):

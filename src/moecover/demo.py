@@ -159,7 +159,6 @@ def demo(output: Path) -> tuple[dict[str, Any], str]:
     Raises:
         InputError: the folder exists and holds something else.
         MoecoverError: the written checkpoint does not equal the masked original.
-
     """
     started = time.monotonic()
     output = Path(os.path.abspath(output))  # noqa: PTH100

@@ -45,7 +45,6 @@ def masked(model: torch.nn.Module, structure: Structure, plan: Plan) -> Iterator
 
     Raises:
         InputError: the plan does not fit the model.
-
     """
     import torch
 
@@ -99,7 +98,6 @@ def perplexity(
         corpus: held-out sequences.
         batch_size: sequences per forward pass.
         advance: called with the tokens of every finished batch.
-
     """
     import torch
 
@@ -163,7 +161,6 @@ def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises:
         InputError: there is none, or it is damaged.
-
     """
     path = checkpoint.path / MANIFEST
     if not path.is_file():
@@ -241,7 +238,6 @@ def verify(
 
     Raises:
         InputError: either checkpoint cannot be read, or they do not belong together.
-
     """
     original = read_structure(model, revision=revision)
     cut_checkpoint = open_checkpoint(pruned)

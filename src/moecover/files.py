@@ -71,7 +71,6 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     Raises:
         MoecoverError: the disk is full or the folder cannot be written.
-
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder, a file is to be written there. Give a file name")
@@ -99,7 +98,6 @@ def check_output(path: Path, *, overwrite: bool, marker: str) -> None:
 
     Raises:
         InputError: the folder exists.
-
     """
     if path.is_mount():
         raise InputError(f"{path} is a mount point, which cannot be replaced as a whole. Choose a folder inside it")

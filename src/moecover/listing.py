@@ -10,7 +10,6 @@ def listing(what: str) -> list[dict[str, str]]:
 
     Raises:
         InputError: something else.
-
     """
     if what == "corpora":
         from moecover.corpus import CORPORA, HubCorpus

@@ -38,7 +38,6 @@ class LayerPlan(BaseModel):
         protected: by corpus, the experts that it protected, in the order of its turns.
         filled: the other kept experts, best first.
         saliency: by corpus (``pooled`` for all as one), the saliency of every expert.
-
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -70,7 +69,6 @@ class Plan(BaseModel):
         model_fingerprint: the same with the routers' weights.
         profile_fingerprint: of the profile that it was made from.
         model: name of that model.
-
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
@@ -104,7 +102,6 @@ class Plan(BaseModel):
 
         Raises:
             InputError: not JSON, or not a plan; says where.
-
         """
         try:
             value = json.loads(text)
@@ -143,7 +140,6 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False)
 
     Raises:
         InputError: other layers, ids out of range, unequal counts, fewer than top-k, or made for another model.
-
     """
     topology, name = structure.topology, structure.checkpoint.name
     if plan.topology_fingerprint not in (None, topology.fingerprint):
@@ -195,7 +191,6 @@ def cover(utility: NDArray[np.float64], keep: int, protect: float) -> tuple[list
 
     Returns:
         The protected experts by corpus, in the order of the turns, and the filled ones, best first.
-
     """
     totals = utility.sum(axis=1, keepdims=True)
     scaled = np.divide(utility, totals, out=np.zeros_like(utility), where=totals > 0)
@@ -223,7 +218,6 @@ def tb_coverage(
         keep: experts to keep per layer.
         saliency: name in `SALIENCIES`, computed on every corpus by itself.
         protect: share of ``keep`` that is protected, in [0, 1].
-
     """
     utility = {corpus: SALIENCIES[saliency](s) for corpus, s in profile.statistics.items()}
     plans = []
@@ -268,7 +262,6 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         InputError: unknown method or saliency, an option that the method does not have, or one out of range.
-
     """
     parameters = inspect.signature(METHODS[method]).parameters
     known = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
@@ -301,7 +294,6 @@ def plan(
 
     Raises:
         InputError: unknown method or saliency, an option that the method does not have, or a budget out of range.
-
     """
     complete = check_options(method, options)
     count = resolve_keep(profile.topology, keep=keep, retain=retain)

@@ -67,7 +67,6 @@ class Profile:
         corpora: origin and hash of every corpus, a list of records for a profile that was added up.
         model: name, revision and fingerprint of the model.
         settings: how the pass was run, and the versions that ran it.
-
     """
 
     topology: Topology
@@ -81,7 +80,6 @@ class Profile:
 
         Raises:
             InputError: the profiles are of different models.
-
         """
         if not isinstance(other, Profile):
             return NotImplemented
@@ -140,7 +138,6 @@ class Profile:
 
         Raises:
             InputError: no profile there, another schema, or statistics that no pass can give.
-
         """
         from safetensors import SafetensorError, safe_open
 
@@ -183,7 +180,6 @@ def check_device(dtype: str, device: str) -> str:
 
     Raises:
         InputError: unknown dtype, or a device that this machine does not have.
-
     """
     import torch
 
@@ -208,7 +204,6 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
 
     Raises:
         InputError: unknown dtype or device, or tensors missing in the files.
-
     """
     from transformers import AutoModelForCausalLM
 
@@ -235,7 +230,6 @@ def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Modu
 
     Raises:
         InputError: no module or more than one fits a layer.
-
     """
     declared = []
     for module in model.modules():
@@ -279,7 +273,6 @@ class Recorder:
         Raises:
             InputError: a router's weights are not finite.
             MoecoverError: a layer was not seen once.
-
         """
         import torch
 
@@ -416,7 +409,6 @@ def scoring_function(
         logits: ``[token, expert]``.
         weights: ``[token, slot]``.
         index: selected experts ``[token, slot]``.
-
     """
     import torch
 
@@ -445,7 +437,6 @@ def recording(model: torch.nn.Module, structure: Structure) -> Iterator[Recorder
 
     Raises:
         InputError: the experts of this family cannot be observed.
-
     """
     handles, changed = [], []
     topology = structure.topology
@@ -506,7 +497,6 @@ def profile_corpus(
 
     Raises:
         InputError: an expert's output is not finite (names layer and expert), or the family cannot be observed.
-
     """
     import torch
 
@@ -550,7 +540,6 @@ def profile(
 
     Raises:
         InputError: names that repeat, or what `load_model` and `profile_corpus` raise.
-
     """
     import torch
     import transformers

@@ -56,7 +56,6 @@ class Checkpoint:
         tensors: every tensor by name, in the order of the shards and of their bytes.
         shard_metadata: the ``__metadata__`` of every shard by file name, in order.
         index: parsed index file, None for a checkpoint of one file.
-
     """
 
     folder: Path | None
@@ -78,7 +77,6 @@ class Checkpoint:
 
         Raises:
             InputError: only headers were fetched.
-
         """
         if self.folder is None:
             raise InputError(f"{self.name}: only its headers were fetched, this needs the files")
@@ -100,7 +98,6 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
 
     Raises:
         InputError: the folder or file is missing, truncated or malformed, or the hub does not have it.
-
     """
     text = os.fspath(model)
     try:
@@ -186,7 +183,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str] | No
 
     Raises:
         InputError: the file is truncated or malformed.
-
     """
     size = path.stat().st_size
     with path.open("rb") as file:

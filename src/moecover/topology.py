@@ -50,7 +50,6 @@ class Topology:
         top_k: slots per token.
         hidden_size: width of the residual stream.
         num_layers: decoder layers, dense ones included.
-
     """
 
     family: str
@@ -82,7 +81,6 @@ class ExpertTensor:
         expert: the one expert whose tensor this is; None when the tensor holds all experts along ``axis``.
         axis: axis of the experts; None for the tensor of one expert.
         routed: part of an expert's own weights (else: of the router).
-
     """
 
     layer: int
@@ -103,7 +101,6 @@ class Structure:
         experts_modules: dotted name of the experts module of every MoE layer.
         count_keys: paths of the expert-count keys in config.json.
         warnings: what the user should know before using the result.
-
     """
 
     checkpoint: Checkpoint
@@ -174,7 +171,6 @@ def _build_on_meta(config: dict[str, Any], name: str) -> torch.nn.Module:
 
     Raises:
         InputError: transformers does not know the architecture, or cannot build it.
-
     """
     import torch
     import transformers
@@ -229,7 +225,6 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
 
     Raises:
         InputError: no routed experts, an architecture that is unknown or does not fit, or tensors that do not match it.
-
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision=revision)
     config, name = checkpoint.config, checkpoint.name
@@ -362,7 +357,6 @@ def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None) 
 
     Raises:
         InputError: both or neither given, out of range, or fewer than the slots of a token.
-
     """
     experts, top_k = topology.num_experts, topology.top_k
     if (keep is None) == (retain is None):
@@ -392,7 +386,6 @@ def inspect(model: str | Path, *, revision: str | None = None) -> dict[str, Any]
     Returns:
         A JSON-ready dictionary: family, layers, experts, top-k, shared experts, sizes in bytes, and ``refused``: one
         line a reason for which `prune` would refuse, empty when it would not.
-
     """
     checkpoint = open_checkpoint(model, revision=revision, headers_only=True)
     facts: dict[str, Any] = {
