@@ -409,3 +409,28 @@ def test_a_signal_that_falls_into_a_destructor_is_not_lost(number: signal.Signal
     assert done.returncode == status
     assert "Traceback" not in done.stderr
     assert "went on" not in done.stdout
+
+
+def test_an_interrupt_inside_an_exec_still_ends_with_130(tmp_path: Path) -> None:
+    """Only `python -m` looks at the mark that such an interrupt leaves, so the test is a module."""
+    (tmp_path / "marked.py").write_text(
+        "import sys\nfrom moecover import __main__, cli\n"
+        "def verb(args):\n    exec('raise KeyboardInterrupt')\n"
+        "cli.VERBS['ls'] = verb\nsys.argv = ['moecover', 'ls', 'methods']\nsys.exit(__main__.run())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "marked"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 130
+    assert done.stderr == "moecover: interrupted, nothing half-written was left\n"
+
+
+def test_an_interrupt_is_held_back_and_then_raised() -> None:
+    from moecover.interrupts import held
+
+    steps = []
+    with pytest.raises(KeyboardInterrupt), held():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        steps.append("went on")
+    assert steps == ["went on"]

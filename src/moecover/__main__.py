@@ -35,6 +35,9 @@ def run() -> int:
         return 130
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done or cleaned up, only the interpreter has to end
+        # An interrupt inside an exec() of text (dataclasses and named tuples are made so) leaves a mark in CPython, by
+        # which the process would kill itself at exit although the interrupt was handled. The next exec() takes it away.
+        exec("")
         gc.freeze()
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from moecover.corpus import Corpus
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.files import canonical_json, write_bytes
+from moecover.interrupts import held
 from moecover.topology import Structure, Topology
 
 if TYPE_CHECKING:
@@ -181,7 +182,8 @@ def check_device(dtype: str, device: str) -> str:
     Raises:
         InputError: unknown dtype, or a device that this machine does not have.
     """
-    import torch
+    with held():
+        import torch
 
     if dtype not in DTYPES:
         raise InputError(f"unknown --dtype {dtype!r}. Allowed: {', '.join(DTYPES)}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.errors import InputError
 from moecover.files import canonical_json
+from moecover.interrupts import held
 from moecover.source import Checkpoint, TensorEntry, open_checkpoint
 
 if TYPE_CHECKING:
@@ -172,8 +173,9 @@ def _build_on_meta(config: dict[str, Any], name: str) -> torch.nn.Module:
     Raises:
         InputError: transformers does not know the architecture, or cannot build it.
     """
-    import torch
-    import transformers
+    with held():
+        import torch
+        import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
