@@ -7,6 +7,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from moecover.planning import LayerPlan, Plan, plan
 from moecover.profiling import Profile, profile
 from moecover.topology import Structure, read_structure
 from tests.tiny import FAMILIES, make_checkpoint
+
+# A gate that runs in the background inherits an ignored SIGINT and would pass it on to the processes that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(
