@@ -19,8 +19,10 @@ from pathlib import Path
 from moecover.corpus import Corpus, load_corpus
 from moecover.demo import LENGTH, shipped_model
 from moecover.evaluation import masked, perplexity
-from moecover.planning import Plan, keep_all, plan
-from moecover.profiling import load_model, profile
+from moecover.model import load_model
+from moecover.planning import plan
+from moecover.plans import Plan, keep_all
+from moecover.profiling import profile
 from moecover.saliency import SALIENCIES
 from moecover.topology import read_structure
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import VOCABULARY, make_model
-from moecover.profiling import load_model, recording
+from moecover.model import load_model
+from moecover.recording import recording
 from moecover.topology import read_structure
 
 

@@ -16,8 +16,10 @@ import pytest
 
 from moecover.checkpoint import prune
 from moecover.corpus import Corpus, make_corpus
-from moecover.planning import LayerPlan, Plan, plan
-from moecover.profiling import Profile, profile
+from moecover.planning import plan
+from moecover.plans import LayerPlan, Plan
+from moecover.profiles import Profile
+from moecover.profiling import profile
 from moecover.topology import Structure, read_structure
 from tests.tiny import FAMILIES, make_checkpoint
 

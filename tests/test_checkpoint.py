@@ -20,10 +20,11 @@ from moecover import checkpoint as checkpoint_module
 from moecover.checkpoint import edited_config, piece, prune
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation import verify
+from moecover.inspection import inspect
 from moecover.planning import plan
 from moecover.profiling import profile
 from moecover.source import TensorEntry, open_checkpoint, read_header
-from moecover.topology import ExpertTensor, expert_count_keys, inspect, read_structure
+from moecover.topology import ExpertTensor, expert_count_keys, read_structure
 from tests.conftest import hand_plan, random_corpus
 
 

@@ -17,7 +17,7 @@ import pytest
 import moecover
 from moecover.cli import main
 from moecover.demo import shipped_model
-from moecover.profiling import Profile
+from moecover.profiles import Profile
 from tests.conftest import write_rows
 
 
@@ -168,12 +168,12 @@ def test_bad_request_is_refused_before_the_model_is_loaded(
     checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     """Fail before the long job: none of these may reach the forward pass."""
-    from moecover import profiling
+    from moecover import model as model_module
 
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(profiling, "load_model", never)
+    monkeypatch.setattr(model_module, "load_model", never)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("x")
     model = checkpoints("qwen2_moe")

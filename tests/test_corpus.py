@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from moecover import corpus as corpus_module
-from moecover.corpus import CORPORA, load_corpus, load_tokenizer, parse_corpora
+from moecover.corpora import CORPORA, parse_corpora
+from moecover.corpus import load_corpus, load_tokenizer
 from moecover.errors import InputError
 from tests.conftest import SHARED, needs_shared, write_rows
 from tests.tiny import TEXT, make_tokenizer

@@ -16,9 +16,11 @@ from moecover.cli import main
 from moecover.corpus import load_corpus, load_tokenizer
 from moecover.demo import HELD_OUT, RUNS, markdown_table, rows_from_json, shipped_model
 from moecover.evaluation import masked, perplexity
-from moecover.planning import keep_all
-from moecover.profiling import load_model, profile
-from moecover.topology import inspect, read_structure
+from moecover.inspection import inspect
+from moecover.model import load_model
+from moecover.plans import keep_all
+from moecover.profiling import profile
+from moecover.topology import read_structure
 
 ROOT = Path(__file__).parents[1]
 

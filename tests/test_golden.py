@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from moecover.checkpoint import prune
 from moecover.evaluation import masked, verify
-from moecover.planning import Plan
-from moecover.profiling import load_model, routers
+from moecover.model import load_model, routers
+from moecover.plans import Plan
 from moecover.topology import read_structure
 from tests.conftest import hand_plan, random_corpus
 from tests.tiny import FAMILIES

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecover.errors import InputError
-from moecover.planning import METHODS, Plan, check_plan, cover, keep_all, plan, ranked
-from moecover.profiling import STATISTICS, Profile
+from moecover.planning import METHODS, cover, plan, ranked
+from moecover.plans import Plan, check_plan, keep_all, resolve_keep
+from moecover.profiles import STATISTICS, Profile
 from moecover.saliency import SALIENCIES
-from moecover.topology import Structure, Topology, resolve_keep
+from moecover.topology import Structure, Topology
 from tests.conftest import hand_plan
 
 # ------------------------------------------------------------------------------------------------------- saliencies

@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from moecover.corpus import load_corpus, make_corpus
 from moecover.errors import InputError
+from moecover.model import batches, load_model, routers
 from moecover.planning import plan
-from moecover.profiling import STATISTICS, Profile, batches, load_model, profile, recording, routers, scoring_function
+from moecover.profiles import STATISTICS, Profile
+from moecover.profiling import profile
+from moecover.recording import recording, scoring_function
 from moecover.topology import Structure, read_structure
 from tests.conftest import random_corpus, write_rows
 

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moecover.corpus import stdlib_documents
+from moecover.corpora import stdlib_documents
 
 END = "<|endoftext|>"
 LENGTH = 256

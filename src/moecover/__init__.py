@@ -23,20 +23,25 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from moecover.checkpoint import prune
-    from moecover.corpus import CORPORA, Corpus, load_corpus, load_tokenizer
+    from moecover.corpora import CORPORA
+    from moecover.corpus import Corpus, load_corpus, load_tokenizer
     from moecover.errors import InputError, MoecoverError
     from moecover.evaluation import masked, perplexity, verify
-    from moecover.planning import METHODS, Plan, plan
-    from moecover.profiling import Profile, load_model, profile
+    from moecover.inspection import inspect
+    from moecover.model import load_model
+    from moecover.planning import METHODS, plan
+    from moecover.plans import Plan
+    from moecover.profiles import Profile
+    from moecover.profiling import profile
     from moecover.saliency import SALIENCIES
     from moecover.source import open_checkpoint
-    from moecover.topology import PROVEN_FAMILIES, Structure, Topology, inspect, read_structure
+    from moecover.topology import PROVEN_FAMILIES, Structure, Topology, read_structure
 
 _MODULE_OF = {
-    "Corpus": "corpus", "CORPORA": "corpus", "load_corpus": "corpus", "load_tokenizer": "corpus",
+    "Corpus": "corpus", "CORPORA": "corpora", "load_corpus": "corpus", "load_tokenizer": "corpus",
     "open_checkpoint": "source", "Topology": "topology", "Structure": "topology", "read_structure": "topology",
-    "inspect": "topology", "PROVEN_FAMILIES": "topology", "Profile": "profiling", "load_model": "profiling",
-    "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "planning", "plan": "planning",
+    "inspect": "inspection", "PROVEN_FAMILIES": "topology", "Profile": "profiles", "load_model": "model",
+    "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "plans", "plan": "planning",
     "prune": "checkpoint", "masked": "evaluation", "perplexity": "evaluation", "verify": "evaluation",
     "MoecoverError": "errors", "InputError": "errors",
 }  # fmt: skip

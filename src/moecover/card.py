@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moecover.planning import Plan
+    from moecover.plans import Plan
     from moecover.topology import Structure
 
 

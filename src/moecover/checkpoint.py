@@ -22,7 +22,7 @@ from moecover.card import model_card
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation import MANIFEST
 from moecover.files import check_output, new_folder
-from moecover.planning import Plan, check_plan
+from moecover.plans import Plan, check_plan
 from moecover.source import INDEX, OTHER_WEIGHTS, Checkpoint, TensorEntry
 from moecover.topology import ExpertTensor, Structure, with_expert_count
 

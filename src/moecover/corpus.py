@@ -1,25 +1,21 @@
 """Stage 1, corpus: reads text or token ids by name or path, gives sequences of token ids with a mask and a hash.
 
-A named corpus is one row of `CORPORA`. A path is read by its ending: .txt, .jsonl, .jsonl.gz or .parquet. A row holds
-``text``, or ``input_ids`` (with an optional ``attention_mask``), which are taken as they are.
+`corpora` gives documents by name or path. A row of a file holds ``text``, or ``input_ids`` (with an optional
+``attention_mask``), which are taken as they are.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import json
-import sysconfig
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moecover.corpora import CORPORA, HubCorpus, file_rows
 from moecover.errors import InputError
 from moecover.registry import unknown_name
 
@@ -32,84 +28,6 @@ if TYPE_CHECKING:
 SEQUENCES, LENGTH = 128, 2048  # the calibration set of the field: 128 blocks of 2048 tokens
 PIECE_CHARS = 20_000  # longer documents are cut at line ends, so that a sample does not come from one book
 POOL = 4  # documents are tokenised until there are this many times the blocks wanted, then the sample is drawn
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-
-
-@dataclass(frozen=True)
-class HubCorpus:
-    """A text corpus on the hub at a pinned revision; ``streaming`` reads only the documents that are used."""
-
-    summary: str
-    path: str
-    config: str
-    split: str
-    revision: str
-    streaming: bool
-    licence: str
-    rows_are_lines: bool = False
-
-    def documents(self, seed: int) -> Iterator[str]:
-        from datasets import load_dataset
-
-        try:
-            data = load_dataset(
-                self.path, self.config, split=self.split, revision=self.revision, streaming=self.streaming
-            )
-            if self.streaming:
-                data = data.shuffle(seed=seed, buffer_size=10_000)
-            rows = (row["text"] for row in data)
-            if self.rows_are_lines:
-                yield "\n\n".join(rows)
-            else:
-                yield from rows
-        except Exception as error:  # the clients below raise many unrelated types
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(f"corpus {self.path} could not be read from the hub: {reason}. Give a local copy as NAME=PATH") from error  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ShippedCorpus:
-    """A corpus inside the package, the project's own text."""
-
-    summary: str
-    file: str
-    licence: str = "MIT, with this package"
-
-    def documents(self, seed: int) -> Iterator[str]:
-        del seed
-        with resources.as_file(resources.files("moecover") / "assets" / "corpora" / self.file) as path:
-            yield from (row["text"] for row in _jsonl_rows(path))
-
-
-@dataclass(frozen=True)
-class StdlibCorpus:
-    """Python source of the running interpreter's standard library; one module in eight is held out."""
-
-    summary: str
-    held_out: bool
-    licence: str = "PSF-2.0"
-
-    def documents(self, seed: int) -> Iterator[str]:
-        del seed
-        return stdlib_documents(held_out=self.held_out)
-
-
-CORPORA: dict[str, HubCorpus | ShippedCorpus | StdlibCorpus] = {
-    "wikitext2": HubCorpus(
-        "encyclopedic articles, train split", "Salesforce/wikitext", "wikitext-2-raw-v1", "train",
-        "b08601e04326c79dfdd32d625aee71d232d685c3", streaming=False, licence="CC BY-SA 3.0, GFDL", rows_are_lines=True,
-    ),
-    "c4": HubCorpus(
-        "cleaned web crawl, train split, streamed", "allenai/c4", "en", "train",
-        "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", streaming=True, licence="ODC-BY 1.0, Common Crawl terms",
-    ),
-    "encyclopedia": ShippedCorpus("articles written for this project, calibration part", "encyclopedia.jsonl"),
-    "encyclopedia-heldout": ShippedCorpus("the same, held-out part", "encyclopedia-heldout.jsonl"),
-    "web": ShippedCorpus("web pages written for this project, calibration part", "web.jsonl"),
-    "web-heldout": ShippedCorpus("the same, held-out part", "web-heldout.jsonl"),
-    "python": StdlibCorpus("source of the running interpreter's standard library", held_out=False),
-    "python-heldout": StdlibCorpus("the same, modules that the shipped model was not trained on", held_out=True),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,90 +65,6 @@ def make_corpus(name: str, tokens: NDArray[np.int64], mask: NDArray[np.bool_], o
     return Corpus(name, tokens, mask, {**origin, **sizes})
 
 
-def stdlib_documents(*, held_out: bool) -> Iterator[str]:
-    """Modules of the running interpreter's standard library, tests and vendored packages left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3", "ensurepip"}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        held = hashlib.sha256(relative.as_posix().encode()).digest()[0] % 8 == 0
-        if held == held_out and skipped.isdisjoint(relative.parts):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            if 200 < len(text) < 200_000:
-                yield text
-
-
-def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
-    """Names and sources from ``NAME`` and ``NAME=PATH`` arguments.
-
-    Raises:
-        InputError: unknown name, name given twice, or a name that cannot stand in a tensor name.
-    """
-    sources: dict[str, str] = {}
-    for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not name or ("/" in name and equals):
-            raise InputError(f"--corpus {argument}: give NAME=PATH for a file, or one of {', '.join(CORPORA)}")
-        if name in sources:
-            raise InputError(f"--corpus {name} is given twice. Corpora are kept apart by name: give each its own")
-        if equals and not path:
-            raise InputError(f"--corpus {argument}: no path after the equals sign")
-        if not equals and name not in CORPORA:
-            if name.endswith(SUFFIXES):
-                raise InputError(
-                    f"--corpus {name}: give the file a name, as --corpus {Path(name).name.partition('.')[0]}={name}"
-                )
-            raise unknown_name("corpus", name, CORPORA)
-        sources[name] = path
-    if not sources:
-        raise InputError(f"no corpus. Give at least one --corpus NAME or NAME=PATH; named ones: {', '.join(CORPORA)}")
-    for path in filter(None, sources.values()):
-        if not Path(path).is_file():
-            raise InputError(f"corpus file {path} does not exist")
-        if not path.endswith(SUFFIXES):
-            raise InputError(f"corpus file {path}: unknown ending. Allowed: {', '.join(SUFFIXES)}")
-    return sources
-
-
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict) or not ("text" in row or "input_ids" in row):
-                raise InputError(f"{path}, line {number}: a row must hold `text` or `input_ids`")
-            yield row
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.lib
-    import pyarrow.parquet as parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.lib.ArrowException as error:
-        raise InputError(f"corpus file {path} is no parquet file: {str(error).splitlines()[0]}") from error
-    wanted = [c for c in ("text", "input_ids", "attention_mask") if c in file.schema_arrow.names]
-    if "text" not in wanted and "input_ids" not in wanted:
-        raise InputError(f"{path}: columns {', '.join(file.schema_arrow.names)}; `text` or `input_ids` is needed")
-    for batch in file.iter_batches(columns=wanted):
-        yield from batch.to_pylist()
-
-
-def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        if path.suffix == ".txt":
-            yield {"text": path.read_text(encoding="utf-8")}
-        else:
-            yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"corpus file {path} could not be read: {error}") from error
-
-
 def load_corpus(
     name: str,
     path: str | Path | None = None,
@@ -266,8 +100,7 @@ def load_corpus(
     if path is None and name not in CORPORA:
         raise unknown_name("corpus", name, CORPORA)
     if structure is not None:
-        config = structure.checkpoint.config
-        text = config.get("text_config", config)
+        text = structure.checkpoint.text_config
         vocab_size, max_length = vocab_size or text.get("vocab_size"), max_length or text.get("max_position_embeddings")
     origin: dict[str, Any] = {"source": Path(path).name if path is not None else name, "seed": seed}
     streamed = False
@@ -277,7 +110,7 @@ def load_corpus(
             origin["source"], streamed = f"{row.path}@{row.revision}", row.streaming
         documents: Iterable[str] = row.documents(seed)
     else:
-        rows = _file_rows(Path(path))
+        rows = file_rows(Path(path))
         first = next(rows, None)
         if first is None:
             raise InputError(f"corpus {name}: {path} is empty")

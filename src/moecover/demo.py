@@ -24,8 +24,11 @@ from moecover.corpus import Corpus, load_corpus
 from moecover.errors import MoecoverError
 from moecover.evaluation import masked, perplexity, verify
 from moecover.files import check_output, new_folder, write_text
-from moecover.planning import Plan, keep_all, plan
-from moecover.profiling import Profile, load_model, profile
+from moecover.model import load_model
+from moecover.planning import plan
+from moecover.plans import Plan, keep_all
+from moecover.profiles import Profile
+from moecover.profiling import profile
 from moecover.topology import Structure, read_structure
 
 MODEL = "qwen2-moe-tiny"

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.corpus import Corpus, load_corpus, load_tokenizer, make_corpus
 from moecover.errors import InputError
-from moecover.planning import Plan, check_plan
-from moecover.profiling import batches, load_model, routers
+from moecover.model import batches, load_model, routers
+from moecover.plans import Plan, check_plan
 from moecover.source import Checkpoint, open_checkpoint
 from moecover.topology import Structure, read_structure
 
@@ -196,8 +196,7 @@ def verification_text(
     """
     import numpy as np
 
-    config = structure.checkpoint.config
-    text = config.get("text_config", config)
+    text = structure.checkpoint.text_config
     length = min(length, text.get("max_position_embeddings") or length)
     if not corpora and load_tokenizer(structure.checkpoint.path) is None:
         tokens = np.random.default_rng(0).integers(0, text["vocab_size"], size=(2 * sequences, length))

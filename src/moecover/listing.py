@@ -12,7 +12,7 @@ def listing(what: str) -> list[dict[str, str]]:
         InputError: something else.
     """
     if what == "corpora":
-        from moecover.corpus import CORPORA, HubCorpus
+        from moecover.corpora import CORPORA, HubCorpus
 
         return [
             {"name": name, "summary": row.summary, "source": (f"{row.path}, " if isinstance(row, HubCorpus) else "") + row.licence}

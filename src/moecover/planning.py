@@ -8,20 +8,16 @@ options give the same bytes.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moecover.errors import InputError
-from moecover.files import write_text
-from moecover.profiling import Profile
+from moecover.plans import LayerPlan, Plan, resolve_keep
+from moecover.profiles import Profile
 from moecover.registry import Registry
 from moecover.saliency import SALIENCIES
-from moecover.topology import Structure, Topology, resolve_keep
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,141 +25,6 @@ if TYPE_CHECKING:
 DEFAULT_METHOD, DEFAULT_SALIENCY, DEFAULT_PROTECT = "tb-coverage", "contribution", 0.5
 
 
-class LayerPlan(BaseModel):
-    """The kept experts of one MoE layer.
-
-    Attributes:
-        decoder_layer: index among all decoder layers, dense ones included.
-        kept: ids of the kept experts, ascending; their positions are the new ids.
-        protected: by corpus, the experts that it protected, in the order of its turns.
-        filled: the other kept experts, best first.
-        saliency: by corpus (``pooled`` for all as one), the saliency of every expert.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    decoder_layer: int
-    kept: list[int] = Field(min_length=1)
-    protected: dict[str, list[int]] = Field(default_factory=dict)
-    filled: list[int] = Field(default_factory=list)
-    saliency: dict[str, list[float]] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _kept_is_a_set(self) -> LayerPlan:
-        if len(set(self.kept)) < len(self.kept) or min(self.kept) < 0:
-            raise ValueError(f"decoder layer {self.decoder_layer}: `kept` must hold different ids from 0 on")
-        self.kept.sort()
-        return self
-
-
-class Plan(BaseModel):
-    """Which experts remain. Written by `plan`, or by hand: only ``keep`` and ``layers`` are needed then.
-
-    Attributes:
-        schema_version: 1 (``schema`` in the file).
-        method: name of the method.
-        options: its options, the saliency among them.
-        keep: experts kept in every layer.
-        layers: one entry for every MoE layer, in order.
-        topology_fingerprint: of the model that the plan was made for; None in a plan by hand.
-        model_fingerprint: the same with the routers' weights.
-        profile_fingerprint: of the profile that it was made from.
-        model: name of that model.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
-
-    schema_version: Literal[1] = Field(1, alias="schema")
-    method: str = "by hand"
-    options: dict[str, Any] = Field(default_factory=dict)
-    keep: int
-    layers: list[LayerPlan] = Field(min_length=1)
-    topology_fingerprint: str | None = None
-    model_fingerprint: str | None = None
-    profile_fingerprint: str | None = None
-    model: str | None = None
-
-    def to_json(self) -> str:
-        """The text of plan.json; the same plan gives the same bytes."""
-        value = self.model_dump(by_alias=True)
-        layers = value.pop("layers")
-        head = json.dumps(value, indent=1)[: -len("\n}")]
-        rows = ",\n".join(f"  {json.dumps(layer, allow_nan=False)}" for layer in layers)
-        return f'{head},\n "layers": [\n{rows}\n ]\n}}\n'
-
-    def save(self, path: str | Path) -> Path:
-        """Write plan.json; the file appears only when complete."""
-        write_text(Path(path), self.to_json())
-        return Path(path)
-
-    @classmethod
-    def from_json(cls, text: str, *, name: str = "the plan") -> Plan:
-        """Parse a plan.
-
-        Raises:
-            InputError: not JSON, or not a plan; says where.
-        """
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{name} is not JSON: {error}") from error
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{name} is no valid plan: {where + ': ' if where else ''}{first['msg']}") from error
-
-    @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """Read plan.json; see `from_json`."""
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"no plan {path}. Make one with `moecover plan`")
-        return cls.from_json(path.read_text(encoding="utf-8", errors="replace"), name=str(path))
-
-    def mask(self, num_experts: int) -> NDArray[np.bool_]:
-        """True where an expert is kept, ``[layer, expert]``."""
-        mask = np.zeros((len(self.layers), num_experts), dtype=bool)
-        for row, layer in zip(mask, self.layers, strict=True):
-            row[layer.kept] = True
-        return mask
-
-
-def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False) -> None:
-    """Refuse a plan that does not fit a model.
-
-    Args:
-        plan: by `plan` or by hand.
-        structure: the checkpoint to be cut.
-        other_weights: accept a plan that was made on other weights of the same shape (a fine-tuned sibling).
-
-    Raises:
-        InputError: other layers, ids out of range, unequal counts, fewer than top-k, or made for another model.
-    """
-    topology, name = structure.topology, structure.checkpoint.name
-    if plan.topology_fingerprint not in (None, topology.fingerprint):
-        raise InputError(f"the plan was made for another model ({plan.model}), not for {name}: their topologies differ. Make a profile and a plan of this one")  # fmt: skip
-    layers = tuple(layer.decoder_layer for layer in plan.layers)
-    if layers != topology.decoder_layers:
-        raise InputError(f"the plan has decoder layers {_short(layers)}, {name} has its MoE layers at {_short(topology.decoder_layers)}")  # fmt: skip
-    for layer in plan.layers:
-        where = f"the plan's decoder layer {layer.decoder_layer}"
-        if len(layer.kept) != plan.keep:
-            raise InputError(f"{where} keeps {len(layer.kept)} experts, `keep` is {plan.keep}. Every layer must keep the same number: stock loaders and servers read one")  # fmt: skip
-        if layer.kept[-1] >= topology.num_experts:
-            raise InputError(f"{where} keeps expert {layer.kept[-1]}. Allowed: 0 to {topology.num_experts - 1}")
-    resolve_keep(topology, keep=plan.keep, retain=None)
-    if not other_weights and plan.model_fingerprint not in (None, structure.model_fingerprint):
-        raise InputError(f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make a plan of this one, or give --other-weights if it is a sibling of that model")  # fmt: skip
-
-
-def _short(values: tuple[int, ...]) -> str:
-    text = ", ".join(map(str, values))
-    return text if len(text) < 60 else f"{text[:40]} ... ({len(values)} in all)"
-
-
-# ------------------------------------------------------------------------------------------------------------ methods
 Method = Callable[..., list[LayerPlan]]
 METHODS: Registry[Callable[..., Any]] = Registry("method")
 
@@ -308,10 +169,3 @@ def plan(
         profile_fingerprint=profile.fingerprint,
         model=profile.model["name"],
     )
-
-
-def keep_all(topology: Topology) -> Plan:
-    """The plan that removes nothing."""
-    experts = list(range(topology.num_experts))
-    layers = [LayerPlan(decoder_layer=d, kept=experts.copy()) for d in topology.decoder_layers]
-    return Plan(schema=1, method="keep all", keep=len(experts), layers=layers)

@@ -16,7 +16,7 @@ from moecover.registry import Registry
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from moecover.profiling import Statistics
+    from moecover.profiles import Statistics
 
     Saliency = Callable[[Statistics], NDArray[np.float64]]
 

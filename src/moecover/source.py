@@ -72,6 +72,12 @@ class Checkpoint:
         return sum(entry.num_bytes for entry in self.tensors.values())
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of config.json that describes the language model."""
+        text: dict[str, Any] = self.config.get("text_config", self.config)
+        return text
+
+    @property
     def path(self) -> Path:
         """The local folder.
 

@@ -36,7 +36,6 @@ PROVEN_FAMILIES = {
 }
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
-SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 FLOAT_TYPES = {"F16", "BF16", "F32", "F64"}
 
 
@@ -210,7 +209,8 @@ def _expert_axes(one: torch.nn.Module, two: torch.nn.Module, experts: int, name:
     return axes
 
 
-def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+def first_number(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    """The first whole number under one of the keys, in a raw config or its parts; None where there is none."""
     for _, part in _dicts(config):
         for key in keys:
             if isinstance(part.get(key), int):
@@ -252,7 +252,7 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
             f"{name}: {what} outside the one experts module of its layer: {config['model_type']!r} is not supported"
         )
     text: Any = one.config.get_text_config()  # type: ignore[operator,union-attr]
-    groups = _first(config, ("n_group", "num_expert_group"))
+    groups = first_number(config, ("n_group", "num_expert_group"))
     if groups is not None and groups > 1:
         raise InputError(f"{name}: routers limited to groups of experts ({groups} groups) are not supported yet")
     top_k = next((int(v) for k in TOP_K_KEYS if isinstance(v := getattr(text, k, None), int)), None)
@@ -352,80 +352,3 @@ def _check_experts_alike(checkpoint: Checkpoint, tensors: dict[str, ExpertTensor
         first = kinds.setdefault(kind, entry)
         if (entry.shape, entry.dtype) != (first.shape, first.dtype):
             raise InputError(f"{checkpoint.name}: tensor {key} in {entry.shard} has shape {list(entry.shape)} of {entry.dtype}, {first.name} has {list(first.shape)} of {first.dtype}")  # fmt: skip
-
-
-def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None) -> int:
-    """Experts kept per layer from exactly one of a count and a fraction (rounded to the nearest, halves up).
-
-    Raises:
-        InputError: both or neither given, out of range, or fewer than the slots of a token.
-    """
-    experts, top_k = topology.num_experts, topology.top_k
-    if (keep is None) == (retain is None):
-        raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
-    if retain is not None:
-        if not 0 < retain <= 1:
-            raise InputError(f"--retain {retain} is out of range: a fraction above 0 and at most 1 (0.5 keeps half)")
-        keep = int(retain * experts + 0.5)
-        given = f"--retain {retain} keeps {keep} of {experts} experts, which"
-    else:
-        given = f"--keep {keep}"
-    assert keep is not None
-    if keep > experts:
-        raise InputError(f"{given} is above the {experts} experts of a layer of {topology.family}. Allowed: {top_k} to {experts}")  # fmt: skip
-    if keep < top_k:
-        raise InputError(f"{given} leaves fewer experts than the router's top-k of {top_k}. Allowed: --keep {top_k} to {experts}")  # fmt: skip
-    return keep
-
-
-def inspect(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """Facts about a model's routed experts, from its configuration and headers only.
-
-    Args:
-        model: local folder or hub id (only config.json and the headers of the shards are fetched).
-        revision: branch, tag or commit of a hub model.
-
-    Returns:
-        A JSON-ready dictionary: family, layers, experts, top-k, shared experts, sizes in bytes, and ``refused``: one
-        line a reason for which `prune` would refuse, empty when it would not.
-    """
-    checkpoint = open_checkpoint(model, revision=revision, headers_only=True)
-    facts: dict[str, Any] = {
-        "model": checkpoint.name,
-        "family": checkpoint.config.get("model_type"),
-        "total_bytes": checkpoint.num_bytes,
-        "shards": len(checkpoint.shard_metadata),
-    }
-    try:
-        structure = read_structure(checkpoint)
-    except InputError as error:
-        return {**facts, "refused": [str(error)], "warnings": []}
-    topology, experts = structure.topology, structure.topology.num_experts
-    keeps = {percent: int(experts * percent / 100 + 0.5) for percent in (25, 50, 75)}
-    return {
-        **facts,
-        "family_proven": topology.family in PROVEN_FAMILIES,
-        "decoder_layers": topology.num_layers,
-        "moe_layers": list(topology.decoder_layers),
-        "experts": experts,
-        "top_k": topology.top_k,
-        "shared_experts": _shared_experts(checkpoint.config),
-        "hidden_size": topology.hidden_size,
-        "expert_bytes": structure.expert_num_bytes,
-        "routed_bytes": structure.expert_total_bytes,
-        "sizes": [
-            {"percent": percent, "keep": keep, "bytes": structure.num_bytes(keep)}
-            for percent, keep in keeps.items()
-            if keep >= topology.top_k
-        ],
-        "refused": [],
-        "warnings": list(structure.warnings),
-    }
-
-
-def _shared_experts(config: dict[str, Any]) -> int:
-    """Shared experts per layer: a count where the config has one, else 1 where it gives them a width."""
-    count = _first(config, SHARED_KEYS)
-    if count is not None:
-        return count
-    return 1 if (_first(config, ("shared_expert_intermediate_size", "shared_intermediate_size")) or 0) > 0 else 0

@@ -1,0 +1,108 @@
+"""The live model: reads a checkpoint, gives the model in memory, its routers, and inputs in batches.
+
+What the profile and the evaluation share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from moecover.corpus import Corpus
+from moecover.errors import InputError, is_out_of_memory
+from moecover.interrupts import held
+from moecover.topology import Structure
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # what the grouped kernel runs
+
+
+def check_device(dtype: str, device: str) -> str:
+    """The device that is meant, by name.
+
+    Raises:
+        InputError: unknown dtype, or a device that this machine does not have.
+    """
+    with held():
+        import torch
+
+    if dtype not in DTYPES:
+        raise InputError(f"unknown --dtype {dtype!r}. Allowed: {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
+    """The live model of a checkpoint, in evaluation mode, its experts run by the library's grouped kernel.
+
+    Args:
+        structure: the checkpoint.
+        dtype: a torch dtype by name; ``auto`` takes the checkpoint's.
+        device: a torch device by name; ``auto`` takes the first GPU, else the CPU.
+
+    Raises:
+        InputError: unknown dtype or device, or tensors missing in the files.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = check_device(dtype, device)
+    name = structure.checkpoint.name
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            structure.checkpoint.path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            experts_implementation="grouped_mm", output_loading_info=True, local_files_only=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again"
+        )
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Module, ...]:
+    """The router module of every MoE layer: the one of the class that the model itself declares.
+
+    Raises:
+        InputError: no module or more than one fits a layer.
+    """
+    declared = []
+    for module in model.modules():
+        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        declared += [getattr(r, "target_class", r) for r in (recorder if isinstance(recorder, list) else [recorder])]
+    classes = tuple({c for c in declared if isinstance(c, type)})
+    found = []
+    for layer, name in enumerate(structure.experts_modules):
+        block = model.get_submodule(name.rpartition(".")[0])
+        fitting = [m for m in block.modules() if isinstance(m, classes)] if classes else []
+        if len(fitting) != 1:
+            raise InputError(f"decoder layer {structure.topology.decoder_layers[layer]} of {structure.topology.family} has {len(fitting)} modules that route, one is needed: not supported")  # fmt: skip
+        found.append(fitting[0])
+    return tuple(found)
+
+
+def batches(corpus: Corpus, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Model inputs of a corpus, ``batch_size`` sequences at a time; mask and positions only where there is padding."""
+    import torch
+
+    for start in range(0, len(corpus.tokens), batch_size):
+        tokens = torch.from_numpy(corpus.tokens[start : start + batch_size])
+        mask = torch.from_numpy(corpus.mask[start : start + batch_size])
+        used = mask.any(0).nonzero()
+        first, last = int(used[0]), int(used[-1]) + 1
+        tokens, mask = tokens[:, first:last], mask[:, first:last]
+        if bool(mask.all()):
+            yield {"input_ids": tokens}
+        else:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            yield {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions}

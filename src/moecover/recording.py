@@ -1,0 +1,237 @@
+"""Recording: sees what the experts do in a forward pass, gives their statistics.
+
+The forward pass is the library's own. A hook on the experts module sees the selected experts and the routing weights
+that the model itself used; a tap in the slot between the experts' outputs and their weighting sees every output that
+the pass computes anyway. So no router is re-derived, only routed (token, expert) pairs are evaluated, and the logits
+stay bit-equal to those of the plain pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecover.errors import InputError, MoecoverError
+from moecover.model import routers
+from moecover.profiles import SUMS, Statistics
+from moecover.topology import Structure, Topology
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Recorder:
+    """Accumulates the statistics of all MoE layers over batches; see `recording`.
+
+    During the pass each layer leaves little behind: one norm, one peak and one weight per (token, slot) pair, and its
+    logits. `end_batch` adds them up for all layers at once, expert ids counted on from layer to layer.
+    """
+
+    def __init__(self, topology: Topology, device: torch.device) -> None:
+        import torch
+
+        self.topology, self.device = topology, device
+        slots = len(topology.decoder_layers) * topology.num_experts
+        self.sums = torch.zeros(len(SUMS) - 1, slots, dtype=torch.float64, device=device)  # SUMS without prob_sum
+        self.prob_sum = torch.zeros(slots, dtype=torch.float64, device=device)
+        self.count = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.max_abs = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.num_tokens = 0
+        buffers: dict[int, torch.Tensor] = {}  # by width; shared, so that it stays in the cache
+        self.taps = [Tap(layer, buffers) for layer in topology.decoder_layers]
+        self.probability: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def end_batch(self, token_mask: torch.Tensor | None = None) -> None:
+        """Add what the layers left behind; ``token_mask`` is bool ``[token]``, None where every token counts.
+
+        Raises:
+            InputError: a router's weights are not finite.
+            MoecoverError: a layer was not seen once.
+        """
+        import torch
+
+        if not all(len(tap.left) == 1 and tap.logits is not None for tap in self.taps):
+            raise MoecoverError(
+                "the pass did not run every MoE layer once through the kernel that is recorded: please report this"
+            )
+        experts, order, norms, peaks = (
+            torch.stack(part) for part in zip(*(tap.left[0] for tap in self.taps), strict=True)
+        )
+        weights = torch.stack([tap.weights for tap in self.taps]).double()  # [layer, token, slot]
+        logits = torch.stack([tap.logits for tap in self.taps if tap.logits is not None])  # [layer, token, expert]
+        total = weights.sum(-1, keepdim=True)
+        if not bool(torch.isfinite(total).all()):
+            bad = self.taps[int((~torch.isfinite(total)).flatten(1).any(1).nonzero()[0])].decoder_layer
+            raise InputError(f"decoder layer {bad}: the router's weights are not finite. Its tensors hold NaN or infinity, or the dtype overflows (try --dtype float32)")  # fmt: skip
+        if self.probability is None:
+            first = self.taps[0]
+            self.probability = scoring_function(logits[0, :64], weights[0, :64], first.index[:64])
+        probabilities = self.probability(logits)
+        if token_mask is not None:
+            probabilities = probabilities[:, token_mask]
+        self.prob_sum += probabilities.sum(1, dtype=self.prob_sum.dtype).flatten()
+
+        offsets = torch.arange(len(self.taps), device=self.device)[:, None] * self.topology.num_experts
+        renormalised = (weights / (total + (total == 0))).flatten(1).gather(1, order)
+        used, norms = weights.flatten(1).gather(1, order), norms.double()
+        columns = (experts + offsets, used, renormalised, norms, peaks)
+        if token_mask is None:
+            slots, used, renormalised, norms, peaks = (c.flatten() for c in columns)
+        else:
+            keep = token_mask[order // weights.shape[-1]]
+            slots, used, renormalised, norms, peaks = (c[keep] for c in columns)
+        weighted = used * norms
+        self.sums.index_add_(1, slots, torch.stack([used, norms, weighted, weighted.square(), renormalised * norms]))
+        self.count += torch.bincount(slots, minlength=len(self.count))
+        self.max_abs.scatter_reduce_(0, slots, peaks, "amax")
+        self.num_tokens += weights.shape[1] if token_mask is None else int(token_mask.sum())
+        for tap in self.taps:
+            tap.clear()
+
+    def statistics(self) -> Statistics:
+        """What was added up, each ``[layer, expert]``."""
+        shape = (len(self.taps), self.topology.num_experts)
+        rows = dict(zip([name for name in SUMS if name != "prob_sum"], self.sums, strict=True))
+        tensors = {"count": self.count, **rows, "prob_sum": self.prob_sum, "max_abs": self.max_abs.double()}
+        values = {name: tensor.cpu().numpy().reshape(shape) for name, tensor in tensors.items()}
+        return {**values, "num_tokens": np.full(shape, self.num_tokens, dtype=np.int64)}
+
+
+class Tap:
+    """What one MoE layer leaves behind in a batch."""
+
+    def __init__(self, decoder_layer: int, buffers: dict[int, torch.Tensor]) -> None:
+        self.decoder_layer, self.buffers = decoder_layer, buffers
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the batch."""
+        self.left: list[tuple[torch.Tensor, ...]] = []  # experts, order, norms, peaks; each [pair], sorted by expert
+        self.hidden: torch.Tensor | None = None
+        self.logits: torch.Tensor | None = None
+
+    def before_experts(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Hook before the experts: hidden states ``[token, hidden]``, selected experts and weights ``[token, slot]``."""
+        self.hidden, self.index, self.weights = args
+
+    def after_router(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Hook after the router: logits ``[token, expert]`` come first in what it returns."""
+        self.logits = output[0]
+
+    def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Recorder in the slot after the experts: unweighted outputs ``[pair, hidden]``, pairs sorted by expert."""
+        import torch
+
+        experts, order = torch.sort(self.index.reshape(-1))  # the same sort of the same values as the kernel's
+        width = outputs.shape[-1]
+        if width not in self.buffers:
+            rows = 512 if outputs.device.type == "cpu" else 65536
+            self.buffers[width] = torch.empty(rows, width, dtype=torch.float32, device=outputs.device)
+        norms, peaks = norms_and_peaks(outputs, self.buffers[width])
+        if not math.isfinite(norms.sum().item()):
+            self._explain_non_finite(experts, order, peaks)
+        self.hidden = None
+        self.left.append((experts, order, norms, peaks))
+        return outputs
+
+    def _explain_non_finite(self, experts: torch.Tensor, order: torch.Tensor, peaks: torch.Tensor) -> None:
+        import torch
+
+        assert self.hidden is not None
+        where = f"decoder layer {self.decoder_layer}"
+        remedy = "hold NaN or infinity, or the dtype overflows (try --dtype float32)"
+        bad = ~torch.isfinite(peaks)
+        if bool((bad & ~torch.isfinite(self.hidden).all(-1)[order // self.index.shape[-1]]).any()):
+            raise InputError(
+                f"{where}: the hidden states that enter the experts are not finite. The weights before it {remedy}"
+            )
+        named = sorted(set(experts[bad].tolist()))
+        if named:
+            listed = ", ".join(map(str, named[:8]))
+            raise InputError(f"{where}, expert {listed}: the output is not finite. Its weights {remedy}")
+        raise InputError(f"{where}: the norms of the experts' outputs overflow float32. The weights before it {remedy}")
+
+
+def norms_and_peaks(outputs: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Euclidean norm and largest absolute component of every row, float32 ``[row]``; ``outputs`` is ``[row, hidden]``.
+
+    Row by row through ``buffer`` (float32 ``[chunk, hidden]``), which stays in the cache and is allocated once: on a CPU
+    this halves the cost of recording. NaN and infinity show in the peaks.
+    """
+    import torch
+
+    norms, peaks = torch.empty(2, len(outputs), dtype=torch.float32, device=outputs.device)
+    for start in range(0, len(outputs), len(buffer)):
+        chunk = outputs[start : start + len(buffer)]
+        values = buffer[: len(chunk)].copy_(chunk).abs_()
+        torch.linalg.vector_norm(values, dim=-1, out=norms[start : start + len(chunk)])
+        torch.amax(values, -1, out=peaks[start : start + len(chunk)])
+    return norms, peaks
+
+
+def scoring_function(
+    logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function from logits to probabilities that a router applies, recognised from one output.
+
+    The weights of a token's slots are proportional to the probabilities of the selected experts, whatever the router
+    normalises or scales afterwards. Softmax is taken where nothing fits (a router that multiplies by something else).
+
+    Args:
+        logits: ``[token, expert]``.
+        weights: ``[token, slot]``.
+        index: selected experts ``[token, slot]``.
+    """
+    import torch
+
+    def softmax(x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x, -1, dtype=torch.float32)
+
+    def sigmoid(x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(x.float())
+
+    def shares(values: torch.Tensor) -> torch.Tensor:
+        # One slot has no proportions: there the weight itself is compared.
+        return values if values.shape[-1] == 1 else values / values.sum(-1, keepdim=True)
+
+    for function in (softmax, sigmoid):
+        selected = function(logits).gather(-1, index)
+        if torch.allclose(shares(selected), shares(weights.float()), rtol=0.02, atol=1e-3):
+            return function
+    return softmax
+
+
+@contextlib.contextmanager
+def recording(model: torch.nn.Module, structure: Structure) -> Iterator[Recorder]:
+    """Record statistics of every MoE layer while the block runs forward passes; leaves the model as it was.
+
+    Call `Recorder.end_batch` after every pass.
+
+    Raises:
+        InputError: the experts of this family cannot be observed.
+    """
+    handles, changed = [], []
+    topology = structure.topology
+    recorder = Recorder(topology, next(model.parameters()).device)
+    try:
+        for name, router, tap in zip(structure.experts_modules, routers(model, structure), recorder.taps, strict=True):
+            experts: Any = model.get_submodule(name)
+            implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+            if getattr(experts, "has_post_expert_norm", None) is not False or implementation != "grouped_mm":
+                raise InputError(f"the experts of {topology.family} (decoder layer {tap.decoder_layer}) do not run through the library's grouped kernel (experts implementation {implementation}): load the model with `load_model`; where that changes nothing, the family is not supported yet")  # fmt: skip
+            changed.append(experts)
+            experts.has_post_expert_norm = True
+            experts.__dict__["post_expert_norm"] = tap
+            handles.append(experts.register_forward_pre_hook(tap.before_experts))
+            handles.append(router.register_forward_hook(tap.after_router))
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+        for experts in changed:
+            experts.has_post_expert_norm = False
+            experts.__dict__.pop("post_expert_norm", None)

@@ -1,0 +1,287 @@
+"""What each verb does: reads the parsed arguments, gives the result, the text to print and the exit status.
+
+The work itself is in the stage's module; here are the checks that come before it, the log, and the words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from moecover import progress
+from moecover.errors import InputError
+
+
+def _inspect(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.inspection import inspect
+
+    facts = inspect(args.model, revision=args.revision)
+    lines = [f"{'model':18}{facts['model']}", f"{'family':18}{facts['family']}"]
+    if "experts" in facts:
+        shared = f", {facts['shared_experts']} shared" if facts["shared_experts"] else ""
+        share = facts["routed_bytes"] / facts["total_bytes"]
+        lines += [
+            f"{'MoE layers':18}{len(facts['moe_layers'])} of {facts['decoder_layers']} decoder layers",
+            f"{'experts':18}{facts['experts']} per layer, top-{facts['top_k']}{shared}",
+            f"{'one expert':18}{_size(facts['expert_bytes'])}; all routed experts {_size(facts['routed_bytes'])}, {share:.0%} of the model",
+            f"{'size now':18}{_size(facts['total_bytes'])} in {facts['shards']} file{'s' if facts['shards'] != 1 else ''}",
+            *(
+                f"{'retain ' + str(s['percent']) + ' %':18}{_size(s['bytes'])}, keep {s['keep']}"
+                for s in facts["sizes"]
+            ),
+        ]
+    else:
+        lines.append(f"{'size now':18}{_size(facts['total_bytes'])}")
+    lines += [f"{'note':18}{warning}" for warning in facts["warnings"]]
+    lines += [f"{'refused':18}{reason}" for reason in facts["refused"]] or [f"{'refused':18}nothing, it can be pruned"]
+    return facts, "\n".join(lines), 1 if facts["refused"] else 0
+
+
+def _check_pass(args: argparse.Namespace) -> None:
+    """Refuse what is wrong with the corpora or the pass, before anything is fetched or read."""
+    from moecover.corpora import parse_corpora
+    from moecover.model import check_device
+
+    parse_corpora(args.corpus)
+    for name in ("sequences", "length", "batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range: 1 or more")
+    check_device(args.dtype or "auto", args.device or "auto")
+
+
+def _check_profile_folder(folder: Path, *, overwrite: bool) -> None:
+    from moecover.profiles import FILE
+
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, a folder is to be written there")
+    if (folder / FILE).exists() and not overwrite:
+        raise InputError(f"{folder / FILE} exists. Choose another folder, or give --overwrite")
+
+
+def _load_corpora(args: argparse.Namespace, structure: Any) -> list[Any]:
+    from moecover.corpora import parse_corpora
+    from moecover.corpus import SEQUENCES, load_corpus
+
+    corpora = []
+    for name, path in parse_corpora(args.corpus).items():
+        with progress.spinner(f"reading corpus {name}"):
+            corpus = load_corpus(
+                name,
+                path or None,
+                structure=structure,
+                sequences=args.sequences,
+                length=args.length,
+                seed=args.seed or 0,
+            )
+        record = corpus.record
+        if "length" in record and args.sequences is None and record["sequences"] < SEQUENCES:
+            progress.say(f"corpus {name}: only {record['blocks_available']} blocks of {record['length']} tokens are there, {SEQUENCES} are usual")  # fmt: skip
+        corpora.append(corpus)
+    return corpora
+
+
+def _make_profile(args: argparse.Namespace, structure: Any) -> Any:
+    from moecover.model import load_model
+    from moecover.profiling import profile
+
+    corpora = _load_corpora(args, structure)
+    with progress.spinner(f"loading {args.model}"):
+        model = load_model(structure, dtype=args.dtype or "auto", device=args.device or "auto")
+    with progress.bar("profiling", sum(c.num_tokens for c in corpora)) as advance:
+        return profile(structure, corpora, model=model, batch_size=args.batch_size or 4, advance=advance)
+
+
+def _headers(args: argparse.Namespace) -> Any:
+    """The model's structure; of a hub model from its headers alone, so that a refusal comes before the download."""
+    from moecover.source import open_checkpoint
+    from moecover.topology import read_structure
+
+    with progress.spinner(f"reading {args.model}"):
+        structure = read_structure(open_checkpoint(args.model, revision=args.revision, headers_only=True))
+    for warning in structure.warnings:
+        progress.say(f"note: {warning}")
+    return structure
+
+
+def _files(args: argparse.Namespace, structure: Any) -> Any:
+    """The structure with its files on this machine, fetched if they are not."""
+    from moecover.topology import read_structure
+
+    if structure.checkpoint.folder is not None:
+        return structure
+    progress.say(f"fetching {args.model}, {_size(structure.checkpoint.num_bytes)}")
+    return read_structure(args.model, revision=args.revision)
+
+
+def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
+    _check_pass(args)
+    _check_profile_folder(args.output, overwrite=args.overwrite)
+    profile = _make_profile(args, _files(args, _headers(args)))
+    path = profile.save(args.output)
+    shape = [len(profile.topology.decoder_layers), profile.topology.num_experts]
+    tokens = {name: records[0]["tokens"] for name, records in profile.corpora.items()}
+    lines = [f"{path}: statistics of {shape[0]} layers x {shape[1]} experts"]
+    lines += [f"  {name}: {count:,} tokens" for name, count in tokens.items()]
+    lines.append(f"next: moecover plan {shlex.quote(str(args.output))} --retain 0.5 -o plan.json")
+    result = {"profile": str(path), "shape": shape, "tokens": tokens, "fingerprint": profile.fingerprint}
+    return result, "\n".join(lines), 0
+
+
+def _method(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Method and options as given, checked."""
+    from moecover.planning import DEFAULT_METHOD, check_options
+
+    method = args.method or DEFAULT_METHOD
+    options = {k: v for k in ("saliency", "protect", "seed") if (v := getattr(args, k)) is not None}
+    if method != "random":
+        options.pop("seed", None)  # the others choose nothing by chance; in one shot it is the seed of the sample
+    check_options(method, options)
+    return method, options
+
+
+def _plan(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.planning import plan
+    from moecover.profiles import Profile
+
+    method, options = _method(args)
+    profile = Profile.load(args.profile)
+    made = plan(profile, method=method, keep=args.keep, retain=args.retain, **options)
+    made.save(args.output)
+    experts = profile.topology.num_experts
+    text = f"{args.output}: {made.method} keeps {made.keep} of {experts} experts in {len(made.layers)} layers"
+    if any(layer.protected for layer in made.layers):
+        counts = {c: len(ids) for c, ids in made.layers[0].protected.items()}
+        text += "; protected per layer: " + ", ".join(f"{n} by {c}" for c, n in counts.items())
+    result = {
+        "plan": str(args.output),
+        "method": made.method,
+        "options": made.options,
+        "keep": made.keep,
+        "experts": experts,
+    }
+    return result, text, 0
+
+
+ONE_SHOT = (
+    "corpus", "keep", "retain", "method", "saliency", "protect", "sequences", "length", "batch_size", "seed", "dtype",
+    "device", "save_profile",
+)  # fmt: skip
+
+
+def _check_prune(args: argparse.Namespace) -> None:
+    """Refuse a request that contradicts itself."""
+    if args.plan is None:
+        if not args.corpus:
+            raise InputError("give --plan PLAN, or --corpus with --keep or --retain for one shot")
+        if (args.keep is None) == (args.retain is None):
+            raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
+        return
+    given = [name for name in ONE_SHOT if getattr(args, name) not in (None, [])]
+    if given:
+        raise InputError(f"--plan and --{given[0].replace('_', '-')} do not go together: the plan says what is kept")
+
+
+def _check_saved_profile(args: argparse.Namespace) -> None:
+    _check_profile_folder(args.save_profile, overwrite=args.overwrite)
+    folder = args.save_profile.resolve()
+    for other in (args.output.resolve(), Path(args.model).resolve()):
+        if folder == other or other in folder.parents:
+            raise InputError(f"--save-profile {args.save_profile} lies in {other}. Choose another folder")
+
+
+def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.checkpoint import check_target, prune
+    from moecover.planning import plan
+    from moecover.plans import Plan, resolve_keep
+
+    _check_prune(args)
+    chosen = None
+    if args.plan is not None:
+        chosen = Plan.load(args.plan)
+    else:
+        _check_pass(args)
+        method, options = _method(args)
+        if args.save_profile:
+            _check_saved_profile(args)
+    structure = _headers(args)
+    if chosen is None:
+        resolve_keep(structure.topology, keep=args.keep, retain=args.retain)
+    check_target(structure, args.output, overwrite=args.overwrite)
+    structure = _files(args, structure)
+    if chosen is None:
+        profile = _make_profile(args, structure)
+        if args.save_profile:
+            profile.save(args.save_profile)
+        chosen = plan(profile, method=method, keep=args.keep, retain=args.retain, **options)
+    before, after = structure.checkpoint.num_bytes, structure.num_bytes(chosen.keep)
+    with progress.bar("writing", after, unit="bytes") as advance:
+        out = prune(
+            structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights,
+            command=shlex.join(["moecover", *args.argv]), advance=advance,
+        )  # fmt: skip
+    experts = structure.topology.num_experts
+    revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""
+    text = (
+        f"{args.output}: {chosen.keep} of {experts} experts per layer, {_size(before)} -> {_size(after)} ({after / before:.0%})\n"
+        f"next: moecover verify {shlex.quote(args.model)} {shlex.quote(str(args.output))}{revision}"
+    )
+    return {"output": str(out), "keep": chosen.keep, "bytes_before": before, "bytes": after}, text, 0
+
+
+def _verify(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.corpora import parse_corpora
+    from moecover.evaluation import verify
+
+    if args.tolerance < 0:
+        raise InputError(f"--tolerance {args.tolerance} is out of range: 0 or more")
+    corpora = list(parse_corpora(args.corpus).items()) if args.corpus else []
+    with progress.spinner("reading both checkpoints") as advance:
+        result = verify(
+            args.model, args.pruned, revision=args.revision, corpora=corpora,
+            dtype=args.dtype or "auto", device=args.device or "auto",
+            tolerance=args.tolerance, advance=advance,
+        )  # fmt: skip
+    on = f"{result['tokens']:,} tokens of {', '.join(result['corpora'])}"
+    if result["equal"]:
+        text = f"equal: {args.pruned} gives what the masked original gives, largest difference {result['max_abs_difference']:g}, on {on}"
+        return result, text, 0
+    if result["changed_files"]:
+        text = f"NOT equal: files changed since they were written: {', '.join(result['changed_files'])}"
+        if result["first_difference"]:
+            text += f"; first difference at {result['first_difference']}"
+    else:
+        where = result["first_difference"]
+        text = f"NOT equal: first difference at {where} ({result['layers'][where]:g}), largest {result['max_abs_difference']:g}, on {on}"
+    return result, text, 1
+
+
+def _demo(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.demo import demo
+
+    return (*demo(args.output), 0)
+
+
+def _ls(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.listing import listing
+
+    rows = listing(args.what)
+    width = max(len(row["name"]) for row in rows) + 2
+    text = "\n".join(
+        f"{row['name']:{width}}{row['summary']}" + (f"  [{row['source']}]" if row["source"] else "") for row in rows
+    )
+    return rows, text, 0
+
+
+VERBS = {
+    "inspect": _inspect, "profile": _profile, "plan": _plan, "prune": _prune, "verify": _verify, "demo": _demo, "ls": _ls,
+}  # fmt: skip
+
+
+def _size(num_bytes: int) -> str:
+    value, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
