@@ -1,95 +1,129 @@
-"""Held-out perplexity of every method, saliency and protection on the shipped model: the evidence for the defaults.
+"""Held-out perplexity of every method and saliency on the shipped model: the table in docs/methods.md, the evidence for the defaults.
 
-    python -m benchmarks.methods [--data DIR] [--blocks 20]
+    python -m benchmarks.methods [--data DIR] [--samples 3] [--blocks 20] [-o docs/methods.json]
 
-Calibrates on the shipped corpora and, with --data (a folder with wikitext2/, c4/, gutenberg/, gsm8k/), on WikiText2 and
-C4 too; measures on text of the calibrated registers and on domains that were never calibrated on. Prints, for every
-choice, the geometric mean of the perplexity over all held-out domains, over the calibrated and over the other ones.
+Calibrates on samples of the shipped corpora and, with --data (a folder with wikitext2/, c4/, gutenberg/, gsm8k/), of
+WikiText2 and C4 too; measures every plan at 25, 50 and 75 % of the experts on held-out text of the calibrated corpora
+and on domains that were never calibrated on. Every sample of calibration text makes a profile of its own; random plans
+have seeds instead. Writes every cell as JSON; `make docs` draws the table from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moecover.corpus import Corpus, load_corpus
 from moecover.demo import LENGTH, shipped_model
-from moecover.evaluation import masked, perplexity
+from moecover.evaluation import perplexity
+from moecover.inputs import sample_of
+from moecover.masking import masked
 from moecover.model import load_model
-from moecover.planning import plan
+from moecover.planning import DEFAULT_PROTECT, DEFAULT_SALIENCY, plans
 from moecover.plans import Plan, keep_all
+from moecover.profiles import Profile
 from moecover.profiling import profile
 from moecover.saliency import SALIENCIES
 from moecover.topology import read_structure
 
-SHIPPED = {"encyclopedia": None, "web": None}
-CALIBRATED = ("encyclopedia-heldout", "web-heldout", "wikitext2", "c4")
+RETAINS = (0.25, 0.5, 0.75)
+SEQUENCES = 96  # blocks of a calibration sample: fewer than there are, so that samples differ
+SEARCH_TOKENS = 4096
+PROTECTS = (0.25, 0.5, 0.75, 1.0)
+NEAR = {"shipped": ("encyclopedia-heldout", "web-heldout"), "wikitext2+c4": ("wikitext2", "c4")}
+FAR = ("python-heldout", "gutenberg", "gsm8k")
 
 
-def geometric(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
+def variants() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Label and options of everything that plans from a profile alone."""
+    for saliency in SALIENCIES:
+        yield f"pooled, {saliency}", {"method": "pooled", "saliency": saliency}
+        for protect in PROTECTS:
+            options = {"method": "tb-coverage", "saliency": saliency, "protect": protect}
+            yield f"tb-coverage, {saliency}, protect {protect}", options
+    default = {"saliency": DEFAULT_SALIENCY, "protect_super_experts": True}
+    yield f"pooled, {DEFAULT_SALIENCY}, super experts", {"method": "pooled", **default}
+    yield (
+        f"tb-coverage, {DEFAULT_SALIENCY}, protect {DEFAULT_PROTECT}, super experts",
+        {"method": "tb-coverage", "protect": DEFAULT_PROTECT, **default},
+    )
+
+
+def sources(data: Path | None, scratch: Path) -> tuple[dict[str, dict[str, Path | None]], dict[str, Path | None]]:
+    """Calibration corpora by set, and held-out texts, each with its file."""
+    calibrations: dict[str, dict[str, Path | None]] = {"shipped": {"encyclopedia": None, "web": None}}
+    held_out: dict[str, Path | None] = {"encyclopedia-heldout": None, "web-heldout": None, "python-heldout": None}
+    if data:
+        questions = scratch / "gsm8k.jsonl"
+        rows = [json.loads(line) for line in (data / "gsm8k" / "train.jsonl").read_text().split("\n") if line]
+        questions.write_text("".join(json.dumps({"text": f"{r['question']}\n{r['answer']}"}) + "\n" for r in rows))
+        wiki, c4 = data / "wikitext2", data / "c4"
+        calibrations["wikitext2+c4"] = {"wikitext2": wiki / "train_head.raw.txt", "c4": c4 / "train_a.jsonl"}
+        held_out |= {
+            "wikitext2": wiki / "test.raw.txt", "c4": c4 / "validation.jsonl",
+            "gutenberg": data / "gutenberg" / "train.jsonl", "gsm8k": questions,
+        }  # fmt: skip
+    return calibrations, held_out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with wikitext2/, c4/, gutenberg/ and gsm8k/")
-    parser.add_argument("--blocks", type=int, default=20, help="blocks of 256 tokens per held-out domain")
+    parser.add_argument("--samples", type=int, default=3, help="calibration samples")
+    parser.add_argument("--blocks", type=int, default=20, help="blocks of 256 tokens per held-out text")
     parser.add_argument("--seeds", type=int, default=5, help="random plans per budget")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/methods.json"))
     args = parser.parse_args()
+    started = time.monotonic()
     structure = read_structure(shipped_model())
     model = load_model(structure)
-    calibrations: dict[str, dict[str, Path | None]] = {"shipped": dict(SHIPPED)}
-    held_out: dict[str, Path | None] = {"encyclopedia-heldout": None, "web-heldout": None, "python-heldout": None}
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.data:
-            questions = Path(scratch) / "gsm8k.jsonl"
-            rows = [json.loads(line) for line in (args.data / "gsm8k" / "train.jsonl").read_text().split("\n") if line]
-            questions.write_text("".join(json.dumps({"text": f"{r['question']}\n{r['answer']}"}) + "\n" for r in rows))
-            wiki, c4 = args.data / "wikitext2", args.data / "c4"
-            calibrations["wikitext2+c4"] = {"wikitext2": wiki / "train_head.raw.txt", "c4": c4 / "train_a.jsonl"}
-            held_out |= {
-                "wikitext2": wiki / "test.raw.txt", "c4": c4 / "validation.jsonl",
-                "gutenberg": args.data / "gutenberg" / "train.jsonl", "gsm8k": questions,
-            }  # fmt: skip
+    keeps = [round(r * structure.topology.num_experts) for r in RETAINS]
+    cells: list[dict[str, Any]] = []
+    seen: dict[str, dict[str, float]] = {}
 
-        def load(name: str, path: Path | None, sequences: int | None = None) -> Corpus:
-            return load_corpus(name, path, structure=structure, length=LENGTH, sequences=sequences)
+    def load(name: str, path: Path | None, sequences: int, seed: int = 0) -> Corpus:
+        return load_corpus(name, path, structure=structure, length=LENGTH, sequences=sequences, seed=seed)
 
-        texts = [load(name, path, args.blocks) for name, path in held_out.items()]
-
-        def measure(chosen: Plan) -> dict[str, float]:
+    def measure(calibration: str, label: str, seed: int, chosen: Plan) -> None:
+        key = json.dumps([layer.kept for layer in chosen.layers])
+        if key not in seen:
             with masked(model, structure, chosen):
-                return {text.name: perplexity(model, text) for text in texts}
+                seen[key] = {text.name: perplexity(model, text) for text in texts}
+        cells.append({"calibration": calibration, "label": label, "keep": chosen.keep, "seed": seed, "perplexity": seen[key]})  # fmt: skip
+        print(f"{time.monotonic() - started:6.0f} s  {calibration}, {label}, keep {chosen.keep}, seed {seed}", flush=True)  # fmt: skip
 
-        def line(label: str, keep: int, found: list[dict[str, float]]) -> None:
-            every = [geometric(list(f.values())) for f in found]
-            near = [geometric([v for k, v in f.items() if k in CALIBRATED]) for f in found]
-            far = [geometric([v for k, v in f.items() if k not in CALIBRATED]) for f in found]
-            spread = f" ±{statistics.stdev(every):.1f}" if len(every) > 1 else ""
-            means = [statistics.fmean(v) for v in (every, near, far)]
-            print(f"{label:52} {keep:3} {means[0]:8.1f}{spread:6} {means[1]:8.1f} {means[2]:8.1f}", flush=True)
-
-        print(f"{'calibration, method, saliency, protect':52} keep   all          calibrated   never")
-        line("full model", structure.topology.num_experts, [measure(keep_all(structure.topology))])
-        for calibration, sources in calibrations.items():
-            made = profile(structure, [load(n, p) for n, p in sources.items()], model=model, batch_size=16)
-            for keep in (30, 15):
-                if calibration == "shipped":
-                    plans = [plan(made, method="random", keep=keep, seed=seed) for seed in range(args.seeds)]
-                    line(f"random, {args.seeds} seeds", keep, [measure(p) for p in plans])
-                for saliency in SALIENCIES:
-                    pooled = plan(made, method="pooled", saliency=saliency, keep=keep)
-                    line(f"{calibration}, pooled, {saliency}", keep, [measure(pooled)])
-                    seen: dict[str, dict[str, float]] = {}
-                    for protect in (0.0, 0.25, 0.5, 0.75, 1.0):
-                        chosen = plan(made, method="tb-coverage", saliency=saliency, protect=protect, keep=keep)
-                        key = json.dumps([layer.kept for layer in chosen.layers])
-                        seen[key] = seen.get(key) or measure(chosen)
-                        line(f"{calibration}, tb-coverage, {saliency}, {protect}", keep, [seen[key]])
+    with tempfile.TemporaryDirectory() as scratch:
+        calibrations, held_out = sources(args.data, Path(scratch))
+        texts = [load(name, path, args.blocks) for name, path in held_out.items()]
+        measure("none", "full model", 0, keep_all(structure.topology))
+        for calibration, corpora in calibrations.items():
+            for seed in range(args.samples):
+                loaded = [load(n, p, SEQUENCES, seed) for n, p in corpora.items()]
+                made: Profile = profile(structure, loaded, model=model, batch_size=4)
+                for label, options in variants():
+                    for chosen in plans(made, keeps=keeps, **options):
+                        measure(calibration, label, seed, chosen)
+                search = {"model": model, "structure": structure, "sample": sample_of(loaded, SEARCH_TOKENS)}
+                for mode in ("layerwise", "progressive"):
+                    for chosen in plans(made, method="expert-sparsity", keeps=keeps, mode=mode, **search):
+                        measure(calibration, f"expert-sparsity, {mode}", seed, chosen)
+        for seed in range(args.seeds):
+            for chosen in plans(made, method="random", keeps=keeps, seed=seed):
+                measure("none", "random", seed, chosen)
+    result = {
+        "model": "qwen2-moe-tiny", "experts": structure.topology.num_experts, "keeps": keeps, "samples": args.samples,
+        "near": {c: [n for n in NEAR[c] if n in held_out] for c in calibrations}, "far": [n for n in FAR if n in held_out],
+        "calibration_tokens": dict.fromkeys(calibrations, 2 * SEQUENCES * LENGTH), "search_tokens": SEARCH_TOKENS,
+        "held_out_tokens": {text.name: text.num_tokens for text in texts}, "wall_s": round(time.monotonic() - started),
+        "cells": cells,
+    }  # fmt: skip
+    rows = ",\n".join(f"  {json.dumps(cell)}" for cell in result.pop("cells"))
+    args.output.write_text(f'{json.dumps(result, indent=1)[:-2]},\n "cells": [\n{rows}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the pages of the docs that can be generated: docs/cli.md, docs/tables.md and the table in the README.
+"""Writes the pages of the docs that can be generated: docs/cli.md, tables.md, methods.md and the table in the README.
 
 python docs/generate.py            write them
 python docs/generate.py --check    exit 1 and name the pages that differ (the gate runs this)
@@ -7,7 +7,10 @@ python docs/generate.py --check    exit 1 and name the pages that differ (the ga
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -48,6 +51,74 @@ def tables_page() -> str:
     return "\n".join(parts)
 
 
+def geometric(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def methods_page() -> str:
+    """The comparison in docs/methods.json (`python -m benchmarks.methods`) as tables."""
+    data = json.loads((ROOT / "docs" / "methods.json").read_text())
+    keeps, experts, cells = data["keeps"], data["experts"], data["cells"]
+    domains = {"near": data["near"], "far": dict.fromkeys(data["near"], data["far"])}
+    full = next(cell["perplexity"] for cell in cells if cell["label"] == "full model")
+
+    def values(calibration: str, label: str, keep: int, where: str) -> list[float]:
+        """Geometric mean over the domains, one value a sample or seed."""
+        names = domains[where][calibration]
+        found = [
+            c for c in cells if c["label"] == label and c["keep"] == keep and c["calibration"] in (calibration, "none")
+        ]
+        return [geometric([c["perplexity"][n] for n in names]) for c in found]
+
+    def cell(found: list[float]) -> str:
+        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        return f"{geometric(found):.1f}{spread}"
+
+    labels = list(dict.fromkeys(c["label"] for c in cells if c["label"] != "full model"))
+    shown = [x for x in labels if "protect 0.25" not in x and "protect 0.75" not in x]
+    parts = [
+        f"{NOTE}# Methods compared\n\n"
+        f"`python -m benchmarks.methods --data DIR` on {data['model']} ({experts} experts a layer), {data['wall_s'] / 60:.0f} minutes. "
+        f"Perplexity on held-out text, geometric mean over the domains; the spread is the standard deviation over {data['samples']} "
+        f"samples of calibration text ({', '.join(f'{c}: {n:,} tokens' for c, n in data['calibration_tokens'].items())}) or over the "
+        f"seeds of random plans. expert-sparsity searches on {data['search_tokens']:,} tokens. Held out: "
+        + ", ".join(f"{n} ({t:,} tokens)" for n, t in data["held_out_tokens"].items()) + ".\n"
+    ]  # fmt: skip
+    for calibration in data["near"]:
+        near, far = domains["near"][calibration], domains["far"][calibration]
+        parts.append(
+            f"## Calibrated on {calibration}\n\nCalibrated domains: {', '.join(near)}. Never calibrated on: {', '.join(far)}. "
+            f"Full model: {geometric([full[n] for n in near]):.1f} and {geometric([full[n] for n in far]):.1f}.\n"
+        )
+        heads = [f"{keep / experts:.0%}, {where}" for keep in keeps for where in ("calibrated", "never")]
+        lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+        for label in shown:
+            row = [cell(values(calibration, label, keep, where)) for keep in keeps for where in ("near", "far")]
+            lines.append(f"| {label} | " + " | ".join(row) + " |")
+        parts.append("\n".join(lines) + "\n")
+    kinds = ["pooled", *sorted({x.rpartition("protect ")[2] for x in labels if "protect" in x and "super" not in x})]
+    saliencies = list(dict.fromkeys(x.split(", ")[1] for x in labels if x.startswith("pooled") and "super" not in x))
+    for where, heading in (("near", "the calibrated domains"), ("far", "domains that were never calibrated on")):
+        lines = [
+            f"## The defaults: perplexity over the full model's, on {heading}\n\nGeometric mean over calibrations, budgets and samples.\n",
+            "| saliency | " + " | ".join("pooled" if k == "pooled" else f"protect {k}" for k in kinds) + " |",
+            "|---|" + "---:|" * len(kinds),
+        ]
+        for saliency in saliencies:
+            row = []
+            for kind in kinds:
+                label = f"pooled, {saliency}" if kind == "pooled" else f"tb-coverage, {saliency}, protect {kind}"
+                ratios = [
+                    geometric(values(c, label, keep, where)) / geometric([full[n] for n in domains[where][c]])
+                    for c in data["near"]
+                    for keep in keeps
+                ]
+                row.append(f"{geometric(ratios):.3f}")
+            lines.append(f"| {saliency} | " + " | ".join(row) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
 def readme() -> str:
     """The README with the table of docs/demo-results.json."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,7 +128,7 @@ def readme() -> str:
     return f"{before}{START}{table}\n{END}{after}"
 
 
-PAGES = {"docs/cli.md": cli_page, "docs/tables.md": tables_page, "README.md": readme}
+PAGES = {"docs/cli.md": cli_page, "docs/tables.md": tables_page, "docs/methods.md": methods_page, "README.md": readme}
 
 
 def main() -> int:

@@ -69,6 +69,68 @@ def test_the_verbs_in_order(checkpoints: Callable[..., Path], rows: Path, tmp_pa
     assert "NOT equal: files changed since they were written: tokenizer.json" in out
 
 
+def test_several_budgets_in_one_call(checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys) -> None:
+    run(capsys, "profile", checkpoints("qwen2_moe"), "--corpus", f"a={rows}", "-o", tmp_path / "p")
+    status, out, _ = run(capsys, "plan", tmp_path / "p", "--retain", "0.5,0.75", "-o", tmp_path / "plans", "--json")
+    assert status == 0
+    assert [(Path(row["plan"]).name, row["keep"]) for row in json.loads(out)] == [("keep-6.json", 6), ("keep-9.json", 9)]  # fmt: skip
+    for keep in (6, 9):
+        run(capsys, "plan", tmp_path / "p", "--keep", keep, "-o", tmp_path / "one.json")
+        assert (tmp_path / "one.json").read_bytes() == (tmp_path / "plans" / f"keep-{keep}.json").read_bytes()
+    for bad, message in (("6,3", "top-k of 4"), ("6,6", "give every one once"), ("6,x", "invalid ints with commas value: '6,x'")):  # fmt: skip
+        status, _, err = run(capsys, "plan", tmp_path / "p", "--keep", bad, "-o", tmp_path / "more")
+        assert (status, message in err, (tmp_path / "more").exists()) == (2, True, False), err
+    status, _, err = run(capsys, "plan", tmp_path / "p", "--keep", "6,9", "-o", tmp_path / "one.json")
+    assert (status, "is a file, a folder for 2 plans" in err) == (2, True)
+
+
+def test_expert_sparsity_in_three_steps_and_in_one_shot(
+    checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys
+) -> None:
+    """The sample on disk and the one in memory give the same plan; the bytes on disk are said before the pass."""
+    model = checkpoints("mixtral")
+    common = ["--corpus", f"a={rows}", "--batch-size", 3, "--keep-inputs", 100]
+    status, _, err = run(capsys, "profile", model, *common, "-o", tmp_path / "p")
+    assert status == 0
+    assert err.index("keeping the inputs of 2 layers for 90 tokens: 23.04 kB") < err.index("profiling")
+    assert 2 * 90 * 32 * 4 == 23040 < (tmp_path / "p" / "inputs.safetensors").stat().st_size
+    plan = ["plan", tmp_path / "p", "--method", "expert-sparsity", "-o", tmp_path / "plan.json"]
+    for extra, message in (
+        ([], "give --model MODEL"),
+        (["--model", checkpoints("olmoe")], "the profile is of another model"),
+        (["--model", model, "--search", "fast"], "--search fast is unknown"),
+    ):
+        status, _, err = run(capsys, *plan, "--keep", 4, *extra)
+        assert (status, message in err, (tmp_path / "plan.json").exists()) == (2, True, False), err
+    status, out, _ = run(capsys, *plan, "--keep", 4, "--model", model)
+    assert (status, "exhaustive search on 90 tokens, loss" in out) == (0, True)
+    status, _, err = run(capsys, "prune", model, *common, "--method", "expert-sparsity", "--keep", 4, "-o", tmp_path / "out")  # fmt: skip
+    assert status == 0, err
+    assert "exhaustive search on 90 tokens" in err
+    manifest = json.loads((tmp_path / "out" / "moecover.json").read_text())
+    assert manifest["plan"]["layers"] == json.loads((tmp_path / "plan.json").read_text())["layers"]
+    run(capsys, "profile", model, "--corpus", f"a={rows}", "-o", tmp_path / "bare")
+    status, _, err = run(capsys, "plan", tmp_path / "bare", "--method", "expert-sparsity", "--model", model, "--keep", 4, "-o", tmp_path / "x")  # fmt: skip
+    assert (status, "keeps no inputs of the layers" in err) == (2, True)
+    status, _, err = run(capsys, "plan", tmp_path / "p", "--model", model, "--keep", 4, "-o", tmp_path / "x")
+    assert (status, "--model is no option of method tb-coverage" in err) == (2, True)
+
+
+def test_planning_needs_no_model_and_no_torch(small_profile_folder: Path, tmp_path: Path) -> None:
+    for command in (
+        f"plan {small_profile_folder} --keep 4 --protect-super-experts -o {tmp_path}/plan.json",
+        f"explain {tmp_path}/plan.json --profile {small_profile_folder}",
+    ):
+        code = f"import sys; from moecover.cli import main\nassert main({command.split()!r}) == 0\nassert 'torch' not in sys.modules"  # fmt: skip
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.fixture
+def small_profile_folder(checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys) -> Path:
+    assert run(capsys, "profile", checkpoints("mixtral"), "--corpus", f"a={rows}", "-o", tmp_path / "small")[0] == 0
+    return tmp_path / "small"
+
+
 def test_one_shot_equals_the_three_steps(checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys) -> None:
     model = checkpoints("olmoe")
     corpora = ["--corpus", f"a={rows}", "--corpus", f"b={rows}", "--batch-size", 3]
@@ -145,6 +207,18 @@ CASES: list[tuple[str, list[str], str]] = [
     ("too many sequences", ["profile", "{m}", "--corpus", "r={r}", "--sequences", "9", "-o", "{t}/o"], "holds 8 rows, 9 are wanted"),
     ("negative tolerance", ["verify", "{m}", "{m}", "--tolerance", "-1"], "--tolerance -1.0 is out of range"),
     ("ls of what", ["ls", "modles"], "invalid choice"),
+    ("keep-inputs 0", ["profile", "{m}", "--corpus", "r={r}", "--keep-inputs", "0", "-o", "{t}/o"], "--keep-inputs 0 is out of range"),
+    ("keep-inputs below a sequence", ["profile", "{m}", "--corpus", "r={r}", "--keep-inputs", "29", "-o", "{t}/o"], "Give 30 or more"),
+    ("several keeps in one shot", ["prune", "{m}", "--corpus", "r={r}", "--keep", "4,6", "-o", "{t}/o"], "invalid int value: '4,6'"),
+    ("plan and weight", ["prune", "{m}", "--plan", "{t}/p", "--weight", "r=2", "-o", "{t}/o"], "--plan and --weight do not go together"),
+    ("plan and super experts", ["prune", "{m}", "--plan", "{t}/p", "--protect-super-experts", "-o", "{t}/o"], "--plan and --protect-super-experts do not go"),
+    ("weight without a number", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--weight", "r", "-o", "{t}/o"], "--weight r: give NAME=VALUE"),
+    ("weight of text", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--weight", "r=much", "-o", "{t}/o"], "--weight r=much is out of range"),
+    ("weight of an unknown corpus", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--weight", "q=2", "-o", "{t}/o"], "corpus in --weight 'q'"),
+    ("search for tb-coverage", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--search", "greedy", "-o", "{t}/o"], "--search is no option of method tb-coverage"),
+    ("saliency for expert-sparsity", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--method", "expert-sparsity", "--saliency", "reap", "-o", "{t}/o"], "--saliency is no option of method expert-sparsity. It has: --mode, --search"),
+    ("explain nothing", ["explain", "{t}/p"], "no plan"),
+    ("no such plugin", ["ls", "methods", "--plugin", "{t}/x.py"], "no such Python file"),
 ]  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moecover.cli import main
 from moecover.corpus import load_corpus, load_tokenizer
 from moecover.demo import HELD_OUT, RUNS, markdown_table, rows_from_json, shipped_model
-from moecover.evaluation import masked, perplexity
+from moecover.evaluation import perplexity
 from moecover.inspection import inspect
+from moecover.masking import masked
 from moecover.model import load_model
 from moecover.plans import keep_all
 from moecover.profiling import profile

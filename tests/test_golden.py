@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moecover.checkpoint import prune
-from moecover.evaluation import masked, verify
+from moecover.evaluation import verify
+from moecover.masking import masked
 from moecover.model import load_model, routers
 from moecover.plans import Plan
 from moecover.topology import read_structure

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecover.errors import InputError
-from moecover.planning import METHODS, cover, plan, ranked
+from moecover.planning import METHODS, plan, plans, super_experts
 from moecover.plans import Plan, check_plan, keep_all, resolve_keep
 from moecover.profiles import STATISTICS, Profile
 from moecover.saliency import SALIENCIES
+from moecover.selection import Room, cover, ranked
 from moecover.topology import Structure, Topology
 from tests.conftest import hand_plan
 
@@ -82,28 +83,61 @@ utilities = st.integers(1, 5).flatmap(
 )  # fmt: skip
 
 
-def naive_cover(utility: list[list[float]], keep: int, protect: float) -> tuple[list[list[int]], list[int]]:
+def naive_cover(utility, keep, protect, *, groups=1, required=(), weights=None):
     """The rule in plain Python, one decision at a time."""
+    weights = weights or [1] * len(utility)
     shares = [[u / sum(row) if sum(row) > 0 else 0.0 for u in row] for row in utility]
-    experts, protected, chosen = range(len(utility[0])), [[] for _ in utility], []
+    experts, protected, chosen = range(len(utility[0])), [[] for _ in utility], sorted(required)
+    size = len(experts) // groups
+
+    def fits(e: int) -> bool:
+        return e not in chosen and sum(c // size == e // size for c in chosen) < keep // groups
+
+    whose = [c for c, w in enumerate(weights) for _ in range(w)]
     for turn in range(math.floor(protect * keep + 0.5)):
-        row = shares[turn % len(shares)]
-        best = max((e for e in experts if e not in chosen), key=lambda e: (row[e], -e))
-        protected[turn % len(shares)].append(best)
+        if len(chosen) == keep:
+            break
+        row = shares[whose[turn % len(whose)]]
+        best = max((e for e in experts if fits(e)), key=lambda e: (row[e], -e))
+        protected[whose[turn % len(whose)]].append(best)
         chosen.append(best)
     filled = []
     while len(chosen) < keep:
-        best = max((e for e in experts if e not in chosen), key=lambda e: (np.mean([row[e] for row in shares]), -e))
+        mean = np.average(np.array(shares), axis=0, weights=weights)
+        best = max((e for e in experts if fits(e)), key=lambda e: (mean[e], -e))
         filled.append(best)
         chosen.append(best)
     return protected, filled
+
+
+def covered(utility, keep: int, protect: float, **room) -> tuple[list[list[int]], list[int]]:
+    array, weights = np.array(utility), room.pop("weights", None)
+    if "groups" in room:
+        room["num_groups"] = room.pop("groups")
+    return cover(array, Room(keep, array.shape[1], **room), math.floor(protect * keep + 0.5), weights)
 
 
 @given(utilities)
 @settings(max_examples=400, deadline=None)
 def test_cover_equals_the_rule_in_plain_python(case) -> None:
     utility, keep, protect = case
-    assert cover(np.array(utility), keep, protect) == naive_cover(utility, keep, protect)
+    assert covered(utility, keep, protect) == naive_cover(utility, keep, protect)
+
+
+@given(utilities, st.data())
+@settings(max_examples=300, deadline=None)
+def test_cover_with_groups_required_experts_and_weights(case, data) -> None:
+    utility, _, protect = case
+    utility = [row + row[::-1] + row for row in utility]  # three groups
+    size = len(utility[0]) // 3
+    share = data.draw(st.integers(1, size))
+    required = [g * size + e for g in range(3) for e in data.draw(st.sets(st.integers(0, size - 1), max_size=share))]
+    weights = data.draw(st.lists(st.integers(0, 3), min_size=len(utility), max_size=len(utility)).filter(any))
+    case = {"groups": 3, "required": required, "weights": weights}
+    protected, filled = covered(utility, 3 * share, protect, **case)
+    assert (protected, filled) == naive_cover(utility, 3 * share, protect, **case)
+    kept = {*required, *(e for row in protected for e in row), *filled}
+    assert [len([e for e in kept if e // size == g]) for g in range(3)] == [share] * 3
 
 
 @given(utilities)
@@ -111,7 +145,7 @@ def test_cover_equals_the_rule_in_plain_python(case) -> None:
 def test_cover_keeps_its_guarantee(case) -> None:
     utility, keep, protect = case
     array = np.array(utility)
-    protected, filled = cover(array, keep, protect)
+    protected, filled = covered(array, keep, protect)
     kept = [*(e for row in protected for e in row), *filled]
     assert len(kept) == len(set(kept)) == keep
     assert all(0 <= e < array.shape[1] for e in kept)
@@ -120,12 +154,25 @@ def test_cover_keeps_its_guarantee(case) -> None:
         assert set(ranked(row)[:guaranteed].tolist()) <= set(kept)
 
 
+@given(utilities, st.data())
+@settings(max_examples=200, deadline=None)
+def test_with_weights_a_corpus_keeps_as_many_as_it_had_turns(case, data) -> None:
+    utility, keep, protect = case
+    weights = data.draw(st.lists(st.integers(1, 3), min_size=len(utility), max_size=len(utility)))
+    protected, filled = covered(utility, keep, protect, weights=weights)
+    kept = {*(e for row in protected for e in row), *filled}
+    for row, mine in zip(utility, protected, strict=True):
+        assert set(ranked(np.array(row))[: len(mine)].tolist()) <= kept
+    rounds = math.floor(protect * keep + 0.5) // sum(weights)
+    assert all(len(mine) >= rounds * w for mine, w in zip(protected, weights, strict=True))
+
+
 @given(utilities, st.randoms(use_true_random=False))
 @settings(max_examples=200, deadline=None)
 def test_permuting_corpora_keeps_the_guarantee(case, random) -> None:
     utility, keep, protect = case
     shuffled = random.sample(utility, len(utility))
-    protected, filled = cover(np.array(shuffled), keep, protect)
+    protected, filled = covered(shuffled, keep, protect)
     kept = {*(e for row in protected for e in row), *filled}
     guaranteed = math.floor(protect * keep + 0.5) // len(utility)
     for row in utility:
@@ -140,26 +187,33 @@ def test_permuting_experts_permutes_the_choice(corpora: int, experts: int, data)
     utility = np.array(values).reshape(corpora, experts)
     keep = data.draw(st.integers(1, experts))
     permutation = np.array(data.draw(st.permutations(range(experts))))
-    protected, filled = cover(utility, keep, 0.5)
-    moved_protected, moved_filled = cover(utility[:, permutation], keep, 0.5)
+    protected, filled = covered(utility, keep, 0.5)
+    moved_protected, moved_filled = covered(utility[:, permutation], keep, 0.5)
     assert [[permutation[e] for e in row] for row in moved_protected] == protected
     assert sorted(permutation[e] for e in moved_filled) == sorted(filled)
 
 
 def test_ties_go_to_the_lower_id() -> None:
-    assert cover(np.ones((2, 6)), 4, 0.5) == ([[0], [1]], [2, 3])
-    assert cover(np.zeros((1, 5)), 2, 1.0) == ([[0, 1]], [])
+    assert covered(np.ones((2, 6)), 4, 0.5) == ([[0], [1]], [2, 3])
+    assert covered(np.zeros((1, 5)), 2, 1.0) == ([[0, 1]], [])
     assert ranked(np.array([1.0, 3.0, 3.0, 0.0, 1.0])).tolist() == [1, 2, 0, 4, 3]
 
 
 def test_a_corpus_that_speaks_louder_gets_no_more() -> None:
     """Utilities are scaled per corpus: a hundredfold norm in one corpus changes nothing."""
     utility = np.array([[4.0, 3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0, 5.0]])
-    assert cover(utility, 3, 0.5) == cover(utility * np.array([[100.0], [1.0]]), 3, 0.5)
+    assert covered(utility, 3, 0.5) == covered(utility * np.array([[100.0], [1.0]]), 3, 0.5)
+
+
+def test_required_experts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="3 super experts do not fit into --keep 2"):
+        Room(2, 6, required=[0, 1, 2])
+    with pytest.raises(InputError, match="do not fit"):
+        Room(2, 6, num_groups=2, required=[0, 1])
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "expert-sparsity"])  # it has a file of its own
 def test_every_method_is_deterministic_and_keeps_exactly_k(small_profile: Profile, method: str) -> None:
     topology = small_profile.topology
     for keep in range(topology.top_k, topology.num_experts + 1):
@@ -220,6 +274,113 @@ def test_one_corpus_and_five(small_profile: Profile, corpora: int) -> None:
     assert all(len(layer.protected) == corpora for layer in made.layers)
 
 
+def profile_of(statistics: dict[str, dict[str, np.ndarray]], topology: Topology) -> Profile:
+    return Profile(topology, statistics, {c: [{"sha256": c}] for c in statistics}, {"name": "m", "fingerprint": "f"})
+
+
+def random_statistics(topology: Topology, seed: int) -> dict[str, np.ndarray]:
+    shape = (len(topology.decoder_layers), topology.num_experts)
+    rng = np.random.default_rng(seed)
+    found = {name: rng.gamma(0.5, size=shape) for name in STATISTICS}
+    return found | {"count": rng.integers(0, 9, shape), "num_tokens": np.full(shape, 99)}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "expert-sparsity"])
+@pytest.mark.parametrize("extreme", [False, True])
+def test_group_limited_routers_keep_the_same_number_in_every_group(method: str, extreme: bool) -> None:
+    topology = Topology("deepseek_v3", (3, 4, 5), 32, 4, 8, 6, num_groups=4, top_groups=2)
+    profile = profile_of({"a": random_statistics(topology, 1), "b": random_statistics(topology, 2)}, topology)
+    for keep in (8, 16, 24, 32):
+        made = plan(profile, method=method, keep=keep, protect_super_experts=extreme)
+        for layer in made.layers:
+            assert [sum(e // 8 == g for e in layer.kept) for g in range(4)] == [keep // 4] * 4
+
+
+@pytest.mark.parametrize("keep", [4, 9, 30])
+def test_keeps_that_no_group_can_hold_are_refused(keep: int) -> None:
+    topology = Topology("deepseek_v3", (3,), 32, 4, 8, 6, num_groups=4, top_groups=2)
+    with pytest.raises(
+        InputError, match="4 groups of experts: every group must keep the same number, 2 or more. Near: --keep"
+    ):
+        resolve_keep(topology, keep=keep, retain=None)
+    narrow = Topology("deepseek_v3", (3,), 32, 4, 8, 6, num_groups=4, top_groups=1)
+    with pytest.raises(InputError, match="Near: --keep 16"):  # 8 / 4 groups leave 2 in the one group of a token: top-4
+        resolve_keep(narrow, keep=8, retain=None)
+
+
+def test_a_plan_by_hand_with_unequal_groups_is_refused(structure: Structure) -> None:
+    import dataclasses
+
+    half = structure.topology.num_experts // 2
+    grouped = dataclasses.replace(
+        structure, topology=dataclasses.replace(structure.topology, num_groups=2, top_groups=2)
+    )
+    lower = hand_plan(structure, [list(range(half))] * len(structure.topology.decoder_layers))
+    with pytest.raises(InputError, match="experts of the router's groups. Every group must keep the same number"):
+        check_plan(lower, grouped)
+
+
+@pytest.mark.parametrize("method", ["pooled", "random"])
+def test_budgets_in_one_call_are_nested_and_equal_to_single_ones(small_profile: Profile, method: str) -> None:
+    topology = small_profile.topology
+    keeps = list(range(topology.top_k, topology.num_experts + 1))
+    made = plans(small_profile, method=method, keeps=keeps)
+    assert [p.keep for p in made] == keeps
+    for keep, one, more in zip(keeps, made, made[1:], strict=False):
+        assert one.to_json() == plan(small_profile, method=method, keep=keep).to_json()
+        assert all(set(a.kept) < set(b.kept) for a, b in zip(one.layers, more.layers, strict=True))
+
+
+# Super experts (arXiv 2507.23279): 2 MoE layers behind a dense one, 200 experts each.
+SPARSE = Topology("qwen2_moe", (1, 2), 200, 4, 32, 3)
+
+
+def test_super_experts_by_hand_behind_a_dense_layer() -> None:
+    """Above the 99.5 % quantile and a tenth of the maximum; rows are MoE layers (a rival protects the layer before)."""
+    s = random_statistics(SPARSE, 0)
+    s["max_abs"] = np.full((2, 200), 1.0)
+    s["max_abs"][1, 7], s["max_abs"][1, 9] = 100.0, 9.0  # 9 is above the quantile, not above a tenth of 100
+    profile = profile_of({"a": s}, SPARSE)
+    assert super_experts(profile) == (frozenset(), frozenset({7}))
+    made = plan(profile, method="random", keep=4, seed=1, protect_super_experts=True)
+    assert 7 in made.layers[1].kept
+    assert (made.layers[1].decoder_layer, made.layers[1].required, made.layers[0].required) == (2, [7], [])
+
+
+def test_the_quantile_limits_super_experts_too() -> None:
+    s = random_statistics(SPARSE, 0)
+    s["max_abs"] = np.arange(400.0).reshape(2, 200)  # a tenth of the maximum alone would take 360 of them
+    assert super_experts(profile_of({"a": s}, SPARSE)) == (frozenset(), frozenset({198, 199}))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "expert-sparsity"])
+@pytest.mark.parametrize("saliency", ["frequency", "reap"])
+def test_every_method_keeps_the_super_experts(method: str, saliency: str) -> None:
+    """Also with the score `frequency`, where a rival's protection has no effect."""
+    first, second = random_statistics(SPARSE, 3), random_statistics(SPARSE, 4)
+    second["max_abs"][0, 5] = 1e6  # seen by one corpus alone
+    for s in (first, second):
+        for name in ("count", "weighted_norm_sum", "renorm_weighted_norm_sum"):
+            s[name][0, 5] = 0
+    options = {} if method == "random" else {"saliency": saliency}
+    profile = profile_of({"a": first, "b": second}, SPARSE)
+    without, with_them = (
+        plan(profile, method=method, keep=20, protect_super_experts=p, **options) for p in (False, True)
+    )
+    assert 5 not in without.layers[0].kept
+    assert 5 in with_them.layers[0].kept
+    assert len(with_them.layers[0].kept) == 20
+
+
+def test_weights_change_the_turns_and_zero_leaves_a_corpus_out() -> None:
+    topology = Topology("m", (0,), 12, 2, 8, 1)
+    profile = profile_of({"a": random_statistics(topology, 1), "b": random_statistics(topology, 2)}, topology)
+    turns = {c: len(ids) for c, ids in plan(profile, keep=6, protect=1.0, weights={"b": 2}).layers[0].protected.items()}
+    assert turns == {"a": 2, "b": 4}
+    alone = profile_of({"b": profile.statistics["b"]}, topology)
+    assert plan(profile, keep=5, weights={"a": 0}).layers[0].kept == plan(alone, keep=5).layers[0].kept
+
+
 TOPOLOGY = Topology("qwen2_moe", (0, 1), 60, 4, 32, 2)
 
 
@@ -254,6 +415,18 @@ def test_retain_rounds_to_the_nearest(retain: float, keep: int) -> None:
         ({"saliency": "reep"}, "unknown saliency 'reep'. Did you mean reap"),
         ({"protect": 1.2}, "--protect 1.2 is out of range"),
         ({"method": "random", "saliency": "reap"}, "--saliency is no option of method random. It has: --seed"),
+        ({"method": "pooled", "weights": {"a": 2}}, "--weights is no option of method pooled. It has: --saliency"),
+        ({"method": "pooled", "mode": "layerwise"}, "--mode is no option of method pooled"),
+        ({"weights": {"c": 2}}, "unknown corpus in --weight 'c'. Known: a, b"),
+        ({"weights": {"a": 1.5}}, "--weight a=1.5 is out of range: a whole number"),
+        ({"weights": {"a": True}}, "--weight a=True is out of range: a whole number"),
+        ({"weights": {"a": 0, "b": 0}}, "every corpus has weight 0"),
+        ({"method": "expert-sparsity"}, "expert-sparsity runs the experts: give --model MODEL"),
+        (
+            {"method": "expert-sparsity", "mode": "sideways"},
+            "--mode sideways is unknown. Allowed: layerwise, progressive",
+        ),
+        ({"method": "expert-sparsity", "search": "all"}, "--search all is unknown. Allowed: auto, exhaustive, greedy"),
     ],
 )
 def test_bad_options(small_profile: Profile, options: dict, message: str) -> None:

@@ -202,11 +202,12 @@ def test_saved_file_has_the_documented_layout(small_profile: Profile, tmp_path: 
     shape = [len(small_profile.topology.decoder_layers), small_profile.topology.num_experts]
     with safe_open(path, framework="pt") as file:
         keys = set(file.keys())
-        assert keys == {f"{c}/{s}" for c in "ab" for s in STATISTICS}
+        assert keys == {f"{c}/{s}{part}" for c in "ab" for s in STATISTICS for part in ("", "/parts")}
         for key in keys:
             tensor = file.get_tensor(key)
-            assert list(tensor.shape) == shape
-            assert tensor.dtype == (torch.int64 if key.endswith(("/count", "/num_tokens")) else torch.float64)
+            assert list(tensor.shape) == ([1, *shape] if key.endswith("/parts") else shape)  # two batches, one part
+            counts = {"count", "num_tokens"} & set(key.split("/"))
+            assert tensor.dtype == (torch.int64 if counts else torch.float64)
     loaded = Profile.load(tmp_path / "p")
     assert loaded.fingerprint == small_profile.fingerprint
     assert loaded.topology == small_profile.topology
@@ -220,6 +221,8 @@ def test_saved_file_has_the_documented_layout(small_profile: Profile, tmp_path: 
         (lambda t: t["a/norm_sum"].__setitem__((0, 0), float("nan")), "negative or non-finite"),
         (lambda t: t["a/count"].__setitem__((0, 0), -1), "negative or non-finite"),
         (lambda t: t.pop("b/max_abs"), "b/max_abs is missing"),
+        (lambda t: t["b/norm_sum/parts"].fill_(float("inf")), "b/norm_sum/parts holds negative"),
+        (lambda t: t.pop("b/norm_sum/parts"), "b/norm_sum/parts is missing"),
     ],
 )
 def test_damaged_profile_is_refused(small_profile: Profile, tmp_path: Path, spoil, message: str) -> None:

@@ -26,6 +26,19 @@ FAMILIES = {
     "mixtral": {"num_hidden_layers": 2, "intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
     "olmoe": {"num_hidden_layers": 2, "intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False},
 }  # fmt: skip
+# Router groups and a correction bias; not proven through the files yet, so not among the families.
+GROUPED = {
+    "num_key_value_heads": 4, "num_hidden_layers": 3, "intermediate_size": 48, "moe_intermediate_size": 16,
+    "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1,
+    "n_shared_experts": 1, "routed_scaling_factor": 2.5,
+}  # fmt: skip
+OTHERS = {
+    "deepseek_v3": {**GROUPED, "norm_topk_prob": True},
+    "deepseek_v2": {**GROUPED, "topk_method": "group_limited_greedy"},
+    "gpt_oss": {"num_hidden_layers": 2, "intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "phimoe": {"num_hidden_layers": 2, "intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2},
+}  # fmt: skip
 TEXT = "The river rises in the hills, turns south past the old mill and falls into the sea. 0123456789\n"
 
 
@@ -54,14 +67,17 @@ def make_checkpoint(
 ) -> Path:
     """A checkpoint of one family: routers spread out so that routing is uneven, per-expert tensors as on the hub."""
     torch.manual_seed(seed)
-    parsed = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
+    parsed = AutoConfig.for_model(family, **{**COMMON, **{**FAMILIES, **OTHERS}[family], **config})
     model = AutoModelForCausalLM.from_config(parsed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith((".gate.weight", ".router.weight")):
                 parameter.normal_(0, 1.0)
-            elif parameter.dim() > 1:
+            elif parameter.dim() > 1 or "bias" in name:
                 parameter.normal_(0, 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.3)  # large enough to change the choice of most tokens
     model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB", save_original_format=True)
     # save_pretrained writes qwen3_moe's count under another name than the hub's files: put the hub's key back.

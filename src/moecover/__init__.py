@@ -26,13 +26,15 @@ if TYPE_CHECKING:
     from moecover.corpora import CORPORA
     from moecover.corpus import Corpus, load_corpus, load_tokenizer
     from moecover.errors import InputError, MoecoverError
-    from moecover.evaluation import masked, perplexity, verify
+    from moecover.evaluation import perplexity, verify
     from moecover.inspection import inspect
+    from moecover.masking import masked
     from moecover.model import load_model
-    from moecover.planning import METHODS, plan
-    from moecover.plans import Plan
+    from moecover.planning import METHODS, plan, plans, super_experts
+    from moecover.plans import LayerPlan, Plan
     from moecover.profiles import Profile
     from moecover.profiling import profile
+    from moecover.registry import load_plugin
     from moecover.saliency import SALIENCIES
     from moecover.source import open_checkpoint
     from moecover.topology import PROVEN_FAMILIES, Structure, Topology, read_structure
@@ -41,8 +43,8 @@ _MODULE_OF = {
     "Corpus": "corpus", "CORPORA": "corpora", "load_corpus": "corpus", "load_tokenizer": "corpus",
     "open_checkpoint": "source", "Topology": "topology", "Structure": "topology", "read_structure": "topology",
     "inspect": "inspection", "PROVEN_FAMILIES": "topology", "Profile": "profiles", "load_model": "model",
-    "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "plans", "plan": "planning",
-    "prune": "checkpoint", "masked": "evaluation", "perplexity": "evaluation", "verify": "evaluation",
+    "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "plans", "plan": "planning", "plans": "planning", "super_experts": "planning", "load_plugin": "registry", "LayerPlan": "plans",
+    "prune": "checkpoint", "masked": "masking", "perplexity": "evaluation", "verify": "evaluation",
     "MoecoverError": "errors", "InputError": "errors",
 }  # fmt: skip
 
@@ -53,6 +55,7 @@ __all__ = [
     "SALIENCIES",
     "Corpus",
     "InputError",
+    "LayerPlan",
     "MoecoverError",
     "Plan",
     "Profile",
@@ -61,14 +64,17 @@ __all__ = [
     "inspect",
     "load_corpus",
     "load_model",
+    "load_plugin",
     "load_tokenizer",
     "masked",
     "open_checkpoint",
     "perplexity",
     "plan",
+    "plans",
     "profile",
     "prune",
     "read_structure",
+    "super_experts",
     "verify",
 ]
 

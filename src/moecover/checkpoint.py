@@ -296,7 +296,7 @@ def prune(
                 }
                 for layer in plan.layers
             ],
-            "plan": plan.model_dump(by_alias=True),
+            "plan": plan.to_dict(),
             "left_out": left_out_files(checkpoint),
             "files": dict(sorted(hashes.items())),
         }

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from moecover import __version__, progress
 from moecover.errors import MoecoverError, is_out_of_memory
-from moecover.verbs import VERBS
+from moecover.verbs import KEEP_INPUTS, VERBS
 
 EPILOG = """examples:
   moecover inspect Qwen/Qwen1.5-MoE-A2.7B
@@ -57,15 +57,45 @@ def _add_device(parser: Any) -> None:
     parser.add_argument("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
 
 
-def _add_plan(parser: argparse.ArgumentParser, *, seed: bool) -> None:
+def _add_keep_inputs(parser: Any, when: str) -> None:
+    parser.add_argument("--keep-inputs", type=int, metavar="TOKENS", help=f"keep what enters the experts for this many tokens, shared by the corpora, whole sequences ({when})")  # fmt: skip
+
+
+def _add_plan(parser: argparse.ArgumentParser, *, alone: bool) -> None:
     group = parser.add_argument_group("plan")
     group.add_argument("--method", default=None, help="moecover ls methods (default: tb-coverage)")
     group.add_argument("--saliency", default=None, help="moecover ls saliencies (default: contribution)")
     group.add_argument("--protect", type=float, default=None, metavar="P", help="share of the kept experts that corpora protect in turn, 0 to 1 (default: 0.5)")  # fmt: skip
-    group.add_argument("--keep", type=int, metavar="K", help="experts kept per layer")
-    group.add_argument("--retain", type=float, metavar="R", help="fraction of experts kept per layer, in (0, 1]")
-    if seed:
+    group.add_argument("--weight", action="append", default=[], metavar="NAME=N", help="turns of a corpus per round and its weight in the fill (default: 1 each; 0 leaves it out); repeat it")  # fmt: skip
+    group.add_argument("--protect-super-experts", action="store_true", help="keep the experts with extreme outputs (arXiv 2507.23279), whatever the method says")  # fmt: skip
+    group.add_argument("--mode", help="expert-sparsity: layerwise (inputs of the full model, default) or progressive (of the pruned prefix)")  # fmt: skip
+    group.add_argument("--search", help="expert-sparsity: auto (default: exhaustive up to 100,000 subsets), exhaustive or greedy")  # fmt: skip
+    group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of a plugin's method; repeat it")  # fmt: skip
+    several = "; several with commas give several plans" if alone else ""
+    group.add_argument(
+        "--keep", type=_numbers(int, several=alone), metavar="K", help=f"experts kept per layer{several}"
+    )
+    group.add_argument("--retain", type=_numbers(float, several=alone), metavar="R", help=f"fraction of experts kept per layer, in (0, 1]{several}")  # fmt: skip
+    _add_plugin(group)
+    if alone:
         group.add_argument("--seed", type=int, default=None, help="of method random (default: 0)")
+
+
+def _add_plugin(parser: Any) -> None:
+    parser.add_argument("--plugin", action="append", default=[], type=Path, metavar="FILE.py", help="your own saliencies and methods: a Python file, which is run; repeat it")  # fmt: skip
+
+
+def _numbers(kind: Any, *, several: bool) -> Any:
+    """Parser of one number, or of several with commas between them."""
+
+    def parse(text: str) -> Any:
+        found = [kind(part) for part in text.split(",")]
+        if len(found) > 1 and not several:
+            raise ValueError
+        return found if several else found[0]
+
+    parse.__name__ = kind.__name__ + ("s with commas" if several else "")
+    return parse
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,13 +132,34 @@ def make_parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="PROFILE_DIR", help="folder for profile.safetensors"
     )
     p.add_argument("--overwrite", action="store_true", help="replace a profile that is there")
+    _add_keep_inputs(p, "for method expert-sparsity")
 
     p = verb("plan", "choose the experts to keep from a profile")
     p.add_argument("profile", type=Path, metavar="PROFILE_DIR", help="folder that `moecover profile` wrote")
-    _add_plan(p, seed=True)
+    _add_plan(p, alone=True)
+    group = p.add_argument_group("expert-sparsity runs the experts")
+    group.add_argument("--model", metavar="MODEL", help="the model that was profiled: local folder or hub id")
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    _add_device(group)
     p.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="PLAN", help="plan.json to write (replaced if it exists)"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PLAN",
+        help="plan.json to write (replaced if it exists); for several plans a folder, which gets keep-K.json",
     )
+
+    p = verb("explain", "say why a plan keeps what it keeps, corpus by corpus, and how stable that is")
+    p.add_argument("plan", type=Path, metavar="PLAN", help="plan.json")
+    p.add_argument("--profile", type=Path, metavar="PROFILE_DIR", help="the profile that the plan was made from: needed for routing counts, stability, and plans without saliencies of their own")  # fmt: skip
+    p.add_argument("--against", type=Path, metavar="PLAN", help="another plan: what changed")
+    p.add_argument("--saliency", help="what utility means here (default: the plan's own, else contribution)")
+    p.add_argument("--change", type=float, default=0.02, metavar="X", help="stable: at most this share of the kept experts still changes (default: 0.02)")  # fmt: skip
+    p.add_argument("--layers", action="store_true", help="a line for every layer")
+    p.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the pictures (PNG and SVG)")
+    p.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
+    _add_plugin(p)
 
     p = verb("prune", "write the pruned checkpoint, from a plan or in one shot from corpora")
     model(p)
@@ -116,12 +167,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--plan", type=Path, metavar="PLAN", help="plan.json; without it, give --corpus and --keep or --retain"
     )
     _add_corpora(p, required=False)
-    _add_plan(p, seed=False)
+    _add_plan(p, alone=False)
     p.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if moecover wrote it")
     p.add_argument(
         "--save-profile", type=Path, metavar="PROFILE_DIR", help="one shot: keep the profile, for other budgets"
     )
+    _add_keep_inputs(p, f"one shot with expert-sparsity; default {KEEP_INPUTS}")
     p.add_argument("--other-weights", action="store_true", help="accept a plan made on other weights of the same shape")
 
     p = verb("verify", "prove a pruned checkpoint against the masked original on real text")
@@ -136,6 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     p = verb("ls", "list methods, saliencies, corpora or families")
     p.add_argument("what", choices=("methods", "saliencies", "corpora", "families"))
+    _add_plugin(p)
     return parser
 
 

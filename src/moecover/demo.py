@@ -22,8 +22,9 @@ from moecover import progress
 from moecover.checkpoint import prune
 from moecover.corpus import Corpus, load_corpus
 from moecover.errors import MoecoverError
-from moecover.evaluation import masked, perplexity, verify
+from moecover.evaluation import perplexity, verify
 from moecover.files import check_output, new_folder, write_text
+from moecover.masking import masked
 from moecover.model import load_model
 from moecover.planning import plan
 from moecover.plans import Plan, keep_all

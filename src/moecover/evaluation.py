@@ -1,22 +1,21 @@
 """Stage 5, evaluation: reads a live model (whole, masked by a plan, or pruned), gives perplexity and the proof.
 
-A masked model is the original whose routers are cut to the kept experts: what the pruned checkpoint computes, with no
-checkpoint written. `verify` holds the written files against it.
+`verify` holds the written files against the masked original (`masking`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecover.corpus import Corpus, load_corpus, load_tokenizer, make_corpus
 from moecover.errors import InputError
-from moecover.model import batches, load_model, routers
+from moecover.masking import masked
+from moecover.model import batches, load_model
 from moecover.plans import Plan, check_plan
 from moecover.source import Checkpoint, open_checkpoint
 from moecover.topology import Structure, read_structure
@@ -26,59 +25,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "moecover.json"
 VERIFY_CORPORA = ("encyclopedia-heldout", "web-heldout")
-
-
-def _router_tensors(structure: Structure, layer: int) -> dict[str, int]:
-    """Expert-dependent parameters and buffers of a layer outside its experts, with their axis."""
-    block = structure.experts_modules[layer].rpartition(".")[0] + "."
-    experts = structure.experts_modules[layer] + "."
-    return {k: axis for k, axis in structure.parameters.items() if k.startswith(block) and not k.startswith(experts)}
-
-
-@contextlib.contextmanager
-def masked(model: torch.nn.Module, structure: Structure, plan: Plan) -> Iterator[torch.nn.Module]:
-    """The model as if only the plan's experts were there; the block's end restores it.
-
-    Every expert-dependent tensor of a router is cut to the kept experts and the selected ids are led back to the
-    original experts, so whatever the router computes (softmax, sigmoid, bias, top-k) is computed over the kept ones
-    only. Equal to the original with the dropped experts' router logits at minus infinity.
-
-    Raises:
-        InputError: the plan does not fit the model.
-    """
-    import torch
-
-    check_plan(plan, structure, other_weights=True)
-    undo: list[Callable[[], None]] = []
-    try:
-        for layer, (router, layer_plan) in enumerate(zip(routers(model, structure), plan.layers, strict=True)):
-            device = next(router.parameters()).device
-            kept = torch.tensor(layer_plan.kept, device=device)
-            owners = {id(router): router}
-            for key, axis in _router_tensors(structure, layer).items():
-                owner_name, _, leaf = key.rpartition(".")
-                owner = model.get_submodule(owner_name)
-                owners[id(owner)] = owner
-                table = owner._parameters if leaf in owner._parameters else owner._buffers
-                whole = table[leaf]
-                assert whole is not None
-                cut: Any = whole.detach().index_select(axis, kept)
-                table[leaf] = torch.nn.Parameter(cut, requires_grad=False) if table is owner._parameters else cut
-                undo.append(lambda table=table, leaf=leaf, whole=whole: table.__setitem__(leaf, whole))  # type: ignore[misc]
-            for owner in owners.values():
-                for name, value in list(vars(owner).items()):
-                    if "expert" in name and type(value) is int and value == structure.topology.num_experts:
-                        setattr(owner, name, plan.keep)
-                        undo.append(lambda owner=owner, name=name, value=value: setattr(owner, name, value))  # type: ignore[misc]
-
-            def to_original(module: Any, args: Any, output: Any, kept: torch.Tensor = kept) -> Any:
-                return tuple(kept[o] if torch.is_tensor(o) and not o.is_floating_point() else o for o in output)
-
-            undo.append(router.register_forward_hook(to_original).remove)
-        yield model
-    finally:
-        for restore in reversed(undo):
-            restore()
 
 
 def perplexity(

@@ -10,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moecover.errors import InputError, MoecoverError
 
@@ -66,8 +66,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that appears only when complete.
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill, which takes the name ``path`` only when the block ends without an error.
 
     Raises:
         MoecoverError: the disk is full or the folder cannot be written.
@@ -78,7 +79,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     with explained(f"writing {path}"), _parents(path):
         try:
             with partial.open("wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -86,6 +87,12 @@ def write_bytes(path: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that appears only when complete; see `new_file`."""
+    with new_file(path) as file:
+        file.write(content)
 
 
 def check_output(path: Path, *, overwrite: bool, marker: str) -> None:

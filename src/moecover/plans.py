@@ -23,18 +23,26 @@ class LayerPlan(BaseModel):
     Attributes:
         decoder_layer: index among all decoder layers, dense ones included.
         kept: ids of the kept experts, ascending; their positions are the new ids.
+        required: experts that were kept whatever the method says (super experts).
         protected: by corpus, the experts that it protected, in the order of its turns.
         filled: the other kept experts, best first.
         saliency: by corpus (``pooled`` for all as one), the saliency of every expert.
+        search: how a subset was searched for, where one was: ``exhaustive`` or ``greedy``.
+        loss: what that subset costs, see `expert_sparsity`.
+        tokens: calibration tokens that the search ran on.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     decoder_layer: int
     kept: list[int] = Field(min_length=1)
+    required: list[int] = Field(default_factory=list)
     protected: dict[str, list[int]] = Field(default_factory=dict)
     filled: list[int] = Field(default_factory=list)
     saliency: dict[str, list[float]] = Field(default_factory=dict)
+    search: str | None = None
+    loss: float | None = None
+    tokens: int | None = None
 
     @model_validator(mode="after")
     def _kept_is_a_set(self) -> LayerPlan:
@@ -71,9 +79,15 @@ class Plan(BaseModel):
     profile_fingerprint: str | None = None
     model: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """What plan.json holds; empty parts of a layer are left out."""
+        value = self.model_dump(by_alias=True)
+        value["layers"] = [{k: v for k, v in row.items() if v not in (None, [], {})} for row in value["layers"]]
+        return value
+
     def to_json(self) -> str:
         """The text of plan.json; the same plan gives the same bytes."""
-        value = self.model_dump(by_alias=True)
+        value = self.to_dict()
         layers = value.pop("layers")
         head = json.dumps(value, indent=1)[: -len("\n}")]
         rows = ",\n".join(f"  {json.dumps(layer, allow_nan=False)}" for layer in layers)
@@ -141,6 +155,10 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False)
             raise InputError(f"{where} keeps {len(layer.kept)} experts, `keep` is {plan.keep}. Every layer must keep the same number: stock loaders and servers read one")  # fmt: skip
         if layer.kept[-1] >= topology.num_experts:
             raise InputError(f"{where} keeps expert {layer.kept[-1]}. Allowed: 0 to {topology.num_experts - 1}")
+        size = topology.num_experts // topology.num_groups
+        counts = np.bincount([e // size for e in layer.kept], minlength=topology.num_groups)
+        if counts.min() < counts.max():
+            raise InputError(f"{where} keeps {', '.join(map(str, counts))} experts of the router's groups. Every group must keep the same number")  # fmt: skip
     resolve_keep(topology, keep=plan.keep, retain=None)
     if not other_weights and plan.model_fingerprint not in (None, structure.model_fingerprint):
         raise InputError(f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make a plan of this one, or give --other-weights if it is a sibling of that model")  # fmt: skip
@@ -172,6 +190,11 @@ def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None) 
         raise InputError(f"{given} is above the {experts} experts of a layer of {topology.family}. Allowed: {top_k} to {experts}")  # fmt: skip
     if keep < top_k:
         raise InputError(f"{given} leaves fewer experts than the router's top-k of {top_k}. Allowed: --keep {top_k} to {experts}")  # fmt: skip
+    if (groups := topology.num_groups) > 1:
+        least = max(2, -(-top_k // topology.top_groups))  # a token must find its top-k in the groups it may use
+        if keep % groups or keep // groups < least:
+            near = sorted({min(experts, max(least * groups, n * groups)) for n in (keep // groups, keep // groups + 1)})
+            raise InputError(f"{given} does not fit the router's {groups} groups of experts: every group must keep the same number, {least} or more. Near: --keep {' or '.join(map(str, near))}")  # fmt: skip
     return keep
 
 

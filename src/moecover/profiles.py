@@ -15,12 +15,15 @@ import numpy as np
 
 from moecover.errors import InputError
 from moecover.files import canonical_json, write_bytes
+from moecover.inputs import FILE as INPUTS
+from moecover.inputs import Inputs, open_inputs
 from moecover.topology import Topology
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SCHEMA = 1
+SCHEMA = 2
+PARTS = 8  # of a corpus, whose running sums are kept
 FILE = "profile.safetensors"
 COUNTS = ("count", "num_tokens")
 SUMS = (
@@ -30,6 +33,11 @@ MAXIMA = ("max_abs",)
 STATISTICS = (*COUNTS, *SUMS, *MAXIMA)
 
 Statistics = dict[str, "NDArray[Any]"]
+
+
+def added(one: Statistics, two: Statistics) -> Statistics:
+    """The statistics of both token sets; shapes broadcast."""
+    return {n: np.maximum(one[n], two[n]) if n in MAXIMA else one[n] + two[n] for n in STATISTICS}
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,9 @@ class Profile:
         corpora: origin and hash of every corpus, a list of records for a profile that was added up.
         model: name, revision and fingerprint of the model.
         settings: how the pass was run, and the versions that ran it.
+        parts: ``parts[corpus][name]`` of shape ``[part, layer, expert]``: the statistics as they stood after each
+            eighth of the corpus but the last (fewer when it has fewer batches), for `stages`.
+        inputs: a sample of what enters the experts, where the profile keeps one.
     """
 
     topology: Topology
@@ -64,6 +75,8 @@ class Profile:
     corpora: dict[str, list[dict[str, Any]]]
     model: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Statistics] = field(default_factory=dict)
+    inputs: Inputs | None = None
 
     def __add__(self, other: Profile) -> Profile:
         """The profile of both token sets: sums add, maxima take the larger, a corpus of one side stays as it is.
@@ -77,14 +90,36 @@ class Profile:
             raise InputError(f"profiles of different models do not add up: {self.model['name']} ({self.model['fingerprint'][:12]}) and {other.model['name']} ({other.model['fingerprint'][:12]})")  # fmt: skip
         statistics = {**self.statistics, **other.statistics}
         corpora = {**self.corpora, **other.corpora}
+        parts = {**self.parts, **other.parts}
         for corpus in self.statistics.keys() & other.statistics.keys():
             mine, theirs = self.statistics[corpus], other.statistics[corpus]
-            statistics[corpus] = {
-                name: np.maximum(mine[name], theirs[name]) if name in MAXIMA else mine[name] + theirs[name]
-                for name in STATISTICS
-            }
+            statistics[corpus] = added(mine, theirs)
             corpora[corpus] = self.corpora[corpus] + other.corpora[corpus]
-        return Profile(self.topology, statistics, corpora, self.model, self.settings)
+            if corpus in self.parts and corpus in other.parts:
+                running = [self.parts[corpus], {n: v[None] for n, v in mine.items()}, added(mine, other.parts[corpus])]
+                joined = {name: np.concatenate([part[name] for part in running]) for name in STATISTICS}
+                step = -(-len(joined["count"]) // (2 * PARTS - 1))
+                parts[corpus] = {name: values[step - 1 :: step] for name, values in joined.items()}
+        return Profile(self.topology, statistics, corpora, self.model, self.settings, parts)
+
+    def stages(self) -> list[Profile]:
+        """The profile as it would have been after less text, from the shortest to the whole.
+
+        Every corpus contributes the part whose share of its tokens is nearest; one stage alone where no parts were kept.
+        """
+        whole = {c: {n: v[None] for n, v in s.items()} for c, s in self.statistics.items()}
+        running = {
+            c: {n: np.concatenate([self.parts[c][n], v]) for n, v in s.items()} if c in self.parts else s
+            for c, s in whole.items()
+        }
+        shares = {c: s["num_tokens"][:, 0, 0] / s["num_tokens"][-1, 0, 0] for c, s in running.items()}
+        stages = min(len(s) for s in shares.values())
+        found = []
+        for stage in range(1, stages + 1):
+            at = {c: int(np.abs(share - stage / stages).argmin()) for c, share in shares.items()}
+            statistics = {c: {n: v[at[c]] for n, v in s.items()} for c, s in running.items()}
+            found.append(Profile(self.topology, statistics, self.corpora, self.model, self.settings))
+        return found
 
     def pooled(self) -> Statistics:
         """The statistics of all corpora taken as one, each ``[layer, expert]``."""
@@ -118,7 +153,10 @@ class Profile:
             "settings": self.settings,
         }
         tensors = {f"{corpus}/{name}": values for corpus, s in self.statistics.items() for name, values in s.items()}
+        tensors |= {f"{corpus}/{name}/parts": v for corpus, s in self.parts.items() for name, v in s.items()}
         path = Path(folder) / FILE
+        if self.inputs is None or self.inputs.path != path.with_name(INPUTS):
+            path.with_name(INPUTS).unlink(missing_ok=True)  # of an earlier profile
         write_bytes(path, save(tensors, metadata={"moecover": json.dumps(about)}))
         return path
 
@@ -153,13 +191,29 @@ class Profile:
                 f"{path} is damaged: its metadata lacks {error}. Make it anew with `moecover profile`"
             ) from error
         shape = (len(topology.decoder_layers), topology.num_experts)
+
+        def checked(key: str, name: str) -> NDArray[Any]:
+            tensor: NDArray[Any] | None = tensors.get(key)
+            if tensor is None or tensor.shape[-2:] != shape or tensor.ndim != (3 if key.endswith("/parts") else 2):
+                got = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                raise InputError(f"{path}: {key} is {got}, {list(shape)} is needed")
+            if not np.isfinite(tensor).all() or (name in COUNTS and (tensor < 0).any()):
+                raise InputError(
+                    f"{path}: {key} holds negative or non-finite values. Make it anew with `moecover profile`"
+                )
+            return tensor
+
+        parts: dict[str, Statistics] = {}
         for corpus, values in statistics.items():
             for name in STATISTICS:
-                tensor = tensors.get(f"{corpus}/{name}")
-                if tensor is None or tensor.shape != shape:
-                    got = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-                    raise InputError(f"{path}: {corpus}/{name} is {got}, {list(shape)} is needed")
-                if not np.isfinite(tensor).all() or (name in COUNTS and (tensor < 0).any()):
-                    raise InputError(f"{path}: {corpus}/{name} holds negative or non-finite values. Make it anew with `moecover profile`")  # fmt: skip
-                values[name] = tensor
-        return cls(topology, statistics, about["corpora"], about["model"], about["settings"])
+                values[name] = checked(f"{corpus}/{name}", name)
+            if f"{corpus}/count/parts" in tensors:
+                parts[corpus] = {name: checked(f"{corpus}/{name}/parts", name) for name in STATISTICS}
+        inputs = open_inputs(path.parent)
+        if inputs is not None:
+            known = {(c, record.get("sha256")) for c, records in about["corpora"].items() for record in records}
+            if inputs.model_fingerprint != about["model"]["fingerprint"] or not set(inputs.hashes.items()) <= known:
+                raise InputError(
+                    f"{inputs.path} does not belong to {path.name}. Make the profile anew with --keep-inputs"
+                )
+        return cls(topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs)

@@ -5,17 +5,22 @@ One forward pass over each corpus, batch by batch; `recording` sees what the exp
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moecover.corpus import Corpus
 from moecover.errors import InputError, MoecoverError
+from moecover.inputs import FILE as INPUTS
+from moecover.inputs import Writer, open_inputs, sample_of, writing
 from moecover.model import batches, load_model
-from moecover.profiles import STATISTICS, Profile, Statistics
-from moecover.recording import recording
+from moecover.profiles import PARTS, STATISTICS, Profile, Statistics
+from moecover.recording import Recorder, recording
 from moecover.topology import Structure
 
 if TYPE_CHECKING:
@@ -28,15 +33,17 @@ def profile_corpus(
     corpus: Corpus,
     *,
     batch_size: int = 4,
+    writer: Writer | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
-) -> Statistics:
-    """Statistics of one corpus, each ``[layer, expert]``, from one forward pass over it.
+) -> tuple[Statistics, Statistics]:
+    """Statistics of one corpus, each ``[layer, expert]``, from one forward pass over it, and the parts of a profile.
 
     Args:
         model: from `load_model`.
         structure: the checkpoint of the model.
         corpus: token ids.
         batch_size: sequences per forward pass.
+        writer: takes the sample of the layers' inputs, where one is kept.
         advance: called with the tokens of every finished batch.
 
     Raises:
@@ -46,9 +53,15 @@ def profile_corpus(
 
     device = next(model.parameters()).device
     backbone = getattr(model, str(model.base_model_prefix))  # the head is not needed for statistics
+    total = -(-len(corpus.tokens) // batch_size)
+    ends = {round(total * part / PARTS) for part in range(1, PARTS)} - {0, total}  # a part is a whole number of batches
+    parts: list[Statistics] = []
     with torch.inference_mode(), recording(model, structure) as recorder:
-        for inputs in batches(corpus, batch_size):
+        for number, inputs in enumerate(batches(corpus, batch_size)):
             mask = inputs.get("attention_mask")
+            if number in ends:
+                parts.append(recorder.statistics())
+            _keep(recorder, writer, corpus, number * batch_size, inputs)
             backbone(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
             recorder.end_batch(None if mask is None else mask.bool().flatten().to(device))
             advance(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
@@ -58,7 +71,22 @@ def profile_corpus(
     if name := next((name for name, values in statistics.items() if not np.isfinite(values).all()), None):
         layer = int(np.argwhere(~np.isfinite(statistics[name]))[0][0])
         raise InputError(f"decoder layer {structure.topology.decoder_layers[layer]}: {name} is not finite on corpus {corpus.name}. The weights hold NaN or infinity, or the dtype overflows (try --dtype float32)")  # fmt: skip
-    return statistics
+    running = {n: np.stack([p[n] for p in parts]) if parts else v[None][:0] for n, v in statistics.items()}
+    return statistics, running
+
+
+def _keep(recorder: Recorder, writer: Writer | None, corpus: Corpus, row: int, inputs: dict[str, torch.Tensor]) -> None:
+    """Have the taps pass on what belongs to the sample: the first sequences, without padding."""
+    rows = 0 if writer is None else min(writer.rows(corpus.name) - row, len(inputs["input_ids"]))
+    tokens = rows * inputs["input_ids"].shape[1]
+    mask = inputs["attention_mask"][:rows].flatten().bool() if "attention_mask" in inputs else slice(None)
+
+    def to_writer(hidden: torch.Tensor, layer: int) -> None:
+        assert writer is not None
+        writer.add(corpus.name, layer, hidden[:tokens][mask])
+
+    for layer, tap in enumerate(recorder.taps):
+        tap.keep = functools.partial(to_writer, layer=layer) if rows > 0 else None
 
 
 def profile(
@@ -69,6 +97,7 @@ def profile(
     batch_size: int = 4,
     dtype: str = "auto",
     device: str = "auto",
+    keep_inputs: tuple[int, Path] | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Profile:
     """Profile of a model on corpora that are kept apart, from one forward pass over each.
@@ -80,6 +109,7 @@ def profile(
         batch_size: sequences per forward pass.
         dtype: of the model to be loaded, see `load_model`.
         device: of the model to be loaded, see `load_model`.
+        keep_inputs: how many tokens of every layer's inputs to keep, and the folder for `inputs`.
         advance: called with the tokens of every finished batch.
 
     Raises:
@@ -97,11 +127,23 @@ def profile(
         raise InputError(f"--batch-size {batch_size} is out of range: 1 or more")
     if model is None:
         model = load_model(structure, dtype=dtype, device=device)
-    statistics = {
-        corpus.name: profile_corpus(model, structure, corpus, batch_size=batch_size, advance=advance)
-        for corpus in corpora
-    }
     parameter = next(model.parameters())
+    statistics, parts = {}, {}
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if keep_inputs is not None:
+            tokens, folder = keep_inputs
+            writer = stack.enter_context(
+                writing(
+                    folder / INPUTS, sample_of(corpora, tokens), layers=len(structure.topology.decoder_layers),
+                    hidden_size=structure.topology.hidden_size, dtype=str(parameter.dtype).removeprefix("torch."),
+                    batch_size=batch_size, model_fingerprint=structure.model_fingerprint,
+                )
+            )  # fmt: skip
+        for corpus in corpora:
+            statistics[corpus.name], parts[corpus.name] = profile_corpus(
+                model, structure, corpus, batch_size=batch_size, writer=writer, advance=advance
+            )
     settings = {
         "batch_size": batch_size,
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -119,4 +161,6 @@ def profile(
         "revision": structure.checkpoint.revision,
         "fingerprint": structure.model_fingerprint,
     }
-    return Profile(structure.topology, statistics, {c.name: [c.record] for c in corpora}, about, settings)
+    records = {c.name: [c.record] for c in corpora}
+    inputs = open_inputs(keep_inputs[1]) if keep_inputs is not None else None
+    return Profile(structure.topology, statistics, records, about, settings, parts, inputs)

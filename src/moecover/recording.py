@@ -93,11 +93,11 @@ class Recorder:
             tap.clear()
 
     def statistics(self) -> Statistics:
-        """What was added up, each ``[layer, expert]``."""
+        """What was added up so far, each ``[layer, expert]``; a copy."""
         shape = (len(self.taps), self.topology.num_experts)
         rows = dict(zip([name for name in SUMS if name != "prob_sum"], self.sums, strict=True))
         tensors = {"count": self.count, **rows, "prob_sum": self.prob_sum, "max_abs": self.max_abs.double()}
-        values = {name: tensor.cpu().numpy().reshape(shape) for name, tensor in tensors.items()}
+        values = {name: tensor.cpu().numpy().reshape(shape).copy() for name, tensor in tensors.items()}
         return {**values, "num_tokens": np.full(shape, self.num_tokens, dtype=np.int64)}
 
 
@@ -106,6 +106,7 @@ class Tap:
 
     def __init__(self, decoder_layer: int, buffers: dict[int, torch.Tensor]) -> None:
         self.decoder_layer, self.buffers = decoder_layer, buffers
+        self.keep: Callable[[torch.Tensor], None] | None = None  # takes the hidden states, where a sample is kept
         self.clear()
 
     def clear(self) -> None:
@@ -117,6 +118,8 @@ class Tap:
     def before_experts(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Hook before the experts: hidden states ``[token, hidden]``, selected experts and weights ``[token, slot]``."""
         self.hidden, self.index, self.weights = args
+        if self.keep is not None:
+            self.keep(self.hidden)
 
     def after_router(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Hook after the router: logits ``[token, expert]`` come first in what it returns."""

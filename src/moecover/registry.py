@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from moecover.errors import InputError
+from moecover.errors import InputError, MoecoverError, is_out_of_memory
 
 F = TypeVar("F", bound=Callable[..., object])
+
+_plugin: str | None = None  # the user's file that is being imported
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
@@ -20,19 +26,32 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
 
 
 class Registry(Mapping[str, F], Generic[F]):
-    """Functions by name, in the order of their definition; ``paper`` says where the formula comes from."""
+    """Functions by name, in the order of their definition; ``paper`` says where the formula comes from.
+
+    Attributes:
+        papers: source by name.
+        facts: other keywords of the decorator by name.
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.papers: dict[str, str] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
         self._functions: dict[str, F] = {}
+        self._plugins: dict[str, str | None] = {}
 
-    def __call__(self, name: str, *, paper: str) -> Callable[[F], F]:
-        """Decorator that enters a function under ``name``."""
+    def __call__(self, name: str, *, paper: str, **facts: Any) -> Callable[[F], F]:
+        """Decorator that enters a function under ``name``.
+
+        Raises:
+            InputError: a plugin uses a name that is taken.
+        """
 
         def enter(function: F) -> F:
-            self._functions[name] = function
-            self.papers[name] = paper
+            if _plugin is not None and name in self._functions and self._plugins.get(name) != _plugin:
+                raise InputError(f"plugin {_plugin}: {self.kind} {name} exists already. Choose another name")
+            self._functions[name] = function if _plugin is None else _guarded(function, f"{self.kind} {name}", _plugin)
+            self.papers[name], self.facts[name], self._plugins[name] = paper, facts, _plugin
             return function
 
         return enter
@@ -54,3 +73,56 @@ class Registry(Mapping[str, F], Generic[F]):
             {"name": name, "summary": (f.__doc__ or "").strip().split("\n")[0], "paper": self.papers[name]}
             for name, f in self._functions.items()
         ]
+
+
+def _plugin_error(plugin: str, what: str, error: Exception) -> InputError:
+    reason = str(error).strip().split("\n")[0]
+    line, trace = "", error.__traceback__
+    while trace is not None:  # the last line of the traceback that lies in the user's file
+        if trace.tb_frame.f_code.co_filename == plugin:
+            line = f", line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return InputError(f"plugin {plugin}{line}: {what} raised {type(error).__name__}: {reason}")
+
+
+def _guarded(function: F, what: str, plugin: str) -> F:
+    """The function, whatever it raises turned into one line that names its file."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except MoecoverError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise _plugin_error(plugin, what, error) from error
+
+    return call  # type: ignore[return-value]
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a user's Python file, whose decorators enter its saliencies and methods.
+
+    Raises:
+        InputError: no such file, it raises, or it uses a name that is taken.
+    """
+    global _plugin
+    path = Path(path)
+    if path.suffix != ".py" or not path.is_file():
+        raise InputError(f"plugin {path}: no such Python file. Give the path of a .py file")
+    spec = importlib.util.spec_from_file_location(f"moecover_plugin_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    _plugin = str(path)
+    try:
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    except MoecoverError:
+        raise
+    except Exception as error:
+        raise _plugin_error(str(path), "the file", error) from error
+    finally:
+        _plugin = None

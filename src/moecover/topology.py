@@ -36,6 +36,7 @@ PROVEN_FAMILIES = {
 }
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
+GROUP_KEYS = ("n_group", "num_expert_group")
 FLOAT_TYPES = {"F16", "BF16", "F32", "F64"}
 
 
@@ -50,6 +51,8 @@ class Topology:
         top_k: slots per token.
         hidden_size: width of the residual stream.
         num_layers: decoder layers, dense ones included.
+        num_groups: groups of consecutive experts that the router chooses among first; 1 where it does not.
+        top_groups: groups that a token may use.
     """
 
     family: str
@@ -58,6 +61,8 @@ class Topology:
     top_k: int
     hidden_size: int
     num_layers: int
+    num_groups: int = 1
+    top_groups: int = 1
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "decoder_layers": list(self.decoder_layers)}
@@ -252,18 +257,34 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
             f"{name}: {what} outside the one experts module of its layer: {config['model_type']!r} is not supported"
         )
     text: Any = one.config.get_text_config()  # type: ignore[operator,union-attr]
-    groups = first_number(config, ("n_group", "num_expert_group"))
-    if groups is not None and groups > 1:
-        raise InputError(f"{name}: routers limited to groups of experts ({groups} groups) are not supported yet")
     top_k = next((int(v) for k in TOP_K_KEYS if isinstance(v := getattr(text, k, None), int)), None)
     if top_k is None:
         raise InputError(f"{name}: no slots per token (top-k) in config.json; looked for {', '.join(TOP_K_KEYS)}")
-    topology = Topology(config["model_type"], decoder_layers, experts, top_k, text.hidden_size, text.num_hidden_layers)
+    topology = Topology(
+        config["model_type"],
+        decoder_layers,
+        experts,
+        top_k,
+        text.hidden_size,
+        text.num_hidden_layers,
+        *_groups(text, experts, name),
+    )
     tensors = _classify(checkpoint, one, axes, modules, experts)
     warnings: tuple[str, ...] = ()
     if topology.family not in PROVEN_FAMILIES:
         warnings = (f"family {topology.family!r} is not among the proven ones ({', '.join(PROVEN_FAMILIES)}): run `moecover verify` on the result",)  # fmt: skip
     return Structure(checkpoint, topology, tensors, axes, modules, tuple(counts), warnings)
+
+
+def _groups(text: Any, experts: int, name: str) -> tuple[int, int]:
+    """Groups of experts and groups per token of a group-limited router; 1 and 1 for any other."""
+    groups = next((v for k in GROUP_KEYS if isinstance(v := getattr(text, k, None), int)), 1)
+    if groups <= 1 or getattr(text, "topk_method", None) == "greedy":
+        return 1, 1
+    top = getattr(text, "topk_group", None)
+    if experts % groups or not isinstance(top, int) or not 1 <= top <= groups:
+        raise InputError(f"{name}: config.json has {groups} groups for {experts} experts and {top} groups per token, which do not fit together")  # fmt: skip
+    return groups, top
 
 
 def _no_experts(name: str, config: dict[str, Any]) -> InputError:

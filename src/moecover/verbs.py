@@ -6,12 +6,17 @@ The work itself is in the stage's module; here are the checks that come before i
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moecover import progress
 from moecover.errors import InputError
+
+KEEP_INPUTS = 8192  # tokens that a search runs on when nothing else is said
 
 
 def _inspect(args: argparse.Namespace) -> tuple[Any, str, int]:
@@ -45,7 +50,7 @@ def _check_pass(args: argparse.Namespace) -> None:
     from moecover.model import check_device
 
     parse_corpora(args.corpus)
-    for name in ("sequences", "length", "batch_size"):
+    for name in ("sequences", "length", "batch_size", "keep_inputs"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range: 1 or more")
     check_device(args.dtype or "auto", args.device or "auto")
@@ -82,15 +87,30 @@ def _load_corpora(args: argparse.Namespace, structure: Any) -> list[Any]:
     return corpora
 
 
-def _make_profile(args: argparse.Namespace, structure: Any) -> Any:
+def _make_profile(args: argparse.Namespace, structure: Any, folder: Path | None) -> tuple[Any, Any, Any]:
+    """The profile, saved into ``folder`` if there is one; the model; the corpora."""
+    from moecover.inputs import num_bytes, sample_of
     from moecover.model import load_model
     from moecover.profiling import profile
 
     corpora = _load_corpora(args, structure)
+    keep_inputs = None
+    if args.keep_inputs is not None and folder is not None:
+        sample = sample_of(corpora, args.keep_inputs)
+        keep_inputs = (args.keep_inputs, folder)
     with progress.spinner(f"loading {args.model}"):
         model = load_model(structure, dtype=args.dtype or "auto", device=args.device or "auto")
+    if keep_inputs:
+        topology, width = structure.topology, next(model.parameters()).element_size()
+        size = num_bytes(sample, len(topology.decoder_layers), topology.hidden_size, width)
+        progress.say(f"keeping the inputs of {len(topology.decoder_layers)} layers for {sum(c.num_tokens for c in sample):,} tokens: {_size(size)} in {folder}")  # fmt: skip
     with progress.bar("profiling", sum(c.num_tokens for c in corpora)) as advance:
-        return profile(structure, corpora, model=model, batch_size=args.batch_size or 4, advance=advance)
+        made = profile(
+            structure, corpora, model=model, batch_size=args.batch_size or 4, keep_inputs=keep_inputs, advance=advance
+        )
+    if folder is not None:
+        made.save(folder)
+    return made, model, corpora
 
 
 def _headers(args: argparse.Namespace) -> Any:
@@ -116,10 +136,12 @@ def _files(args: argparse.Namespace, structure: Any) -> Any:
 
 
 def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.profiles import FILE
+
     _check_pass(args)
     _check_profile_folder(args.output, overwrite=args.overwrite)
-    profile = _make_profile(args, _files(args, _headers(args)))
-    path = profile.save(args.output)
+    profile, _, _ = _make_profile(args, _files(args, _headers(args)), args.output)
+    path = args.output / FILE
     shape = [len(profile.topology.decoder_layers), profile.topology.num_experts]
     tokens = {name: records[0]["tokens"] for name, records in profile.corpora.items()}
     lines = [f"{path}: statistics of {shape[0]} layers x {shape[1]} experts"]
@@ -129,44 +151,122 @@ def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
     return result, "\n".join(lines), 0
 
 
+def _load_plugins(args: argparse.Namespace) -> None:
+    from moecover.registry import load_plugin
+
+    if args.plugin:
+        pass  # so that a plugin cannot take the name of what is built in
+    for path in args.plugin:
+        load_plugin(path)
+
+
+def _pairs(arguments: list[str], flag: str) -> dict[str, Any]:
+    """``NAME=VALUE`` arguments; values are JSON where they can be, else text."""
+    found: dict[str, Any] = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not name or not equals:
+            raise InputError(f"--{flag} {argument}: give NAME=VALUE")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
 def _method(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Method and options as given, checked."""
     from moecover.planning import DEFAULT_METHOD, check_options
 
+    _load_plugins(args)
     method = args.method or DEFAULT_METHOD
-    options = {k: v for k in ("saliency", "protect", "seed") if (v := getattr(args, k)) is not None}
+    options = {
+        k: v for k in ("saliency", "protect", "seed", "mode", "search") if (v := getattr(args, k)) is not None
+    } | _pairs(args.option, "option")
+    if args.weight:
+        options["weights"] = _pairs(args.weight, "weight")
     if method != "random":
         options.pop("seed", None)  # the others choose nothing by chance; in one shot it is the seed of the sample
     check_options(method, options)
+    if args.protect_super_experts:
+        options["protect_super_experts"] = True
     return method, options
 
 
 def _plan(args: argparse.Namespace) -> tuple[Any, str, int]:
-    from moecover.planning import plan
+    from moecover.planning import plans
+    from moecover.plans import resolve_keep
     from moecover.profiles import Profile
 
     method, options = _method(args)
+    searches = method == "expert-sparsity"
+    if args.model and not searches:
+        raise InputError(f"--model is no option of method {method}: it plans from the profile alone")
     profile = Profile.load(args.profile)
-    made = plan(profile, method=method, keep=args.keep, retain=args.retain, **options)
-    made.save(args.output)
-    experts = profile.topology.num_experts
-    text = f"{args.output}: {made.method} keeps {made.keep} of {experts} experts in {len(made.layers)} layers"
+    if (args.keep is None) == (args.retain is None):
+        raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
+    budgets = [{"keep": k, "retain": None} for k in args.keep or ()] + [{"keep": None, "retain": r} for r in args.retain or ()]  # fmt: skip
+    keeps = [resolve_keep(profile.topology, **budget) for budget in budgets]
+    if len(set(keeps)) < len(keeps):
+        raise InputError(f"the budgets keep {', '.join(map(str, keeps))} experts: give every one once")
+    several = len(keeps) > 1
+    if several and args.output.is_file():
+        raise InputError(f"{args.output} is a file, a folder for {len(keeps)} plans is to be written there")
+    with contextlib.ExitStack() as stack:
+        if searches:
+            options |= stack.enter_context(_searching(args, profile, len(keeps)))
+        made = plans(profile, method=method, keeps=keeps, **options)
+    experts, lines, results = profile.topology.num_experts, [], list[dict[str, Any]]()
+    for one in made:
+        path = args.output / f"keep-{one.keep}.json" if several else args.output
+        one.save(path)
+        lines.append(_plan_line(path, one, experts))
+        results.append(
+            {"plan": str(path), "method": method, "options": one.options, "keep": one.keep, "experts": experts}
+        )
+    lines.append(f"next: moecover explain {shlex.quote(results[0]['plan'])} --profile {shlex.quote(str(args.profile))}")
+    return results if several else results[0], "\n".join(lines), 0
+
+
+def _plan_line(path: Path, made: Any, experts: int) -> str:
+    text = f"{path}: {made.method} keeps {made.keep} of {experts} experts in {len(made.layers)} layers"
     if any(layer.protected for layer in made.layers):
         counts = {c: len(ids) for c, ids in made.layers[0].protected.items()}
         text += "; protected per layer: " + ", ".join(f"{n} by {c}" for c, n in counts.items())
-    result = {
-        "plan": str(args.output),
-        "method": made.method,
-        "options": made.options,
-        "keep": made.keep,
-        "experts": experts,
-    }
-    return result, text, 0
+    if required := sum(len(layer.required) for layer in made.layers):
+        text += f"; {required} super experts kept"
+    if losses := [layer.loss for layer in made.layers if layer.loss is not None]:
+        ways = " and ".join(sorted({layer.search for layer in made.layers}))
+        text += f"; {ways} search on {made.layers[0].tokens:,} tokens, loss {sum(losses):.4g}"
+    return text
+
+
+@contextlib.contextmanager
+def _searching(args: argparse.Namespace, profile: Any, budgets: int) -> Iterator[dict[str, Any]]:
+    """The model of a profile, loaded for a search, and a bar."""
+    from moecover.model import check_device, load_model
+
+    if not args.model:
+        raise InputError("--method expert-sparsity runs the experts: give --model MODEL, the model of the profile")
+    if profile.inputs is None:
+        raise InputError(f"{args.profile} keeps no inputs of the layers, which expert-sparsity needs. Make it with `moecover profile ... --keep-inputs {KEEP_INPUTS}`")  # fmt: skip
+    dtype = args.dtype or profile.settings["dtype"]
+    check_device(dtype, args.device or "auto")
+    structure = _files(args, _headers(args))
+    with progress.spinner(f"loading {args.model}"):
+        model = load_model(structure, dtype=dtype, device=args.device or "auto")
+    with _search_bar(args, structure, budgets) as advance:
+        yield {"model": model, "structure": structure, "advance": advance}
+
+
+def _search_bar(args: argparse.Namespace, structure: Any, budgets: int) -> Any:
+    rounds = budgets if args.mode == "progressive" else 1
+    return progress.bar("searching", rounds * len(structure.topology.decoder_layers), unit="layers")
 
 
 ONE_SHOT = (
-    "corpus", "keep", "retain", "method", "saliency", "protect", "sequences", "length", "batch_size", "seed", "dtype",
-    "device", "save_profile",
+    "corpus", "keep", "retain", "method", "saliency", "protect", "weight", "protect_super_experts", "mode", "search",
+    "option", "plugin", "sequences", "length", "batch_size", "seed", "dtype", "device", "save_profile", "keep_inputs",
 )  # fmt: skip
 
 
@@ -178,7 +278,9 @@ def _check_prune(args: argparse.Namespace) -> None:
         if (args.keep is None) == (args.retain is None):
             raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
         return
-    given = [name for name in ONE_SHOT if getattr(args, name) not in (None, [])]
+    given = [
+        name for name in ONE_SHOT if (value := getattr(args, name)) is not None and value is not False and value != []
+    ]
     if given:
         raise InputError(f"--plan and --{given[0].replace('_', '-')} do not go together: the plan says what is kept")
 
@@ -193,6 +295,7 @@ def _check_saved_profile(args: argparse.Namespace) -> None:
 
 def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.checkpoint import check_target, prune
+    from moecover.inputs import sample_of
     from moecover.planning import plan
     from moecover.plans import Plan, resolve_keep
 
@@ -211,10 +314,14 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     check_target(structure, args.output, overwrite=args.overwrite)
     structure = _files(args, structure)
     if chosen is None:
-        profile = _make_profile(args, structure)
-        if args.save_profile:
-            profile.save(args.save_profile)
-        chosen = plan(profile, method=method, keep=args.keep, retain=args.retain, **options)
+        profile, model, corpora = _make_profile(args, structure, args.save_profile)
+        with contextlib.ExitStack() as stack:
+            if method == "expert-sparsity":
+                advance = stack.enter_context(_search_bar(args, structure, 1))
+                sample = sample_of(corpora, args.keep_inputs or KEEP_INPUTS)
+                options |= {"model": model, "structure": structure, "sample": sample, "advance": advance}
+            chosen = plan(profile, method=method, keep=args.keep, retain=args.retain, **options)
+        progress.say(_plan_line(args.output, chosen, structure.topology.num_experts))
     before, after = structure.checkpoint.num_bytes, structure.num_bytes(chosen.keep)
     with progress.bar("writing", after, unit="bytes") as advance:
         out = prune(
@@ -263,9 +370,31 @@ def _demo(args: argparse.Namespace) -> tuple[Any, str, int]:
     return (*demo(args.output), 0)
 
 
+def _explain(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.explaining import explain, text_of
+    from moecover.plans import Plan
+    from moecover.profiles import Profile
+
+    _load_plugins(args)
+    if not 0 < args.change < 1:
+        raise InputError(f"--change {args.change} is out of range: a share of the kept experts, above 0 and below 1")
+    made, other = Plan.load(args.plan), Plan.load(args.against) if args.against else None
+    profile = Profile.load(args.profile) if args.profile else None
+    facts = explain(made, profile=profile, against=other, saliency=args.saliency, change=args.change)
+    text = text_of(facts, layers=args.layers)
+    if args.output:
+        from moecover.pictures import draw
+
+        pictures = draw(facts, args.output, overwrite=args.overwrite)
+        facts["pictures"] = [str(path) for path in pictures]
+        text += "\n" + "\n".join(f"picture: {path}" for path in pictures)
+    return facts, text, 0
+
+
 def _ls(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.listing import listing
 
+    _load_plugins(args)
     rows = listing(args.what)
     width = max(len(row["name"]) for row in rows) + 2
     text = "\n".join(
@@ -275,7 +404,8 @@ def _ls(args: argparse.Namespace) -> tuple[Any, str, int]:
 
 
 VERBS = {
-    "inspect": _inspect, "profile": _profile, "plan": _plan, "prune": _prune, "verify": _verify, "demo": _demo, "ls": _ls,
+    "inspect": _inspect, "profile": _profile, "plan": _plan, "explain": _explain, "prune": _prune, "verify": _verify,
+    "demo": _demo, "ls": _ls,
 }  # fmt: skip
 
 

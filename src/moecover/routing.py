@@ -1,0 +1,129 @@
+"""A router as a function of its logits, recognised from what it does: for searches that re-route without running it.
+
+Reads a live router and hidden states; gives a `Routing`, or says that the router is of no kind that is known here. It is
+recognised by its outputs on the whole and on a reduced set of experts, never by the name of its family.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moecover.errors import InputError
+from moecover.masking import masked_layer, router_tensors
+from moecover.topology import Structure
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router goes from logits to the experts of a token and their weights.
+
+    Attributes:
+        scoring: ``softmax`` over all experts, or ``sigmoid``.
+        renormalise: weights divided by the sum over the token's experts.
+        scale: factor on the weights.
+        top_k: experts per token.
+        bias: added to the scores for the choice alone, float64 ``[expert]``; None without.
+        num_groups: groups of experts that are chosen first; 1 for none.
+        top_groups: groups that a token may use.
+        group_best: a group's score is the sum of its best 1 or 2.
+    """
+
+    scoring: str
+    renormalise: bool
+    scale: float
+    top_k: int
+    bias: torch.Tensor | None = None
+    num_groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores of all experts, float64 ``[token, expert]``."""
+        import torch
+
+        logits = logits.double()
+        return torch.softmax(logits, -1) if self.scoring == "softmax" else torch.sigmoid(logits)
+
+    def choice(self, scores: torch.Tensor) -> torch.Tensor:
+        """What the choice goes by, ``[..., expert]``; minus infinity outside the groups that a token may use."""
+        import torch
+
+        choice = scores if self.bias is None else scores + self.bias
+        if self.num_groups == 1:
+            return choice
+        groups = choice.reshape(*choice.shape[:-1], self.num_groups, -1)
+        best = groups.topk(self.group_best, dim=-1).values.sum(-1)
+        allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(self.top_groups, -1).indices, True)
+        return torch.where(allowed[..., None], groups, -torch.inf).flatten(-2)
+
+    def weights(self, selected: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """Weights of selected experts from their scores ``[..., slot]`` and the sum over the experts that are there.
+
+        With dropped experts' logits at minus infinity a softmax runs over the others: their scores over ``total``.
+        """
+        if self.renormalise:
+            return self.scale * selected / selected.sum(-1, keepdim=True)
+        return self.scale * (selected / total if self.scoring == "softmax" else selected)
+
+
+def _fits(routing: Routing, logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> float | None:
+    """The scale with which a routing explains a router's output; None where it does not."""
+    import torch
+
+    rough = 2e-2 if logits.dtype in (torch.bfloat16, torch.float16) or weights.dtype != torch.float32 else 1e-4
+    scores = routing.scores(logits)
+    choice = routing.choice(scores)
+    best = choice.topk(routing.top_k, -1).values
+    found = choice.gather(-1, index).sort(-1, descending=True).values
+    if not torch.allclose(found, best, rtol=rough, atol=1e-6):  # by value, so that ties fit whichever way they fell
+        return None
+    expected = routing.weights(scores.gather(-1, index), scores.sum(-1, keepdim=True))
+    scale = float((weights.double() / expected).median())
+    return scale if torch.allclose(scale * expected, weights.double(), rtol=rough, atol=1e-6) else None
+
+
+def recognise(
+    model: torch.nn.Module, structure: Structure, router: torch.nn.Module, layer: int, hidden: torch.Tensor
+) -> Routing:
+    """The routing of a MoE layer's router.
+
+    Args:
+        model: the live model.
+        structure: its checkpoint.
+        router: of the layer.
+        layer: MoE layer.
+        hidden: what enters the router, ``[token, hidden]``.
+
+    Raises:
+        InputError: the router does something else.
+    """
+    import torch
+
+    topology = structure.topology
+    hidden = hidden[:256]
+    size = topology.num_experts // topology.num_groups
+    fewer = sorted(e for e in range(topology.num_experts) if e % size < max(2, -(-size // 2), -(-topology.top_k // topology.top_groups)))  # fmt: skip
+    whole = router(hidden)
+    with masked_layer(model, structure, router, layer, fewer):
+        reduced = router(hidden)
+    ids = torch.tensor(fewer, device=hidden.device)
+    position = torch.full((topology.num_experts,), -1, device=hidden.device)
+    position[ids] = torch.arange(len(ids), device=hidden.device)
+    state = dict(model.state_dict())
+    biases: list[torch.Tensor | None] = [None]
+    vectors = [state[name] for name in router_tensors(structure, layer)]
+    biases += [v.flatten().double() for v in vectors if v.numel() == topology.num_experts]
+    kinds = itertools.product(("softmax", "sigmoid"), (False, True), biases, (1, 2) if topology.num_groups > 1 else (1,))  # fmt: skip
+    for scoring, renormalise, bias, best in kinds:
+        tried = Routing(scoring, renormalise, 1.0, topology.top_k, bias, topology.num_groups, topology.top_groups, best)
+        scale = _fits(tried, whole[0], whole[1], whole[2])
+        cut = Routing(scoring, renormalise, 1.0, topology.top_k, None if bias is None else bias[ids], topology.num_groups, topology.top_groups, best)  # fmt: skip
+        again = None if scale is None else _fits(cut, reduced[0], reduced[1], position[reduced[2]])
+        if scale is not None and again is not None and abs(again / scale - 1) < 0.01:
+            return Routing(scoring, renormalise, scale, topology.top_k, bias, topology.num_groups, topology.top_groups, best)  # fmt: skip
+    raise InputError(f"the router of decoder layer {topology.decoder_layers[layer]} of {topology.family} is of a kind that expert-sparsity cannot re-route. Use another --method")  # fmt: skip

@@ -1,0 +1,113 @@
+"""Places to fill: how many experts every layer keeps, under which conditions, and the rule of TB-Coverage.
+
+What every method shares: ties go to the lower id, every router group keeps the same number, required experts stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecover.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def ranked(utility: NDArray[Any]) -> NDArray[np.int64]:
+    """Expert ids from the highest utility to the lowest, ties by the lower id; ``utility`` is ``[..., expert]``."""
+    return np.argsort(-utility, axis=-1, kind="stable")
+
+
+class Room:
+    """The places of one layer: who has one, and who still fits.
+
+    Attributes:
+        chosen: experts that have a place, in the order in which they got it; the required ones come first.
+    """
+
+    def __init__(self, keep: int, num_experts: int, *, num_groups: int = 1, required: Iterable[int] = ()) -> None:
+        self._group_size = num_experts // num_groups
+        self._free = [keep // num_groups] * num_groups
+        self.chosen: dict[int, None] = {}
+        for expert in sorted(required):
+            if not self.take(expert):
+                raise InputError(f"{len(set(required))} super experts do not fit into --keep {keep}. Keep more, or leave --protect-super-experts out")  # fmt: skip
+
+    def __len__(self) -> int:
+        """Places that are still free."""
+        return sum(self._free)
+
+    def take(self, expert: int) -> bool:
+        """Give an expert a place; False where it has one or its group is full."""
+        group = expert // self._group_size
+        if expert in self.chosen or not self._free[group]:
+            return False
+        self._free[group] -= 1
+        self.chosen[expert] = None
+        return True
+
+    def fill(self, order: Iterable[int]) -> list[int]:
+        """Give places in an order until there are none; returns who got one."""
+        return [expert for expert in order if len(self) and self.take(expert)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many experts every layer keeps, and which ones in any case.
+
+    Attributes:
+        keep: experts per layer.
+        num_experts: experts there are.
+        num_groups: router groups, which all keep the same number.
+        required: by MoE layer, experts that are kept whatever a method says.
+    """
+
+    keep: int
+    num_experts: int
+    num_groups: int = 1
+    required: tuple[frozenset[int], ...] = field(default=())
+
+    def room(self, layer: int) -> Room:
+        """The places of a MoE layer, the required experts already in theirs."""
+        required = self.required[layer] if self.required else ()
+        return Room(self.keep, self.num_experts, num_groups=self.num_groups, required=required)
+
+
+def scaled(utility: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Every corpus's utilities scaled to sum 1 in the layer; ``[..., expert]``, a row of zeros stays."""
+    totals = utility.sum(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = np.divide(utility, totals, out=np.zeros_like(utility), where=totals > 0)
+    return result
+
+
+def cover(
+    utility: NDArray[np.float64], room: Room, turns: int, weights: Sequence[int] | None = None
+) -> tuple[list[list[int]], list[int]]:
+    """TB-Coverage in one layer (arXiv 2607.01710, this project's reading).
+
+    Every corpus's utilities are scaled to sum 1. Corpora take turns, in their order, each protecting its best expert
+    that has no place yet; the places left are filled by the mean scaled utility. Ties go to the lower id. A corpus
+    that had t turns keeps its t best experts (in a router with groups: those of them whose group was not full yet).
+
+    Args:
+        utility: non-negative, ``[corpus, expert]``.
+        room: the places of the layer; is filled.
+        turns: how many experts are protected, the room permitting.
+        weights: turns of each corpus per round, and its weight in the mean; default 1 each.
+
+    Returns:
+        The protected experts by corpus, in the order of the turns, and the filled ones, best first.
+    """
+    weights = [1] * len(utility) if weights is None else list(weights)
+    shares = scaled(utility)
+    orders = [iter(order.tolist()) for order in ranked(shares)]
+    cycle = [corpus for corpus, weight in enumerate(weights) for _ in range(weight)]
+    protected: list[list[int]] = [[] for _ in orders]
+    for turn in range(min(turns, len(room))):
+        corpus = cycle[turn % len(cycle)]
+        protected[corpus].append(next(e for e in orders[corpus] if room.take(e)))
+    return protected, room.fill(ranked(np.average(shares, axis=0, weights=weights)).tolist())
