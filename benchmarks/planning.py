@@ -35,7 +35,13 @@ def make_profile(folder: Path) -> Path:
 
     names = [f"corpus{i}" for i in range(CORPORA)]
     made = {name: statistics(LAYERS, EXPERTS) for name in names}
-    parts = {name: statistics(PARTS - 1, LAYERS, EXPERTS) for name in names}
+    parts = {
+        name: {
+            n: np.stack([v * i // PARTS if n in COUNTS else v * i / PARTS for i in range(1, PARTS)])
+            for n, v in s.items()
+        }
+        for name, s in made.items()
+    }
     records = {name: [{"sha256": name}] for name in names}
     model = {"name": "random", "fingerprint": "random"}
     Profile(topology, made, records, model, {}, parts).save(folder)

@@ -55,50 +55,70 @@ def geometric(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def methods_page() -> str:
-    """The comparison in docs/methods.json (`python -m benchmarks.methods`) as tables."""
-    data = json.loads((ROOT / "docs" / "methods.json").read_text())
-    keeps, experts, cells = data["keeps"], data["experts"], data["cells"]
-    domains = {"near": data["near"], "far": dict.fromkeys(data["near"], data["far"])}
-    full = next(cell["perplexity"] for cell in cells if cell["label"] == "full model")
+class Methods:
+    """The comparison in docs/methods.json (`python -m benchmarks.methods`)."""
 
-    def values(calibration: str, label: str, keep: int, where: str) -> list[float]:
-        """Geometric mean over the domains, one value a sample or seed."""
-        names = domains[where][calibration]
-        found = [
-            c for c in cells if c["label"] == label and c["keep"] == keep and c["calibration"] in (calibration, "none")
-        ]
+    def __init__(self) -> None:
+        self.data = json.loads((ROOT / "docs" / "methods.json").read_text())
+        self.cells = self.data["cells"]
+        self.domains = {"calibrated": self.data["near"], "never": dict.fromkeys(self.data["near"], self.data["far"])}
+        self.full = next(cell["perplexity"] for cell in self.cells if cell["label"] == "full model")
+        self.labels = list(dict.fromkeys(c["label"] for c in self.cells if c["label"] != "full model"))
+
+    def values(self, calibration: str, label: str, keep: int, where: str) -> list[float]:
+        """Geometric mean of the perplexity over the domains, one value a sample or seed."""
+        names = self.domains[where][calibration]
+        found = [c for c in self.cells if c["label"] == label and c["keep"] == keep and c["calibration"] in (calibration, "none")]  # fmt: skip
         return [geometric([c["perplexity"][n] for n in names]) for c in found]
+
+    def whole(self, calibration: str, where: str) -> float:
+        """The same of the full model."""
+        return geometric([self.full[n] for n in self.domains[where][calibration]])
+
+
+def methods_page() -> str:
+    """The comparison as tables."""
+    made = Methods()
+    data, keeps, experts = made.data, made.data["keeps"], made.data["experts"]
 
     def cell(found: list[float]) -> str:
         spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
         return f"{geometric(found):.1f}{spread}"
 
-    labels = list(dict.fromkeys(c["label"] for c in cells if c["label"] != "full model"))
-    shown = [x for x in labels if "protect 0.25" not in x and "protect 0.75" not in x]
+    shown = [x for x in made.labels if "protect 0.25" not in x and "protect 0.75" not in x]
     parts = [
         f"{NOTE}# Methods compared\n\n"
         f"`python -m benchmarks.methods --data DIR` on {data['model']} ({experts} experts a layer), {data['wall_s'] / 60:.0f} minutes. "
         f"Perplexity on held-out text, geometric mean over the domains; the spread is the standard deviation over {data['samples']} "
         f"samples of calibration text ({', '.join(f'{c}: {n:,} tokens' for c, n in data['calibration_tokens'].items())}) or over the "
         f"seeds of random plans. expert-sparsity searches on {data['search_tokens']:,} tokens. Held out: "
-        + ", ".join(f"{n} ({t:,} tokens)" for n, t in data["held_out_tokens"].items()) + ".\n"
+        + ", ".join(f"{n} ({t:,} tokens)" for n, t in data["held_out_tokens"].items())
+        + ". What the figures say, and where coverage does not help: [log](log.md).\n\n"
+        "![Perplexity over the full model's, by method](methods.png)\n"
     ]  # fmt: skip
     for calibration in data["near"]:
-        near, far = domains["near"][calibration], domains["far"][calibration]
+        near, far = (made.domains[where][calibration] for where in ("calibrated", "never"))
         parts.append(
             f"## Calibrated on {calibration}\n\nCalibrated domains: {', '.join(near)}. Never calibrated on: {', '.join(far)}. "
-            f"Full model: {geometric([full[n] for n in near]):.1f} and {geometric([full[n] for n in far]):.1f}.\n"
+            f"Full model: {made.whole(calibration, 'calibrated'):.1f} and {made.whole(calibration, 'never'):.1f}.\n"
         )
-        heads = [f"{keep / experts:.0%}, {where}" for keep in keeps for where in ("calibrated", "never")]
+        heads = [f"{keep / experts:.0%}, {where}" for keep in keeps for where in made.domains]
         lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
         for label in shown:
-            row = [cell(values(calibration, label, keep, where)) for keep in keeps for where in ("near", "far")]
+            row = [cell(made.values(calibration, label, keep, where)) for keep in keeps for where in made.domains]
             lines.append(f"| {label} | " + " | ".join(row) + " |")
         parts.append("\n".join(lines) + "\n")
-    kinds = ["pooled", *sorted({x.rpartition("protect ")[2] for x in labels if "protect" in x and "super" not in x})]
-    saliencies = list(dict.fromkeys(x.split(", ")[1] for x in labels if x.startswith("pooled") and "super" not in x))
-    for where, heading in (("near", "the calibrated domains"), ("far", "domains that were never calibrated on")):
+    kinds = [
+        "pooled",
+        *sorted({x.rpartition("protect ")[2] for x in made.labels if "protect" in x and "super" not in x}),
+    ]
+    saliencies = list(
+        dict.fromkeys(x.split(", ")[1] for x in made.labels if x.startswith("pooled") and "super" not in x)
+    )
+    for where, heading in (
+        ("calibrated", "the calibrated domains"),
+        ("never", "domains that were never calibrated on"),
+    ):
         lines = [
             f"## The defaults: perplexity over the full model's, on {heading}\n\nGeometric mean over calibrations, budgets and samples.\n",
             "| saliency | " + " | ".join("pooled" if k == "pooled" else f"protect {k}" for k in kinds) + " |",
@@ -109,7 +129,7 @@ def methods_page() -> str:
             for kind in kinds:
                 label = f"pooled, {saliency}" if kind == "pooled" else f"tb-coverage, {saliency}, protect {kind}"
                 ratios = [
-                    geometric(values(c, label, keep, where)) / geometric([full[n] for n in domains[where][c]])
+                    geometric(made.values(c, label, keep, where)) / made.whole(c, where)
                     for c in data["near"]
                     for keep in keeps
                 ]
@@ -117,6 +137,44 @@ def methods_page() -> str:
             lines.append(f"| {saliency} | " + " | ".join(row) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def draw_methods(path: Path) -> None:
+    """The comparison as a picture: a row a method, a panel a calibration and budget."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from moecover.pictures import COLOURS, STYLE
+
+    made = Methods()
+    keeps, experts = made.data["keeps"][:2], made.data["experts"]
+    shown = [x for x in made.labels if "super" not in x and "protect 0.25" not in x and "protect 0.75" not in x and "protect 1.0" not in x]  # fmt: skip
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 1.6 + 0.23 * len(shown) * len(made.data["near"])), layout="constrained")
+        panels = figure.subplots(len(made.data["near"]), len(keeps), squeeze=False, sharey=True)
+        for line, calibration in zip(panels, made.data["near"], strict=True):
+            for axis, keep in zip(line, keeps, strict=True):
+                for where, colour, mark in (("calibrated", COLOURS[0], "o"), ("never", COLOURS[1], "D")):
+                    for row, label in enumerate(shown):
+                        ratios = [
+                            v / made.whole(calibration, where) for v in made.values(calibration, label, keep, where)
+                        ]
+                        axis.plot([min(ratios), max(ratios)], [row, row], color=colour, linewidth=1.5)
+                        axis.plot([geometric(ratios)], [row], color=colour, marker=mark, markersize=5)
+                axis.set(xscale="log", xlim=(0.97, 8.3))
+                ticks = [1, 1.5, 2, 3, 4, 5, 6, 8]
+                axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+                axis.set_xticks([], minor=True)
+                axis.set_yticks(range(len(shown)), shown)
+                axis.grid(color="#dddddd", linewidth=0.6)
+                axis.set_axisbelow(True)
+                axis.set_title(f"calibrated on {calibration}, {keep / experts:.0%} of the experts kept")
+            line[0].set_ylim(len(shown) - 0.5, -0.5)
+        for axis in panels[-1]:
+            axis.set_xlabel("perplexity over the full model's (1 = nothing lost)")
+        marks = [figure.axes[0].plot([], [], color=c, marker=m, label=label)[0] for c, m, label in ((COLOURS[0], "o", "text like the calibration text"), (COLOURS[1], "D", "domains never calibrated on"))]  # fmt: skip
+        figure.legend(handles=marks, loc="outside lower left", ncols=2, frameon=False)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def readme() -> str:
@@ -140,6 +198,8 @@ def main() -> int:
             stale.append(name)
             if not check:
                 path.write_text(text, encoding="utf-8")
+    if not check:
+        draw_methods(ROOT / "docs" / "methods.png")
     if check and stale:
         print(f"stale: {', '.join(stale)}. Run `make docs`", file=sys.stderr)  # noqa: T201
     return 1 if check and stale else 0

@@ -353,12 +353,17 @@ def test_an_error_in_a_pass_ends_all_passes(cases: Callable[..., Case], monkeypa
     import threading
 
     case = cases("mixtral")
-    monkeypatch.setattr(
-        case.model.model.layers[1], "forward", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("lost"))
-    )
+    calls = []
+
+    def lost(*args, **kwargs):
+        calls.append(1)
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(case.model.model.layers[1], "forward", lost)
     monkeypatch.setattr("moecover.expert_sparsity._check_same_input", lambda *a: None)
     with pytest.raises(RuntimeError, match="lost"):
         plans(case.profile, method="expert-sparsity", keeps=[6], model=case.model, structure=case.structure, mode="progressive")  # fmt: skip
+    assert len(calls) == 1  # the other batches did not go on
     assert threading.active_count() == 1
     assert not any(m._forward_pre_hooks for m in case.model.modules())
 

@@ -166,6 +166,13 @@ def test_parts_are_the_profile_of_less_text(checkpoints: Callable[..., Path], tm
     assert tokens[-1] == 11 * 24
 
 
+@pytest.mark.parametrize("sequences, rows", [(32, [4, 8, 12, 16, 20, 24, 28, 32]), (20, [2, 4, 8, 10, 12, 16, 18, 20])])
+def test_parts_are_eighths_in_whole_batches(checkpoints: Callable[..., Path], sequences: int, rows: list[int]) -> None:
+    structure = read_structure(checkpoints("mixtral"))
+    made = profile(structure, [random_corpus("a", sequences=sequences)], batch_size=2)
+    assert [int(s.statistics["a"]["num_tokens"][0, 0]) // 24 for s in made.stages()] == rows
+
+
 def test_merged_profiles_keep_their_parts(checkpoints: Callable[..., Path]) -> None:
     structure = read_structure(checkpoints("qwen2_moe"))
     corpus = random_corpus("a", seed=1, sequences=16)

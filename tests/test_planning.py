@@ -381,6 +381,21 @@ def test_weights_change_the_turns_and_zero_leaves_a_corpus_out() -> None:
     assert plan(profile, keep=5, weights={"a": 0}).layers[0].kept == plan(alone, keep=5).layers[0].kept
 
 
+@pytest.mark.parametrize("keep, protect, turns", [(5, 0.5, 3), (6, 0.5, 3), (7, 0.25, 2), (5, 0.0, 0), (5, 1.0, 5)])
+def test_the_protected_share_is_rounded_halves_up(keep: int, protect: float, turns: int) -> None:
+    topology = Topology("m", (0,), 12, 2, 8, 1)
+    profile = profile_of({"a": random_statistics(topology, 1), "b": random_statistics(topology, 2)}, topology)
+    (layer,) = plan(profile, keep=keep, protect=protect).layers
+    assert sum(map(len, layer.protected.values())) == turns
+    assert len(layer.filled) == keep - turns
+
+
+def test_random_plans_choose_other_experts_in_every_layer() -> None:
+    topology = Topology("m", tuple(range(8)), 60, 4, 8, 8)
+    made = plan(profile_of({"a": random_statistics(topology, 1)}, topology), method="random", keep=30)
+    assert len({tuple(layer.kept) for layer in made.layers}) == 8
+
+
 TOPOLOGY = Topology("qwen2_moe", (0, 1), 60, 4, 32, 2)
 
 

@@ -11,8 +11,9 @@ Memory that glibc hands back and faults in again at every step costs a third of 
 
     MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 python training/...
 
-The shape is that of Qwen1.5-MoE-A2.7B (60 routed experts, top-4, one shared expert with a gate, ``norm_topk_prob`` false)
-at a width that trains on two CPU cores in about an hour. Two optimisers: Muon (momentum orthogonalised by a
+``--shape qwen2_moe`` is that of Qwen1.5-MoE-A2.7B (60 routed experts, top-4, one shared expert with a gate, ``norm_topk_prob``
+false), ``--shape deepseek`` that of DeepSeek-MoE-16B (a dense first layer, 64 routed experts, top-6, two shared ones), at widths
+that train on two CPU cores in about an hour. Two optimisers: Muon (momentum orthogonalised by a
 Newton-Schulz iteration, batched over the experts) for the matrices, AdamW for embeddings, routers, norms and biases.
 """
 
@@ -36,6 +37,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moecover.corpora import stdlib_documents
+from moecover.deepseek import DeepseekConfig, DeepseekForCausalLM
 
 END = "<|endoftext|>"
 LENGTH = 256
@@ -186,21 +188,47 @@ def make_optimisers(model: torch.nn.Module, matrix_lr: float, other_lr: float) -
 
 
 # -------------------------------------------------------------------------------------------------------------- model
-def make_model(vocabulary: int, hidden: int, layers: int, expert: int, shared: int) -> Qwen2MoeForCausalLM:
-    config = Qwen2MoeConfig(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32, intermediate_size=shared, moe_intermediate_size=expert,
-        shared_expert_intermediate_size=shared, num_experts=60, num_experts_per_tok=4, norm_topk_prob=False,
-        decoder_sparse_step=1, max_position_embeddings=2 * LENGTH, rope_theta=10000.0, tie_word_embeddings=True,
-        use_sliding_window=False, bos_token_id=0, eos_token_id=0, initializer_range=0.02,
-    )  # fmt: skip
+def make_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
+    """A fresh model of the shape that is asked for."""
+    common = {
+        "vocab_size": vocabulary, "hidden_size": args.hidden, "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 32, "num_key_value_heads": args.hidden // 32,
+        "moe_intermediate_size": args.expert, "norm_topk_prob": False, "max_position_embeddings": 2 * LENGTH,
+        "rope_theta": 10000.0, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.02,
+    }  # fmt: skip
+    if args.shape == "deepseek":
+        config = DeepseekConfig(
+            **common, intermediate_size=args.dense, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2,
+            first_k_dense_replace=1, tie_word_embeddings=False,
+        )  # fmt: skip
+        made = DeepseekForCausalLM
+    else:
+        config = Qwen2MoeConfig(
+            **common, intermediate_size=args.shared, shared_expert_intermediate_size=args.shared, num_experts=60,
+            num_experts_per_tok=4, decoder_sparse_step=1, tie_word_embeddings=True, use_sliding_window=False,
+        )  # fmt: skip
+        made = Qwen2MoeForCausalLM
     config._attn_implementation = "sdpa"
-    model = Qwen2MoeForCausalLM(config)
+    model = made(config)
     model.set_experts_implementation("grouped_mm")
     return model
 
 
-def balance_loss(router_logits: tuple[torch.Tensor, ...], k: int) -> torch.Tensor:
+def watch_routers(model: torch.nn.Module) -> list[torch.Tensor]:
+    """A list that every training pass fills with the routers' logits ``[token, expert]``, to be cleared by the caller."""
+    seen: list[torch.Tensor] = []
+
+    def note(module: torch.nn.Module, args: tuple, output: tuple) -> None:
+        if torch.is_grad_enabled():
+            seen.append(output[0])
+
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(note)
+    return seen
+
+
+def balance_loss(router_logits: list[torch.Tensor], k: int) -> torch.Tensor:
     """Switch-style balancing loss, mean over layers: experts x sum of (share of slots x mean probability); 1 = uniform."""
     losses = []
     for logits in router_logits:
@@ -280,7 +308,8 @@ def train(args: argparse.Namespace) -> None:
         np.savez(args.work / "streams.npz", **{name: encode(tokenizer, docs) for name, docs in documents.items()})
     streams = dict(np.load(args.work / "streams.npz"))
     print({name: len(s) for name, s in streams.items()}, flush=True)
-    model = make_model(len(tokenizer), args.hidden, args.layers, args.expert, args.shared)
+    model = make_model(args, len(tokenizer))
+    router_logits = watch_routers(model)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{n_parameters:,} parameters, {2 * n_parameters / 1e6:.1f} MB in bf16", flush=True)
 
@@ -302,9 +331,10 @@ def train(args: argparse.Namespace) -> None:
             optimiser.param_groups[0]["lr"] = rate * decay
         batch = next(data)
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(batch[:, :-1], output_router_logits=True, labels=None)
+            router_logits.clear()
+            output = model(batch[:, :-1])
         loss = F.cross_entropy(output.logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        balance = balance_loss(output.router_logits, model.config.num_experts_per_tok)
+        balance = balance_loss(router_logits, model.config.num_experts_per_tok)
         (loss + args.balance * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
@@ -329,7 +359,7 @@ def finish(args, model, tokenizer, texts, curve, steps, spent_s) -> None:
     model = model.to(torch.bfloat16)
     args.output.mkdir(parents=True, exist_ok=True)
     model.config.dtype = torch.bfloat16
-    model.save_pretrained(args.output)
+    model.save_pretrained(args.output, save_original_format=True)
     tokenizer.save_pretrained(args.output)
     figures = {name: round(bits_per_byte(model, tokenizer, text), 4) for name, text in texts.items()}
     record = {
@@ -346,13 +376,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/, c4/, gutenberg/ and gsm8k/")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where the finished checkpoint goes")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder: tokenizer, token streams, state")
+    parser.add_argument("--shape", choices=("qwen2_moe", "deepseek"), default="qwen2_moe")
     parser.add_argument("--tokens", type=float, default=20e6)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=160)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--expert", type=int, default=64, help="intermediate width of a routed expert")
-    parser.add_argument("--shared", type=int, default=256, help="intermediate width of the shared expert")
+    parser.add_argument("--shared", type=int, default=256, help="intermediate width of the shared expert (qwen2_moe)")
+    parser.add_argument("--dense", type=int, default=640, help="intermediate width of the dense first layer (deepseek)")
     parser.add_argument("--matrix-lr", type=float, default=0.02)
     parser.add_argument("--other-lr", type=float, default=3e-3)
     parser.add_argument("--balance", type=float, default=0.003, help="coefficient of the balancing loss")

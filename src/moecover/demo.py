@@ -11,31 +11,39 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moecover import progress
 from moecover.checkpoint import prune
 from moecover.corpus import Corpus, load_corpus
 from moecover.errors import MoecoverError
 from moecover.evaluation import perplexity, verify
+from moecover.explaining import explain
 from moecover.files import check_output, new_folder, write_text
 from moecover.masking import masked
 from moecover.model import load_model
-from moecover.planning import plan
-from moecover.plans import Plan, keep_all
+from moecover.pictures import draw
+from moecover.planning import DEFAULT_METHOD, plans
+from moecover.plans import Plan, keep_all, resolve_keep
 from moecover.profiles import Profile
 from moecover.profiling import profile
 from moecover.topology import Structure, read_structure
+
+if TYPE_CHECKING:
+    import torch
 
 MODEL = "qwen2-moe-tiny"
 CALIBRATION = ("encyclopedia", "web")
 HELD_OUT = ("encyclopedia-heldout", "web-heldout", "python-heldout")
 LENGTH, SEQUENCES = 256, 40
+BATCH_SIZE, SEARCH_TOKENS = 16, 8192
 BUDGETS = (0.5, 0.25)
 WRITTEN = "pruned-50"
 RESULTS = "moecover-demo.json"  # also the mark by which a second run knows the folder as a demo's
@@ -44,6 +52,7 @@ RUNS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("tb-coverage", {"method": "tb-coverage"}, ()),
     ("pooled contribution", {"method": "pooled", "saliency": "contribution"}, ()),
     ("REAP", {"method": "pooled", "saliency": "reap"}, ()),
+    ("ExpertSparsity", {"method": "expert-sparsity"}, ()),
     ("random, mean of 3", {"method": "random"}, (0, 1, 2)),
 )
 
@@ -85,28 +94,38 @@ def _plan_file(made: Plan) -> str:
     return "-".join([*filter(None, parts), f"keep{made.keep}.json"])
 
 
-def compare(structure: Structure, made: Profile, folder: Path | None = None) -> list[Row]:
-    """Held-out perplexity of the full model and of every run at every budget; plans are saved into ``folder``."""
-    corpora = held_out_corpora(structure)
-    model = load_model(structure)
-    work: list[tuple[str, float, list[Plan]]] = [("full model", 1.0, [keep_all(structure.topology)])]
-    for retain in BUDGETS:
-        for label, options, seeds in RUNS:
+def plan_all(structure: Structure, model: torch.nn.Module, made: Profile) -> list[tuple[str, float, list[Plan]]]:
+    """Label, budget and plans (one a seed) of every run at every budget, the full model first."""
+    topology = structure.topology
+    keeps = [resolve_keep(topology, keep=None, retain=retain) for retain in BUDGETS]
+    by_run: list[tuple[str, list[list[Plan]]]] = []
+    for label, options, seeds in RUNS:
+        if options["method"] == "expert-sparsity":
+            with progress.bar("searching", len(topology.decoder_layers), unit="layers") as advance:
+                found = [plans(made, keeps=keeps, model=model, structure=structure, advance=advance, **options)]
+        else:
             seeded = [{**options, "seed": seed} for seed in seeds] or [options]
-            plans = [plan(made, retain=retain, **o) for o in seeded]
-            work.append((label, retain, plans))
-            for p in plans if folder else ():
-                p.save(Path(str(folder)) / _plan_file(p))
+            found = [plans(made, keeps=keeps, **o) for o in seeded]
+        by_run.append((label, found))
+    work: list[tuple[str, float, list[Plan]]] = [("full model", 1.0, [keep_all(topology)])]
+    for budget, retain in enumerate(BUDGETS):
+        work += [(label, retain, [row[budget] for row in found]) for label, found in by_run]
+    return work
+
+
+def compare(structure: Structure, model: torch.nn.Module, work: list[tuple[str, float, list[Plan]]]) -> list[Row]:
+    """Held-out perplexity of every plan."""
+    corpora = held_out_corpora(structure)
     rows = []
-    total = sum(c.num_tokens for c in corpora) * sum(len(plans) for _, _, plans in work)
+    total = sum(c.num_tokens for c in corpora) * sum(len(chosen) for _, _, chosen in work)
     with progress.bar("measuring perplexity", total) as advance:
-        for label, retain, plans in work:
+        for label, retain, chosen in work:
             values: dict[str, list[float]] = {corpus.name: [] for corpus in corpora}
-            for p in plans:
+            for p in chosen:
                 with masked(model, structure, p):
                     for corpus in corpora:
                         values[corpus.name].append(perplexity(model, corpus, advance=advance))
-            rows.append(Row(label, retain, plans[0].keep, structure.num_bytes(plans[0].keep), values))
+            rows.append(Row(label, retain, chosen[0].keep, structure.num_bytes(chosen[0].keep), values))
     return rows
 
 
@@ -167,15 +186,26 @@ def demo(output: Path) -> tuple[dict[str, Any], str]:
     started = time.monotonic()
     output = Path(os.path.abspath(output))  # noqa: PTH100
     check_output(output, overwrite=True, marker=RESULTS)
-    structure = read_structure(shipped_model())
-    corpora = [load_corpus(name, structure=structure, length=LENGTH) for name in CALIBRATION]
+    with progress.spinner("reading the shipped model and its corpora"):
+        structure = read_structure(shipped_model())
+        corpora = [load_corpus(name, structure=structure, length=LENGTH) for name in CALIBRATION]
+        model = load_model(structure)
     progress.say(f"model: {MODEL}, {structure.topology.num_experts} experts x {len(structure.topology.decoder_layers)} layers, trained by this project")  # fmt: skip
     with new_folder(output) as folder:
         with progress.bar("profiling", sum(c.num_tokens for c in corpora)) as advance:
-            made = profile(structure, corpora, batch_size=16, advance=advance)
+            made = profile(
+                structure, corpora, model=model, batch_size=BATCH_SIZE, keep_inputs=(SEARCH_TOKENS, folder / "profile"),
+                advance=advance,
+            )  # fmt: skip
         made.save(folder / "profile")
-        rows = compare(structure, made, folder / "plans")
-        half = plan(made, retain=BUDGETS[0])
+        work = plan_all(structure, model, made)
+        for _, _, chosen in work[1:]:
+            for one in chosen:
+                one.save(folder / "plans" / _plan_file(one))
+        rows = compare(structure, model, work)
+        half = next(p for _, retain, (p, *_) in work if retain == BUDGETS[0] and p.method == DEFAULT_METHOD)
+        facts = explain(half, profile=made)
+        draw(facts, folder / "explained")
         command = shlex.join(
             ["moecover", "prune", str(shipped_model()), "--plan", f"plans/{_plan_file(half)}", "-o", WRITTEN]
         )
@@ -198,11 +228,13 @@ def demo(output: Path) -> tuple[dict[str, Any], str]:
     about = {
         "profile": "statistics of every expert, reusable for any method and budget",
         "plans": "which experts each method keeps, and why",
+        "explained": "pictures of the first plan: utility and kept experts by corpus, agreement of the corpora, stability",
         WRITTEN: "the pruned checkpoint: loads in transformers like any other",
         RESULTS: "the numbers above",
     }
     files = "\n".join(f"  {shown}/{name:{len(RESULTS)}}  {text}" for name, text in about.items())
     calibration = " and ".join(f"{n} ({t:,} tokens)" for n, t in result["calibration"].items())
+    program = "moecover" if shutil.which("moecover") else shlex.quote(str(Path(sys.executable).with_name("moecover")))
     text = f"""Perplexity on held-out text (lower is better); experts chosen on {calibration}.
 The Python source is a domain that no method saw.
 
@@ -212,6 +244,9 @@ Verified: {shown}/{WRITTEN} gives bit for bit what the masked original gives ({p
 
 {files}
 
+Why these experts:
+  {program} explain {shown}/plans/{_plan_file(half)} --profile {shown}/profile
+
 On a real model:
-  moecover prune Qwen/Qwen1.5-MoE-A2.7B --corpus wikitext2 --corpus c4 --retain 0.5 -o qwen-moe-half"""
+  {program} prune Qwen/Qwen1.5-MoE-A2.7B --corpus wikitext2 --corpus c4 --retain 0.5 -o qwen-moe-half"""
     return result, text

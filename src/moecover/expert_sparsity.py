@@ -178,16 +178,13 @@ def eliminate(products: Products, budgets: Sequence[Budget], required: frozenset
     alive = torch.ones(products.num_experts, dtype=torch.bool, device=products.gram.device)
     free = [e for e in range(products.num_experts) if e not in required]
     kept: dict[int, list[int]] = {products.num_experts: list(range(products.num_experts))}
-    while len(free) and int(alive.sum()) > min(b.keep for b in budgets):
-        for _ in range(groups):
-            counts = alive.view(groups, size).sum(1).tolist()
-            losses = products.losses_without(alive).tolist()
-            candidates = [e for e in free if counts[e // size] == max(counts)]
-            if not candidates:
-                raise InputError("the super experts of a router group leave nothing to drop. Keep more, or leave --protect-super-experts out")  # fmt: skip
-            worst = min(candidates, key=lambda e: (losses[e], -e))
-            alive[worst] = False
-            free.remove(worst)
+    while int(alive.sum()) > min(b.keep for b in budgets):
+        counts = alive.view(groups, size).sum(1).tolist()
+        losses = products.losses_without(alive).tolist()
+        candidates = [e for e in free if counts[e // size] == max(counts)]
+        worst = min(candidates, key=lambda e: (losses[e], -e))
+        alive[worst] = False
+        free.remove(worst)
         kept[int(alive.sum())] = alive.nonzero().flatten().tolist()
     return [kept[budget.keep] for budget in budgets]
 

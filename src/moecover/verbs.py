@@ -372,19 +372,20 @@ def _demo(args: argparse.Namespace) -> tuple[Any, str, int]:
 
 def _explain(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.explaining import explain, text_of
+    from moecover.pictures import NAMES, check_folder, draw
     from moecover.plans import Plan
     from moecover.profiles import Profile
 
     _load_plugins(args)
     if not 0 < args.change < 1:
         raise InputError(f"--change {args.change} is out of range: a share of the kept experts, above 0 and below 1")
+    if args.output:
+        check_folder(args.output, NAMES, overwrite=args.overwrite)
     made, other = Plan.load(args.plan), Plan.load(args.against) if args.against else None
     profile = Profile.load(args.profile) if args.profile else None
     facts = explain(made, profile=profile, against=other, saliency=args.saliency, change=args.change)
     text = text_of(facts, layers=args.layers)
     if args.output:
-        from moecover.pictures import draw
-
         pictures = draw(facts, args.output, overwrite=args.overwrite)
         facts["pictures"] = [str(path) for path in pictures]
         text += "\n" + "\n".join(f"picture: {path}" for path in pictures)
