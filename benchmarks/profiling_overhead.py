@@ -1,9 +1,10 @@
-"""Cost of recording: time of a forward pass with statistics over the same plain forward pass, in one run.
+"""Cost of profiling: time of a forward pass with statistics over the same plain forward pass, in one run.
 
     python -m benchmarks.profiling_overhead [--repeats 21] [--batches 4] [--threads 2]
 
-The two passes take turns, so that a noisy machine disturbs both; the ratio printed is that of the medians, and beside
-it the median of the ratios of neighbours.
+Three passes take turns, so that a noisy machine disturbs all: the plain one (``model(tokens)``), the same with the recorder
+on, and the one that `moecover profile` runs (recorder on, no language-model head, running sums kept). Ratios are those of
+the medians, and beside them the medians of the ratios of neighbours.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.shapes import VOCABULARY, make_model
+from moecover.corpus import make_corpus
 from moecover.model import load_model
+from moecover.profiling import profile_corpus
 from moecover.recording import recording
 from moecover.topology import read_structure
 
@@ -37,8 +41,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             structure = read_structure(make_model(Path(folder), getattr(torch, dtype)))
             model = load_model(structure)
-            plain: list[float] = []
-            recorded: list[float] = []
+            rows = tokens.repeat(args.batches, 1).numpy()
+            corpus = make_corpus("random", rows, np.ones(rows.shape, dtype=bool), {})
+            seconds: list[tuple[float, float, float]] = []
             for repeat in range(args.repeats + 3):
                 start = time.perf_counter()
                 for _ in range(args.batches):
@@ -49,15 +54,16 @@ def main() -> None:
                         model(tokens, use_cache=False)
                         recorder.end_batch()
                 end = time.perf_counter()
+                profile_corpus(model, structure, corpus, batch_size=4)
+                last = time.perf_counter()
                 if repeat >= 3:
-                    plain.append((middle - start) / args.batches)
-                    recorded.append((end - middle) / args.batches)
-            ratio = statistics.median(recorded) / statistics.median(plain)
-            paired = statistics.median(b / a for a, b in zip(plain, recorded, strict=True))
-            print(
-                f"{dtype:9} plain {1000 * statistics.median(plain):7.1f} ms   recorded {1000 * statistics.median(recorded):7.1f} ms"
-                f"   ratio {ratio:.3f}   (neighbours {paired:.3f})"
+                    seconds.append((middle - start, end - middle, last - end))
+            plain, recorded, profiled = (
+                statistics.median(column) / args.batches for column in zip(*seconds, strict=True)
             )
+            for name, value, index in (("recorded", recorded, 1), ("profile", profiled, 2)):
+                paired = statistics.median(row[index] / row[0] for row in seconds)
+                print(f"{dtype:9} plain {1000 * plain:7.1f} ms   {name:8} {1000 * value:7.1f} ms   ratio {value / plain:.3f}   (neighbours {paired:.3f})")  # fmt: skip
 
 
 if __name__ == "__main__":

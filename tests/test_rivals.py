@@ -146,7 +146,7 @@ def test_reap_means_one_thing_whatever_the_model_normalises(checkpoints: Callabl
     if normalised:
         np.testing.assert_allclose(reap, raw, rtol=1e-6)
     else:
-        assert (reap[routed] > 1.001 * raw[routed]).all()
+        assert (reap[routed] > raw[routed]).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
