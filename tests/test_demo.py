@@ -34,7 +34,13 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_writes_what_it_says(demo_folder: Path) -> None:
-    assert sorted(p.name for p in demo_folder.iterdir()) == ["explained", "moecover-demo.json", "plans", "profile", "pruned-50"]
+    assert sorted(p.name for p in demo_folder.iterdir()) == [
+        "explained",
+        "moecover-demo.json",
+        "plans",
+        "profile",
+        "pruned-50",
+    ]
     results = json.loads((demo_folder / "moecover-demo.json").read_text())
     assert results["verified"]["equal"] is True
     rows = rows_from_json((demo_folder / "moecover-demo.json").read_text())
