@@ -144,7 +144,7 @@ def draw_methods(path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from moecover.pictures import COLOURS, STYLE
+    from moecover.drawing import COLOURS, STYLE
 
     made = Methods()
     keeps, experts = made.data["keeps"][:2], made.data["experts"]

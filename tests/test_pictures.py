@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import random
+import subprocess
+import sys
 import warnings
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +20,16 @@ from PIL import Image
 from moecover.cli import main
 from moecover.errors import InputError
 from moecover.explaining import explain
-from moecover.pictures import draw, expected_overlap, outline, overlap_picture, stability_picture, utility_picture
+from moecover.heatmap import arrangement, outlines, scale_ticks
+from moecover.pictures import (
+    NAMES,
+    changes_picture,
+    draw,
+    expected_overlap,
+    overlap_picture,
+    stability_picture,
+    utility_picture,
+)
 from moecover.planning import plan
 from moecover.profiles import COUNTS, STATISTICS, Profile
 from moecover.topology import Topology
@@ -49,30 +60,30 @@ def names(paths: list[Path]) -> set[str]:
     return {path.name for path in paths}
 
 
-def test_outline_by_hand() -> None:
-    """Kept: the left and middle cell of the upper row, the right one of the lower."""
-    lines = {tuple(sorted(line)) for line in outline(np.array([[True, True, False], [False, False, True]]))}
-    upper = {((0, 0), (0, 1)), ((2, 0), (2, 1)), ((0, 0), (1, 0)), ((1, 0), (2, 0)), ((0, 1), (1, 1)), ((1, 1), (2, 1))}
-    lower = {((2, 1), (2, 2)), ((3, 1), (3, 2)), ((2, 1), (3, 1)), ((2, 2), (3, 2))}
-    assert lines == upper | lower
+def test_outlines_by_hand() -> None:
+    """Kept of 2 x 3: the left and middle expert above, the right one below; the line runs a quarter and an eighth inside."""
+    found = outlines([[0, 1], [2]], 0.25, 0.125)
+    above, below = (-0.375, 0.375), (0.625, 1.375)
+    assert found.tolist() == [
+        [[-0.25, above[0]], [0.25, above[0]], [0.25, above[1]], [-0.25, above[1]]],
+        [[0.75, above[0]], [1.25, above[0]], [1.25, above[1]], [0.75, above[1]]],
+        [[1.75, below[0]], [2.25, below[0]], [2.25, below[1]], [1.75, below[1]]],
+    ]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 6), (5, 9)])
-def test_outline_has_one_line_between_kept_and_not_kept(shape: tuple[int, int]) -> None:
-    mask = np.random.default_rng(0).random(shape) < 0.5
+@pytest.mark.parametrize("top, expected", [(16.4, [0, 0.5, 2, 5, 10]), (50, [0, 1, 5, 10, 20, 50]), (0.003, [0, 0.00005, 0.0002, 0.0005, 0.001, 0.002])])  # fmt: skip
+def test_scale_ticks_stand_apart(top: float, expected: list[float]) -> None:
+    assert scale_ticks(top) == pytest.approx(expected)
 
-    kept = {(r, c) for r, c in np.argwhere(mask).tolist()}
-    expected = set()
-    for r, c in kept:
-        for other, line in (
-            ((r, c - 1), ((c, r), (c, r + 1))), ((r, c + 1), ((c + 1, r), (c + 1, r + 1))),
-            ((r - 1, c), ((c, r), (c + 1, r))), ((r + 1, c), ((c, r + 1), (c + 1, r + 1))),
-        ):  # fmt: skip
-            if other not in kept:
-                expected.add(line)
-    found = outline(mask)
-    assert len(found) == len(set(found))
-    assert set(found) == expected
+
+@pytest.mark.parametrize("layers, experts, panels", [(61, 256, 5), (94, 128, 5), (126, 256, 5), (32, 8, 5), (48, 512, 2), (2, 6, 1), (1, 1, 1), (1, 2, 12)])  # fmt: skip
+def test_pages_are_bounded(layers: int, experts: int, panels: int) -> None:
+    columns, width, height = arrangement(layers, experts, panels)
+    assert 1 <= columns <= panels
+    assert width >= 3
+    assert height >= 4
+    assert columns * experts * width <= 3000
+    assert -(-panels // columns) * layers * height <= 3600
 
 
 def test_overlap_of_random_sets() -> None:
@@ -108,22 +119,101 @@ def test_the_same_facts_give_the_same_bytes(tmp_path: Path) -> None:
     assert draw(other, tmp_path / "3")[1].read_bytes() != one[1].read_bytes()
 
 
-def test_the_heat_map_shows_utility_outline_and_protection() -> None:
+def test_the_heat_map_shows_utility_outlines_and_protection() -> None:
     profile = made_of(3, 8, 2)
     facts = facts_of(profile, 4)
-    figure = utility_picture(facts)
-    mask = np.zeros((3, 8), dtype=bool)
-    for line, row in zip(mask, facts["layers"], strict=True):
-        line[row["kept"]] = True
-    for axis, corpus in zip(figure.axes, facts["corpora"], strict=False):
-        mesh, *others = axis.collections
-        np.testing.assert_allclose(np.asarray(mesh.get_array()).reshape(3, 8), np.array(facts["utility"][corpus]) * 8)
-        drawn = {tuple(map(tuple, line.tolist())) for line in others[0].get_segments()}
-        assert drawn == {tuple(tuple(map(float, point)) for point in line) for line in outline(mask)}
-        dots = {tuple(point) for point in others[-1].get_offsets().tolist()}
-        assert dots == {(e + 0.5, i + 0.5) for i, row in enumerate(facts["layers"]) for e in row["protected"][corpus]}
-        assert axis.yaxis_inverted()  # the first layer is on top
-        assert [t.get_text() for t in axis.get_yticklabels()] == ["1", "2", "3"]
+    for corpus, place in zip(facts["corpora"], (0, -1), strict=True):  # a dot on a pale cell is drawn too
+        facts["utility"][corpus][0][facts["layers"][0]["protected"][corpus][place]] = 0.0
+    panels = [axes for axes in utility_picture(facts).axes if axes.images]
+    for axes, corpus in zip(panels, facts["corpora"], strict=True):
+        np.testing.assert_allclose(axes.images[0].get_array(), 100 * np.array(facts["utility"][corpus]))
+        corners = axes.patches[0].get_path().vertices.reshape(-1, 5, 2)[:, :4]
+        outlined = {(round(x), round(y)) for x, y in corners.mean(axis=1)}
+        assert outlined == {(e, i) for i, row in enumerate(facts["layers"]) for e in row["kept"]}
+        dots = {(x, y) for line in axes.lines for x, y in zip(*line.get_data(), strict=True)}
+        assert dots == {(e, i) for i, row in enumerate(facts["layers"]) for e in row["protected"][corpus]}
+        assert axes.yaxis_inverted()  # the first layer is on top
+        assert [t.get_text() for t in axes.get_yticklabels()] == ["1", "2", "3"]
+
+
+def test_outlines_stand_on_the_pixels_of_the_kept_cells(tmp_path: Path) -> None:
+    """Vermilion in the upper left corner of every kept cell of the PNG, and of no other."""
+    facts = facts_of(made_of(3, 8, 1), 4)
+    draw(facts, tmp_path)
+    image = np.asarray(Image.open(tmp_path / "utility.png").convert("RGB")).astype(int)
+    (axes,) = (axes for axes in utility_picture(facts).axes if axes.images)
+    box, high = axes.get_position(), image.shape[0]
+    left, top = round(box.x0 * image.shape[1]), round((1 - box.y1) * high)
+    _, wide, tall = arrangement(3, 8, 1)
+    for i, row in enumerate(facts["layers"]):
+        for e in range(8):
+            pixel = image[top + i * tall + 2, left + e * wide + wide // 2]
+            assert (np.abs(pixel - (0xD5, 0x5E, 0x00)).max() <= 3) == (e in row["kept"]), (i, e)
+
+
+def test_many_pairs_are_told_apart_and_odd_names_are_drawn(tmp_path: Path) -> None:
+    profile = made_of(2, 8, 6)
+    odd = dict(zip(profile.statistics, ["_hidden", r"$\frac$", "中文", "a\nb", "x" * 60, "plain"], strict=True))
+    profile = dataclasses.replace(profile, statistics={odd[c]: s for c, s in profile.statistics.items()}, parts={})
+    facts = facts_of(profile, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(facts, tmp_path)
+    figure = overlap_picture(facts)
+    looks = {(x.get_color(), x.get_marker(), x.get_linestyle()) for x in figure.axes[0].lines}
+    assert len(looks) == 15 + 1
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(set(shown)) == 15 + 1
+    assert "_hidden and \\u4e2d\\u6587" in shown
+
+
+def test_the_module_does_not_load_matplotlib() -> None:
+    code = "import sys, moecover.pictures; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_drawing_leaves_the_settings_of_matplotlib(tmp_path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 23, "axes.labelcolor": "red"}):
+        before = dict(matplotlib.rcParams)
+        facts = facts_of(made_of(2, 8, 1), 4)
+        one = draw(facts, tmp_path / "1")[0].read_bytes()
+        assert dict(matplotlib.rcParams) == before
+    assert draw(facts, tmp_path / "2")[0].read_bytes() == one
+
+
+def test_bars_stack_to_what_both_plans_keep() -> None:
+    profile = made_of(3, 8, 2)
+    facts = facts_of(profile, 4, against=plan(profile, keep=5))
+    (axes,) = changes_picture(facts).axes
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    rows = facts["changes"]["layers"]
+    assert heights == [[r["common"] for r in rows], [len(r["only_here"]) for r in rows], [len(r["only_there"]) for r in rows]]  # fmt: skip
+    assert [a.get_y() for a in axes.containers[2]] == [a + b for a, b in zip(*heights[:2], strict=True)]
+
+
+def test_no_picture_is_left_where_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moecover import pictures
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "overlap.svg":
+            raise InputError("disk full")
+        path.write_bytes(content)
+
+    monkeypatch.setattr(pictures, "write_bytes", full)
+    with pytest.raises(InputError, match="disk full"):
+        draw(facts_of(made_of(2, 8, 2), 4), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_picture_that_is_there_is_enough_to_refuse(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr("moecover.pictures.utility_picture", lambda facts: 1 / 0)
+    (tmp_path / f"{name}.svg").write_text("mine")
+    with pytest.raises(InputError, match=rf"{name}.svg exists. Choose another folder, or give --overwrite"):
+        draw(facts_of(made_of(2, 8, 1), 4), tmp_path)
+    assert (tmp_path / f"{name}.svg").read_text() == "mine"
 
 
 def test_curves_show_the_facts_and_gaps() -> None:
@@ -135,10 +225,11 @@ def test_curves_show_the_facts_and_gaps() -> None:
     assert first.lines[0].get_ydata().tolist() == [r["agreement"]["corpus0 | corpus1"]["jaccard"] for r in facts["layers"]]  # fmt: skip
     assert [math.isnan(v) for v in second.lines[0].get_ydata()] == [False, True, False]
     (axis,) = stability_picture(facts).axes
-    assert axis.lines[0].get_ydata().tolist() == [p["changed"] for p in facts["stability"]["curve"]]
+    curve = next(line for line in axis.lines if "whole text" in str(line.get_label()))
+    assert list(curve.get_ydata()) == [p["changed"] for p in facts["stability"]["curve"]]
     never = {**facts, "stability": {**facts["stability"], "enough_tokens": None}}
     (axis,) = stability_picture(never).axes
-    assert "may not be enough" in axis.get_title()
+    assert "may not be enough" in axis.figure.get_suptitle()
 
 
 @pytest.mark.parametrize("layers, experts, corpora", [(61, 256, 5), (2, 6, 1), (1, 2, 7)])

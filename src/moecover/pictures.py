@@ -1,197 +1,84 @@
-"""Pictures of a plan: reads the facts that `explaining.explain` gives, writes PNG and SVG files.
+"""The pictures of an explained plan: reads the facts of `explaining.explain`, writes PNG and SVG files into a folder.
 
-The same facts give the same bytes. Nothing here needs a display.
+Matplotlib is loaded by the first picture that is drawn, and is used without pyplot or a display. The same facts give
+the same bytes with the same version of matplotlib.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moecover.drawing import (
+    BLUE,
+    COLOURS,
+    COMMON,
+    DPI,
+    GREEN,
+    MARKERS,
+    ORANGE,
+    REFERENCE,
+    STROKES,
+    STYLE,
+    VERMILION,
+    layer_axis,
+    page,
+    percent,
+    plan_name,
+    short,
+)
 from moecover.errors import InputError
-from moecover.files import write_bytes
+from moecover.files import explained, write_bytes
+from moecover.heatmap import utility_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 NAMES = ("utility", "overlap", "stability", "changes")
-FORMATS = ("png", "svg")
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "moecover",
-    "svg.fonttype": "none", "font.family": "DejaVu Sans", "axes.titlesize": 10, "axes.titlelocation": "left",
-}  # fmt: skip
+METADATA: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 
 
-def outline(mask: NDArray[np.bool_]) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """Border of the True cells of ``[row, column]`` as lines ``(x, y)`` to ``(x, y)``; cell (r, c) spans c to c + 1, r to r + 1."""
-    padded = np.pad(mask, 1)
-    lines: list[Any] = [((c, r), (c, r + 1)) for r, c in np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1]).tolist()]
-    lines += [((c, r), (c + 1, r)) for r, c in np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1]).tolist()]
-    return lines
+def draw(facts: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> list[Path]:
+    """Draw what the facts hold: utilities, the corpora's overlap, stability and changes.
+
+    Args:
+        facts: of `explaining.explain`.
+        folder: where the pictures go; is made if it is not there.
+        overwrite: replace pictures that are there, and remove those that these facts do not give.
+
+    Returns:
+        The files, each picture as PNG and as SVG.
+
+    Raises:
+        InputError: the folder is a file, or holds pictures and ``overwrite`` is not given.
+        MoecoverError: the disk is full or the folder cannot be written; no picture of this run is left behind.
+    """
+    check_folder(folder, NAMES, overwrite=overwrite)
+    contents = {folder / name: content for name, content in _rendered(facts).items()}
+    written: list[Path] = []
+    try:
+        for path, content in contents.items():
+            write_bytes(path, content)
+            written.append(path)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    with explained(f"removing earlier pictures from {folder}"):
+        for path in _paths(folder, NAMES):
+            if path not in contents:
+                path.unlink(missing_ok=True)
+    return written
 
 
-def expected_overlap(keep: int, experts: int) -> float:
-    """Mean Jaccard overlap of two random sets of ``keep`` of ``experts`` (hypergeometric intersection)."""
-    total = math.comb(experts, keep)
-    sizes = range(max(0, 2 * keep - experts), keep + 1)
-    return sum(math.comb(keep, i) * math.comb(experts - keep, keep - i) / total * i / (2 * keep - i) for i in sizes)
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(axes.flat)
-
-
-def _layer_ticks(axis: Any, layers: Sequence[int], positions: Sequence[float], most: int) -> None:
-    step = max(1, math.ceil(len(layers) / most))
-    axis.set_ticks(positions[::step], [str(layer) for layer in layers[::step]])
-
-
-def utility_picture(facts: Mapping[str, Any]) -> Figure:
-    """Heat map of utility, layer by expert, a panel for every corpus; kept experts outlined, protected ones dotted."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.collections import LineCollection
-    from matplotlib.colors import PowerNorm
-    from matplotlib.lines import Line2D
-
-    rows, corpora, experts = facts["layers"], facts["corpora"], facts["experts"]
-    layers = [row["decoder_layer"] for row in rows]
-    mask = np.zeros((len(rows), experts), dtype=bool)
-    for line, row in zip(mask, rows, strict=True):
-        line[row["kept"]] = True
-    values = {corpus: np.array(facts["utility"][corpus]) * experts for corpus in corpora}
-    top = float(np.quantile(list(values.values()), 0.995)) or 1.0  # a few extreme experts would darken all others
-    cell = min(0.24, 12.0 / experts)
-    width, height = max(6.0, cell * experts + 1.8), max(0.9, min(0.26, 9.0 / len(rows)) * len(rows)) + 0.55
-    figure, axes = _figure(width, height * len(corpora) + 0.9, len(corpora))
-    norm = PowerNorm(0.5, 0, top)  # most utilities are small: the square root shows them apart
-    thin = 1.6 if experts <= 80 else 0.7
-    for axis, corpus in zip(axes, corpora, strict=True):
-        axis.pcolormesh(values[corpus], cmap="cividis", norm=norm, rasterized=True)
-        for colour, extra in (("black", 1.4), ("white", 0.0)):  # a light line on a dark one is seen on any ground
-            axis.add_collection(LineCollection(outline(mask), colors=colour, linewidths=thin + extra * thin / 1.6))
-        own = [(e + 0.5, i + 0.5) for i, row in enumerate(rows) for e in row["protected"].get(corpus, ())]
-        if own:
-            axis.scatter(*zip(*own, strict=True), s=max(2.0, 60 * cell), c="white", edgecolors="black", linewidths=0.5, zorder=3)  # fmt: skip
-        axis.set(xlim=(-0.1, experts + 0.1), ylim=(len(rows) + 0.08, -0.08), ylabel="decoder layer", title=f"{corpus}: {facts['overall']['kept_utility'][corpus]:.1%} of the utility kept")  # fmt: skip
-        step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if s * 26 >= experts)
-        axis.set_xticks([e + 0.5 for e in range(0, experts, step)], [str(e) for e in range(0, experts, step)])
-        _layer_ticks(axis.yaxis, layers, [i + 0.5 for i in range(len(layers))], 20)
-        axis.tick_params(length=0)
-        for side in ("left", "bottom"):
-            axis.spines[side].set_visible(False)
-    axes[-1].set_xlabel("expert")
-    bar = figure.colorbar(ScalarMappable(norm, "cividis"), ax=axes, fraction=0.03, pad=0.01, aspect=25, extend="max")
-    bar.set_label(f"{facts['saliency']}, mean expert = 1")
-    key = [Line2D([], [], color="black", marker="s", markerfacecolor="none", linestyle="", markersize=8, markeredgewidth=1.6, label=f"kept ({facts['keep']} of {experts})")]  # fmt: skip
-    if any(row["protected"] for row in rows):
-        key.append(Line2D([], [], color="black", marker="o", markerfacecolor="white", linestyle="", markersize=5, label="protected by this corpus"))  # fmt: skip
-    figure.legend(handles=key, loc="outside lower left", ncols=2, frameon=False)
-    figure.suptitle(f"What every expert is worth to every corpus, and what {facts['method']} keeps", x=0.01, ha="left", fontsize=11)  # fmt: skip
-    return figure
-
-
-def overlap_picture(facts: Mapping[str, Any]) -> Figure:
-    """By layer, how much the corpora agree: overlap of their best experts, and rank correlation."""
-    rows = facts["layers"]
-    layers = [row["decoder_layer"] for row in rows]
-    figure, axes = _figure(max(6.0, min(13.0, 2.5 + 0.16 * len(rows))), 5.2, 2)
-    keep, experts = facts["keep"], facts["experts"]
-    for axis, name, label in (
-        (axes[0], "jaccard", f"Jaccard overlap\nof the best {keep}"),
-        (axes[1], "spearman", "Spearman's rank\ncorrelation"),
-    ):
-        for i, pair in enumerate(rows[0]["agreement"]):
-            points = [row["agreement"][pair][name] for row in rows]
-            values = [math.nan if p is None else p for p in points]
-            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)]}
-            axis.plot(layers, values, markersize=4, linewidth=1.5, label=pair.replace(" | ", " and "), **look)
-        axis.set(ylabel=label, ylim=(min(0.0, *(p for row in rows for p in [v[name] or 0 for v in row["agreement"].values()])) - 0.02, 1.03))  # fmt: skip
-        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        _layer_ticks(axis.xaxis, layers, layers, 30)
-    chance = expected_overlap(keep, experts)
-    axes[0].axhline(chance, color="#555555", linestyle="--", linewidth=1)
-    axes[0].annotate(f"two random choices: {chance:.2f}", (0.995, chance), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right", va="bottom", color="#555555", fontsize=8)  # fmt: skip
-    axes[0].set_title("Do the corpora want the same experts?")
-    axes[1].set_xlabel("decoder layer")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    return figure
-
-
-def stability_picture(facts: Mapping[str, Any]) -> Figure:
-    """How many kept experts the whole text still exchanges, by tokens seen."""
-    from matplotlib.ticker import FuncFormatter, PercentFormatter
-
-    stable = facts["stability"]
-    tokens = [point["tokens"] for point in stable["curve"]]
-    changed = [point["changed"] for point in stable["curve"]]
-    figure, (axis,) = _figure(6.4, 3.8)
-    axis.plot(tokens, changed, color=COLOURS[0], marker="o", markersize=4, label="the whole text still exchanges")
-    axis.plot([stable["half_tokens"]], [stable["halves"]], color=COLOURS[1], marker="D", linestyle="", label="plans of the two halves differ in")  # fmt: skip
-    axis.axhline(stable["change"], color="#555555", linestyle="--", linewidth=1, label=f"limit, {stable['change']:.0%}")
-    if (enough := stable["enough_tokens"]) is not None:
-        axis.axvline(enough, color=COLOURS[2], linewidth=1.2, label=f"enough: {enough:,} tokens")
-    title = f"{enough:,} tokens are enough for this plan" if enough else f"{tokens[-1]:,} tokens may not be enough for this plan"  # fmt: skip
-    axis.set(xlabel="calibration tokens, all corpora together", ylabel="share of the kept experts", title=title)
-    highest = max([*changed, stable["halves"], stable["change"]])
-    axis.set(xlim=(0, tokens[-1] * 1.03), ylim=(-0.03 * highest, 1.15 * highest))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.xaxis.get_major_locator().set_params(nbins=6)
-    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def changes_picture(facts: Mapping[str, Any]) -> Figure:
-    """By layer, the experts that two plans share and those that only one keeps."""
-    from matplotlib.ticker import MaxNLocator
-
-    change = facts["changes"]
-    rows = change["layers"]
-    layers, place = [row["decoder_layer"] for row in rows], np.arange(len(rows))
-    figure, (axis,) = _figure(max(6.0, min(13.0, 2.5 + 0.2 * len(rows))), 3.8)
-    bottom = np.zeros(len(rows))
-    parts = (
-        ("in both", [row["common"] for row in rows], "#BBBBBB", None),
-        (f"only in this plan ({facts['method']}, keep {facts['keep']})", [len(row["only_here"]) for row in rows], COLOURS[0], "//"),
-        (f"only in the other ({change['method']}, keep {change['keep']})", [len(row["only_there"]) for row in rows], COLOURS[1], "\\\\"),
-    )  # fmt: skip
-    for label, heights, colour, hatch in parts:
-        axis.bar(place, heights, 0.8, bottom, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, label=label)
-        bottom = bottom + np.array(heights)
-    _layer_ticks(axis.xaxis, layers, place.tolist(), 30)
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(xlabel="decoder layer", ylabel="experts", title=f"What two plans keep: overlap {change['jaccard']:.2f}")
-    figure.legend(loc="outside lower left", frameon=False, fontsize=8)
-    return figure
-
-
-def _wanted(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The pictures that these facts have, by name."""
-    pictures: dict[str, Any] = {"utility": utility_picture}
-    if facts["layers"][0]["agreement"]:
-        pictures["overlap"] = overlap_picture
-    if facts.get("stability") is not None:
-        pictures["stability"] = stability_picture
-    if "changes" in facts:
-        pictures["changes"] = changes_picture
-    return pictures
+def _paths(folder: Path, names: Iterable[str]) -> list[Path]:
+    return [folder / f"{name}.{kind}" for name in names for kind in METADATA]
 
 
 def check_folder(folder: Path, names: Iterable[str], *, overwrite: bool) -> None:
@@ -201,40 +88,133 @@ def check_folder(folder: Path, names: Iterable[str], *, overwrite: bool) -> None
         InputError: it is a file, or holds such a picture and may not be overwritten.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file, a folder for pictures is to be written there")
-    there = next((folder / f"{n}.{kind}" for n in names for kind in FORMATS if (folder / f"{n}.{kind}").exists()), None)
-    if there is not None and not overwrite:
-        raise InputError(f"{there} exists. Choose another folder, or give --overwrite")
+        raise InputError(f"{folder} is a file, a folder for pictures is to be written there. Choose another one")
+    for path in _paths(folder, names):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, a picture is to be written there. Choose another folder")
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} exists. Choose another folder, or give --overwrite")
 
 
-def draw(facts: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> list[Path]:
-    """Draw the pictures of a plan: utility, and overlap, stability and changes where the facts have them.
+def _rendered(facts: Mapping[str, Any]) -> dict[str, bytes]:
+    """The pictures by file name."""
+    from matplotlib import style
 
-    Args:
-        facts: from `explaining.explain`.
-        folder: for the files, ``NAME.png`` and ``NAME.svg``.
-        overwrite: replace pictures of these names; those that are not drawn this time go.
+    contents = {}
+    with style.context(STYLE, after_reset=True):
+        for name, figure_of in _wanted(facts).items():
+            figure = figure_of(facts)
+            for kind, metadata in METADATA.items():
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+                contents[f"{name}.{kind}"] = buffer.getvalue()
+    return contents
 
-    Raises:
-        InputError: the folder is a file, or holds pictures and may not be overwritten.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    folder, wanted = Path(folder), _wanted(facts)
-    check_folder(folder, NAMES, overwrite=overwrite)
-    paths = []
-    with matplotlib.rc_context(STYLE):
-        for name, make in wanted.items():
-            figure = make(facts)
-            FigureCanvasAgg(figure)
-            for kind in FORMATS:
-                out = io.BytesIO()
-                figure.savefig(out, format=kind, dpi=150, metadata={"Software": None} if kind == "png" else {"Date": None})  # fmt: skip
-                paths.append(folder / f"{name}.{kind}")
-                write_bytes(paths[-1], out.getvalue())
-    for name in NAMES:
-        for kind in FORMATS:
-            if name not in wanted:
-                (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    return paths
+# -------------------------------------------------------------------------------------------------------------- overlap
+def expected_overlap(keep: int, experts: int) -> float:
+    """Mean Jaccard overlap of two sets of ``keep`` of ``experts`` that are drawn at random, all alike likely."""
+    ways = {
+        common: math.comb(keep, common) * math.comb(experts - keep, keep - common)
+        for common in range(max(0, 2 * keep - experts), keep + 1)
+    }
+    total = math.comb(experts, keep)
+    return math.fsum(number / total * (common / (2 * keep - common)) for common, number in ways.items())
+
+
+def overlap_picture(facts: Mapping[str, Any]) -> Figure:
+    """By decoder layer, how far the corpora agree: on their best experts, and on the order of all."""
+    rows, keep = facts["layers"], facts["keep"]
+    layers = [row["decoder_layer"] for row in rows]
+    pairs = list(itertools.combinations(facts["corpora"], 2))
+    names = [f"{short(a)} and {short(b)}" for a, b in pairs]
+    legend = 0.9 + 0.085 * max(len(name) for name in names)
+    width = min(12.0, max(5.5, 4 + 0.12 * len(rows))) + legend
+    figure = page(width, max(5.5, 1 + 0.22 * len(pairs)), f"How far the corpora agree on their best {keep} of {facts['experts']} experts")  # fmt: skip
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    parts = {
+        "jaccard": (upper, expected_overlap(keep, facts["experts"]), f"overlap of the best {keep}\n(Jaccard index)"),
+        "spearman": (lower, 0.0, "agreement on the order of all\n(Spearman's rank correlation)"),
+    }
+    size = 4 if len(rows) <= 30 else 2.5
+    for measure, (axes, chance, label) in parts.items():
+        for i, (a, b) in enumerate(pairs):
+            values = np.array([row["agreement"][f"{a} | {b}"][measure] for row in rows], dtype=np.float64)
+            turn = i // len(COLOURS)
+            look = {"marker": MARKERS[turn % len(MARKERS)], "linestyle": STROKES[turn % len(STROKES)]}
+            axes.plot(layers, values, color=COLOURS[i % len(COLOURS)], markersize=size, linewidth=1.2, **look)
+        lines = axes.get_lines()
+        reference = axes.axhline(chance, color=REFERENCE, linestyle="--", linewidth=1)
+        lowest = min(
+            (v for row in rows for pair in row["agreement"].values() if (v := pair[measure]) is not None), default=0.0
+        )
+        axes.set_ylim(min(0.0, lowest) - 0.04, 1.04)
+        axes.set_ylabel(label)
+        axes.grid(axis="y")
+    layer_axis(lower, layers)
+    figure.legend([*lines, reference], [*names, "expected of random choice"], loc="outside right upper")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- stability and changes
+def stability_picture(facts: Mapping[str, Any]) -> Figure:
+    """Share of the kept experts that still change, by calibration tokens."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+    stable = facts["stability"]
+    tokens, shares = [p["tokens"] for p in stable["curve"]], [p["changed"] for p in stable["curve"]]
+    enough, allowed = stable["enough_tokens"], percent(stable["change"])
+    title = f"{tokens[-1]:,} calibration tokens may not be enough: more than {allowed} of the kept experts still change"
+    if enough is not None:
+        title = f"{enough:,} calibration tokens are enough: at most {allowed} of the kept experts still change"
+    figure = page(7.5, 5, title)
+    axes = figure.subplots()
+    axes.axhline(stable["change"], color=REFERENCE, linestyle="--", linewidth=1, label=f"limit: {allowed} may change")
+    if enough is not None:
+        axes.axvline(enough, color=GREEN, linewidth=1.5, label=f"enough: {enough:,} tokens")
+    axes.plot(tokens, shares, color=BLUE, marker="o", markersize=5, clip_on=False, zorder=3, label="kept experts that the whole text still exchanges (at its end 0 by definition)")  # fmt: skip
+    axes.plot([stable["half_tokens"]], [stable["halves"]], color=VERMILION, marker="D", markersize=7, linestyle="none", clip_on=False, zorder=4, label=f"first and second half of the text, {percent(stable['halves'])} of their kept experts differ")  # fmt: skip
+    axes.set_xlim(0, tokens[-1] * 1.03)
+    axes.set_ylim(0, max(*shares, stable["halves"], stable["change"]) * 1.12)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("calibration tokens seen, all corpora together")
+    axes.set_ylabel("kept experts that change, %")
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower left")
+    return figure
+
+
+def changes_picture(facts: Mapping[str, Any]) -> Figure:
+    """By decoder layer, how many kept experts two plans share."""
+    from matplotlib.ticker import MaxNLocator
+
+    other = facts["changes"]
+    rows, kept = other["layers"], facts["keep"] * len(other["layers"])
+    layers = [row["decoder_layer"] for row in rows]
+    title = f"{other['only_here']} of {kept} kept experts are not in the other plan"
+    figure = page(min(14.0, max(7.5, 2 + 0.16 * len(rows))), 4.5, "Both plans keep the same experts" if other["same"] else title)  # fmt: skip
+    axes = figure.subplots()
+    parts = [
+        (COMMON, "in both plans", [row["common"] for row in rows]),
+        (BLUE, f"only here: {plan_name(facts['method'], facts['options'], facts['keep'])}", [len(row["only_here"]) for row in rows]),
+        (ORANGE, f"only there: {plan_name(other['method'], other['options'], other['keep'])}", [len(row["only_there"]) for row in rows]),
+    ]  # fmt: skip
+    below, width = np.zeros(len(rows), dtype=np.int64), min(0.8, 0.2 + 0.1 * len(rows))  # few bars do not fill the page
+    for colour, label, numbers in parts:
+        axes.bar(layers, numbers, bottom=below, width=width, color=colour, label=label)
+        below += numbers
+    layer_axis(axes, layers)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_ylabel("experts (number)")
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower left")
+    return figure
+
+
+def _wanted(facts: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], Figure]]:
+    """The pictures that these facts have, by name."""
+    there = (True, len(facts["corpora"]) > 1, facts.get("stability") is not None, "changes" in facts)
+    makers = (utility_picture, overlap_picture, stability_picture, changes_picture)
+    return {name: make for name, make, wanted in zip(NAMES, makers, there, strict=True) if wanted}

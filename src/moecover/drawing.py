@@ -1,0 +1,88 @@
+"""How pictures look: colours, fonts, pages, and words from outside as they can be drawn. Reads and writes nothing.
+
+Okabe and Ito's colours are told apart by the colour-blind too.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+
+# Okabe and Ito's colours, which the colour-blind tell apart, without black and the yellow that is too pale for lines.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+MARKERS, STROKES = "os^Dv", ("-", ":", "-.")  # the next ones when the colours are used up
+REFERENCE, COMMON, FAINT = "#000000", "#BBBBBB", "#555555"
+COLOUR_MAP = "Blues"
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "text.parse_math": False,
+    "svg.hashsalt": "moecover",
+}
+TITLE_SIZE = 12
+
+
+@functools.cache
+def _drawable() -> frozenset[int]:
+    """Code points that the font, which comes with matplotlib, can draw."""
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset(get_font(findfont(STYLE["font.family"])).get_charmap())
+
+
+def short(text: str, limit: int = 28) -> str:
+    """A text from outside as it can be drawn: on one line, other scripts as escapes, cut at ``limit`` characters."""
+    plain = "".join(c if c.isprintable() and ord(c) in _drawable() else ascii(c)[1:-1] for c in text)
+    return plain if len(plain) <= limit else f"{plain[: limit - 1]}…"
+
+
+def percent(share: float) -> str:
+    """A share in words, three digits."""
+    return f"{100 * share:.3g}%"
+
+
+def plan_name(method: str, options: Mapping[str, Any], keep: int) -> str:
+    """Method, options and budget of a plan, cut to fit a legend."""
+    given = "".join(f", {name} {value}" for name, value in options.items())
+    return short(f"{method}{given}, keep {keep}", 70)
+
+
+def page(width: float, height: float, title: str) -> Figure:
+    """A page in inches, whose parts matplotlib arranges under the title."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    wrapped = textwrap.fill(title, int(width * 11))  # about eleven letters an inch
+    figure.suptitle(wrapped, x=0.1 / width, ha="left", fontsize=TITLE_SIZE)
+    return figure
+
+
+def layer_axis(axes: Axes, layers: Sequence[int]) -> None:
+    """An x axis of decoder layers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    axes.set_xlabel("decoder layer (index)")
