@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from moecover.corpus import make_corpus
 from moecover.model import load_model
-from moecover.planning import plans
+from moecover.planning import plan_budgets
 from moecover.profiles import Profile
 from moecover.profiling import profile
 from moecover.topology import read_structure
@@ -70,7 +70,7 @@ def main() -> None:
             made = Profile.load(folder)
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident
             before, start = resident_mib(), time.perf_counter()
-            (plan,) = plans(made, method="expert-sparsity", keeps=[args.keep], model=model, structure=structure)
+            (plan,) = plan_budgets(made, method="expert-sparsity", keeps=[args.keep], model=model, structure=structure)
             seconds = time.perf_counter() - start
             (layer,) = plan.layers
             print(

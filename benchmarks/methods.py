@@ -24,7 +24,7 @@ from moecover.evaluation import perplexity
 from moecover.inputs import sample_of
 from moecover.masking import masked
 from moecover.model import load_model
-from moecover.planning import DEFAULT_PROTECT, DEFAULT_SALIENCY, plans
+from moecover.planning import DEFAULT_PROTECT, DEFAULT_SALIENCY, plan_budgets
 from moecover.plans import Plan, keep_all
 from moecover.profiles import Profile
 from moecover.profiling import profile
@@ -106,14 +106,14 @@ def main() -> None:
                 loaded = [load(n, p, SEQUENCES, seed) for n, p in corpora.items()]
                 made: Profile = profile(structure, loaded, model=model, batch_size=4)
                 for label, options in variants():
-                    for chosen in plans(made, keeps=keeps, **options):
+                    for chosen in plan_budgets(made, keeps=keeps, **options):
                         measure(calibration, label, seed, chosen)
                 search = {"model": model, "structure": structure, "sample": sample_of(loaded, SEARCH_TOKENS)}
                 for mode in ("layerwise", "progressive"):
-                    for chosen in plans(made, method="expert-sparsity", keeps=keeps, mode=mode, **search):
+                    for chosen in plan_budgets(made, method="expert-sparsity", keeps=keeps, mode=mode, **search):
                         measure(calibration, f"expert-sparsity, {mode}", seed, chosen)
         for seed in range(args.seeds):
-            for chosen in plans(made, method="random", keeps=keeps, seed=seed):
+            for chosen in plan_budgets(made, method="random", keeps=keeps, seed=seed):
                 measure("none", "random", seed, chosen)
     result = {
         "model": "qwen2-moe-tiny", "experts": structure.topology.num_experts, "keeps": keeps, "samples": args.samples,

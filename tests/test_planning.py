@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecover.errors import InputError
-from moecover.planning import METHODS, plan, plans, super_experts
+from moecover.planning import METHODS, plan, plan_budgets, super_experts
 from moecover.plans import Plan, check_plan, keep_all, resolve_keep
 from moecover.profiles import STATISTICS, Profile
 from moecover.saliency import SALIENCIES
@@ -324,7 +324,7 @@ def test_a_plan_by_hand_with_unequal_groups_is_refused(structure: Structure) -> 
 def test_budgets_in_one_call_are_nested_and_equal_to_single_ones(small_profile: Profile, method: str) -> None:
     topology = small_profile.topology
     keeps = list(range(topology.top_k, topology.num_experts + 1))
-    made = plans(small_profile, method=method, keeps=keeps)
+    made = plan_budgets(small_profile, method=method, keeps=keeps)
     assert [p.keep for p in made] == keeps
     for keep, one, more in zip(keeps, made, made[1:], strict=False):
         assert one.to_json() == plan(small_profile, method=method, keep=keep).to_json()

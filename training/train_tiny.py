@@ -37,7 +37,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moecover.corpora import stdlib_documents
-from moecover.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moecover.deepseek import DeepseekForCausalLM
+from moecover.deepseek_config import DeepseekConfig
 
 END = "<|endoftext|>"
 LENGTH = 256

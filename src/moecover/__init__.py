@@ -19,7 +19,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moecover.registration import install
+
 __version__ = "0.1.0"
+
+install()
 
 if TYPE_CHECKING:
     from moecover.checkpoint import prune
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from moecover.inspection import inspect
     from moecover.masking import masked
     from moecover.model import load_model
-    from moecover.planning import METHODS, plan, plans, super_experts
+    from moecover.planning import METHODS, plan, plan_budgets, super_experts
     from moecover.plans import LayerPlan, Plan
     from moecover.profiles import Profile
     from moecover.profiling import profile
@@ -43,7 +47,7 @@ _MODULE_OF = {
     "Corpus": "corpus", "CORPORA": "corpora", "load_corpus": "corpus", "load_tokenizer": "corpus",
     "open_checkpoint": "source", "Topology": "topology", "Structure": "topology", "read_structure": "topology",
     "inspect": "inspection", "PROVEN_FAMILIES": "topology", "Profile": "profiles", "load_model": "model",
-    "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "plans", "plan": "planning", "plans": "planning", "super_experts": "planning", "load_plugin": "registry", "LayerPlan": "plans",
+    "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "plans", "plan": "planning", "plan_budgets": "planning", "super_experts": "planning", "load_plugin": "registry", "LayerPlan": "plans",
     "prune": "checkpoint", "masked": "masking", "perplexity": "evaluation", "verify": "evaluation",
     "MoecoverError": "errors", "InputError": "errors",
 }  # fmt: skip
@@ -70,7 +74,7 @@ __all__ = [
     "open_checkpoint",
     "perplexity",
     "plan",
-    "plans",
+    "plan_budgets",
     "profile",
     "prune",
     "read_structure",

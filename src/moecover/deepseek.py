@@ -3,43 +3,21 @@
 The architecture of arXiv 2401.06066 from parts that the library keeps: Llama's backbone (multi-head attention, rotary
 embeddings), a dense MLP in the first layers, then fine-grained routed experts behind a softmax router (top-k after the
 softmax, renormalised only with ``norm_topk_prob``) beside shared experts, which are one wider MLP without a gate.
-`registration` enters the classes in the Auto classes.
+`registration` enters it in the Auto classes.
 """
 
 from __future__ import annotations
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaPreTrainedModel
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
 from transformers.utils.output_capturing import OutputRecorder
 
-
-@strict
-class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
-    """Configuration of a DeepSeek-MoE model, with the keys of the hub's config.json."""
-
-    model_type = "deepseek"
-    attribute_map = {"num_experts": "n_routed_experts"}  # noqa: RUF012 (the library's way)
-
-    n_routed_experts: int | None = 64
-    n_shared_experts: int | None = 2
-    num_experts_per_tok: int = 6
-    moe_intermediate_size: int = 1408
-    first_k_dense_replace: int = 1
-    moe_layer_freq: int = 1
-    norm_topk_prob: bool = False
-    scoring_func: str = "softmax"
-
-    def validate_architecture(self) -> None:
-        """Refuse what the published code does not do either."""
-        super().validate_architecture()
-        if self.scoring_func != "softmax":
-            raise ValueError(f"scoring_func {self.scoring_func!r} is not known to model type deepseek: softmax is")
+from moecover.deepseek_config import DeepseekConfig
 
 
 class DeepseekMoE(nn.Module):

@@ -30,7 +30,7 @@ from moecover.files import check_output, new_folder, write_text
 from moecover.masking import masked
 from moecover.model import load_model
 from moecover.pictures import draw
-from moecover.planning import DEFAULT_METHOD, plans
+from moecover.planning import DEFAULT_METHOD, plan_budgets
 from moecover.plans import Plan, keep_all, resolve_keep
 from moecover.profiles import Profile
 from moecover.profiling import profile
@@ -102,10 +102,10 @@ def plan_all(structure: Structure, model: torch.nn.Module, made: Profile) -> lis
     for label, options, seeds in RUNS:
         if options["method"] == "expert-sparsity":
             with progress.bar("searching", len(topology.decoder_layers), unit="layers") as advance:
-                found = [plans(made, keeps=keeps, model=model, structure=structure, advance=advance, **options)]
+                found = [plan_budgets(made, keeps=keeps, model=model, structure=structure, advance=advance, **options)]
         else:
             seeded = [{**options, "seed": seed} for seed in seeds] or [options]
-            found = [plans(made, keeps=keeps, **o) for o in seeded]
+            found = [plan_budgets(made, keeps=keeps, **o) for o in seeded]
         by_run.append((label, found))
     work: list[tuple[str, float, list[Plan]]] = [("full model", 1.0, [keep_all(topology)])]
     for budget, retain in enumerate(BUDGETS):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from moecover.corpus import Corpus
 from moecover.errors import InputError
 from moecover.lockstep import lockstep
-from moecover.masking import masked_layer
+from moecover.masking import masked_layer, router_tensors
 from moecover.model import batches, routers
 from moecover.plans import LayerPlan
 from moecover.profiles import Profile
@@ -221,8 +221,8 @@ def exhaust(products: Products, budget: Budget, required: frozenset[int]) -> lis
 
 
 def true_loss(
-    model: torch.nn.Module, structure: Structure, router: torch.nn.Module, layer: int, kept: Sequence[int],
-    hidden: Sequence[torch.Tensor],
+    model: torch.nn.Module, structure: Structure, router: torch.nn.Module, ask: Callable[[torch.Tensor], Any],
+    layer: int, kept: Sequence[int], hidden: Sequence[torch.Tensor],
 ) -> float:  # fmt: skip
     """Sum over calibration batches of ||Z - Z_S||_F: forwards in the model's dtype, differences in float64."""
     experts = model.get_submodule(structure.experts_modules[layer])
@@ -230,7 +230,7 @@ def true_loss(
     def routed() -> list[torch.Tensor]:
         found = []
         for batch in hidden:
-            _, weights, index, *_ = router(batch)
+            _, weights, index, *_ = ask(batch)
             found.append(experts(batch, index, weights))
         return found
 
@@ -241,7 +241,7 @@ def true_loss(
 
 
 def search_layer(
-    model: torch.nn.Module, structure: Structure, router: torch.nn.Module, layer: int,
+    model: torch.nn.Module, structure: Structure, router: torch.nn.Module, ask: Callable[[torch.Tensor], Any], layer: int,
     hidden: Sequence[torch.Tensor], budgets: Sequence[Budget], search: str,
 ) -> list[LayerPlan]:  # fmt: skip
     """The best subset of one MoE layer for every budget.
@@ -250,6 +250,7 @@ def search_layer(
         model: the live model.
         structure: its checkpoint.
         router: of the layer.
+        ask: calls the router as the model does, see `observe_calls`.
         layer: MoE layer.
         hidden: what enters the layer, calibration batches of ``[token, hidden]``.
         budgets: experts to keep.
@@ -264,8 +265,8 @@ def search_layer(
     required = budgets[0].required[layer] if budgets[0].required else frozenset()
     for budget in budgets:
         budget.room(layer)  # the required experts fit
-    routing = recognise(model, structure, router, layer, torch.cat(list(hidden))[:256])
-    products = Products(experts, routing, hidden, torch.cat([router(batch)[0] for batch in hidden]))
+    routing = recognise(model, structure, router, ask, layer, torch.cat(list(hidden))[:256])
+    products = Products(experts, routing, hidden, torch.cat([ask(batch)[0] for batch in hidden]))
     ways = [kind_of_search(budget, search) for budget in budgets]
     by_elimination = [b for b, way in zip(budgets, ways, strict=True) if way == "greedy"]
     eliminated = iter(eliminate(products, by_elimination, required) if by_elimination else [])
@@ -280,7 +281,7 @@ def search_layer(
                 filled=[e for e in kept if e not in required],
                 search=way,
                 tokens=sum(map(len, hidden)),
-                loss=true_loss(model, structure, router, layer, kept, hidden),
+                loss=true_loss(model, structure, router, ask, layer, kept, hidden),
             )
         )
     return found
@@ -300,27 +301,56 @@ def kind_of_search(budget: Budget, search: str) -> str:
     return search
 
 
-def _check_same_input(model: torch.nn.Module, structure: Structure, modules: Sequence[torch.nn.Module]) -> None:
-    """Refuse families whose routers see something else than their experts."""
+def observe_calls(
+    model: torch.nn.Module, structure: Structure, modules: Sequence[torch.nn.Module]
+) -> list[Callable[[torch.Tensor], Any]]:
+    """How the model calls the router of every MoE layer, as a function of the hidden states alone.
+
+    Some families hand a router more than the hidden states: a bias that lies in the block. It is looked up at every
+    call, so that a masked layer's bias is the masked one.
+
+    Raises:
+        InputError: a router sees something else than its experts.
+    """
     import torch
 
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def note(name: str, module: Any, args: tuple[Any, ...]) -> None:
-        seen[name] = args[0]
+    def note(what: str, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[what, layer] = (args, kwargs)
 
-    hooks = [
-        modules[0].register_forward_pre_hook(functools.partial(note, "router")),
-        model.get_submodule(structure.experts_modules[0]).register_forward_pre_hook(functools.partial(note, "experts")),
-    ]
+    hooks = []
+    for layer, module in enumerate(modules):
+        for what, watched in (("router", module), ("experts", model.get_submodule(structure.experts_modules[layer]))):
+            hooks.append(watched.register_forward_pre_hook(functools.partial(note, what, layer), with_kwargs=True))
     try:
         with torch.inference_mode():
             model(input_ids=torch.arange(4, device=next(model.parameters()).device)[None], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    if not torch.equal(seen["router"].reshape(seen["experts"].shape), seen["experts"]):
-        raise InputError(f"the routers of {structure.topology.family} see something else than its experts: expert-sparsity does not run on it. Use another --method")  # fmt: skip
+
+    def call(layer: int, hidden: torch.Tensor) -> Any:
+        names = {id(value): key for key, value in wholes[layer].items()}
+        (first, *args), kwargs = seen["router", layer]
+
+        def current(value: Any) -> Any:
+            if id(value) not in names:
+                return value
+            owner, _, leaf = names[id(value)].rpartition(".")
+            return getattr(model.get_submodule(owner), leaf)
+
+        shaped = hidden.reshape(*(1,) * (first.dim() - 2), *hidden.shape)  # some routers ask for a batch axis
+        return modules[layer](shaped, *map(current, args), **{k: current(v) for k, v in kwargs.items()})
+
+    wholes = []
+    for layer in range(len(modules)):
+        keys = router_tensors(structure, layer)
+        wholes.append({k: getattr(model.get_submodule(k.rpartition(".")[0]), k.rpartition(".")[2]) for k in keys})
+        router, experts = seen["router", layer][0][0], seen["experts", layer][0][0]
+        if router.numel() != experts.numel() or not torch.equal(router.reshape(experts.shape), experts):
+            raise InputError(f"the routers of {structure.topology.family} see something else than its experts: expert-sparsity does not run on it. Use another --method")  # fmt: skip
+    return [functools.partial(call, layer) for layer in range(len(modules))]
 
 
 def search_layers(
@@ -376,14 +406,14 @@ def search_layers(
         for layer in layers:
             yield [h.to(parameter.device, parameter.dtype) for h in inputs.layer(layer)]
 
-    _check_same_input(model, structure, modules)
+    calls = observe_calls(model, structure, modules)
     rounds = [list(range(len(budgets)))] if mode == "layerwise" else [[i] for i in range(len(budgets))]
     for chosen in rounds:
         with torch.inference_mode(), contextlib.ExitStack() as stack:
             source = from_disk() if mode == "layerwise" and sample is None else from_text(stack)
             for layer, hidden in zip(layers, source, strict=True):
                 rows = search_layer(
-                    model, structure, modules[layer], layer, hidden, [budgets[i] for i in chosen], search
+                    model, structure, modules[layer], calls[layer], layer, hidden, [budgets[i] for i in chosen], search
                 )
                 for i, row in zip(chosen, rows, strict=True):
                     found[i].append(row)

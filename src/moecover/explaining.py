@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.errors import InputError
-from moecover.planning import DEFAULT_SALIENCY, METHODS, plans, super_experts, utility_of
+from moecover.planning import DEFAULT_SALIENCY, METHODS, plan_budgets, super_experts, utility_of
 from moecover.plans import LayerPlan, Plan
 from moecover.profiles import MAXIMA, Profile
 from moecover.saliency import SALIENCIES
@@ -119,7 +119,7 @@ def stability(plan: Plan, profile: Profile, *, change: float = CHANGE) -> dict[s
         return None
 
     def again(stage: Profile) -> Plan:
-        return plans(stage, method=plan.method, keeps=[plan.keep], **plan.options)[0]
+        return plan_budgets(stage, method=plan.method, keeps=[plan.keep], **plan.options)[0]
 
     curve: list[dict[str, Any]] = [
         {"tokens": sum(int(s["num_tokens"][0, 0]) for s in stage.statistics.values()), "changed": changed_share(plan, again(stage))}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moecover.corpus import Corpus
 from moecover.errors import InputError, is_out_of_memory
 from moecover.interrupts import held
-from moecover.topology import Structure
+from moecover.topology import Structure, auto_class
 
 if TYPE_CHECKING:
     import torch
@@ -50,14 +50,18 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
     Raises:
         InputError: unknown dtype or device, or tensors missing in the files.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device = check_device(dtype, device)
     name = structure.checkpoint.name
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(structure.checkpoint.path, trust_remote_code=False, local_files_only=True)
+        auto = auto_class(type(config))
+        # A multimodal model takes the setting for its language model alone; the grouped kernel is its default there.
+        experts = {"experts_implementation": "grouped_mm"} if auto is AutoModelForCausalLM else {}
+        model, info = auto.from_pretrained(
             structure.checkpoint.path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            experts_implementation="grouped_mm", output_loading_info=True, local_files_only=True,
+            output_loading_info=True, local_files_only=True, **experts,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):

@@ -200,7 +200,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
-def plans(
+def plan_budgets(
     profile: Profile,
     *,
     method: str = DEFAULT_METHOD,
@@ -273,7 +273,7 @@ def _check_choice(method: str, topology: Topology, budget: Budget, rows: Any) ->
 
 
 def plan(profile: Profile, *, keep: int | None = None, retain: float | None = None, **options: Any) -> Plan:
-    """A plan from a profile; see `plans` for the options.
+    """A plan from a profile; see `plan_budgets` for the options.
 
     Args:
         profile: from `profile` or `Profile.load`.
@@ -282,8 +282,8 @@ def plan(profile: Profile, *, keep: int | None = None, retain: float | None = No
         **options: ``method``, ``protect_super_experts`` and the method's options.
 
     Raises:
-        InputError: as `plans`.
+        InputError: as `plan_budgets`.
     """
     check_options(options.get("method", DEFAULT_METHOD), {k: v for k, v in options.items() if k not in ("method", "protect_super_experts")})  # fmt: skip
     count = resolve_keep(profile.topology, keep=keep, retain=retain)
-    return plans(profile, keeps=[count], **options)[0]
+    return plan_budgets(profile, keeps=[count], **options)[0]

@@ -7,8 +7,9 @@ recognised by its outputs on the whole and on a reduced set of experts, never by
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecover.errors import InputError
 from moecover.masking import masked_layer, router_tensors
@@ -88,14 +89,16 @@ def _fits(routing: Routing, logits: torch.Tensor, weights: torch.Tensor, index: 
 
 
 def recognise(
-    model: torch.nn.Module, structure: Structure, router: torch.nn.Module, layer: int, hidden: torch.Tensor
-) -> Routing:
+    model: torch.nn.Module, structure: Structure, router: torch.nn.Module, ask: Callable[[torch.Tensor], Any], layer: int,
+    hidden: torch.Tensor,
+) -> Routing:  # fmt: skip
     """The routing of a MoE layer's router.
 
     Args:
         model: the live model.
         structure: its checkpoint.
         router: of the layer.
+        ask: calls it as the model does.
         layer: MoE layer.
         hidden: what enters the router, ``[token, hidden]``.
 
@@ -108,9 +111,9 @@ def recognise(
     hidden = hidden[:256]
     size = topology.num_experts // topology.num_groups
     fewer = sorted(e for e in range(topology.num_experts) if e % size < max(2, -(-size // 2), -(-topology.top_k // topology.top_groups)))  # fmt: skip
-    whole = router(hidden)
+    whole = ask(hidden)
     with masked_layer(model, structure, router, layer, fewer):
-        reduced = router(hidden)
+        reduced = ask(hidden)
     ids = torch.tensor(fewer, device=hidden.device)
     position = torch.full((topology.num_experts,), -1, device=hidden.device)
     position[ids] = torch.arange(len(ids), device=hidden.device)

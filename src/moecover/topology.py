@@ -28,12 +28,64 @@ if TYPE_CHECKING:
 
 # Families proven end to end by the tests (golden property through the written files). Others run by the same mechanism
 # with a warning; `moecover verify` proves them case by case.
-PROVEN_FAMILIES = {
-    "qwen2_moe": "Qwen1.5-MoE, Qwen2-MoE",
-    "qwen3_moe": "Qwen3-MoE",
-    "mixtral": "Mixtral",
-    "olmoe": "OLMoE",
-}
+PROVEN_FAMILIES = (
+    "afmoe",
+    "aria_text",
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "beam",
+    "cohere2_moe",
+    "deepseek",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "flint",
+    "gemma4",
+    "gemma4_text",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hy_v4",
+    "inkling2_text",
+    "jamba",
+    "kimi_linear",
+    "kolibri1",
+    "laguna",
+    "lfm2_moe",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax",
+    "minimax_m2",
+    "minimax_m3_vl",
+    "minimax_m3_vl_text",
+    "mistral4",
+    "mixtral",
+    "nemotron_h",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_vl_moe",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "solar_open",
+)
+PROVEN_WITH = "5.23.0"  # the version of transformers that the tests ran with
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
 GROUP_KEYS = ("n_group", "num_expert_group")
@@ -171,6 +223,18 @@ def with_expert_count(config: dict[str, Any], keys: tuple[tuple[str, ...], ...],
     return edited
 
 
+def auto_class(config_class: type) -> Any:
+    """The Auto class that makes a language model of a configuration class, multimodal ones included; None for others."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if config_class in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if config_class in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return None
+
+
 def _build_on_meta(config: dict[str, Any], name: str) -> torch.nn.Module:
     """The model class of a raw config without memory.
 
@@ -181,17 +245,16 @@ def _build_on_meta(config: dict[str, Any], name: str) -> torch.nn.Module:
         import torch
         import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     family = str(config.get("model_type"))
     if family not in CONFIG_MAPPING:
         raise InputError(f"{name}: architecture {family!r} is not known to transformers {transformers.__version__}, and code that comes with a checkpoint is not run")  # fmt: skip
     try:
-        parsed = CONFIG_MAPPING[family].from_dict(config)
-        if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        parsed = CONFIG_MAPPING[family].from_dict(transformers.PreTrainedConfig._decode_special_floats(config))
+        if (auto := auto_class(type(parsed))) is None:
             raise InputError(f"{name}: architecture {family!r} is no causal language model")
         with torch.device("meta"):
-            model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(parsed)
+            model: torch.nn.Module = auto.from_config(parsed)
             return model
     except InputError:
         raise
@@ -248,7 +311,7 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
         raise _no_experts(name, config)
     modules = _experts_modules(one, axes)
     if not modules:
-        raise InputError(f"{name}: {config['model_type']!r} has no MoE layer in a form that is supported ({', '.join(sorted(PROVEN_FAMILIES))} and most others)")  # fmt: skip
+        raise InputError(f"{name}: {config['model_type']!r} has no MoE layer in a form that is supported (moecover ls families names those that are proven)")  # fmt: skip
     decoder_layers = tuple(_layer_number(module) for module in modules)
     stray = next((key for key in axes if _layer_number(key) not in decoder_layers), None)
     if stray or len(set(decoder_layers)) < len(decoder_layers):
@@ -272,7 +335,7 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
     tensors = _classify(checkpoint, one, axes, modules, experts)
     warnings: tuple[str, ...] = ()
     if topology.family not in PROVEN_FAMILIES:
-        warnings = (f"family {topology.family!r} is not among the proven ones ({', '.join(PROVEN_FAMILIES)}): run `moecover verify` on the result",)  # fmt: skip
+        warnings = (f"family {topology.family!r} is not among the proven ones (moecover ls families): run `moecover verify` on the result",)  # fmt: skip
     return Structure(checkpoint, topology, tensors, axes, modules, tuple(counts), warnings)
 
 
@@ -292,7 +355,7 @@ def _no_experts(name: str, config: dict[str, Any]) -> InputError:
 
 
 def _check_unquantised(checkpoint: Checkpoint) -> None:
-    quantised = next((e for e in checkpoint.tensors.values() if e.dtype not in FLOAT_TYPES), None)
+    quantised = next((e for e in checkpoint.tensors.values() if e.dtype not in (*FLOAT_TYPES, "I64")), None)
     if quantised or "quantization_config" in checkpoint.config:
         what = f"tensor {quantised.name} of {quantised.dtype}" if quantised else "quantization_config"
         raise InputError(f"{checkpoint.name}: quantised checkpoints are not supported yet ({what}). Prune the original and quantise the result")  # fmt: skip
@@ -326,6 +389,7 @@ def _classify(
     layer_of = {_layer_number(module): layer for layer, module in enumerate(modules)}
     tensors: dict[str, ExpertTensor] = {}
     filled: dict[str, int] = {}
+    sources: dict[str, list[TensorEntry]] = {}
     for key, entry in checkpoint.tensors.items():
         target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if target not in parameters:
@@ -334,9 +398,8 @@ def _classify(
             continue
         expected = tuple(parameters[target].shape)
         filled[target] = filled.get(target, 0) + math.prod(entry.shape)
+        sources.setdefault(target, []).append(entry)
         if target not in axes:
-            if math.prod(expected) != math.prod(entry.shape):
-                raise _wrong_shape(checkpoint, entry, expected)
             continue
         layer = layer_of[_layer_number(target)]
         routed = target.rpartition(".")[0] in modules
@@ -352,6 +415,8 @@ def _classify(
     _check_experts_alike(checkpoint, tensors)
     for key, parameter in parameters.items():
         if key in filled and filled[key] != parameter.numel():
+            if len(sources[key]) == 1:
+                raise _wrong_shape(checkpoint, sources[key][0], tuple(parameter.shape))
             raise InputError(f"{checkpoint.name}: {key} needs {parameter.numel()} numbers of shape {list(parameter.shape)}, the files hold {filled[key]}")  # fmt: skip
         if key not in filled and key in axes:
             raise InputError(f"{checkpoint.name}: nothing in the files fills {key} of shape {list(parameter.shape)}")

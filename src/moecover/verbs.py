@@ -194,7 +194,7 @@ def _method(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _plan(args: argparse.Namespace) -> tuple[Any, str, int]:
-    from moecover.planning import plans
+    from moecover.planning import plan_budgets
     from moecover.plans import resolve_keep
     from moecover.profiles import Profile
 
@@ -215,7 +215,7 @@ def _plan(args: argparse.Namespace) -> tuple[Any, str, int]:
     with contextlib.ExitStack() as stack:
         if searches:
             options |= stack.enter_context(_searching(args, profile, len(keeps)))
-        made = plans(profile, method=method, keeps=keeps, **options)
+        made = plan_budgets(profile, method=method, keeps=keeps, **options)
     experts, lines, results = profile.topology.num_experts, [], list[dict[str, Any]]()
     for one in made:
         path = args.output / f"keep-{one.keep}.json" if several else args.output

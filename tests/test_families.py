@@ -1,0 +1,132 @@
+"""Every proven family: statistics against a naive pass, the golden property through the files, dropped logits at minus infinity.
+
+Nothing here knows a family: the naive pass asks the library's eager experts one slot at a time, and minus infinity is put
+where the router's own matrix gives its logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moecover.checkpoint import prune
+from moecover.evaluation import verify
+from moecover.masking import router_tensors
+from moecover.model import load_model, routers
+from moecover.planning import plan
+from moecover.plans import Plan
+from moecover.profiling import profile
+from moecover.topology import PROVEN_FAMILIES, Structure, read_structure
+from tests import zoo
+from tests.conftest import random_corpus
+
+
+def naive_statistics(model: torch.nn.Module, structure: Structure, tokens: torch.Tensor) -> list[dict[str, np.ndarray]]:
+    """Sums over every (token, slot), the unweighted output of the slot from the library's eager experts with weight 1."""
+    experts, found, seen = structure.topology.num_experts, [], []
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append((module, *args)))
+        for name in structure.experts_modules
+    ]
+    with torch.inference_mode():
+        model(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for module, hidden, index, weights in seen:
+        s = {n: np.zeros(experts) for n in ("count", "weight_sum", "norm_sum", "weighted_norm_sum", "max_abs")}
+        eager = type(module).forward.__wrapped__  # the class's own loop, without the choice of a kernel
+        with torch.inference_mode():
+            for slot in range(index.shape[1]):
+                ones = torch.ones_like(weights[:, slot : slot + 1])
+                outputs = eager(module, hidden, index[:, slot : slot + 1], ones).double().numpy()
+                for token, e in enumerate(index[:, slot].tolist()):
+                    g, norm = float(weights[token, slot]), float(np.linalg.norm(outputs[token]))
+                    s["count"][e] += 1
+                    s["weight_sum"][e] += g
+                    s["norm_sum"][e] += norm
+                    s["weighted_norm_sum"][e] += g * norm
+                    s["max_abs"][e] = max(s["max_abs"][e], np.abs(outputs[token]).max())
+        found.append(s)
+    return found
+
+
+class MinusInfinity(TorchFunctionMode):
+    """Logits of dropped experts become minus infinity where a router's matrix gives them."""
+
+    def __init__(self, dropped: dict[int, list[int]]) -> None:
+        self.dropped, self.hits = dropped, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.nn.functional.linear:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            key = weight.data_ptr()
+            if key in self.dropped:
+                self.hits += 1
+                out = out.clone()
+                out[..., self.dropped[key]] = -torch.inf
+        return out
+
+
+@contextlib.contextmanager
+def without(model: torch.nn.Module, structure: Structure, chosen: Plan) -> Iterator[MinusInfinity]:
+    """The model with the dropped experts' logits, and correction biases, at minus infinity."""
+    state, dropped, undo = dict(model.state_dict()), {}, []
+    for layer, row in enumerate(chosen.layers):
+        gone = [e for e in range(structure.topology.num_experts) if e not in row.kept]
+        for key, axis in router_tensors(structure, layer).items():
+            tensor = state[key]
+            if tensor.dim() == 2 and min(tensor.shape) > 1:
+                dropped[tensor.data_ptr()] = gone
+            elif "correction" in key or "expert_bias" in key:
+                undo.append((tensor, tensor.clone()))
+                tensor.index_fill_(axis, torch.tensor(gone), -torch.inf)
+    mode = MinusInfinity(dropped)
+    try:
+        with mode:
+            yield mode
+    finally:
+        for tensor, value in undo:
+            tensor.copy_(value)
+
+
+@pytest.mark.parametrize("family", list(PROVEN_FAMILIES))
+def test_family(family: str, tmp_path: Path) -> None:
+    zoo.make_model(family).save_pretrained(tmp_path / "model", save_original_format=True)
+    structure = read_structure(tmp_path / "model")
+    topology, model = structure.topology, load_model(structure)
+    corpus = random_corpus("a", sequences=2, length=20, vocab=zoo.SMALL["vocab_size"])
+    made = profile(structure, [corpus], model=model, batch_size=2)
+    expected = naive_statistics(model, structure, torch.from_numpy(corpus.tokens))
+    for layer, naive in enumerate(expected):
+        for name, values in naive.items():
+            found = made.statistics["a"][name][layer]
+            np.testing.assert_allclose(found, values, rtol=2e-4, atol=1e-6, err_msg=f"{name}, MoE layer {layer}")
+    assert sum(s["count"].sum() for s in expected) == corpus.num_tokens * topology.top_k * len(topology.decoder_layers)
+
+    chosen = plan(made, method="random", keep=topology.num_experts // 2, seed=1)
+    out = prune(structure, chosen, tmp_path / "out")
+    assert verify(tmp_path / "model", out)["equal"]
+    pruned = load_model(read_structure(out))
+    tokens = torch.from_numpy(corpus.tokens)
+    with torch.inference_mode():
+        found = pruned(input_ids=tokens, use_cache=False).logits
+        with without(model, structure, chosen) as mode:
+            masked = model(input_ids=tokens, use_cache=False).logits
+        whole = model(input_ids=tokens, use_cache=False).logits
+    assert mode.hits == len(routers(model, structure)), "the router's matrix was not met: the check would have no teeth"
+    assert (found - masked).abs().max() <= 2e-5 * whole.abs().max()
+    assert not torch.allclose(whole, masked, rtol=1e-3)
+
+
+def test_the_types_are_all_looked_at() -> None:
+    """A type that a new transformers brings is either proven or known not to be."""
+    known = set(PROVEN_FAMILIES) | set(zoo.UNPROVEN)
+    assert set(zoo.types()) - known == set()
+    assert len(PROVEN_FAMILIES) >= 40
