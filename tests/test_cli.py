@@ -218,6 +218,7 @@ CASES: list[tuple[str, list[str], str]] = [
     ("search for tb-coverage", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--search", "greedy", "-o", "{t}/o"], "--search is no option of method tb-coverage"),
     ("saliency for expert-sparsity", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--method", "expert-sparsity", "--saliency", "reap", "-o", "{t}/o"], "--saliency is no option of method expert-sparsity. It has: --mode, --search"),
     ("explain nothing", ["explain", "{t}/p"], "no plan"),
+    ("no such shipped model", ["demo", "--model", "qwen2-moe-tny", "-o", "{t}/o"], "Did you mean qwen2-moe-tiny"),
     ("no such plugin", ["ls", "methods", "--plugin", "{t}/x.py"], "no such Python file"),
 ]  # fmt: skip
 

@@ -338,6 +338,33 @@ def test_search_on_text_equals_search_on_the_kept_inputs(cases: Callable[..., Ca
         assert direct.to_json() == disk.to_json()
 
 
+def test_padding_is_in_no_search(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    """From disk and from text, padded rows give the plan of the same tokens without padding, in the same batches."""
+    structure = read_structure(checkpoints("qwen2_moe"))
+    model = load_model(structure, dtype="float32")
+    tokens = random_corpus("a", sequences=4).tokens
+    mask = np.ones(tokens.shape, dtype=bool)
+    mask[:2, :7], mask[2:, 15:] = False, False
+    padded = make_corpus("a", tokens, mask, {})
+    options = {"method": "expert-sparsity", "keeps": [6], "model": model, "structure": structure}
+    profile(structure, [padded], model=model, batch_size=2, keep_inputs=(96, tmp_path / "p")).save(tmp_path / "p")
+    made = Profile.load(tmp_path / "p")
+    assert made.inputs.batch_tokens == {"a": [34, 30]}
+    (disk,), (direct,) = plan_budgets(made, **options), plan_budgets(made, sample=[padded], **options)
+    assert disk.to_json() == direct.to_json()
+    (progressive,) = plan_budgets(made, mode="progressive", **options)
+    assert progressive.layers[0].kept == disk.layers[0].kept
+    assert [row.tokens for row in progressive.layers] == [64, 64]
+    losses = []
+    for rows, start, end in ((slice(0, 2), 7, 24), (slice(2, 4), 0, 15)):
+        cut = tokens[rows, start:end]
+        alone = make_corpus("a", cut, np.ones(cut.shape, dtype=bool), {})
+        profile(structure, [alone], model=model, batch_size=2, keep_inputs=(96, tmp_path / f"{start}"))
+        losses.append(open_inputs(tmp_path / f"{start}").layer(1)[0])
+    for found, expected in zip(made.inputs.layer(1), losses, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_model_is_as_before(cases: Callable[..., Case]) -> None:
     case = cases("qwen2_moe")
     tokens = torch.from_numpy(random_corpus("x").tokens)

@@ -185,6 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     p = verb("demo", "prune the shipped model and show what each method leaves of it")
     p.add_argument("-o", "--output", type=Path, default=Path("demo-out"), metavar="DIR", help="folder to write (default: demo-out)")  # fmt: skip
+    p.add_argument("--model", default="qwen2-moe-tiny", metavar="NAME", help="a model that comes with the package (default: qwen2-moe-tiny)")  # fmt: skip
 
     p = verb("ls", "list methods, saliencies, corpora or families")
     p.add_argument("what", choices=("methods", "saliencies", "corpora", "families"))

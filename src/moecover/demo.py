@@ -34,6 +34,7 @@ from moecover.planning import DEFAULT_METHOD, plan_budgets
 from moecover.plans import Plan, keep_all, resolve_keep
 from moecover.profiles import Profile
 from moecover.profiling import profile
+from moecover.registry import unknown_name
 from moecover.topology import Structure, read_structure
 
 if TYPE_CHECKING:
@@ -57,9 +58,16 @@ RUNS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
 )
 
 
-def shipped_model() -> Path:
-    """Folder of the model that comes with the package."""
-    return Path(str(resources.files("moecover") / "assets" / "models" / MODEL))
+def shipped_model(name: str = MODEL) -> Path:
+    """Folder of a model that comes with the package.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    models = Path(str(resources.files("moecover") / "assets" / "models"))
+    if name not in (known := sorted(p.name for p in models.iterdir())):
+        raise unknown_name("shipped model", name, known)
+    return models / name
 
 
 @dataclass(frozen=True)
@@ -173,24 +181,25 @@ def rows_from_json(text: str) -> list[Row]:
     return [Row(**row) for row in json.loads(text)["rows"]]
 
 
-def demo(output: Path) -> tuple[dict[str, Any], str]:
-    """Run the demo into a folder (an earlier demo there is replaced).
+def demo(output: Path, *, name: str = MODEL) -> tuple[dict[str, Any], str]:
+    """Run the demo into a folder (an earlier demo there is replaced), on a shipped model by name.
 
     Returns:
         The results, JSON-ready, and the text to print.
 
     Raises:
-        InputError: the folder exists and holds something else.
+        InputError: the folder exists and holds something else, or there is no such shipped model.
         MoecoverError: the written checkpoint does not equal the masked original.
     """
     started = time.monotonic()
+    source = shipped_model(name)
     output = Path(os.path.abspath(output))  # noqa: PTH100
     check_output(output, overwrite=True, marker=RESULTS)
     with progress.spinner("reading the shipped model and its corpora"):
-        structure = read_structure(shipped_model())
+        structure = read_structure(source)
         corpora = [load_corpus(name, structure=structure, length=LENGTH) for name in CALIBRATION]
         model = load_model(structure)
-    progress.say(f"model: {MODEL}, {structure.topology.num_experts} experts x {len(structure.topology.decoder_layers)} layers, trained by this project")  # fmt: skip
+    progress.say(f"model: {name}, {structure.topology.num_experts} experts x {len(structure.topology.decoder_layers)} layers, trained by this project")  # fmt: skip
     with new_folder(output) as folder:
         with progress.bar("profiling", sum(c.num_tokens for c in corpora)) as advance:
             made = profile(
@@ -206,17 +215,15 @@ def demo(output: Path) -> tuple[dict[str, Any], str]:
         half = next(p for _, retain, (p, *_) in work if retain == BUDGETS[0] and p.method == DEFAULT_METHOD)
         facts = explain(half, profile=made)
         draw(facts, folder / "explained")
-        command = shlex.join(
-            ["moecover", "prune", str(shipped_model()), "--plan", f"plans/{_plan_file(half)}", "-o", WRITTEN]
-        )
+        command = shlex.join(["moecover", "prune", str(source), "--plan", f"plans/{_plan_file(half)}", "-o", WRITTEN])
         with progress.bar("writing", structure.num_bytes(half.keep), unit="bytes") as advance:
             prune(structure, half, folder / WRITTEN, command=command, advance=advance)
         with progress.spinner("verifying the written checkpoint") as step:
-            proof = verify(shipped_model(), folder / WRITTEN, advance=step)
+            proof = verify(source, folder / WRITTEN, advance=step)
         if not proof["equal"]:
             raise MoecoverError(f"the written checkpoint differs from the masked original at {proof['first_difference']}: please report this")  # fmt: skip
         result: dict[str, Any] = {
-            "model": MODEL,
+            "model": name,
             "calibration": {c.name: c.num_tokens for c in corpora},
             "rows": [vars(row) for row in rows],
             "verified": {k: proof[k] for k in ("equal", "tokens", "max_abs_difference")},

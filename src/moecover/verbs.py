@@ -367,7 +367,7 @@ def _verify(args: argparse.Namespace) -> tuple[Any, str, int]:
 def _demo(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.demo import demo
 
-    return (*demo(args.output), 0)
+    return (*demo(args.output, name=args.model), 0)
 
 
 def _explain(args: argparse.Namespace) -> tuple[Any, str, int]:
