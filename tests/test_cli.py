@@ -69,6 +69,23 @@ def test_the_verbs_in_order(checkpoints: Callable[..., Path], rows: Path, tmp_pa
     assert "NOT equal: files changed since they were written: tokenizer.json" in out
 
 
+def test_servers_limits_are_said(checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys) -> None:
+    model = checkpoints("qwen2_moe")
+    status, out, _ = run(capsys, "inspect", model, "--for", "vllm", "--json")
+    assert status == 0
+    unmet = {s["keep"]: s["unmet"] for s in json.loads(out)["sizes"]}
+    assert [line.split(":")[0] for line in unmet[6]] == [
+        "vllm asks for a multiple of 4, at most 512", "vllm asks for a multiple of 8",
+        "vllm asks for a power of two, or a multiple of 64",
+    ]  # fmt: skip
+    assert "unmet" not in json.loads(run(capsys, "inspect", model, "--json")[1])["sizes"][0]
+    assert "sglang" in run(capsys, "inspect", model, "--for", "sglang")[1]
+    _, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", "--keep", 6, "-o", tmp_path / "6")
+    assert f"note: 6 experts are not what vllm, sglang, llama.cpp ask for: moecover inspect {model} --for vllm" in err
+    _, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", "--keep", 8, "-o", tmp_path / "8")
+    assert "ask for" not in err
+
+
 def test_several_budgets_in_one_call(checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys) -> None:
     run(capsys, "profile", checkpoints("qwen2_moe"), "--corpus", f"a={rows}", "-o", tmp_path / "p")
     status, out, _ = run(capsys, "plan", tmp_path / "p", "--retain", "0.5,0.75", "-o", tmp_path / "plans", "--json")
@@ -219,6 +236,7 @@ CASES: list[tuple[str, list[str], str]] = [
     ("saliency for expert-sparsity", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--method", "expert-sparsity", "--saliency", "reap", "-o", "{t}/o"], "--saliency is no option of method expert-sparsity. It has: --mode, --search"),
     ("explain nothing", ["explain", "{t}/p"], "no plan"),
     ("no such shipped model", ["demo", "--model", "qwen2-moe-tny", "-o", "{t}/o"], "Did you mean qwen2-moe-tiny"),
+    ("no such server", ["inspect", "{m}", "--for", "tgi"], "invalid choice: 'tgi'"),
     ("no such plugin", ["ls", "methods", "--plugin", "{t}/x.py"], "no such Python file"),
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from moecover import __version__, progress
 from moecover.errors import MoecoverError, is_out_of_memory
+from moecover.servers import SERVERS
 from moecover.verbs import KEEP_INPUTS, VERBS
 
 EPILOG = """examples:
@@ -124,6 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     p = verb("inspect", "say what a model's routed experts are and weigh, and whether it can be pruned")
     model(p)
+    p.add_argument("--for", dest="server", choices=SERVERS, help="also say what this server would lack at every size")
 
     p = verb("profile", "run corpora through a model and record the statistics of every expert")
     model(p)

@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from moecover.errors import InputError
+from moecover.servers import unmet
 from moecover.source import open_checkpoint
 from moecover.topology import PROVEN_FAMILIES, first_number, read_structure
 
 SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 
 
-def inspect(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+def inspect(model: str | Path, *, revision: str | None = None, server: str | None = None) -> dict[str, Any]:
     """Facts about a model's routed experts, from its configuration and headers only.
 
     Args:
         model: local folder or hub id (only config.json and the headers of the shards are fetched).
         revision: branch, tag or commit of a hub model.
+        server: also say what this server would lack at every size, see `servers`.
 
     Returns:
         A JSON-ready dictionary: family, layers, experts, top-k, shared experts, sizes in bytes, and ``refused``: one
@@ -48,7 +50,12 @@ def inspect(model: str | Path, *, revision: str | None = None) -> dict[str, Any]
         "expert_bytes": structure.expert_num_bytes,
         "routed_bytes": structure.expert_total_bytes,
         "sizes": [
-            {"percent": percent, "keep": keep, "bytes": structure.num_bytes(keep)}
+            {
+                "percent": percent,
+                "keep": keep,
+                "bytes": structure.num_bytes(keep),
+                **({"unmet": unmet(topology, keep, server)} if server else {}),
+            }
             for percent, keep in keeps.items()
             if keep >= topology.top_k
         ],

@@ -22,7 +22,7 @@ KEEP_INPUTS = 8192  # tokens that a search runs on when nothing else is said
 def _inspect(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.inspection import inspect
 
-    facts = inspect(args.model, revision=args.revision)
+    facts = inspect(args.model, revision=args.revision, server=args.server)
     lines = [f"{'model':18}{facts['model']}", f"{'family':18}{facts['family']}"]
     if "experts" in facts:
         shared = f", {facts['shared_experts']} shared" if facts["shared_experts"] else ""
@@ -33,8 +33,12 @@ def _inspect(args: argparse.Namespace) -> tuple[Any, str, int]:
             f"{'one expert':18}{_size(facts['expert_bytes'])}; all routed experts {_size(facts['routed_bytes'])}, {share:.0%} of the model",
             f"{'size now':18}{_size(facts['total_bytes'])} in {facts['shards']} file{'s' if facts['shards'] != 1 else ''}",
             *(
-                f"{'retain ' + str(s['percent']) + ' %':18}{_size(s['bytes'])}, keep {s['keep']}"
+                line
                 for s in facts["sizes"]
+                for line in (
+                    f"{'retain ' + str(s['percent']) + ' %':18}{_size(s['bytes'])}, keep {s['keep']}",
+                    *(f"{'':18}{text}" for text in s.get("unmet", ())),
+                )
             ),
         ]
     else:
@@ -298,6 +302,7 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.inputs import sample_of
     from moecover.planning import plan
     from moecover.plans import Plan, resolve_keep
+    from moecover.servers import SERVERS, unmet
 
     _check_prune(args)
     chosen = None
@@ -328,6 +333,8 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
             structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights,
             command=shlex.join(["moecover", *args.argv]), advance=advance,
         )  # fmt: skip
+    if servers := [s for s in SERVERS if unmet(structure.topology, chosen.keep, s)]:
+        progress.say(f"note: {chosen.keep} experts are not what {', '.join(servers)} ask for: moecover inspect {shlex.quote(args.model)} --for {servers[0]}")  # fmt: skip
     experts = structure.topology.num_experts
     revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""
     text = (
