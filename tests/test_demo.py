@@ -92,6 +92,21 @@ def test_shipped_model_is_small_trained_and_in_the_right_shape() -> None:
     assert f"{record['tokens'] / 1e6:.1f} M tokens" in card
 
 
+def test_second_shipped_model_is_small_trained_and_in_the_right_shape() -> None:
+    folder = shipped_model("deepseek-moe-tiny")
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 20_000_000
+    facts = inspect(folder)
+    assert (facts["family"], facts["experts"], facts["top_k"], facts["shared_experts"]) == ("deepseek", 64, 6, 2)
+    assert facts["moe_layers"] == [1, 2, 3, 4]  # the first layer is dense
+    record, card = json.loads((folder / "training.json").read_text()), (folder / "README.md").read_text()
+    for figure in record["bits_per_byte"].values():
+        assert f"{figure:.3f}" in card
+    structure = read_structure(folder)
+    model = load_model(structure)
+    for name in HELD_OUT:
+        assert perplexity(model, load_corpus(name, structure=structure, length=256)[:4]) < 300
+
+
 def test_shipped_model_predicts_held_out_text() -> None:
     structure = read_structure(shipped_model())
     tokenizer, model = load_tokenizer(shipped_model()), load_model(structure)
