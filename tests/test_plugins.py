@@ -59,9 +59,14 @@ def test_the_example_works(small_profile: Profile, folder: Path, tmp_path: Path,
     assert row["saliency"]["a"] == (s["weighted_sq_sum"] / s["num_tokens"])[0].tolist()
 
 
+def loudest(folder: Path, profile: Profile, out: Path) -> tuple[object, ...]:
+    """The command that plans with the example's method."""
+    use = ("--plugin", EXAMPLE, "--method", "loudest")
+    return ("plan", folder, *use, "--keep", profile.topology.top_k, "-o", out)
+
+
 def test_the_examples_method_takes_its_options(small_profile: Profile, folder: Path, tmp_path: Path, capsys) -> None:
-    out, keep = tmp_path / "plan.json", small_profile.topology.top_k
-    command = ("plan", folder, "--plugin", EXAMPLE, "--method", "loudest", "--keep", keep, "-o", out)
+    keep, command = small_profile.topology.top_k, loudest(folder, small_profile, out := tmp_path / "plan.json")
     assert run(capsys, *command)[0] == 0
     raw = json.loads(out.read_text())
     assert raw["options"] == {"saliency": "contribution", "floor": 0.0}
@@ -70,37 +75,13 @@ def test_the_examples_method_takes_its_options(small_profile: Profile, folder: P
 
 
 def test_options_by_name(folder: Path, small_profile: Profile, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "plan.json"
-    command = (
-        "plan",
-        folder,
-        "--plugin",
-        EXAMPLE,
-        "--method",
-        "loudest",
-        "--keep",
-        small_profile.topology.top_k,
-        "-o",
-        out,
-    )
+    command = loudest(folder, small_profile, out := tmp_path / "plan.json")
     assert run(capsys, *command, "--option", "floor=9")[0] == 0
     assert json.loads(out.read_text())["options"]["floor"] == 9
 
 
 def test_a_bad_option_is_named(folder: Path, small_profile: Profile, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "plan.json"
-    command = (
-        "plan",
-        folder,
-        "--plugin",
-        EXAMPLE,
-        "--method",
-        "loudest",
-        "--keep",
-        small_profile.topology.top_k,
-        "-o",
-        out,
-    )
+    command = loudest(folder, small_profile, out := tmp_path / "plan.json")
     for given, message in (
         ("roof=1", "--roof is no option of method loudest. It has: --saliency, --floor"),
         ("roof", "--option roof: give NAME=VALUE"),

@@ -6,8 +6,9 @@ recognised by its outputs on the whole and on a reduced set of experts, never by
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,3 +131,55 @@ def recognise(
         if scale is not None and again is not None and abs(again / scale - 1) < 0.01:
             return Routing(scoring, renormalise, scale, topology.top_k, bias, topology.num_groups, topology.top_groups, best)  # fmt: skip
     raise InputError(f"the router of decoder layer {topology.decoder_layers[layer]} of {topology.family} is of a kind that expert-sparsity cannot re-route. Use another --method")  # fmt: skip
+
+
+def observe_calls(
+    model: torch.nn.Module, structure: Structure, modules: Sequence[torch.nn.Module]
+) -> list[Callable[[torch.Tensor], Any]]:
+    """How the model calls the router of every MoE layer, as a function of the hidden states alone.
+
+    Some families hand a router more than the hidden states: a bias that lies in the block. It is looked up at every
+    call, so that a masked layer's bias is the masked one.
+
+    Raises:
+        InputError: a router sees something else than its experts.
+    """
+    import torch
+
+    seen: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(what: str, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[what, layer] = (args, kwargs)
+
+    hooks = []
+    for layer, module in enumerate(modules):
+        for what, watched in (("router", module), ("experts", model.get_submodule(structure.experts_modules[layer]))):
+            hooks.append(watched.register_forward_pre_hook(functools.partial(note, what, layer), with_kwargs=True))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.arange(4, device=next(model.parameters()).device)[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def call(layer: int, hidden: torch.Tensor) -> Any:
+        names = {id(value): key for key, value in wholes[layer].items()}
+        (first, *args), kwargs = seen["router", layer]
+
+        def current(value: Any) -> Any:
+            if id(value) not in names:
+                return value
+            owner, _, leaf = names[id(value)].rpartition(".")
+            return getattr(model.get_submodule(owner), leaf)
+
+        shaped = hidden.reshape(*(1,) * (first.dim() - 2), *hidden.shape)  # some routers ask for a batch axis
+        return modules[layer](shaped, *map(current, args), **{k: current(v) for k, v in kwargs.items()})
+
+    wholes = []
+    for layer in range(len(modules)):
+        keys = router_tensors(structure, layer)
+        wholes.append({k: getattr(model.get_submodule(k.rpartition(".")[0]), k.rpartition(".")[2]) for k in keys})
+        router, experts = seen["router", layer][0][0], seen["experts", layer][0][0]
+        if router.numel() != experts.numel() or not torch.equal(router.reshape(experts.shape), experts):
+            raise InputError(f"the routers of {structure.topology.family} see something else than its experts: expert-sparsity does not run on it. Use another --method")  # fmt: skip
+    return [functools.partial(call, layer) for layer in range(len(modules))]
