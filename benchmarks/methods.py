@@ -1,6 +1,6 @@
-"""Held-out perplexity of every method and saliency on the shipped model: the table in docs/methods.md, the evidence for the defaults.
+"""Held-out perplexity of every method and saliency on a shipped model: the tables in docs/methods.md, the evidence for the defaults.
 
-    python -m benchmarks.methods [--data DIR] [--samples 3] [--blocks 20] [-o docs/methods.json]
+    python -m benchmarks.methods [--model NAME] [--data DIR] [--samples 3] [--blocks 20] [-o docs/methods-NAME.json]
 
 Calibrates on samples of the shipped corpora and, with --data (a folder with wikitext2/, c4/, gutenberg/, gsm8k/), of
 WikiText2 and C4 too; measures every plan at 25, 50 and 75 % of the experts on held-out text of the calibrated corpora
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moecover.corpus import Corpus, load_corpus
-from moecover.demo import LENGTH, shipped_model
+from moecover.demo import LENGTH, MODEL, shipped_model
 from moecover.evaluation import perplexity
 from moecover.inputs import sample_of
 from moecover.masking import masked
@@ -73,14 +73,16 @@ def sources(data: Path | None, scratch: Path) -> tuple[dict[str, dict[str, Path 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=MODEL, help="shipped model (%(default)s)")
     parser.add_argument("--data", type=Path, help="folder with wikitext2/, c4/, gutenberg/ and gsm8k/")
     parser.add_argument("--samples", type=int, default=3, help="calibration samples")
     parser.add_argument("--blocks", type=int, default=20, help="blocks of 256 tokens per held-out text")
     parser.add_argument("--seeds", type=int, default=5, help="random plans per budget")
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/methods.json"))
+    parser.add_argument("-o", "--output", type=Path, help="docs/methods-NAME.json by default")
     args = parser.parse_args()
+    output = args.output or Path("docs") / f"methods-{args.model}.json"
     started = time.monotonic()
-    structure = read_structure(shipped_model())
+    structure = read_structure(shipped_model(args.model))
     model = load_model(structure)
     keeps = [round(r * structure.topology.num_experts) for r in RETAINS]
     cells: list[dict[str, Any]] = []
@@ -116,14 +118,14 @@ def main() -> None:
             for chosen in plan_budgets(made, method="random", keeps=keeps, seed=seed):
                 measure("none", "random", seed, chosen)
     result = {
-        "model": "qwen2-moe-tiny", "experts": structure.topology.num_experts, "keeps": keeps, "samples": args.samples,
+        "model": args.model, "experts": structure.topology.num_experts, "keeps": keeps, "samples": args.samples,
         "near": {c: [n for n in NEAR[c] if n in held_out] for c in calibrations}, "far": [n for n in FAR if n in held_out],
         "calibration_tokens": dict.fromkeys(calibrations, 2 * SEQUENCES * LENGTH), "search_tokens": SEARCH_TOKENS,
         "held_out_tokens": {text.name: text.num_tokens for text in texts}, "wall_s": round(time.monotonic() - started),
         "cells": cells,
     }  # fmt: skip
     rows = ",\n".join(f"  {json.dumps(cell)}" for cell in result.pop("cells"))
-    args.output.write_text(f'{json.dumps(result, indent=1)[:-2]},\n "cells": [\n{rows}\n ]\n}}\n')
+    output.write_text(f'{json.dumps(result, indent=1)[:-2]},\n "cells": [\n{rows}\n ]\n}}\n')
 
 
 if __name__ == "__main__":
