@@ -308,11 +308,11 @@ def test_inspect_says_what_would_be_refused(tmp_path: Path, checkpoints: Callabl
     folder = tmp_path / "m"
     shutil.copytree(checkpoints("olmoe"), folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    (folder / "config.json").write_text(json.dumps({**config, "n_group": 4}))
     status, out, _ = run(capsys, "inspect", folder)
     assert status == 1
     assert "refused" in out
-    assert "quantised" in out
+    assert "4 groups for 8 experts" in out
 
 
 @pytest.mark.parametrize("what", ["methods", "saliencies", "corpora", "families"])

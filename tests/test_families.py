@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from moecover.checkpoint import prune
 from moecover.evaluation import verify
+from moecover.families import PROVEN_FAMILIES
 from moecover.masking import router_tensors
 from moecover.model import load_model, routers
 from moecover.planning import plan
 from moecover.plans import Plan
 from moecover.profiling import profile
-from moecover.topology import PROVEN_FAMILIES, Structure, read_structure
+from moecover.topology import Structure, read_structure
 from tests import zoo
 from tests.conftest import random_corpus
 

@@ -160,10 +160,10 @@ def test_a_refusal_comes_before_the_download(hub: Hub, tmp_path: Path) -> None:
     for extra, message in (
         (["--keep", 1, "-o", tmp_path / "o"], "top-k of 2"),
         (["--keep", 4, "-o", tmp_path / "taken"], "taken exists"),
-        (["--keep", 4, "-o", tmp_path / "o"], "quantised checkpoints are not supported"),
+        (["--keep", 4, "-o", tmp_path / "o"], "groups for"),
     ):
-        if "quantised" in message:
-            (hub.folder / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+        if "groups" in message:
+            (hub.folder / "config.json").write_text(json.dumps({**config, "n_group": 4}))
         done = moecover(hub, tmp_path / message.split()[0], "prune", REPO, "--corpus", f"r={rows}", *extra)
         assert done.returncode == 2
         assert message in done.stderr

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moecover.topology import COUNT_KEYS, auto_class
+from moecover.config_json import COUNT_KEYS
+from moecover.topology import auto_class
 
 EXPERTS, TOP_K, LAYERS = 8, 2, 3
 SMALL: dict[str, Any] = {

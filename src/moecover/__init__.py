@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from moecover.registry import load_plugin
     from moecover.saliency import SALIENCIES
     from moecover.source import open_checkpoint
-    from moecover.topology import PROVEN_FAMILIES, Structure, Topology, read_structure
+    from moecover.topology import Structure, Topology, read_structure
 
 _MODULE_OF = {
     "Corpus": "corpus", "CORPORA": "corpora", "load_corpus": "corpus", "load_tokenizer": "corpus",
     "open_checkpoint": "source", "Topology": "topology", "Structure": "topology", "read_structure": "topology",
-    "inspect": "inspection", "PROVEN_FAMILIES": "topology", "Profile": "profiles", "load_model": "model",
+    "inspect": "inspection", "PROVEN_FAMILIES": "families", "Profile": "profiles", "load_model": "model",
     "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "plans", "plan": "planning", "plan_budgets": "planning", "super_experts": "planning", "load_plugin": "registry", "LayerPlan": "plans",
     "prune": "checkpoint", "masked": "masking", "perplexity": "evaluation", "verify": "evaluation",
     "MoecoverError": "errors", "InputError": "errors",

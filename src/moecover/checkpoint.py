@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from moecover.card import model_card
+from moecover.config_json import QUANTISATION_FILES, NewId, edited_config, edited_settings
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation import MANIFEST
 from moecover.files import check_output, new_folder
 from moecover.plans import Plan, check_plan
+from moecover.registry import unknown_name
 from moecover.source import INDEX, OTHER_WEIGHTS, Checkpoint, TensorEntry
-from moecover.topology import ExpertTensor, Structure, with_expert_count
+from moecover.tensors import MTP, ExpertTensor
+from moecover.topology import Structure
 
 CHUNK_BYTES = 8 << 20
+MTP_CHOICES = ("drop", "prune")
 CARD, ORIGINAL_CARD = "README.md", "README.original.md"
 
 
@@ -78,11 +82,13 @@ def piece(entry: TensorEntry, tensor: ExpertTensor | None, kept: list[int]) -> P
     return Piece(entry.name, entry.dtype, shape, _slices(entry, tensor.axis, kept))
 
 
-def pieces_by_shard(structure: Structure, plan: Plan) -> dict[str, list[Piece]]:
+def pieces_by_shard(structure: Structure, plan: Plan, *, mtp: str = "drop") -> dict[str, list[Piece]]:
     """The tensors of every output shard, in the order of the source's bytes; shards that lose everything are left out."""
     shards: dict[str, list[Piece]] = {}
     for name, entry in structure.checkpoint.tensors.items():
-        tensor = structure.tensors.get(name)
+        if mtp == "drop" and name in structure.mtp:
+            continue
+        tensor = structure.tensors.get(name) or structure.mtp.get(name)
         kept = plan.layers[tensor.layer].kept if tensor else []
         remaining = piece(entry, tensor, kept)
         if remaining is not None:
@@ -90,19 +96,20 @@ def pieces_by_shard(structure: Structure, plan: Plan) -> dict[str, list[Piece]]:
     return shards
 
 
-def edited_config(text: str, structure: Structure, keep: int) -> str:
-    """The text of config.json with the expert count changed and nothing else.
+def new_ids(structure: Structure, plan: Plan, *, mtp: str = "drop") -> NewId:
+    """The new id of an expert that a setting names, see `config_json.renumbered`."""
+    layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
 
-    The number is replaced in the text, so that order, spacing and the spelling of floats stay; where that cannot be
-    done without doubt (the key occurs twice with other meanings) the JSON is written anew.
-    """
-    wanted = with_expert_count(json.loads(text), structure.count_keys, keep)
-    edited = text
-    for path in structure.count_keys:
-        edited = re.sub(rf'("{re.escape(path[-1])}"\s*:\s*){structure.topology.num_experts}\b', rf"\g<1>{keep}", edited)
-    if json.loads(edited) == wanted:
-        return edited
-    return json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
+    def new_id(name: str, decoder_layer: int, expert: int) -> int | None:
+        layer = None if MTP.match(name) else layer_of.get(decoder_layer)
+        if layer is None:
+            if mtp == "drop":
+                return None
+            layer = len(plan.layers) - 1
+        kept = plan.layers[layer].kept
+        return kept.index(expert) if expert in kept else None
+
+    return new_id
 
 
 def _coalesced(pieces: list[Piece]) -> Iterator[tuple[int, int]]:
@@ -221,6 +228,7 @@ def prune(
     *,
     overwrite: bool = False,
     other_weights: bool = False,
+    mtp: str = "drop",
     command: str = "",
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Path:
@@ -235,6 +243,8 @@ def prune(
         output: folder to write; must not exist, or ``overwrite`` and be one of ours.
         overwrite: replace a folder that this program wrote.
         other_weights: accept a plan made on other weights of the same shape.
+        mtp: what becomes of multi-token-prediction layers that have experts of their own, which no forward pass of the
+            model runs: ``drop`` leaves them out (config.json says so), ``prune`` keeps the ids of the last MoE layer.
         command: what the user typed, for the model card.
         advance: called with the bytes of every chunk written.
 
@@ -242,15 +252,22 @@ def prune(
         The folder.
 
     Raises:
-        InputError: the plan does not fit or the output exists.
+        InputError: the plan does not fit, the output exists, or settings name experts in a way that cannot be renumbered.
         MoecoverError: the disk is full or a file cannot be read or written; nothing is left behind.
     """
     from moecover import __version__
 
     path = check_target(structure, output, overwrite=overwrite)
     check_plan(plan, structure, other_weights=other_weights)
+    if mtp not in MTP_CHOICES:
+        raise unknown_name("--mtp", mtp, MTP_CHOICES)
     checkpoint = structure.checkpoint
-    shards = pieces_by_shard(structure, plan)
+    shards = pieces_by_shard(structure, plan, mtp=mtp)
+    new_id = new_ids(structure, plan, mtp=mtp)
+    config = edited_config(
+        (checkpoint.path / "config.json").read_text(encoding="utf-8"), structure.count_keys,
+        structure.topology.num_experts, plan.keep, new_id=new_id, drop_mtp=bool(structure.mtp) and mtp == "drop",
+    )  # fmt: skip
     needed = sum(p.num_bytes for ps in shards.values() for p in ps)
     parent = next(p for p in path.parents if p.exists())
     if (free := shutil.disk_usage(parent).free) < needed:
@@ -269,11 +286,14 @@ def prune(
         for relative in _other_files(checkpoint):
             name = ORIGINAL_CARD if relative.as_posix() == CARD else relative.as_posix()
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if name in QUANTISATION_FILES:
+                text = (checkpoint.path / relative).read_text(encoding="utf-8", errors="surrogateescape")
+                put(name, edited_settings(text, new_id).encode(errors="surrogateescape"))
+                continue
             shutil.copyfile(checkpoint.path / relative, folder / name)
             with (folder / name).open("rb") as file:
                 hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        config = (checkpoint.path / "config.json").read_text(encoding="utf-8")
-        put("config.json", edited_config(config, structure, plan.keep).encode())
+        put("config.json", config.encode())
         if checkpoint.index is not None:
             put(INDEX, _new_index(checkpoint, shards).encode())
         original_card = folder / ORIGINAL_CARD
@@ -297,6 +317,7 @@ def prune(
                 for layer in plan.layers
             ],
             "plan": plan.to_dict(),
+            **({"mtp": mtp} if structure.mtp else {}),
             "left_out": left_out_files(checkpoint),
             "files": dict(sorted(hashes.items())),
         }

@@ -77,6 +77,7 @@ def _add_plan(parser: argparse.ArgumentParser, *, alone: bool) -> None:
         "--keep", type=_numbers(int, several=alone), metavar="K", help=f"experts kept per layer{several}"
     )
     group.add_argument("--retain", type=_numbers(float, several=alone), metavar="R", help=f"fraction of experts kept per layer, in (0, 1]{several}")  # fmt: skip
+    group.add_argument("--multiple-of", type=int, metavar="N", help="round the experts kept to the nearest multiple of N that the router allows: servers run best with multiples of 8")  # fmt: skip
     _add_plugin(group)
     if alone:
         group.add_argument("--seed", type=int, default=None, help="of method random (default: 0)")
@@ -177,6 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_keep_inputs(p, f"one shot with expert-sparsity; default {KEEP_INPUTS}")
     p.add_argument("--other-weights", action="store_true", help="accept a plan made on other weights of the same shape")
+    p.add_argument("--mtp", choices=("drop", "prune"), default="drop", help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of the last MoE layer in them (default: drop)")  # fmt: skip
 
     p = verb("verify", "prove a pruned checkpoint against the masked original on real text")
     model(p)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moecover.config_json import first_number
 from moecover.errors import InputError
+from moecover.families import PROVEN_FAMILIES
 from moecover.servers import unmet
 from moecover.source import open_checkpoint
-from moecover.topology import PROVEN_FAMILIES, first_number, read_structure
+from moecover.topology import read_structure
 
 SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 
@@ -59,6 +61,8 @@ def inspect(model: str | Path, *, revision: str | None = None, server: str | Non
             for percent, keep in keeps.items()
             if keep >= topology.top_k
         ],
+        "quantised": structure.quantised,
+        "mtp_bytes": sum(checkpoint.tensors[name].num_bytes for name in structure.mtp),
         "refused": [],
         "warnings": list(structure.warnings),
     }

@@ -19,7 +19,7 @@ def listing(what: str) -> list[dict[str, str]]:
             for name, row in CORPORA.items()
         ]  # fmt: skip
     if what == "families":
-        from moecover.topology import PROVEN_FAMILIES, PROVEN_WITH
+        from moecover.families import PROVEN_FAMILIES, PROVEN_WITH
 
         proof = "statistics, golden property through the files, loading without this package"
         return [{"name": name, "summary": proof, "source": f"transformers {PROVEN_WITH}"} for name in PROVEN_FAMILIES]

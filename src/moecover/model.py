@@ -39,6 +39,33 @@ def check_device(dtype: str, device: str) -> str:
     return device
 
 
+def check_loadable(structure: Structure) -> None:
+    """Refuse, before a download, a quantised checkpoint that transformers cannot read here.
+
+    Raises:
+        InputError: its quantiser is unknown or its package is missing; says which.
+    """
+    if structure.quantised is None:
+        return
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    checkpoint = structure.checkpoint
+    settings = checkpoint.text_config.get("quantization_config") or checkpoint.config.get("quantization_config")
+    if not settings:
+        return
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:  # each quantiser raises what it likes
+        raise _not_loaded(structure, error) from error
+
+
+def _not_loaded(structure: Structure, error: Exception) -> InputError:
+    reason, way_out = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__, ""
+    if structure.quantised:
+        way_out = f". It is quantised ({structure.quantised}): profile the original that it was made from, its plan applies here too"  # fmt: skip
+    return InputError(f"{structure.checkpoint.name} could not be loaded: {reason}{way_out}")
+
+
 def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
     """The live model of a checkpoint, in evaluation mode, its experts run by the library's grouped kernel.
 
@@ -63,10 +90,11 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
             structure.checkpoint.path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, local_files_only=True, **experts,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:  # a quantiser's package may raise anything
+        known = isinstance(error, (OSError, ValueError, RuntimeError))
+        if is_out_of_memory(error) or not (known or structure.quantised):
             raise
-        raise InputError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise _not_loaded(structure, error) from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again"

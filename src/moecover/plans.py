@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,6 +136,8 @@ class Plan(BaseModel):
 def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False) -> None:
     """Refuse a plan that does not fit a model.
 
+    A quantised checkpoint is held against the topology alone: its plan comes from the original that it was made of.
+
     Args:
         plan: by `plan` or by hand.
         structure: the checkpoint to be cut.
@@ -160,7 +163,11 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False)
         if counts.min() < counts.max():
             raise InputError(f"{where} keeps {', '.join(map(str, counts))} experts of the router's groups. Every group must keep the same number")  # fmt: skip
     resolve_keep(topology, keep=plan.keep, retain=None)
-    if not other_weights and plan.model_fingerprint not in (None, structure.model_fingerprint):
+    if (
+        structure.quantised is None
+        and not other_weights
+        and plan.model_fingerprint not in (None, structure.model_fingerprint)
+    ):
         raise InputError(f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make a plan of this one, or give --other-weights if it is a sibling of that model")  # fmt: skip
 
 
@@ -169,8 +176,32 @@ def _short(values: tuple[int, ...]) -> str:
     return text if len(text) < 60 else f"{text[:40]} ... ({len(values)} in all)"
 
 
-def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None) -> int:
+def _least(topology: Topology) -> int:
+    """The fewest experts of a group that leave every token its top-k in the groups that it may use."""
+    return max(2, -(-topology.top_k // topology.top_groups))
+
+
+def _nearest_multiple(topology: Topology, keep: int, multiple_of: int) -> int:
+    """The allowed count nearest to ``keep`` (the larger of two) that is a multiple of a number."""
+    if multiple_of < 1:
+        raise InputError(f"--multiple-of {multiple_of} is out of range: 1 or more")
+    groups = topology.num_groups
+    least = topology.top_k if groups == 1 else max(topology.top_k, groups * _least(topology))
+    step = math.lcm(multiple_of, groups)
+    counts = [count for count in range(step, topology.num_experts + 1, step) if count >= least]
+    if not counts:
+        raise InputError(f"no count from {least} to {topology.num_experts} experts is a multiple of {step}. Give a smaller --multiple-of")  # fmt: skip
+    return min(counts, key=lambda count: (abs(count - keep), -count))
+
+
+def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None, multiple_of: int | None = None) -> int:
     """Experts kept per layer from exactly one of a count and a fraction (rounded to the nearest, halves up).
+
+    Args:
+        topology: of the model.
+        keep: experts per layer.
+        retain: fraction of them.
+        multiple_of: go on to the nearest allowed multiple of this number (what servers like, see `servers`).
 
     Raises:
         InputError: both or neither given, out of range, or fewer than the slots of a token.
@@ -188,10 +219,12 @@ def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None) 
     assert keep is not None
     if keep > experts:
         raise InputError(f"{given} is above the {experts} experts of a layer of {topology.family}. Allowed: {top_k} to {experts}")  # fmt: skip
+    if multiple_of is not None:
+        keep = _nearest_multiple(topology, keep, multiple_of)
     if keep < top_k:
         raise InputError(f"{given} leaves fewer experts than the router's top-k of {top_k}. Allowed: --keep {top_k} to {experts}")  # fmt: skip
     if (groups := topology.num_groups) > 1:
-        least = max(2, -(-top_k // topology.top_groups))  # a token must find its top-k in the groups it may use
+        least = _least(topology)
         if keep % groups or keep // groups < least:
             near = sorted({min(experts, max(least * groups, n * groups)) for n in (keep // groups, keep // groups + 1)})
             raise InputError(f"{given} does not fit the router's {groups} groups of experts: every group must keep the same number, {least} or more. Near: --keep {' or '.join(map(str, near))}")  # fmt: skip

@@ -7,89 +7,31 @@ the names on disk to those parameters. A family that this reading does not fit i
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
-import math
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moecover.config_json import (
+    COUNT_KEYS,
+    GROUP_KEYS,
+    QUANTISATION_FILES,
+    TOP_K_KEYS,
+    expert_count_keys,
+    quantisation,
+    with_expert_count,
+)
 from moecover.errors import InputError
+from moecover.families import PROVEN_FAMILIES, UNSUPPORTED
 from moecover.files import canonical_json
 from moecover.interrupts import held
-from moecover.source import Checkpoint, TensorEntry, open_checkpoint
+from moecover.source import Checkpoint, open_checkpoint
+from moecover.tensors import ExpertTensor, classify, layer_number
 
 if TYPE_CHECKING:
     import torch
-
-# Families proven end to end by the tests (golden property through the written files). Others run by the same mechanism
-# with a warning; `moecover verify` proves them case by case.
-PROVEN_FAMILIES = (
-    "afmoe",
-    "aria_text",
-    "axk1",
-    "axk2",
-    "bailing_hybrid",
-    "beam",
-    "cohere2_moe",
-    "deepseek",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "dots1",
-    "ernie4_5_moe",
-    "exaone_moe",
-    "flex_olmo",
-    "flint",
-    "gemma4",
-    "gemma4_text",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "granitemoe",
-    "granitemoe_swa",
-    "granitemoehybrid",
-    "granitemoeshared",
-    "hunyuan_v1_moe",
-    "hy_v3",
-    "hy_v4",
-    "inkling2_text",
-    "jamba",
-    "kimi_linear",
-    "kolibri1",
-    "laguna",
-    "lfm2_moe",
-    "mellum",
-    "mimo_v2_flash",
-    "minimax",
-    "minimax_m2",
-    "minimax_m3_vl",
-    "minimax_m3_vl_text",
-    "mistral4",
-    "mixtral",
-    "nemotron_h",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_vl_moe",
-    "qwen4_exp",
-    "qwen4_exp_text",
-    "solar_open",
-)
-PROVEN_WITH = "5.23.0"  # the version of transformers that the tests ran with
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
-GROUP_KEYS = ("n_group", "num_expert_group")
-FLOAT_TYPES = {"F16", "BF16", "F32", "F64"}
 
 
 @dataclass(frozen=True)
@@ -130,23 +72,6 @@ class Topology:
 
 
 @dataclass(frozen=True)
-class ExpertTensor:
-    """How one tensor on disk depends on the experts of a layer.
-
-    Attributes:
-        layer: MoE layer.
-        expert: the one expert whose tensor this is; None when the tensor holds all experts along ``axis``.
-        axis: axis of the experts; None for the tensor of one expert.
-        routed: part of an expert's own weights (else: of the router).
-    """
-
-    layer: int
-    expert: int | None
-    axis: int | None
-    routed: bool
-
-
-@dataclass(frozen=True)
 class Structure:
     """A checkpoint read with its topology.
 
@@ -157,6 +82,8 @@ class Structure:
         parameters: expert axis of every expert-dependent parameter or buffer of the live model, by name.
         experts_modules: dotted name of the experts module of every MoE layer.
         count_keys: paths of the expert-count keys in config.json.
+        mtp: all tensors of the multi-token-prediction layers that have experts, see `tensors.Tensors`.
+        quantised: how the experts are stored, None where they are plain numbers.
         warnings: what the user should know before using the result.
     """
 
@@ -166,6 +93,8 @@ class Structure:
     parameters: dict[str, int]
     experts_modules: tuple[str, ...]
     count_keys: tuple[tuple[str, ...], ...]
+    mtp: dict[str, ExpertTensor | None]
+    quantised: str | None
     warnings: tuple[str, ...]
 
     @functools.cached_property
@@ -178,10 +107,16 @@ class Structure:
         """Bytes of everything that depends on the experts: a multiple of their number."""
         return sum(self.checkpoint.tensors[name].num_bytes for name in self.tensors)
 
-    def num_bytes(self, keep: int) -> int:
-        """Bytes of all tensors when ``keep`` experts per layer remain."""
-        removed = self.topology.num_experts - keep
-        return self.checkpoint.num_bytes - self.expert_total_bytes // self.topology.num_experts * removed
+    def num_bytes(self, keep: int, *, mtp: str = "drop") -> int:
+        """Bytes of all tensors when ``keep`` experts per layer remain; multi-token-prediction layers as in `prune`."""
+        removed, sizes = self.topology.num_experts - keep, self.checkpoint.tensors
+        goes = self.expert_total_bytes // self.topology.num_experts * removed
+        if mtp == "drop":
+            goes += sum(sizes[name].num_bytes for name in self.mtp)
+        else:
+            cut = sum(sizes[name].num_bytes for name, row in self.mtp.items() if row)
+            goes += cut // self.topology.num_experts * removed
+        return self.checkpoint.num_bytes - goes
 
     @functools.cached_property
     def model_fingerprint(self) -> str:
@@ -193,34 +128,6 @@ class Structure:
             with (self.checkpoint.path / entry.shard).open("rb") as file:
                 digest.update(os.pread(file.fileno(), entry.num_bytes, entry.start))
         return digest.hexdigest()
-
-
-def _dicts(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    yield path, config
-    for key, value in config.items():
-        if isinstance(value, dict) and (key.endswith("config") and key != "quantization_config"):
-            yield from _dicts(value, (*path, key))
-
-
-def expert_count_keys(config: dict[str, Any]) -> dict[tuple[str, ...], int]:
-    """Paths of the keys of a raw config that count routed experts, with their values (above one)."""
-    return {
-        (*path, key): value
-        for path, part in _dicts(config)
-        for key in COUNT_KEYS
-        if isinstance(value := part.get(key), int) and not isinstance(value, bool) and value > 1
-    }
-
-
-def with_expert_count(config: dict[str, Any], keys: tuple[tuple[str, ...], ...], count: int) -> dict[str, Any]:
-    """A copy of a raw config with every expert-count key set to ``count``."""
-    edited = copy.deepcopy(config)
-    for path in keys:
-        part = edited
-        for name in path[:-1]:
-            part = part[name]
-        part[path[-1]] = count
-    return edited
 
 
 def auto_class(config_class: type) -> Any:
@@ -277,15 +184,6 @@ def _expert_axes(one: torch.nn.Module, two: torch.nn.Module, experts: int, name:
     return axes
 
 
-def first_number(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
-    """The first whole number under one of the keys, in a raw config or its parts; None where there is none."""
-    for _, part in _dicts(config):
-        for key in keys:
-            if isinstance(part.get(key), int):
-                return int(part[key])
-    return None
-
-
 def read_structure(model: str | Path | Checkpoint, *, revision: str | None = None) -> Structure:
     """Topology and expert-dependent tensors of a checkpoint, from its configuration and headers only.
 
@@ -299,7 +197,8 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision=revision)
     config, name = checkpoint.config, checkpoint.name
     counts = expert_count_keys(config)
-    _check_unquantised(checkpoint)
+    if reason := UNSUPPORTED.get(str(config.get("model_type"))):
+        raise InputError(f"{name}: {config['model_type']} is not supported: {reason}")
     one = _build_on_meta(config, name)
     if not counts:
         raise _no_experts(name, config)
@@ -312,8 +211,8 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
     modules = _experts_modules(one, axes)
     if not modules:
         raise InputError(f"{name}: {config['model_type']!r} has no MoE layer in a form that is supported (moecover ls families names those that are proven)")  # fmt: skip
-    decoder_layers = tuple(_layer_number(module) for module in modules)
-    stray = next((key for key in axes if _layer_number(key) not in decoder_layers), None)
+    decoder_layers = tuple(layer_number(module) for module in modules)
+    stray = next((key for key in axes if layer_number(key) not in decoder_layers), None)
     if stray or len(set(decoder_layers)) < len(decoder_layers):
         what = f"{stray} depends on the experts but lies" if stray else "two groups of experts lie"
         raise InputError(
@@ -332,11 +231,24 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
         text.num_hidden_layers,
         *_groups(text, experts, name),
     )
-    tensors = _classify(checkpoint, one, axes, modules, experts)
-    warnings: tuple[str, ...] = ()
+    declared = quantisation(config) or _quantiser_file(checkpoint)
+    tensors = classify(checkpoint, one, axes, modules, experts, topology.num_layers, declared=declared is not None)
+    warnings = []
     if topology.family not in PROVEN_FAMILIES:
-        warnings = (f"family {topology.family!r} is not among the proven ones (moecover ls families): run `moecover verify` on the result",)  # fmt: skip
-    return Structure(checkpoint, topology, tensors, axes, modules, tuple(counts), warnings)
+        warnings.append(f"family {topology.family!r} is not among the proven ones (moecover ls families): run `moecover verify` on the result")  # fmt: skip
+    if tensors.mtp:
+        warnings.append(f"{len(tensors.mtp)} tensors belong to multi-token-prediction layers with experts of their own: `prune` drops these layers, or cuts them with --mtp prune")  # fmt: skip
+    stored = (declared or "a type that config.json says nothing of") if tensors.quantised else None
+    return Structure(
+        checkpoint, topology, tensors.experts, axes, modules, tuple(counts), tensors.mtp, stored, tuple(warnings)
+    )
+
+
+def _quantiser_file(checkpoint: Checkpoint) -> str | None:
+    """The settings file of a quantiser that writes nothing into config.json."""
+    if checkpoint.folder is None:
+        return None
+    return next((name for name in QUANTISATION_FILES if (checkpoint.folder / name).is_file()), None)
 
 
 def _groups(text: Any, experts: int, name: str) -> tuple[int, int]:
@@ -354,87 +266,8 @@ def _no_experts(name: str, config: dict[str, Any]) -> InputError:
     return InputError(f"{name}: {config['model_type']!r} has no routed experts (no count above 1 that shapes its tensors under {', '.join(COUNT_KEYS)} in config.json)")  # fmt: skip
 
 
-def _check_unquantised(checkpoint: Checkpoint) -> None:
-    quantised = next((e for e in checkpoint.tensors.values() if e.dtype not in (*FLOAT_TYPES, "I64")), None)
-    if quantised or "quantization_config" in checkpoint.config:
-        what = f"tensor {quantised.name} of {quantised.dtype}" if quantised else "quantization_config"
-        raise InputError(f"{checkpoint.name}: quantised checkpoints are not supported yet ({what}). Prune the original and quantise the result")  # fmt: skip
-
-
-def _layer_number(parameter: str) -> int:
-    match = re.search(r"\.(\d+)\.", parameter)
-    if match is None:
-        raise InputError(f"{parameter} has experts but belongs to no numbered layer: not supported")
-    return int(match[1])
-
-
 def _experts_modules(model: torch.nn.Module, axes: dict[str, int]) -> tuple[str, ...]:
     """Modules named ``experts`` that hold expert-dependent parameters, in the order of the layers."""
     owners = {key.rpartition(".")[0] for key in axes}
-    found = sorted((name for name in owners if name.rpartition(".")[2] == "experts"), key=_layer_number)
+    found = sorted((name for name in owners if name.rpartition(".")[2] == "experts"), key=layer_number)
     return tuple(name for name in found if hasattr(model.get_submodule(name), "num_experts"))
-
-
-def _classify(
-    checkpoint: Checkpoint, model: torch.nn.Module, axes: dict[str, int], modules: tuple[str, ...], experts: int
-) -> dict[str, ExpertTensor]:
-    """The expert-dependent tensors on disk; checks every tensor's shape against the parameter that it fills."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    parameters = dict(model.state_dict())
-    layer_of = {_layer_number(module): layer for layer, module in enumerate(modules)}
-    tensors: dict[str, ExpertTensor] = {}
-    filled: dict[str, int] = {}
-    sources: dict[str, list[TensorEntry]] = {}
-    for key, entry in checkpoint.tensors.items():
-        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if target not in parameters:
-            if re.search(r"\.experts\.", key):
-                raise InputError(f"{checkpoint.name}: tensor {key} belongs to experts that the model class does not have (a multi-token-prediction layer?): not supported")  # fmt: skip
-            continue
-        expected = tuple(parameters[target].shape)
-        filled[target] = filled.get(target, 0) + math.prod(entry.shape)
-        sources.setdefault(target, []).append(entry)
-        if target not in axes:
-            continue
-        layer = layer_of[_layer_number(target)]
-        routed = target.rpartition(".")[0] in modules
-        match = re.search(r"\.experts\.(\d+)\.", key)
-        if match:
-            if int(match[1]) >= experts:
-                raise InputError(f"{checkpoint.name}: tensor {key} is of expert {match[1]}, config.json has {experts}")
-            tensors[key] = ExpertTensor(layer, int(match[1]), None, routed)
-        elif entry.shape == expected:
-            tensors[key] = ExpertTensor(layer, None, axes[target], routed)
-        else:
-            raise _wrong_shape(checkpoint, entry, expected)
-    _check_experts_alike(checkpoint, tensors)
-    for key, parameter in parameters.items():
-        if key in filled and filled[key] != parameter.numel():
-            if len(sources[key]) == 1:
-                raise _wrong_shape(checkpoint, sources[key][0], tuple(parameter.shape))
-            raise InputError(f"{checkpoint.name}: {key} needs {parameter.numel()} numbers of shape {list(parameter.shape)}, the files hold {filled[key]}")  # fmt: skip
-        if key not in filled and key in axes:
-            raise InputError(f"{checkpoint.name}: nothing in the files fills {key} of shape {list(parameter.shape)}")
-    return tensors
-
-
-def _wrong_shape(checkpoint: Checkpoint, entry: TensorEntry, expected: tuple[int, ...]) -> InputError:
-    return InputError(f"{checkpoint.name}: tensor {entry.name} in {entry.shard} has shape {list(entry.shape)}, config.json asks for {list(expected)}")  # fmt: skip
-
-
-def _check_experts_alike(checkpoint: Checkpoint, tensors: dict[str, ExpertTensor]) -> None:
-    """Every expert of every layer has the same tensors with the same shapes and types."""
-    kinds: dict[str, TensorEntry] = {}
-    for key, tensor in tensors.items():
-        if tensor.expert is None:
-            continue
-        kind = re.sub(r"\.experts\.\d+\.", ".experts.*.", re.sub(r"\.\d+\.", ".#.", key, count=1))
-        entry = checkpoint.tensors[key]
-        first = kinds.setdefault(kind, entry)
-        if (entry.shape, entry.dtype) != (first.shape, first.dtype):
-            raise InputError(f"{checkpoint.name}: tensor {key} in {entry.shard} has shape {list(entry.shape)} of {entry.dtype}, {first.name} has {list(first.shape)} of {first.dtype}")  # fmt: skip

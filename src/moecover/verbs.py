@@ -43,6 +43,8 @@ def _inspect(args: argparse.Namespace) -> tuple[Any, str, int]:
         ]
     else:
         lines.append(f"{'size now':18}{_size(facts['total_bytes'])}")
+    if facts.get("quantised"):
+        lines.append(f"{'quantised':18}{facts['quantised']}: cut as it is stored, profile the original that it was made from")  # fmt: skip
     lines += [f"{'note':18}{warning}" for warning in facts["warnings"]]
     lines += [f"{'refused':18}{reason}" for reason in facts["refused"]] or [f"{'refused':18}nothing, it can be pruned"]
     return facts, "\n".join(lines), 1 if facts["refused"] else 0
@@ -129,6 +131,15 @@ def _headers(args: argparse.Namespace) -> Any:
     return structure
 
 
+def _loadable(args: argparse.Namespace) -> Any:
+    """The structure of a model that is going to run."""
+    from moecover.model import check_loadable
+
+    structure = _headers(args)
+    check_loadable(structure)
+    return structure
+
+
 def _files(args: argparse.Namespace, structure: Any) -> Any:
     """The structure with its files on this machine, fetched if they are not."""
     from moecover.topology import read_structure
@@ -144,7 +155,7 @@ def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
 
     _check_pass(args)
     _check_profile_folder(args.output, overwrite=args.overwrite)
-    profile, _, _ = _make_profile(args, _files(args, _headers(args)), args.output)
+    profile, _, _ = _make_profile(args, _files(args, _loadable(args)), args.output)
     path = args.output / FILE
     shape = [len(profile.topology.decoder_layers), profile.topology.num_experts]
     tokens = {name: records[0]["tokens"] for name, records in profile.corpora.items()}
@@ -197,9 +208,19 @@ def _method(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return method, options
 
 
+def _keep(topology: Any, *, keep: int | None, retain: float | None, multiple_of: int | None) -> int:
+    """Experts kept per layer; says when they were rounded."""
+    from moecover.plans import resolve_keep
+
+    count = resolve_keep(topology, keep=keep, retain=retain, multiple_of=multiple_of)
+    given = f"--keep {keep}" if keep is not None else f"--retain {retain}"
+    if multiple_of is not None and count != keep:
+        progress.say(f"{given} with --multiple-of {multiple_of}: {count} of {topology.num_experts} experts")
+    return count
+
+
 def _plan(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.planning import plan_budgets
-    from moecover.plans import resolve_keep
     from moecover.profiles import Profile
 
     method, options = _method(args)
@@ -210,7 +231,7 @@ def _plan(args: argparse.Namespace) -> tuple[Any, str, int]:
     if (args.keep is None) == (args.retain is None):
         raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
     budgets = [{"keep": k, "retain": None} for k in args.keep or ()] + [{"keep": None, "retain": r} for r in args.retain or ()]  # fmt: skip
-    keeps = [resolve_keep(profile.topology, **budget) for budget in budgets]
+    keeps = [_keep(profile.topology, **budget, multiple_of=args.multiple_of) for budget in budgets]
     if len(set(keeps)) < len(keeps):
         raise InputError(f"the budgets keep {', '.join(map(str, keeps))} experts: give every one once")
     several = len(keeps) > 1
@@ -256,7 +277,7 @@ def _searching(args: argparse.Namespace, profile: Any, budgets: int) -> Iterator
         raise InputError(f"{args.profile} keeps no inputs of the layers, which expert-sparsity needs. Make it with `moecover profile ... --keep-inputs {KEEP_INPUTS}`")  # fmt: skip
     dtype = args.dtype or profile.settings["dtype"]
     check_device(dtype, args.device or "auto")
-    structure = _files(args, _headers(args))
+    structure = _files(args, _loadable(args))
     with progress.spinner(f"loading {args.model}"):
         model = load_model(structure, dtype=dtype, device=args.device or "auto")
     with _search_bar(args, structure, budgets) as advance:
@@ -269,7 +290,7 @@ def _search_bar(args: argparse.Namespace, structure: Any, budgets: int) -> Any:
 
 
 ONE_SHOT = (
-    "corpus", "keep", "retain", "method", "saliency", "protect", "weight", "protect_super_experts", "mode", "search",
+    "corpus", "keep", "retain", "multiple_of", "method", "saliency", "protect", "weight", "protect_super_experts", "mode", "search",
     "option", "plugin", "sequences", "length", "batch_size", "seed", "dtype", "device", "save_profile", "keep_inputs",
 )  # fmt: skip
 
@@ -301,7 +322,7 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.checkpoint import check_target, prune
     from moecover.inputs import sample_of
     from moecover.planning import plan
-    from moecover.plans import Plan, resolve_keep
+    from moecover.plans import Plan
     from moecover.servers import SERVERS, unmet
 
     _check_prune(args)
@@ -313,9 +334,9 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
         method, options = _method(args)
         if args.save_profile:
             _check_saved_profile(args)
-    structure = _headers(args)
+    structure = _headers(args) if chosen else _loadable(args)
     if chosen is None:
-        resolve_keep(structure.topology, keep=args.keep, retain=args.retain)
+        keep = _keep(structure.topology, keep=args.keep, retain=args.retain, multiple_of=args.multiple_of)
     check_target(structure, args.output, overwrite=args.overwrite)
     structure = _files(args, structure)
     if chosen is None:
@@ -325,12 +346,12 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
                 advance = stack.enter_context(_search_bar(args, structure, 1))
                 sample = sample_of(corpora, args.keep_inputs or KEEP_INPUTS)
                 options |= {"model": model, "structure": structure, "sample": sample, "advance": advance}
-            chosen = plan(profile, method=method, keep=args.keep, retain=args.retain, **options)
+            chosen = plan(profile, method=method, keep=keep, **options)
         progress.say(_plan_line(args.output, chosen, structure.topology.num_experts))
-    before, after = structure.checkpoint.num_bytes, structure.num_bytes(chosen.keep)
+    before, after = structure.checkpoint.num_bytes, structure.num_bytes(chosen.keep, mtp=args.mtp)
     with progress.bar("writing", after, unit="bytes") as advance:
         out = prune(
-            structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights,
+            structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights, mtp=args.mtp,
             command=shlex.join(["moecover", *args.argv]), advance=advance,
         )  # fmt: skip
     if servers := [s for s in SERVERS if unmet(structure.topology, chosen.keep, s)]:

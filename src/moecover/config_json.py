@@ -1,0 +1,162 @@
+"""What config.json says about experts, and how it is edited: reads the raw JSON, gives numbers or the edited text.
+
+The raw JSON is edited, never written anew by a configuration class, so that a server reads the hub's own keys.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from moecover.errors import InputError
+
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k")
+GROUP_KEYS = ("n_group", "num_expert_group")
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# A name (or pattern) of something inside one expert: layer number and expert number, dots perhaps escaped.
+EXPERT_NAME = re.compile(r"(\d+)(\\?\.(?:[^.\\]+\\?\.)*?experts\\?\.)(\d+)(?!\d)")
+
+# A name, the layer number and the expert id in it -> the new id; None when that expert is gone.
+NewId = Callable[[str, int, int], int | None]
+
+
+def _parts(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The configuration and those inside it, with their paths."""
+    yield path, config
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("config") and key not in QUANTISATION_KEYS:
+            yield from _parts(value, (*path, key))
+
+
+def expert_count_keys(config: dict[str, Any]) -> dict[tuple[str, ...], int]:
+    """Paths of the keys of a raw config that count routed experts, with their values (above one)."""
+    return {
+        (*path, key): value
+        for path, part in _parts(config)
+        for key in COUNT_KEYS
+        if isinstance(value := part.get(key), int) and not isinstance(value, bool) and value > 1
+    }
+
+
+def with_expert_count(config: dict[str, Any], keys: tuple[tuple[str, ...], ...], count: int) -> dict[str, Any]:
+    """A copy of a raw config with every expert-count key set to ``count``."""
+    edited = copy.deepcopy(config)
+    for path in keys:
+        part = edited
+        for name in path[:-1]:
+            part = part[name]
+        part[path[-1]] = count
+    return edited
+
+
+def first_number(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    """The first whole number under one of the keys, in a raw config or its parts; None where there is none."""
+    for _, part in _parts(config):
+        for key in keys:
+            if isinstance(part.get(key), int):
+                return int(part[key])
+    return None
+
+
+def quantisation(config: dict[str, Any]) -> str | None:
+    """The method by which a checkpoint says that it is quantised (``fp8``, ``gptq``, ...); None when it says nothing."""
+    for _, part in _parts(config):
+        for key in QUANTISATION_KEYS:
+            if isinstance(found := part.get(key), dict):
+                return str(found.get("quant_method") or found.get("format") or "a method that it does not name")
+    return None
+
+
+def without_mtp(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a raw config that announces no multi-token-prediction layers: counts 0, lists empty, switches off."""
+    edited = copy.deepcopy(config)
+    for _, part in _parts(edited):
+        for key, value in part.items():
+            if not re.search(r"mtp|nextn", key):
+                continue
+            if key == "use_mtp":
+                part[key] = False
+            elif isinstance(value, list):
+                part[key] = []
+            elif type(value) is int and re.search(r"(layers|modules|heads)$", key):
+                part[key] = 0
+    return edited
+
+
+def renumbered(value: Any, new_id: NewId) -> Any:
+    """A JSON value whose texts and keys that name one expert name it by its new id; those of experts that go are left out.
+
+    Raises:
+        InputError: a pattern names an expert without the number of its layer, so that no id fits every layer.
+    """
+    if isinstance(value, str):
+        return _new_name(value, new_id)
+    if isinstance(value, list):
+        return [v for v in (renumbered(item, new_id) for item in value) if v is not None]
+    if isinstance(value, dict):
+        items = ((renumbered(k, new_id), renumbered(v, new_id), v) for k, v in value.items())
+        return {k: v for k, v, old in items if k is not None and (v is not None or old is None)}
+    return value
+
+
+def _new_name(name: str, new_id: NewId) -> str | None:
+    match = EXPERT_NAME.search(name)
+    if match is None:
+        if re.search(r"experts\\?\.\d", name):
+            raise InputError(f"the quantisation settings name one expert of no certain layer ({name}), which cannot be renumbered. Write its layers out")  # fmt: skip
+        return name
+    new = new_id(name, int(match[1]), int(match[3]))
+    return None if new is None else f"{name[: match.start(3)]}{new}{name[match.end(3) :]}"
+
+
+def edited_config(
+    text: str, count_keys: tuple[tuple[str, ...], ...], experts: int, keep: int, *, new_id: NewId, drop_mtp: bool
+) -> str:
+    """config.json for ``keep`` experts: expert counts, and names of experts in the quantisation settings.
+
+    The text itself is edited, so order, spacing and the spelling of floats stay; where that cannot be done without doubt
+    (the key occurs twice with other meanings, lists change) the JSON is written anew.
+
+    Args:
+        text: config.json of the source.
+        count_keys: paths of the keys that count experts.
+        experts: experts of the source.
+        keep: experts that remain.
+        new_id: the new id of an expert.
+        drop_mtp: also announce no multi-token-prediction layers.
+    """
+    wanted = with_expert_count(json.loads(text), count_keys, keep)
+    if drop_mtp:
+        wanted = without_mtp(wanted)
+    for _, part in _parts(wanted):
+        for key in QUANTISATION_KEYS:
+            if key in part:
+                part[key] = renumbered(part[key], new_id)
+    edited = text
+    for path in count_keys:
+        edited = re.sub(rf'("{re.escape(path[-1])}"\s*:\s*){experts}\b', rf"\g<1>{keep}", edited)
+    if drop_mtp:
+        edited = re.sub(r'("\w*(?:mtp|nextn)\w*(?:layers|modules|heads)"\s*:\s*)\d+\b', r"\g<1>0", edited)
+        edited = re.sub(r'("use_mtp"\s*:\s*)true\b', r"\g<1>false", edited)
+    if json.loads(edited) == wanted:
+        return edited
+    return json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
+
+
+def edited_settings(text: str, new_id: NewId) -> str:
+    """A quantiser's own settings file with the names of experts renumbered; the same text when it names none.
+
+    Raises:
+        InputError: see `renumbered`.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text  # not the file that it is called; copied as it is
+    edited = renumbered(value, new_id)
+    return text if edited == value else json.dumps(edited, indent=4, ensure_ascii=False) + "\n"
