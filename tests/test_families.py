@@ -7,12 +7,16 @@ where the router's own matrix gives its logits.
 from __future__ import annotations
 
 import contextlib
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from moecover.checkpoint import prune
@@ -97,8 +101,36 @@ def without(model: torch.nn.Module, structure: Structure, chosen: Plan) -> Itera
             tensor.copy_(value)
 
 
+RELOAD = """
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    config = AutoConfig.from_pretrained(folder)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(folder).eval()
+    expected = load_file(folder / "expected" / "logits.safetensors")
+    with torch.inference_mode():
+        logits = model(input_ids=expected["tokens"], use_cache=False).logits
+    close = (logits - expected["logits"]).abs().max() <= 1e-5 * expected["logits"].abs().max()
+    print(folder.name if close else f"{folder.name} differs")
+assert "moecover" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the pruned checkpoints, one a family, each with what it should give."""
+    return tmp_path_factory.mktemp("written")
+
+
 @pytest.mark.parametrize("family", list(PROVEN_FAMILIES))
-def test_family(family: str, tmp_path: Path) -> None:
+def test_family(family: str, written: Path, tmp_path: Path) -> None:
     zoo.make_model(family).save_pretrained(tmp_path / "model", save_original_format=True)
     structure = read_structure(tmp_path / "model")
     topology, model = structure.topology, load_model(structure)
@@ -112,7 +144,7 @@ def test_family(family: str, tmp_path: Path) -> None:
     assert sum(s["count"].sum() for s in expected) == corpus.num_tokens * topology.top_k * len(topology.decoder_layers)
 
     chosen = plan(made, method="random", keep=topology.num_experts // 2, seed=1)
-    out = prune(structure, chosen, tmp_path / "out")
+    out = prune(structure, chosen, written / family)
     assert verify(tmp_path / "model", out)["equal"]
     pruned = load_model(read_structure(out))
     tokens = torch.from_numpy(corpus.tokens)
@@ -124,6 +156,20 @@ def test_family(family: str, tmp_path: Path) -> None:
     assert mode.hits == len(routers(model, structure)), "the router's matrix was not met: the check would have no teeth"
     assert (found - masked).abs().max() <= 2e-5 * whole.abs().max()
     assert not torch.allclose(whole, masked, rtol=1e-3)
+    (out / "expected").mkdir()
+    save_file({"tokens": tokens, "logits": masked}, out / "expected" / "logits.safetensors")
+
+
+def test_plain_transformers_reloads_them(written: Path) -> None:
+    """A process that never imports this package gives what the masked original gave."""
+    there = {path.name for path in written.iterdir()}
+    if "deepseek" in there:  # its class is registered by this package: see test_deepseek.py
+        shutil.rmtree(written / "deepseek")
+    if not there:
+        pytest.skip("no family was tested before")
+    done = subprocess.run([sys.executable, "-c", RELOAD, str(written)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split("\n")) - {""} == there - {"deepseek"}
 
 
 def test_the_types_are_all_looked_at() -> None:

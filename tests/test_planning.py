@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -416,6 +417,24 @@ TOPOLOGY = Topology("qwen2_moe", (0, 1), 60, 4, 32, 2)
 def test_budgets_out_of_range(keep: int | None, retain: float | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         resolve_keep(TOPOLOGY, keep=keep, retain=retain)
+
+
+@pytest.mark.parametrize(
+    "keep, multiple_of, groups, expected",
+    [(30, 8, 1, 32), (28, 8, 1, 32), (27, 8, 1, 24), (60, 8, 1, 56), (4, 8, 1, 8), (33, 1, 1, 33), (30, 8, 3, 24), (37, 8, 3, 48)],
+)  # fmt: skip
+def test_counts_are_rounded_to_a_multiple(keep: int, multiple_of: int, groups: int, expected: int) -> None:
+    topology = dataclasses.replace(TOPOLOGY, num_experts=60, num_groups=groups, top_groups=groups)
+    assert resolve_keep(topology, keep=keep, retain=None, multiple_of=multiple_of) == expected
+    assert resolve_keep(topology, keep=None, retain=keep / 60, multiple_of=multiple_of) == expected
+
+
+@pytest.mark.parametrize(
+    "multiple_of, message", [(0, "out of range"), (61, "no count from 4 to 60 experts is a multiple of 61")]
+)
+def test_multiples_that_there_are_not(multiple_of: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve_keep(TOPOLOGY, keep=30, retain=None, multiple_of=multiple_of)
 
 
 @pytest.mark.parametrize("retain, keep", [(0.25, 15), (0.5, 30), (0.75, 45), (1.0, 60), (0.66, 40), (0.075, 5)])
