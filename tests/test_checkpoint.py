@@ -165,6 +165,43 @@ def test_shard_metadata_and_alignment_are_kept(checkpoints: Callable[..., Path],
         assert entries
 
 
+def test_shards_in_any_order_and_tied_embeddings(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    """Tensors of a layer, of an expert even, spread over shards in an order of no layer; no head of its own."""
+    source, folder = checkpoints("qwen2_moe", tie_word_embeddings=True), tmp_path / "m"
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors, key=lambda name: hashlib.sha256(name.encode()).digest())
+    parts = {f"part-{i}.safetensors": names[i::3] for i in range(3)}
+    for shard, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / shard, metadata={"format": "pt", "part": shard})
+    index = {
+        "metadata": {"total_size": 1, "total_parameters": 1, "made_by": "somebody"},
+        "weight_map": {name: shard for shard, held in parts.items() for name in held},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    structure = read_structure(folder)
+    plan = quarter(structure)
+    out = prune(structure, plan, tmp_path / "out")
+    assert verify(folder, out)["equal"]
+    after = json.loads((out / "model.safetensors.index.json").read_text())
+    written = {shard: load_file(out / shard) for shard in parts}
+    assert after["weight_map"] == {name: shard for shard, held in written.items() for name in held}
+    everything = [tensor for held in written.values() for tensor in held.values()]
+    assert after["metadata"] == {
+        "total_size": sum(t.numel() * t.element_size() for t in everything),
+        "total_parameters": sum(t.numel() for t in everything),
+        "made_by": "somebody",
+    }
+    whole = prune(read_structure(source), plan, tmp_path / "whole")  # the same, cut from one file
+    expected = load_file(whole / "model.safetensors")
+    found = {name: tensor for held in written.values() for name, tensor in held.items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert read_header(out / "part-1.safetensors")[1] == {"format": "pt", "part": "part-1.safetensors"}
+
+
 def test_pruning_a_pruned_checkpoint(
     checkpoints: Callable[..., Path], pruned: Callable[..., Path], tmp_path: Path
 ) -> None:

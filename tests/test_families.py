@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from moecover.checkpoint import prune
+from moecover.errors import InputError
 from moecover.evaluation import verify
 from moecover.families import PROVEN_FAMILIES
 from moecover.masking import router_tensors
@@ -27,6 +28,7 @@ from moecover.model import load_model, routers
 from moecover.planning import plan
 from moecover.plans import Plan
 from moecover.profiling import profile
+from moecover.routing import describe, observe_calls, recognise
 from moecover.topology import Structure, read_structure
 from tests import zoo
 from tests.conftest import random_corpus
@@ -101,6 +103,19 @@ def without(model: torch.nn.Module, structure: Structure, chosen: Plan) -> Itera
             tensor.copy_(value)
 
 
+def routing_of(model: torch.nn.Module, structure: Structure) -> str:
+    """How the last MoE layer routes, in words."""
+    torch.manual_seed(0)
+    modules = routers(model, structure)
+    hidden, last = torch.randn(64, structure.topology.hidden_size), len(modules) - 1
+    with torch.inference_mode():
+        try:
+            call = observe_calls(model, structure, modules)[last]
+            return describe(recognise(model, structure, modules[last], call, last, hidden))
+        except InputError:
+            return "its own"
+
+
 RELOAD = """
 import sys
 from pathlib import Path
@@ -156,6 +171,7 @@ def test_family(family: str, written: Path, tmp_path: Path) -> None:
     assert mode.hits == len(routers(model, structure)), "the router's matrix was not met: the check would have no teeth"
     assert (found - masked).abs().max() <= 2e-5 * whole.abs().max()
     assert not torch.allclose(whole, masked, rtol=1e-3)
+    assert routing_of(model, structure) == PROVEN_FAMILIES[family]
     (out / "expected").mkdir()
     save_file({"tokens": tokens, "logits": masked}, out / "expected" / "logits.safetensors")
 

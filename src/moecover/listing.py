@@ -19,10 +19,10 @@ def listing(what: str) -> list[dict[str, str]]:
             for name, row in CORPORA.items()
         ]  # fmt: skip
     if what == "families":
-        from moecover.families import PROVEN_FAMILIES, PROVEN_WITH
+        from moecover.families import PROVEN_FAMILIES, PROVEN_WITH, UNSUPPORTED
 
-        proof = "statistics, golden property through the files, loading without this package"
-        return [{"name": name, "summary": proof, "source": f"transformers {PROVEN_WITH}"} for name in PROVEN_FAMILIES]
+        proven = [{"name": n, "summary": routing, "source": f"proven with transformers {PROVEN_WITH}"} for n, routing in PROVEN_FAMILIES.items()]  # fmt: skip
+        return proven + [{"name": n, "summary": reason, "source": "refused"} for n, reason in UNSUPPORTED.items()]
     if what == "methods":
         from moecover.planning import METHODS as REGISTRY
     elif what == "saliencies":

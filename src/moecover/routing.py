@@ -73,6 +73,13 @@ class Routing:
         return self.scale * (selected / total if self.scoring == "softmax" else selected)
 
 
+def describe(routing: Routing) -> str:
+    """A routing in words, without its numbers."""
+    bias = "" if routing.bias is None else " + bias for the choice"
+    groups = "" if routing.num_groups == 1 else ", best groups first"
+    return f"{routing.scoring}{bias}{groups}{', renormalised' if routing.renormalise else ''}"
+
+
 def _fits(routing: Routing, logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> float | None:
     """The scale with which a routing explains a router's output; None where it does not."""
     import torch
