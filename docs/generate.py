@@ -75,11 +75,14 @@ def geometric(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-class Methods:
-    """The comparison in docs/methods.json (`python -m benchmarks.methods`)."""
+MODELS = ("qwen2-moe-tiny", "deepseek-moe-tiny")
 
-    def __init__(self) -> None:
-        self.data = json.loads((ROOT / "docs" / "methods.json").read_text())
+
+class Methods:
+    """The comparison on a shipped model in docs/methods-NAME.json (`python -m benchmarks.methods --model NAME`)."""
+
+    def __init__(self, model: str) -> None:
+        self.data = json.loads((ROOT / "docs" / f"methods-{model}.json").read_text())
         self.cells = self.data["cells"]
         self.domains = {"calibrated": self.data["near"], "never": dict.fromkeys(self.data["near"], self.data["far"])}
         self.full = next(cell["perplexity"] for cell in self.cells if cell["label"] == "full model")
@@ -97,8 +100,15 @@ class Methods:
 
 
 def methods_page() -> str:
-    """The comparison as tables."""
-    made = Methods()
+    """The comparisons as tables."""
+    contents = "".join(f"- [{model}](#{model})\n" for model in MODELS)
+    head = f"{NOTE}# Methods compared\n\nWhat the figures say, and where coverage does not help: [log](log.md).\n\n{contents}"
+    return "\n".join([head, *(methods_of(model) for model in MODELS)])
+
+
+def methods_of(model: str) -> str:
+    """The comparison on one model."""
+    made = Methods(model)
     data, keeps, experts = made.data, made.data["keeps"], made.data["experts"]
 
     def cell(found: list[float]) -> str:
@@ -107,19 +117,18 @@ def methods_page() -> str:
 
     shown = [x for x in made.labels if "protect 0.25" not in x and "protect 0.75" not in x]
     parts = [
-        f"{NOTE}# Methods compared\n\n"
-        f"`python -m benchmarks.methods --data DIR` on {data['model']} ({experts} experts a layer), {data['wall_s'] / 60:.0f} minutes. "
+        f"## {model}\n\n"
+        f"`python -m benchmarks.methods --model {model} --data DIR` ({experts} experts a layer), {data['wall_s'] / 60:.0f} minutes. "
         f"Perplexity on held-out text, geometric mean over the domains; the spread is the standard deviation over {data['samples']} "
         f"samples of calibration text ({', '.join(f'{c}: {n:,} tokens' for c, n in data['calibration_tokens'].items())}) or over the "
         f"seeds of random plans. expert-sparsity searches on {data['search_tokens']:,} tokens. Held out: "
         + ", ".join(f"{n} ({t:,} tokens)" for n, t in data["held_out_tokens"].items())
-        + ". What the figures say, and where coverage does not help: [log](log.md).\n\n"
-        "![Perplexity over the full model's, by method](methods.png)\n"
+        + f".\n\n![Perplexity over the full model's on {model}, by method](methods-{model}.png)\n"
     ]  # fmt: skip
     for calibration in data["near"]:
         near, far = (made.domains[where][calibration] for where in ("calibrated", "never"))
         parts.append(
-            f"## Calibrated on {calibration}\n\nCalibrated domains: {', '.join(near)}. Never calibrated on: {', '.join(far)}. "
+            f"### {model}, calibrated on {calibration}\n\nCalibrated domains: {', '.join(near)}. Never calibrated on: {', '.join(far)}. "
             f"Full model: {made.whole(calibration, 'calibrated'):.1f} and {made.whole(calibration, 'never'):.1f}.\n"
         )
         heads = [f"{keep / experts:.0%}, {where}" for keep in keeps for where in made.domains]
@@ -140,7 +149,7 @@ def methods_page() -> str:
         ("never", "domains that were never calibrated on"),
     ):
         lines = [
-            f"## The defaults: perplexity over the full model's, on {heading}\n\nGeometric mean over calibrations, budgets and samples.\n",
+            f"### {model}, the defaults: perplexity over the full model's, on {heading}\n\nGeometric mean over calibrations, budgets and samples.\n",
             "| saliency | " + " | ".join("pooled" if k == "pooled" else f"protect {k}" for k in kinds) + " |",
             "|---|" + "---:|" * len(kinds),
         ]
@@ -159,14 +168,14 @@ def methods_page() -> str:
     return "\n".join(parts)
 
 
-def draw_methods(path: Path) -> None:
-    """The comparison as a picture: a row a method, a panel a calibration and budget."""
+def draw_methods(model: str, path: Path) -> None:
+    """The comparison on one model as a picture: a row a method, a panel a calibration and budget."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     from moecover.drawing import COLOURS, STYLE
 
-    made = Methods()
+    made = Methods(model)
     keeps, experts = made.data["keeps"][:2], made.data["experts"]
     shown = [x for x in made.labels if "super" not in x and "protect 0.25" not in x and "protect 0.75" not in x and "protect 1.0" not in x]  # fmt: skip
     with rc_context(STYLE):
@@ -219,7 +228,8 @@ def main() -> int:
             if not check:
                 path.write_text(text, encoding="utf-8")
     if not check:
-        draw_methods(ROOT / "docs" / "methods.png")
+        for model in MODELS:
+            draw_methods(model, ROOT / "docs" / f"methods-{model}.png")
     if check and stale:
         print(f"stale: {', '.join(stale)}. Run `make docs`", file=sys.stderr)  # noqa: T201
     return 1 if check and stale else 0
