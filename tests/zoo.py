@@ -26,19 +26,64 @@ SMALL: dict[str, Any] = {
     "sliding_window": 16, "moe_topk": TOP_K, "moe_k": TOP_K, "top_k_experts": TOP_K, "shared_intermediate_size": 16,
     "n_group": 2, "topk_group": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "out_hidden_size": 32,
     "linear_head_dim": 8, "linear_num_heads": 4, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
+    "index_n_heads": 4, "index_head_dim": 16, "hc_mult": 2, "moe_hidden_size": 24, "adapter_in_dim": 32,
+    "adapter_input_size": 32, "adapter_out_dim": 32, "text_hidden_size": 32, "projection_hidden_dim": 32,
+    "projection_intermediate_size": 32, "projector_hidden_size": 32, "downsample_hidden_size": 8, "d_model": 32,
+    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 32, "output_dim": 32,
+    "max_source_positions": 64, "num_position_embeddings": 16, "mlp_dim": 32, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2, "swa_head_dim": 8, "posemb_grid_size": 4,
+}  # fmt: skip
+MLPS = ["dense"] + ["sparse"] * (LAYERS - 1)
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+SAM = {"output_channels": 8, "downsample_channels": [16, 32], "image_size": 64}
+PICTURES: dict[str, Any] = {  # a part that is a type of its own
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 16,
+}  # fmt: skip
+DOTS3 = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
 }  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
-    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "aria": {"vision_config": {"model_type": "idefics3_vision", **PICTURES}, "projector_patch_to_query_dict": {4: 4}},
+    "beam": {"mlp_layer_types": MLPS},
     "dbrx": {
         "ffn_config": {"moe_num_experts": EXPERTS, "moe_top_k": TOP_K, "ffn_hidden_size": 16, "hidden_size": 32},
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "d_model": 32,
         "n_heads": 4,
         "n_layers": LAYERS,
         "max_seq_len": 64,
     },
+    "deepseek_ocr2": {
+        "vision_config": {"sam_config": SAM},
+        "text_config": {"mlp_layer_types": MLPS, "num_experts_per_tok": TOP_K},
+    },
+    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense"] * LAYERS}, "text_config": DOTS3},
+    "dots3_note_text": DOTS3,
+    "glm4v_moe": {"text_config": {"rope_parameters": ROTARY}},
+    "glm5_next": {
+        "text_config": {
+            "mlp_layer_types": MLPS,
+            "index_topk": 16,
+            "index_kpool": 4,
+            "qk_rope_head_dim": 0,
+            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        },
+    },
     "granitemoehybrid": {"mamba_n_heads": 4, "layer_types": ["mamba", "attention", "mamba"]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
+    "mistral_large4": {"vision_config": {"model_type": "pixtral", **PICTURES}},
+    "muse_spark": {
+        "audio_config": {"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [8], "depths": [1]},
+        "text_config": {"mlp_layer_types": MLPS},
+    },
+    "qwen3_omni_moe_thinker": {"vision_config": {"deepstack_visual_indexes": [0]}},
+    "step3p7": {
+        "vision_config": {"image_size": 32},
+        "text_config": {"mlp_layer_types": MLPS, "share_expert_dim": 16},
+    },
+    "unlimited_ocr": {"vision_config": {"sam_config": SAM}},
     "zaya": {"num_experts_per_tok": 1},
     "gemma4": {"text_config": {"enable_moe_block": True, "num_experts": EXPERTS}},
     "gemma4_text": {"enable_moe_block": True, "num_experts": EXPERTS},
@@ -51,29 +96,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 UNPROVEN = {
-    "aria": "its part for pictures takes gigabytes as configured here",
-    "dbrx": "its tiny configuration does not run",
-    "deepseek_ocr2": "its tiny vision part does not build",
+    "dbrx": "its experts lie one under the other in one matrix and the choice is made outside its router",
     "deepseek_v4": "its first layers route by a hash of the token",
     "diffusion_gemma": "two groups of experts in a layer",
     "doge": "experts are rows of an embedding",
-    "dots3_note": "its tiny configuration does not build",
-    "dots3_note_text": "its tiny configuration does not build",
     "ernie4_5_vl_moe": "experts of two widths",
-    "glm4v_moe": "its tiny rotary sections do not fit",
-    "glm5_next": "its tiny configuration does not build",
-    "inkling2": "its tiny configuration does not build",
     "inkling_mm_model": "rows of the router for shared experts",
     "inkling_text": "rows of the router for shared experts",
     "jetmoe": "experts of a kind of its own",
     "llama4": "experts run densely, their weight is on the input",
     "llama4_text": "experts run densely, their weight is on the input",
     "longcat_flash": "experts that do nothing behind the others",
-    "mistral_large4": "its parts for pictures take gigabytes as configured here",
-    "muse_spark": "its tiny configuration does not build",
-    "qwen3_omni_moe_thinker": "its parts for sound and pictures take gigabytes as configured here",
-    "step3p7": "its tiny configuration does not build",
-    "unlimited_ocr": "its tiny vision part does not build",
+    "muse_spark": "its experts end in a norm of their own",
+    "step3p7": "one parameter of its experts comes from two tensors with all experts each",
+    "unlimited_ocr": "one tensor of its vision part fills several parameters",
     "zaya": "a class of the router that skips the experts",
 }  # fmt: skip
 
@@ -102,8 +138,14 @@ def make_config(name: str) -> PreTrainedConfig:
     cls = CONFIG_MAPPING[name]
     options = _small(cls)
     for key, value in SPECIAL.get(name, {}).items():
-        options[key] = {**options[key], **value} if isinstance(value, dict) and key in options else value
+        options[key] = _merged(options.get(key), value)
     return cls(**options)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
 def _small(cls: type) -> dict[str, Any]:
