@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,15 +92,17 @@ def classify(
     mtp = _mtp_names(outside, num_layers)
     layer_of = {layer_number(module): layer for layer, module in enumerate(modules)}
     owners = {key.rpartition(".")[0] for key in axes}
+    shared = Counter(targets.values())  # a parameter may be put together from several tensors
     found: dict[str, ExpertTensor] = {}
     for key, target in targets.items():
         entry, row = checkpoint.tensors[key], None
         if target in axes:
             routed = target.rpartition(".")[0] in modules
             one = re.search(r"\.experts\.(\d+)\.", key)
-            if one is None and entry.shape != (expected := tuple(parameters[target].shape)):
+            axis, expected = None if one else axes[target], tuple(parameters[target].shape)
+            part = axis is not None and shared[target] > 1 and entry.shape[axis] == experts
+            if axis is not None and entry.shape != expected and not part:
                 raise _wrong_shape(checkpoint, entry, expected)
-            axis = None if one else axes[target]
             row = ExpertTensor(layer_of[layer_number(target)], int(one[1]) if one else None, axis, routed)
         elif key in outside and key not in mtp:
             row = _of_module(checkpoint, entry, target, owners, layer_of, experts)
@@ -127,8 +130,13 @@ def _targets(checkpoint: Checkpoint, model: torch.nn.Module, parameters: dict[st
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    several = {pattern for m in converters if len(m.target_patterns) > 1 for pattern in m.source_patterns}
     prefix = str(model.base_model_prefix)
-    return {key: rename_source_key(key, renamings, converters, prefix, parameters)[0] for key in checkpoint.tensors}
+    targets = {}
+    for key in checkpoint.tensors:
+        target, pattern = rename_source_key(key, renamings, converters, prefix, parameters)
+        targets[key] = key if pattern in several else target  # what fills several parameters fills no one of them
+    return targets
 
 
 def _of_module(
