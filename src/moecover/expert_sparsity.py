@@ -12,6 +12,7 @@ float64.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -339,7 +340,8 @@ def search_layers(
             for corpus in texts
             for one in batches(corpus, batch_size)
         ]
-        steps = stack.enter_context(contextlib.closing(lockstep(model, modules, passes)))  # type: ignore[type-var]
+        calls = [functools.partial(model, **one, use_cache=False) for one in passes]
+        steps = stack.enter_context(contextlib.closing(lockstep(calls, modules)))
         for arrived in steps:
             yield [
                 h.reshape(-1, h.shape[-1])[

@@ -6,9 +6,12 @@ and whatever else a family hands from layer to layer stay what they are in a pla
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from moecover.errors import MoecoverError
 
 if TYPE_CHECKING:
     import torch
@@ -18,44 +21,58 @@ class _Cancelled(BaseException):
     """Unwinds the pass of a batch that is not needed any further."""
 
 
-def lockstep(
-    model: torch.nn.Module, stops: Sequence[torch.nn.Module], inputs: Sequence[dict[str, torch.Tensor]]
-) -> Iterator[list[torch.Tensor]]:
-    """At every stop in turn, the first argument of that module's call, one a batch; the passes end at the last stop.
+_local = threading.local()
 
-    What the caller changes in the model between two stops holds for all batches from there on.
+
+def lockstep(
+    calls: Sequence[Callable[[], Any]], stops: Sequence[torch.nn.Module], *, results: list[Any] | None = None,
+    after: Callable[[int, int], None] | None = None,
+) -> Generator[list[Any]]:  # fmt: skip
+    """At every stop in turn, the first argument of that module's call, one a call.
+
+    What the caller changes in the model between two stops holds for all calls from there on.
 
     Args:
-        model: a live model.
-        stops: modules that every pass calls once, in this order.
-        inputs: keyword arguments of the model, one dictionary a batch.
+        calls: forward passes, each of which runs every stop once, in this order.
+        stops: modules of the model.
+        results: takes what the calls give, in their order; without it the passes end at the last stop.
+        after: called with stop and call when a stop's module is done with a call.
+
+    Raises:
+        MoecoverError: a pass does not run every stop.
     """
     import torch
 
-    local = threading.local()
-    turns = [threading.Semaphore(0) for _ in inputs]
+    turns = [threading.Semaphore(0) for _ in calls]
     done = threading.Semaphore(0)
-    arrived: list[Any] = [None] * len(inputs)
+    arrived: list[Any] = [None] * len(calls)
+    given: list[Any] = [None] * len(calls)
     errors: list[BaseException] = []
     cancelled = False
 
-    def stop(module: Any, args: tuple[Any, ...]) -> None:
-        index = getattr(local, "index", None)
+    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = getattr(_local, "index", None)
         if index is None:  # a call of the caller's own
             return
-        arrived[index] = args[0]
+        arrived[index] = args[0] if args else next(iter(kwargs.values()))
         done.release()
         turns[index].acquire()
         if cancelled:
             raise _Cancelled
 
+    def passed(number: int, module: Any, args: Any, output: Any) -> None:
+        index = getattr(_local, "index", None)
+        if index is not None and after is not None:
+            arrived[index] = None
+            after(number, index)
+
     def run(index: int) -> None:
-        local.index = index
+        _local.index = index
         turns[index].acquire()
         try:
             if not cancelled:
                 with torch.inference_mode():
-                    model(**inputs[index], use_cache=False)
+                    given[index] = calls[index]()
         except _Cancelled:
             pass
         except BaseException as error:
@@ -63,18 +80,29 @@ def lockstep(
         finally:
             done.release()
 
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(inputs))]
-    hooks = [module.register_forward_pre_hook(stop) for module in stops]
+    def go() -> None:
+        """One step of every call."""
+        for thread, turn in zip(threads, turns, strict=True):
+            if not thread.is_alive():
+                raise MoecoverError("a forward pass ended before it had run every layer once: please report this")
+            turn.release()
+            done.acquire()
+            if errors:
+                raise errors[0]
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
+    hooks = [module.register_forward_pre_hook(stop, with_kwargs=True) for module in stops]
+    if after is not None:
+        hooks += [m.register_forward_hook(functools.partial(passed, n)) for n, m in enumerate(stops)]
     try:
         for thread in threads:
             thread.start()
         for _ in stops:
-            for turn in turns:
-                turn.release()
-                done.acquire()
-                if errors:
-                    raise errors[0]
-            yield list(arrived)
+            go()
+            yield arrived
+        if results is not None:
+            go()
+            results += given
     finally:
         cancelled = True
         for turn in turns:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moecover.errors import InputError
+from moecover.names import read_names
 from moecover.source import Checkpoint, TensorEntry
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ def classify(
         InputError: tensors that are missing, of another shape, or that belong to the experts in no known way.
     """
     parameters = dict(model.state_dict())
-    targets = _targets(checkpoint, model, parameters)
+    destinations = read_names(checkpoint, model).destinations
+    # What fills several parameters fills no one of them.
+    targets = {key: key if (d := destinations[key]).fills_several else d.parameter for key in checkpoint.tensors}
     outside = {k: t for k, t in targets.items() if t not in parameters}
     mtp = _mtp_names(outside, num_layers)
     layer_of = {layer_number(module): layer for layer, module in enumerate(modules)}
@@ -120,23 +123,6 @@ def classify(
         _check_experts_alike(checkpoint, found)
     _check_filled(checkpoint, targets, parameters, axes, modules if packed else ())
     return Tensors(found, _mtp_rows(checkpoint, mtp, found, len(modules) - 1, experts), quantised)
-
-
-def _targets(checkpoint: Checkpoint, model: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> dict[str, str]:
-    """The parameter that every tensor on disk goes to, by name; a name of its own kind where there is none."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    several = {pattern for m in converters if len(m.target_patterns) > 1 for pattern in m.source_patterns}
-    prefix = str(model.base_model_prefix)
-    targets = {}
-    for key in checkpoint.tensors:
-        target, pattern = rename_source_key(key, renamings, converters, prefix, parameters)
-        targets[key] = key if pattern in several else target  # what fills several parameters fills no one of them
-    return targets
 
 
 def _of_module(

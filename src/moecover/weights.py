@@ -1,0 +1,225 @@
+"""Weights of one module at a time: reads tensors from the files into a model whose parameters have no memory yet.
+
+The names and conversions are the library's own. What it only renames or stacks is read straight to its place; anything
+else goes through its converter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moecover.errors import MoecoverError
+from moecover.names import read_names
+from moecover.source import TensorEntry
+from moecover.topology import Structure
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+
+
+class Files:
+    """The shards of a checkpoint, opened when first read; bytes go into memory of the reader's, never a mapping."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._descriptors = folder, dict[str, int]()
+
+    def _descriptor(self, shard: str) -> int:
+        if shard not in self._descriptors:
+            self._descriptors[shard] = os.open(self._folder / shard, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[shard]
+
+    def read_into(self, entry: TensorEntry, target: torch.Tensor) -> None:
+        """Fill a contiguous tensor on the CPU, of the entry's type and size.
+
+        Raises:
+            MoecoverError: the file ends early or cannot be read.
+        """
+        import torch
+
+        view = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        at = entry.start
+        try:
+            while view:
+                got = os.preadv(self._descriptor(entry.shard), [view[: 1 << 30]], at)
+                if not got:
+                    raise MoecoverError(f"{self._folder / entry.shard} ended at byte {at}, {entry.end} is needed: it changed while it was read")  # fmt: skip
+                view, at = view[got:], at + got
+        except OSError as error:
+            raise MoecoverError(
+                f"{self._folder / entry.shard} cannot be read at byte {at}: {error.strerror}"
+            ) from error
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        """A tensor as it is stored."""
+        import torch
+
+        tensor = torch.empty(entry.shape, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
+        self.read_into(entry, tensor)
+        return tensor
+
+    def will_need(self, entries: Iterable[TensorEntry]) -> None:
+        """Have the system read ahead what comes next."""
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._descriptor(entry.shard), entry.start, entry.num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Close the shards."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+class _Lazy:
+    """A tensor on disk in the form in which the library's converter asks for it."""
+
+    def __init__(self, files: Files, entry: TensorEntry) -> None:
+        self._files, self._entry = files, entry
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._files.read(self._entry)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._entry.shape)
+
+    def get_dtype(self) -> str:
+        return self._entry.dtype
+
+
+class Weights:
+    """Fills and empties parts of a model on ``meta``; a part is everything whose name begins in one way.
+
+    Args:
+        structure: the checkpoint.
+        model: of its class, see `streaming.skeleton`.
+        prefixes: of the names of the parts; everything else is the part ``""``.
+        device: where filled parts lie.
+    """
+
+    def __init__(self, structure: Structure, model: torch.nn.Module, prefixes: Iterable[str], device: str) -> None:
+        self._model, self._device = model, device
+        self._entries, self._files = structure.checkpoint.tensors, Files(structure.checkpoint.path)
+        self._state = {k: v.to("meta") for k, v in model.state_dict().items()}
+        self._names = read_names(structure.checkpoint, model)
+        self._dtypes = [(re.compile(glob.replace("*", ".*")), dtype) for glob, dtype in _dtype_plan(model).items()]
+        names = tuple(f"{prefix}." for prefix in prefixes)
+        self._parts: dict[str, list[str]] = {name: [] for name in (*names, "")}
+        pattern = re.compile("|".join(map(re.escape, names)))
+        for key, destination in self._names.destinations.items():
+            if destination.parameter in self._state:
+                match = pattern.match(destination.parameter)
+                self._parts[match[0] if match else ""].append(key)
+
+    def num_bytes(self, prefix: str) -> int:
+        """Bytes that a part takes on disk."""
+        return sum(self._entries[key].num_bytes for key in self._parts[prefix])
+
+    def will_need(self, prefix: str) -> None:
+        """Have the system read ahead a part that comes next."""
+        self._files.will_need(self._entries[key] for key in self._parts[prefix])
+
+    def load(self, prefix: str) -> None:
+        """Fill a part.
+
+        Raises:
+            MoecoverError: a file cannot be read.
+        """
+        sources: dict[str, list[str]] = {}
+        for key in self._parts[prefix]:
+            sources.setdefault(self._names.destinations[key].parameter, []).append(key)
+        others: list[str] = []
+        for parameter, keys in sources.items():
+            places = self._places(parameter, keys)
+            if places is None:
+                others += keys
+            else:
+                self._put(parameter, places)
+        if others:
+            self._convert(others)
+
+    def _places(self, parameter: str, keys: list[str]) -> list[tuple[TensorEntry, tuple[Any, ...]]] | None:
+        """Where in a parameter every tensor goes, when nothing else has to be done to it; else None."""
+        shape, entries = tuple(self._state[parameter].shape), [self._entries[key] for key in keys]
+        first = self._names.destinations[keys[0]]
+        if first.converter is None:
+            return [(entries[0], ())] if len(keys) == 1 and entries[0].shape == shape else None
+        done = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in first.converter.operations]
+        parts = list(first.converter.source_patterns)
+        stacked = done in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+        if not stacked or first.fills_several or len(keys) != len(parts) * shape[0] or len(shape) < 2:
+            return None
+        width, counts, places = shape[1] // len(parts), [0] * len(parts), []
+        for key, entry in zip(keys, entries, strict=True):
+            part = parts.index(str(self._names.destinations[key].pattern))
+            if entry.shape != (width, *shape[2:]):
+                return None
+            places.append((entry, (counts[part], slice(part * width, (part + 1) * width))))
+            counts[part] += 1
+        return places if set(counts) == {shape[0]} else None
+
+    def _put(self, parameter: str, places: list[tuple[TensorEntry, tuple[Any, ...]]]) -> None:
+        import torch
+
+        empty = self._state[parameter]
+        dtype = next((d for pattern, d in self._dtypes if pattern.search(parameter)), empty.dtype)
+        whole = torch.empty(empty.shape, dtype=dtype)
+        for entry, index in places:
+            place = whole[index] if index else whole
+            if TORCH_NAMES.get(entry.dtype) == str(dtype).removeprefix("torch.") and place.is_contiguous():
+                self._files.read_into(entry, place)
+            else:
+                place.copy_(self._files.read(entry))
+        self._set(parameter, whole.to(self._device))
+
+    def _set(self, parameter: str, value: torch.Tensor) -> None:
+        import torch
+
+        owner_name, _, leaf = parameter.rpartition(".")
+        owner = self._model.get_submodule(owner_name)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value
+        else:
+            owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+
+    def _convert(self, keys: list[str]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        model: Any = self._model
+        config = LoadStateDictConfig(
+            device_map={"": self._device}, dtype=model.dtype, weight_mapping=self._names.transforms,
+            dtype_plan=_dtype_plan(model),
+        )  # fmt: skip
+        lazy = {key: _Lazy(self._files, self._entries[key]) for key in keys}
+        convert_and_load_state_dict_in_model(model, lazy, config)
+
+    def free(self, prefix: str) -> None:
+        """Empty a part and hand its memory back to the system."""
+        for parameter, empty in self._state.items():
+            if parameter.startswith(prefix):
+                self._set(parameter, empty)
+        give_back()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+
+def _dtype_plan(model: Any) -> dict[str, torch.dtype]:
+    """Parameters that the library keeps in another type than the model's, by pattern."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
+    return plan
+
+
+def give_back() -> None:
+    """Have the allocator hand freed memory back to the system, where it can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
