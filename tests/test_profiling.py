@@ -292,7 +292,7 @@ def test_scoring_function_is_recognised(name: str, normalise: bool) -> None:
 def test_routers_are_found_and_a_family_that_does_not_fit_is_refused(structure: Structure) -> None:
     model = load_model(structure)
     assert len(routers(model, structure)) == len(structure.topology.decoder_layers)
-    model.get_submodule(structure.experts_modules[0]).has_post_expert_norm = True
+    model.set_experts_implementation("eager")
     with (
         pytest.raises(InputError, match="do not run through the library's grouped kernel"),
         recording(model, structure),

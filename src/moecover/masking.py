@@ -58,6 +58,11 @@ def masked_layer(
                     undo.append(lambda owner=owner, name=name, value=value: setattr(owner, name, value))  # type: ignore[misc]
 
         def to_original(module: Any, args: Any, output: Any) -> Any:
+            if not any(torch.is_tensor(o) and not o.is_floating_point() for o in output):  # scores and logits of all
+                scores, logits = output
+                shape = (len(scores), structure.topology.num_experts)
+                whole = scores.new_zeros(shape), logits.new_full(shape, -torch.inf)
+                return tuple(w.index_copy(1, ids, o) for w, o in zip(whole, output, strict=True))
             return tuple(ids[o] if torch.is_tensor(o) and not o.is_floating_point() else o for o in output)
 
         undo.append(router.register_forward_hook(to_original).remove)

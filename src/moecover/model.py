@@ -69,6 +69,8 @@ def _not_loaded(structure: Structure, error: Exception) -> InputError:
 def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
     """The live model of a checkpoint, in evaluation mode, its experts run by the library's grouped kernel.
 
+    That kernel is the library's default; a few families have none.
+
     Args:
         structure: the checkpoint.
         dtype: a torch dtype by name; ``auto`` takes the checkpoint's.
@@ -77,18 +79,16 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
     Raises:
         InputError: unknown dtype or device, or tensors missing in the files.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     device = check_device(dtype, device)
     name = structure.checkpoint.name
     try:
         config = AutoConfig.from_pretrained(structure.checkpoint.path, trust_remote_code=False, local_files_only=True)
         auto = auto_class(type(config))
-        # A multimodal model takes the setting for its language model alone; the grouped kernel is its default there.
-        experts = {"experts_implementation": "grouped_mm"} if auto is AutoModelForCausalLM else {}
         model, info = auto.from_pretrained(
             structure.checkpoint.path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, local_files_only=True, **experts,
+            output_loading_info=True, local_files_only=True,
         )  # fmt: skip
     except Exception as error:  # a quantiser's package may raise anything
         known = isinstance(error, (OSError, ValueError, RuntimeError))

@@ -59,6 +59,9 @@ class Profile:
     ``max_abs``                      largest component of |f_e(x)|                          float64
     ================================ ====================================================== =======
 
+    Where the model scales an expert's input by the weight instead of its output (llama4), f_e(x) is what the expert gives
+    for the scaled input, and 1 stands for g_e(x) in all but ``weight_sum``: g_e(x) f_e(x) is always what is added.
+
     Attributes:
         topology: shape of the routed part of the model.
         statistics: ``statistics[corpus][name]``, each of shape ``[layer, expert]``; padding is in none of them.

@@ -52,7 +52,8 @@ def profile_corpus(
     import torch
 
     device = next(model.parameters()).device
-    backbone = getattr(model, str(model.base_model_prefix))  # the head is not needed for statistics
+    names = (str(model.base_model_prefix), "model")
+    backbone = next(getattr(model, name) for name in names if hasattr(model, name))  # statistics need no head
     total = -(-len(corpus.tokens) // batch_size)
     ends = {round(total * part / PARTS) for part in range(1, PARTS)} - {0, total}  # a part is a whole number of batches
     parts: list[Statistics] = []

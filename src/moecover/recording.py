@@ -4,11 +4,18 @@ The forward pass is the library's own. A hook on the experts module sees the sel
 that the model itself used; a tap in the slot between the experts' outputs and their weighting sees every output that
 the pass computes anyway. So no router is re-derived, only routed (token, expert) pairs are evaluated, and the logits
 stay bit-equal to those of the plain pass.
+
+Two kinds of experts have no such slot. Some run in a loop of their own: it is called with weight 1 for every pair, and
+the weighted sum is taken here, equal to the loop's but for rounding. Others are run on all tokens, each token scaled by
+its weight before it enters an expert (0 where the expert is not selected): what they give is what the model adds, and
+that is their output f here. As its factor in the sum is 1, every product of weight and norm takes 1 for the weight;
+``weight_sum`` alone adds up the routing weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -76,15 +83,17 @@ class Recorder:
         self.prob_sum += probabilities.sum(1, dtype=self.prob_sum.dtype).flatten()
 
         offsets = torch.arange(len(self.taps), device=self.device)[:, None] * self.topology.num_experts
-        renormalised = (weights / (total + (total == 0))).flatten(1).gather(1, order)
+        factors = torch.ones_like(weights) if self.taps[0].weighs_inputs else weights  # of the outputs, in their sum
+        total = factors.sum(-1, keepdim=True)
+        renormalised = (factors / (total + (total == 0))).flatten(1).gather(1, order)
         used, norms = weights.flatten(1).gather(1, order), norms.double()
-        columns = (experts + offsets, used, renormalised, norms, peaks)
+        columns = (experts + offsets, used, factors.flatten(1).gather(1, order), renormalised, norms, peaks)
         if token_mask is None:
-            slots, used, renormalised, norms, peaks = (c.flatten() for c in columns)
+            slots, used, factor, renormalised, norms, peaks = (c.flatten() for c in columns)
         else:
             keep = token_mask[order // weights.shape[-1]]
-            slots, used, renormalised, norms, peaks = (c[keep] for c in columns)
-        weighted = used * norms
+            slots, used, factor, renormalised, norms, peaks = (c[keep] for c in columns)
+        weighted = factor * norms
         self.sums.index_add_(1, slots, torch.stack([used, norms, weighted, weighted.square(), renormalised * norms]))
         self.count += torch.bincount(slots, minlength=len(self.count))
         self.max_abs.scatter_reduce_(0, slots, peaks, "amax")
@@ -106,6 +115,7 @@ class Tap:
 
     def __init__(self, decoder_layer: int, buffers: dict[int, torch.Tensor]) -> None:
         self.decoder_layer, self.buffers = decoder_layer, buffers
+        self.weighs_inputs = False  # the routing weights scale what enters the experts, not what they give
         self.keep: Callable[[torch.Tensor], None] | None = None  # takes the hidden states, where a sample is kept
         self.clear()
 
@@ -209,6 +219,86 @@ def scoring_function(
 
 
 @contextlib.contextmanager
+def _in_slot(tap: Tap, experts: Any, router: torch.nn.Module) -> Iterator[None]:
+    """A tap in the grouped kernel's slot for a norm of the experts' outputs, behind the norm of those that have one."""
+    normed: bool = experts.has_post_expert_norm
+    norm: Any = experts.post_expert_norm if normed else lambda outputs: outputs
+    handles = [
+        experts.register_forward_pre_hook(tap.before_experts),
+        router.register_forward_hook(tap.after_router),
+    ]
+    experts.has_post_expert_norm = True
+    experts.__dict__["post_expert_norm"] = lambda outputs: tap(norm(outputs))
+    try:
+        yield
+    finally:
+        experts.has_post_expert_norm = normed
+        del experts.__dict__["post_expert_norm"]
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _around_loop(tap: Tap, experts: Any, router: torch.nn.Module) -> Iterator[None]:
+    """A tap around experts that run in a loop of their own, called once with every pair as a token of one slot."""
+    import torch
+
+    loop = experts.forward
+
+    def forward(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        tap.before_experts(experts, (hidden, index, weights))
+        alone = index.reshape(-1, 1)
+        outputs = loop(hidden.repeat_interleave(index.shape[1], 0), alone, torch.ones_like(alone, dtype=weights.dtype))
+        tap(outputs[torch.sort(index.reshape(-1)).indices])
+        weighted: torch.Tensor = outputs.view(*index.shape, -1) * weights[..., None]
+        return weighted.sum(1).to(hidden.dtype)
+
+    handle = router.register_forward_hook(tap.after_router)
+    experts.forward = forward
+    try:
+        yield
+    finally:
+        del experts.__dict__["forward"]
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _behind_dense(tap: Tap, experts: Any, router: Any) -> Iterator[None]:
+    """A tap behind experts that are run on all tokens, each scaled by its weight; ``[expert, token]`` in one axis."""
+    import torch
+
+    def after_router(module: Any, args: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        scores, logits = output
+        index = torch.topk(logits, router.top_k, dim=1).indices  # the router's own call, whose indices it keeps
+        tap.before_experts(experts, (args[0], index, scores.gather(1, index)))
+        tap.logits = logits
+
+    def after_experts(module: Any, args: Any, output: torch.Tensor) -> None:
+        selected, order = torch.sort(tap.index.reshape(-1))
+        outputs = output.view(experts.num_experts, -1, output.shape[-1])
+        tap(outputs[selected, order // tap.index.shape[1]])
+
+    tap.weighs_inputs = True
+    handles = [router.register_forward_hook(after_router), experts.register_forward_hook(after_experts)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _implementation(experts: Any) -> Any:
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
+
+
+def _way(experts: Any) -> Callable[[Tap, Any, Any], contextlib.AbstractContextManager[None]] | None:
+    """How experts are observed; None where it is not known. Those without the kernel's slot are told by what they take."""
+    if hasattr(experts, "has_post_expert_norm"):
+        return _in_slot if _implementation(experts) == "grouped_mm" else None
+    return {3: _around_loop, 1: _behind_dense}.get(len(inspect.signature(experts.forward).parameters))
+
+
+@contextlib.contextmanager
 def recording(model: torch.nn.Module, structure: Structure) -> Iterator[Recorder]:
     """Record statistics of every MoE layer while the block runs forward passes; leaves the model as it was.
 
@@ -217,24 +307,12 @@ def recording(model: torch.nn.Module, structure: Structure) -> Iterator[Recorder
     Raises:
         InputError: the experts of this family cannot be observed.
     """
-    handles, changed = [], []
     topology = structure.topology
     recorder = Recorder(topology, next(model.parameters()).device)
-    try:
+    with contextlib.ExitStack() as stack:
         for name, router, tap in zip(structure.experts_modules, routers(model, structure), recorder.taps, strict=True):
             experts: Any = model.get_submodule(name)
-            implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-            if getattr(experts, "has_post_expert_norm", None) is not False or implementation != "grouped_mm":
-                raise InputError(f"the experts of {topology.family} (decoder layer {tap.decoder_layer}) do not run through the library's grouped kernel (experts implementation {implementation}): load the model with `load_model`; where that changes nothing, the family is not supported yet")  # fmt: skip
-            changed.append(experts)
-            experts.has_post_expert_norm = True
-            experts.__dict__["post_expert_norm"] = tap
-            handles.append(experts.register_forward_pre_hook(tap.before_experts))
-            handles.append(router.register_forward_hook(tap.after_router))
+            if (observed := _way(experts)) is None:
+                raise InputError(f"the experts of {topology.family} (decoder layer {tap.decoder_layer}) do not run through the library's grouped kernel (experts implementation {_implementation(experts)}): load the model with `load_model`; where that changes nothing, the family is not supported yet")  # fmt: skip
+            stack.enter_context(observed(tap, experts, router))
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
-        for experts in changed:
-            experts.has_post_expert_norm = False
-            experts.__dict__.pop("post_expert_norm", None)
