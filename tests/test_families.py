@@ -7,6 +7,7 @@ where the router's own matrix gives its logits.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -35,32 +36,60 @@ from tests.conftest import random_corpus
 
 
 def naive_statistics(model: torch.nn.Module, structure: Structure, tokens: torch.Tensor) -> list[dict[str, np.ndarray]]:
-    """Sums over every (token, slot), the unweighted output of the slot from the library's eager experts with weight 1."""
+    """Sums over every (token, slot), the output of the slot from the library's own loop over experts."""
     experts, found, seen = structure.topology.num_experts, [], []
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append((module, *args)))
-        for name in structure.experts_modules
-    ]
+    modules = [model.get_submodule(name) for name in structure.experts_modules]
+    watched = [*modules, *routers(model, structure)]
+    handles = [m.register_forward_hook(lambda *call: seen.append(call)) for m in watched]
     with torch.inference_mode():
         model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    for module, hidden, index, weights in seen:
-        s = {n: np.zeros(experts) for n in ("count", "weight_sum", "norm_sum", "weighted_norm_sum", "max_abs")}
-        eager = type(module).forward.__wrapped__  # the class's own loop, without the choice of a kernel
-        with torch.inference_mode():
-            for slot in range(index.shape[1]):
-                ones = torch.ones_like(weights[:, slot : slot + 1])
-                outputs = eager(module, hidden, index[:, slot : slot + 1], ones).double().numpy()
-                for token, e in enumerate(index[:, slot].tolist()):
-                    g, norm = float(weights[token, slot]), float(np.linalg.norm(outputs[token]))
-                    s["count"][e] += 1
-                    s["weight_sum"][e] += g
-                    s["norm_sum"][e] += norm
-                    s["weighted_norm_sum"][e] += g * norm
-                    s["max_abs"][e] = max(s["max_abs"][e], np.abs(outputs[token]).max())
+    calls = {module: (args, output) for module, args, output in seen}
+    for module, router in zip(modules, routers(model, structure), strict=True):
+        s = {
+            n: np.zeros(experts)
+            for n in ("count", "weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "max_abs")
+        }
+        slots = dense_slots if len(calls[module][0]) == 1 else weighted_slots
+        for e, weight, factor, output in slots(module, calls[module][0], calls[router][1]):
+            norm = float(np.linalg.norm(output))
+            s["count"][e] += 1
+            s["weight_sum"][e] += weight
+            s["norm_sum"][e] += norm
+            s["weighted_norm_sum"][e] += factor * norm
+            s["weighted_sq_sum"][e] += (factor * norm) ** 2
+            s["max_abs"][e] = max(s["max_abs"][e], np.abs(output).max())
         found.append(s)
     return found
+
+
+Slots = Iterator[
+    tuple[int, float, float, np.ndarray]
+]  # expert, routing weight, factor of the output in the sum, output
+
+
+def weighted_slots(module: torch.nn.Module, args: tuple[torch.Tensor, ...], routed: tuple[torch.Tensor, ...]) -> Slots:
+    """The class's own loop, without the choice of a kernel, one slot at a time with weight 1."""
+    hidden, index, weights = args
+    loop = getattr(type(module).forward, "__wrapped__", type(module).forward)
+    for slot in range(index.shape[1]):
+        with torch.inference_mode():
+            outputs = loop(module, hidden, index[:, slot : slot + 1], torch.ones_like(weights[:, slot : slot + 1]))
+        for token, e in enumerate(index[:, slot].tolist()):
+            g = float(weights[token, slot])
+            yield e, g, g, outputs[token].double().numpy()
+
+
+def dense_slots(module: torch.nn.Module, args: tuple[torch.Tensor, ...], routed: tuple[torch.Tensor, ...]) -> Slots:
+    """What all experts make of one token at a time, where its scores are not 0; they have weighed it before."""
+    scores, _ = routed
+    entered = args[0].view(scores.shape[1], len(scores), -1)  # [expert, token, hidden]
+    for token, row in enumerate(scores):
+        with torch.inference_mode():
+            outputs = module(entered[:, token])
+        for e in row.nonzero().flatten().tolist():
+            yield e, float(row[e]), 1.0, outputs[e].double().numpy()
 
 
 class MinusInfinity(TorchFunctionMode):
@@ -161,6 +190,9 @@ def test_family(family: str, written: Path, tmp_path: Path) -> None:
     chosen = plan(made, method="random", keep=topology.num_experts // 2, seed=1)
     out = prune(structure, chosen, written / family)
     assert verify(tmp_path / "model", out)["equal"]
+    assert not [name for name in structure.tensors if "vision" in name], "experts of another part of the model"
+    before, after = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "model", out))
+    assert after.get("vision_config") == before.get("vision_config")
     pruned = load_model(read_structure(out))
     tokens = torch.from_numpy(corpus.tokens)
     with torch.inference_mode():

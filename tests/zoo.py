@@ -10,8 +10,9 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from moecover.config_json import COUNT_KEYS
 from moecover.topology import auto_class
@@ -31,7 +32,9 @@ SMALL: dict[str, Any] = {
     "projection_intermediate_size": 32, "projector_hidden_size": 32, "downsample_hidden_size": 8, "d_model": 32,
     "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 32, "output_dim": 32,
     "max_source_positions": 64, "num_position_embeddings": 16, "mlp_dim": 32, "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2, "swa_head_dim": 8, "posemb_grid_size": 4,
+    "swa_num_key_value_heads": 2, "swa_head_dim": 8, "posemb_grid_size": 4, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "global_head_dim": 8,
+    "position_embedding_size": 16, "shared_experts_intermediate_size": 16,
 }  # fmt: skip
 MLPS = ["dense"] + ["sparse"] * (LAYERS - 1)
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
@@ -59,7 +62,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config": {"sam_config": SAM},
         "text_config": {"mlp_layer_types": MLPS, "num_experts_per_tok": TOP_K},
     },
-    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense"] * LAYERS}, "text_config": DOTS3},
+    "dots3_note": {"vision_config": {"pyramid_num_routed": [-1, 4, EXPERTS]}, "text_config": DOTS3},
     "dots3_note_text": DOTS3,
     "glm4v_moe": {"text_config": {"rope_parameters": ROTARY}},
     "glm5_next": {
@@ -73,6 +76,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {"mamba_n_heads": 4, "layer_types": ["mamba", "attention", "mamba"]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
+    "llama4": {
+        "vision_config": {**PICTURES, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        "text_config": {"moe_layers": [1, 2], "intermediate_size_mlp": 24},
+    },
+    "llama4_text": {"moe_layers": [1, 2], "intermediate_size_mlp": 24},
     "mistral_large4": {"vision_config": {"model_type": "pixtral", **PICTURES}},
     "muse_spark": {
         "audio_config": {"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [8], "depths": [1]},
@@ -104,12 +112,7 @@ UNPROVEN = {
     "inkling_mm_model": "rows of the router for shared experts",
     "inkling_text": "rows of the router for shared experts",
     "jetmoe": "experts of a kind of its own",
-    "llama4": "experts run densely, their weight is on the input",
-    "llama4_text": "experts run densely, their weight is on the input",
     "longcat_flash": "experts that do nothing behind the others",
-    "muse_spark": "its experts end in a norm of their own",
-    "step3p7": "one parameter of its experts comes from two tensors with all experts each",
-    "unlimited_ocr": "one tensor of its vision part fills several parameters",
     "zaya": "a class of the router that skips the experts",
 }  # fmt: skip
 
@@ -164,7 +167,9 @@ def make_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A model with uneven routing."""
     torch.manual_seed(seed)
     config = make_config(name)
-    model = auto_class(type(config)).from_config(config, dtype=torch.float32)
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # saved with all its parts, as on the hub
+    auto = AutoModelForImageTextToText if multimodal else auto_class(type(config))
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if not tensor.is_floating_point() or "inv_freq" in key:
