@@ -45,6 +45,8 @@ PROVEN_FAMILIES = {
     "kolibri1": "its own",
     "laguna": "sigmoid + bias for the choice, renormalised",
     "lfm2_moe": "sigmoid + bias for the choice, renormalised",
+    "llama4": "its own",
+    "llama4_text": "its own",
     "mellum": "softmax, renormalised",
     "mimo_v2_flash": "sigmoid + bias for the choice, best groups first, renormalised",
     "minimax": "softmax, renormalised",
@@ -54,6 +56,7 @@ PROVEN_FAMILIES = {
     "mistral4": "softmax, best groups first, renormalised",
     "mistral_large4": "softmax, best groups first, renormalised",
     "mixtral": "softmax, renormalised",
+    "muse_spark": "its own",
     "nemotron_h": "sigmoid + bias for the choice, best groups first, renormalised",
     "olmoe": "softmax",
     "phimoe": "its own",
@@ -67,6 +70,8 @@ PROVEN_FAMILIES = {
     "qwen4_exp": "softmax, renormalised",
     "qwen4_exp_text": "softmax, renormalised",
     "solar_open": "sigmoid + bias for the choice, best groups first, renormalised",
+    "step3p7": "sigmoid + bias for the choice, renormalised",
+    "unlimited_ocr": "softmax",
 }
 PROVEN_WITH = "5.23.0"  # the version of transformers that the tests ran with
 

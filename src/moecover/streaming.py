@@ -52,7 +52,7 @@ def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
         InputError: its weights are quantised.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from accelerate import init_empty_weights
 
     if structure.quantised:
@@ -63,9 +63,8 @@ def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
     else:
         kind = getattr(torch, dtype)
     auto = auto_class(type(config))
-    experts = {"experts_implementation": "grouped_mm"} if auto is AutoModelForCausalLM else {}
     with init_empty_weights(include_buffers=False):
-        model: torch.nn.Module = auto.from_config(config, dtype=kind, **experts)
+        model: torch.nn.Module = auto.from_config(config, dtype=kind)
     return model.eval()
 
 
