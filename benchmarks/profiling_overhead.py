@@ -21,8 +21,8 @@ import torch
 from benchmarks.shapes import VOCABULARY, make_model
 from moecover.corpus import make_corpus
 from moecover.model import load_model
-from moecover.profiling import profile_corpus
-from moecover.recording import recording
+from moecover.profiling import profile
+from moecover.recording import Sums, recording
 from moecover.topology import read_structure
 
 
@@ -49,12 +49,13 @@ def main() -> None:
                 for _ in range(args.batches):
                     model(tokens, use_cache=False)
                 middle = time.perf_counter()
-                with recording(model, structure) as recorder:
-                    for _ in range(args.batches):
+                sums = Sums(structure.topology, torch.device("cpu"), args.batches)
+                with recording(model, structure) as taps:
+                    for batch in range(args.batches):
                         model(tokens, use_cache=False)
-                        recorder.end_batch()
+                        sums.add(taps, 0, batch)
                 end = time.perf_counter()
-                profile_corpus(model, structure, corpus, batch_size=4)
+                profile(structure, [corpus], model=model, batch_size=4)
                 last = time.perf_counter()
                 if repeat >= 3:
                     seconds.append((middle - start, end - middle, last - end))

@@ -483,7 +483,7 @@ def test_out_of_memory_is_one_line(
             "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried ..."
         )
 
-    monkeypatch.setattr(profiling, "profile_corpus", full)
+    monkeypatch.setattr(profiling, "in_memory", full)
     status, _, err = run(capsys, "profile", checkpoints("mixtral"), "--corpus", f"r={rows}", "-o", tmp_path / "p")
     assert (status, "not enough memory. Give a smaller --batch-size" in err) == (1, True)
 

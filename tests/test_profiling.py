@@ -19,7 +19,7 @@ from moecover.model import batches, load_model, routers
 from moecover.planning import plan
 from moecover.profiles import STATISTICS, Profile
 from moecover.profiling import profile
-from moecover.recording import recording, scoring_function
+from moecover.recording import SCORING, recording, scoring_function
 from moecover.topology import Structure, read_structure
 from tests.conftest import random_corpus, write_rows
 
@@ -285,8 +285,8 @@ def test_scoring_function_is_recognised(name: str, normalise: bool) -> None:
     weights, index = scores.topk(4)
     if normalise:
         weights = weights / weights.sum(-1, keepdim=True) * 2.5
-    function = scoring_function(logits, weights, index)
-    torch.testing.assert_close(function(logits), scores)
+    assert scoring_function(logits, weights, index) == name
+    torch.testing.assert_close(SCORING[name](logits), scores)
 
 
 def test_routers_are_found_and_a_family_that_does_not_fit_is_refused(structure: Structure) -> None:

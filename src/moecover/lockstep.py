@@ -26,7 +26,7 @@ _local = threading.local()
 
 def lockstep(
     calls: Sequence[Callable[[], Any]], stops: Sequence[torch.nn.Module], *, results: list[Any] | None = None,
-    after: Callable[[int, int], None] | None = None,
+    before: Callable[[int, int], None] | None = None, after: Callable[[int, int], None] | None = None,
 ) -> Generator[list[Any]]:  # fmt: skip
     """At every stop in turn, the first argument of that module's call, one a call.
 
@@ -36,6 +36,7 @@ def lockstep(
         calls: forward passes, each of which runs every stop once, in this order.
         stops: modules of the model.
         results: takes what the calls give, in their order; without it the passes end at the last stop.
+        before: called with stop and call when a call goes on into a stop's module.
         after: called with stop and call when a stop's module is done with a call.
 
     Raises:
@@ -50,7 +51,7 @@ def lockstep(
     errors: list[BaseException] = []
     cancelled = False
 
-    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         index = getattr(_local, "index", None)
         if index is None:  # a call of the caller's own
             return
@@ -59,11 +60,13 @@ def lockstep(
         turns[index].acquire()
         if cancelled:
             raise _Cancelled
+        arrived[index] = None
+        if before is not None:
+            before(number, index)
 
     def passed(number: int, module: Any, args: Any, output: Any) -> None:
         index = getattr(_local, "index", None)
         if index is not None and after is not None:
-            arrived[index] = None
             after(number, index)
 
     def run(index: int) -> None:
@@ -91,7 +94,7 @@ def lockstep(
                 raise errors[0]
 
     threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
-    hooks = [module.register_forward_pre_hook(stop, with_kwargs=True) for module in stops]
+    hooks = [m.register_forward_pre_hook(functools.partial(stop, n), with_kwargs=True) for n, m in enumerate(stops)]
     if after is not None:
         hooks += [m.register_forward_hook(functools.partial(passed, n)) for n, m in enumerate(stops)]
     try:
@@ -99,7 +102,7 @@ def lockstep(
             thread.start()
         for _ in stops:
             go()
-            yield arrived
+            yield list(arrived)
         if results is not None:
             go()
             results += given

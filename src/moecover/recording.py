@@ -17,43 +17,57 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moecover.errors import InputError, MoecoverError
 from moecover.model import routers
-from moecover.profiles import SUMS, Statistics
+from moecover.profiles import PARTS, STATISTICS, SUMS, Statistics
 from moecover.topology import Structure, Topology
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 
-class Recorder:
-    """Accumulates the statistics of all MoE layers over batches; see `recording`.
+class Sums:
+    """Statistics of one corpus, added up over batches, all MoE layers of a batch at once or one after the other.
 
     During the pass each layer leaves little behind: one norm, one peak and one weight per (token, slot) pair, and its
-    logits. `end_batch` adds them up for all layers at once, expert ids counted on from layer to layer.
+    logits. `add` adds them up for the layers that it is given, expert ids counted on from layer to layer.
+
+    Args:
+        topology: of the model.
+        device: where the sums lie.
+        batches: of the corpus; the sums as they stand after each of `PARTS` equal shares but the last are kept, as far
+            as these are whole numbers of batches.
     """
 
-    def __init__(self, topology: Topology, device: torch.device) -> None:
+    def __init__(self, topology: Topology, device: torch.device, batches: int) -> None:
         import torch
 
-        self.topology, self.device = topology, device
+        self.topology, self._device = topology, device
         slots = len(topology.decoder_layers) * topology.num_experts
-        self.sums = torch.zeros(len(SUMS) - 1, slots, dtype=torch.float64, device=device)  # SUMS without prob_sum
-        self.prob_sum = torch.zeros(slots, dtype=torch.float64, device=device)
-        self.count = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.max_abs = torch.zeros(slots, dtype=torch.float32, device=device)
-        self.num_tokens = 0
-        buffers: dict[int, torch.Tensor] = {}  # by width; shared, so that it stays in the cache
-        self.taps = [Tap(layer, buffers) for layer in topology.decoder_layers]
-        self.probability: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._sums = torch.zeros(len(SUMS) - 1, slots, dtype=torch.float64, device=device)  # SUMS without prob_sum
+        self._prob_sum = torch.zeros(slots, dtype=torch.float64, device=device)
+        self._count = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._max_abs = torch.zeros(slots, dtype=torch.float32, device=device)
+        self._num_tokens = np.zeros(len(topology.decoder_layers), dtype=np.int64)
+        self._scoring: str | None = None
+        self._ends = sorted({round(batches * part / PARTS) for part in range(1, PARTS)} - {0, batches})
+        kinds = self.statistics()
+        self.parts: Statistics = {n: np.zeros((len(self._ends), *v.shape), v.dtype) for n, v in kinds.items()}
 
-    def end_batch(self, token_mask: torch.Tensor | None = None) -> None:
-        """Add what the layers left behind; ``token_mask`` is bool ``[token]``, None where every token counts.
+    def add(self, taps: Sequence[Tap], first: int, batch: int, token_mask: torch.Tensor | None = None) -> None:
+        """Add what layers left behind in a batch, and have them forget it.
+
+        Args:
+            taps: of consecutive MoE layers.
+            first: the first of these layers.
+            batch: number of the batch, from 0 on.
+            token_mask: bool ``[token]``, None where every token counts.
 
         Raises:
             InputError: a router's weights are not finite.
@@ -61,29 +75,32 @@ class Recorder:
         """
         import torch
 
-        if not all(len(tap.left) == 1 and tap.logits is not None for tap in self.taps):
+        if batch in self._ends:
+            at, rows = self._ends.index(batch), slice(first, first + len(taps))
+            for name, values in self.statistics().items():
+                self.parts[name][at, rows] = values[rows]
+        if not all(len(tap.left) == 1 and tap.logits is not None for tap in taps):
             raise MoecoverError(
                 "the pass did not run every MoE layer once through the kernel that is recorded: please report this"
             )
-        experts, order, norms, peaks = (
-            torch.stack(part) for part in zip(*(tap.left[0] for tap in self.taps), strict=True)
-        )
-        weights = torch.stack([tap.weights for tap in self.taps]).double()  # [layer, token, slot]
-        logits = torch.stack([tap.logits for tap in self.taps if tap.logits is not None])  # [layer, token, expert]
+        experts, order, norms, peaks = (torch.stack(part) for part in zip(*(tap.left[0] for tap in taps), strict=True))
+        weights = torch.stack([tap.weights for tap in taps]).double()  # [layer, token, slot]
+        logits = torch.stack([tap.logits for tap in taps if tap.logits is not None])  # [layer, token, expert]
         total = weights.sum(-1, keepdim=True)
         if not bool(torch.isfinite(total).all()):
-            bad = self.taps[int((~torch.isfinite(total)).flatten(1).any(1).nonzero()[0])].decoder_layer
+            bad = taps[int((~torch.isfinite(total)).flatten(1).any(1).nonzero()[0])].decoder_layer
             raise InputError(f"decoder layer {bad}: the router's weights are not finite. Its tensors hold NaN or infinity, or the dtype overflows (try --dtype float32)")  # fmt: skip
-        if self.probability is None:
-            first = self.taps[0]
-            self.probability = scoring_function(logits[0, :64], weights[0, :64], first.index[:64])
-        probabilities = self.probability(logits)
+        if self._scoring is None:
+            self._scoring = scoring_function(logits[0, :64], weights[0, :64], taps[0].index[:64])
+        # Layer by layer: the last bit of a vectorised function depends on where in the tensor an element lies.
+        probabilities = torch.stack([SCORING[self._scoring](one) for one in logits])
         if token_mask is not None:
             probabilities = probabilities[:, token_mask]
-        self.prob_sum += probabilities.sum(1, dtype=self.prob_sum.dtype).flatten()
+        experts_here = slice(first * self.topology.num_experts, (first + len(taps)) * self.topology.num_experts)
+        self._prob_sum[experts_here] += probabilities.sum(1, dtype=self._prob_sum.dtype).flatten()
 
-        offsets = torch.arange(len(self.taps), device=self.device)[:, None] * self.topology.num_experts
-        factors = torch.ones_like(weights) if self.taps[0].weighs_inputs else weights  # of the outputs, in their sum
+        offsets = (first + torch.arange(len(taps), device=self._device)[:, None]) * self.topology.num_experts
+        factors = torch.ones_like(weights) if taps[0].weighs_inputs else weights  # of the outputs, in their sum
         total = factors.sum(-1, keepdim=True)
         renormalised = (factors / (total + (total == 0))).flatten(1).gather(1, order)
         used, norms = weights.flatten(1).gather(1, order), norms.double()
@@ -94,20 +111,41 @@ class Recorder:
             keep = token_mask[order // weights.shape[-1]]
             slots, used, factor, renormalised, norms, peaks = (c[keep] for c in columns)
         weighted = factor * norms
-        self.sums.index_add_(1, slots, torch.stack([used, norms, weighted, weighted.square(), renormalised * norms]))
-        self.count += torch.bincount(slots, minlength=len(self.count))
-        self.max_abs.scatter_reduce_(0, slots, peaks, "amax")
-        self.num_tokens += weights.shape[1] if token_mask is None else int(token_mask.sum())
-        for tap in self.taps:
+        self._sums.index_add_(1, slots, torch.stack([used, norms, weighted, weighted.square(), renormalised * norms]))
+        self._count += torch.bincount(slots, minlength=len(self._count))
+        self._max_abs.scatter_reduce_(0, slots, peaks, "amax")
+        tokens = weights.shape[1] if token_mask is None else int(token_mask.sum())
+        self._num_tokens[first : first + len(taps)] += tokens
+        for tap in taps:
             tap.clear()
 
     def statistics(self) -> Statistics:
         """What was added up so far, each ``[layer, expert]``; a copy."""
-        shape = (len(self.taps), self.topology.num_experts)
-        rows = dict(zip([name for name in SUMS if name != "prob_sum"], self.sums, strict=True))
-        tensors = {"count": self.count, **rows, "prob_sum": self.prob_sum, "max_abs": self.max_abs.double()}
+        shape = (len(self.topology.decoder_layers), self.topology.num_experts)
+        rows = dict(zip([name for name in SUMS if name != "prob_sum"], self._sums, strict=True))
+        tensors = {"count": self._count, **rows, "prob_sum": self._prob_sum, "max_abs": self._max_abs.double()}
         values = {name: tensor.cpu().numpy().reshape(shape).copy() for name, tensor in tensors.items()}
-        return {**values, "num_tokens": np.full(shape, self.num_tokens, dtype=np.int64)}
+        tokens = np.broadcast_to(self._num_tokens[:, None], shape).copy()
+        return {name: {**values, "num_tokens": tokens}[name] for name in STATISTICS}
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything that was added up, by name, for a job that goes on later."""
+        kept = {"scoring": np.array(SCORING_NAMES.index(self._scoring) if self._scoring else -1)}
+        kept |= {f"parts.{name}": values for name, values in self.parts.items()}
+        return kept | self.statistics()
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Go on from what `state` gave."""
+        import torch
+
+        def flat(name: str) -> torch.Tensor:
+            return torch.from_numpy(state[name].reshape(-1).copy()).to(self._device)
+
+        self._sums = torch.stack([flat(name) for name in SUMS if name != "prob_sum"])
+        self._prob_sum, self._count, self._max_abs = flat("prob_sum"), flat("count"), flat("max_abs").float()
+        self._num_tokens = state["num_tokens"][:, 0].copy()
+        self._scoring = SCORING_NAMES[number] if (number := int(state["scoring"])) >= 0 else None
+        self.parts = {name: state[f"parts.{name}"].copy() for name in self.parts}
 
 
 class Tap:
@@ -186,10 +224,24 @@ def norms_and_peaks(outputs: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.
     return norms, peaks
 
 
-def scoring_function(
-    logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function from logits to probabilities that a router applies, recognised from one output.
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.softmax(logits, -1, dtype=torch.float32)
+
+
+def _sigmoid(logits: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.sigmoid(logits.float())
+
+
+SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"softmax": _softmax, "sigmoid": _sigmoid}
+SCORING_NAMES = list(SCORING)
+
+
+def scoring_function(logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> str:
+    """The function from logits to probabilities that a router applies, recognised from one output; a name in `SCORING`.
 
     The weights of a token's slots are proportional to the probabilities of the selected experts, whatever the router
     normalises or scales afterwards. Softmax is taken where nothing fits (a router that multiplies by something else).
@@ -201,21 +253,15 @@ def scoring_function(
     """
     import torch
 
-    def softmax(x: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(x, -1, dtype=torch.float32)
-
-    def sigmoid(x: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(x.float())
-
     def shares(values: torch.Tensor) -> torch.Tensor:
         # One slot has no proportions: there the weight itself is compared.
         return values if values.shape[-1] == 1 else values / values.sum(-1, keepdim=True)
 
-    for function in (softmax, sigmoid):
+    for name, function in SCORING.items():
         selected = function(logits).gather(-1, index)
         if torch.allclose(shares(selected), shares(weights.float()), rtol=0.02, atol=1e-3):
-            return function
-    return softmax
+            return name
+    return "softmax"
 
 
 @contextlib.contextmanager
@@ -299,20 +345,21 @@ def _way(experts: Any) -> Callable[[Tap, Any, Any], contextlib.AbstractContextMa
 
 
 @contextlib.contextmanager
-def recording(model: torch.nn.Module, structure: Structure) -> Iterator[Recorder]:
-    """Record statistics of every MoE layer while the block runs forward passes; leaves the model as it was.
+def recording(model: torch.nn.Module, structure: Structure) -> Iterator[list[Tap]]:
+    """A tap on every MoE layer while the block runs forward passes; leaves the model as it was.
 
-    Call `Recorder.end_batch` after every pass.
+    Have `Sums.add` take what the taps hold after every pass of a layer.
 
     Raises:
         InputError: the experts of this family cannot be observed.
     """
     topology = structure.topology
-    recorder = Recorder(topology, next(model.parameters()).device)
+    buffers: dict[int, torch.Tensor] = {}  # by width; shared, so that it stays in the cache
+    taps = [Tap(layer, buffers) for layer in topology.decoder_layers]
     with contextlib.ExitStack() as stack:
-        for name, router, tap in zip(structure.experts_modules, routers(model, structure), recorder.taps, strict=True):
+        for name, router, tap in zip(structure.experts_modules, routers(model, structure), taps, strict=True):
             experts: Any = model.get_submodule(name)
             if (observed := _way(experts)) is None:
                 raise InputError(f"the experts of {topology.family} (decoder layer {tap.decoder_layer}) do not run through the library's grouped kernel (experts implementation {_implementation(experts)}): load the model with `load_model`; where that changes nothing, the family is not supported yet")  # fmt: skip
             stack.enter_context(observed(tap, experts, router))
-        yield recorder
+        yield taps

@@ -30,11 +30,13 @@ class Streamed:
         model: the model; everything outside its decoder layers is in memory.
         layers: names of the decoder layers, in order.
         weights: fills and empties them.
+        device: where they run.
     """
 
     model: torch.nn.Module
     layers: tuple[str, ...]
     weights: Weights
+    device: torch.device
 
 
 def layer_names(model: torch.nn.Module, structure: Structure) -> tuple[str, ...]:
@@ -52,8 +54,8 @@ def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
         InputError: its weights are quantised.
     """
     import torch
-    from transformers import AutoConfig
     from accelerate import init_empty_weights
+    from transformers import AutoConfig
 
     if structure.quantised:
         raise InputError(f"{structure.checkpoint.name} is quantised ({structure.quantised}), which does not run layer by layer. Use the original that it was made from")  # fmt: skip
@@ -80,6 +82,8 @@ def streamed(structure: Structure, *, dtype: str = "auto", device: str = "auto")
     Raises:
         InputError: unknown dtype or device, or tensors that are missing in the files.
     """
+    import torch
+
     device = check_device(dtype, device)
     model = skeleton(structure, dtype=dtype)
     layers = layer_names(model, structure)
@@ -95,34 +99,35 @@ def streamed(structure: Structure, *, dtype: str = "auto", device: str = "auto")
         missing = sorted(k for k, v in model.state_dict().items() if v.is_meta and not k.startswith(inside))
         if missing:
             raise InputError(f"{structure.checkpoint.name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again")  # fmt: skip
-        yield Streamed(model, layers, weights)
+        yield Streamed(model, layers, weights, torch.device(device))
 
 
 def run(
-    stream: Streamed, calls: Sequence[Callable[[], Any]], *, after: Callable[[int, int], None] = lambda layer, call: None,
-    advance: Callable[[int], None] = lambda layers: None,
-) -> list[Any]:  # fmt: skip
+    stream: Streamed,
+    calls: Sequence[Callable[[], Any]],
+    *,
+    before: Callable[[int, int], None] | None = None,
+    after: Callable[[int, int], None] | None = None,
+) -> list[Any]:
     """Run passes side by side, one read of the weights for all of them.
 
     Args:
         stream: the model.
         calls: each runs the model once (or a part that begins with its decoder layers) and gives a result.
-        after: called when a decoder layer is done with a call.
-        advance: called with 1 when a layer is done with all of them.
+        before: called with layer and call when a call is about to enter a decoder layer.
+        after: called with layer and call when a decoder layer is done with a call.
 
     Returns:
         The results.
     """
     stops = [stream.model.get_submodule(name) for name in stream.layers]
     results: list[Any] = []
-    with contextlib.closing(lockstep(calls, stops, results=results, after=after)) as steps:
+    with contextlib.closing(lockstep(calls, stops, results=results, before=before, after=after)) as steps:
         for number, _ in enumerate(steps):
             if number:
                 stream.weights.free(f"{stream.layers[number - 1]}.")
-                advance(1)
             stream.weights.load(f"{stream.layers[number]}.")
             if number + 1 < len(stops):
                 stream.weights.will_need(f"{stream.layers[number + 1]}.")
     stream.weights.free(f"{stream.layers[-1]}.")
-    advance(1)
     return results
