@@ -34,10 +34,11 @@ def _parts(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 def expert_count_keys(config: dict[str, Any]) -> dict[tuple[str, ...], int]:
-    """Paths of the keys of a raw config that count routed experts, with their values (above one)."""
+    """Paths of the keys of a raw config that count the decoder's routed experts, with their values (above one)."""
     return {
         (*path, key): value
         for path, part in _parts(config)
+        if not {"vision_config", "audio_config"}.intersection(path)
         for key in COUNT_KEYS
         if isinstance(value := part.get(key), int) and not isinstance(value, bool) and value > 1
     }

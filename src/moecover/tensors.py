@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 FLOAT_TYPES = {"F16", "BF16", "F32", "F64"}
+OTHER_PARTS = re.compile(r"(?:^|\.)\w*(?:vision|visual|audio)\w*\.")
 MTP = re.compile(r"(?:.*?\.)?(?:mtp|nextn)\w*(?=\.)")
 
 
@@ -108,7 +109,7 @@ def classify(
                 raise _wrong_shape(checkpoint, entry, expected)
             row = ExpertTensor(layer_of[layer_number(target)], int(one[1]) if one else None, axis, routed)
         elif key in outside and key not in mtp:
-            row = _of_module(checkpoint, entry, target, owners, layer_of, experts)
+            row = _of_module(checkpoint, entry, target, owners, modules, experts)
         if row is None:
             continue
         if row.expert is not None and row.expert >= experts:
@@ -126,14 +127,17 @@ def classify(
 
 
 def _of_module(
-    checkpoint: Checkpoint, entry: TensorEntry, target: str, owners: set[str], layer_of: dict[int, int], experts: int
+    checkpoint: Checkpoint, entry: TensorEntry, target: str, owners: set[str], modules: tuple[str, ...], experts: int
 ) -> ExpertTensor | None:
     """The row of a tensor that fills no parameter but belongs to a layer's experts; None when it does not."""
     if ".experts." not in target:
         if target.rpartition(".")[0] in owners and math.prod(entry.shape) > 1:
             raise InputError(f"{checkpoint.name}: tensor {entry.name} belongs to the router in a way that is not known (a quantised router?): its experts cannot be cut apart. Use a checkpoint whose router is not quantised")  # fmt: skip
         return None
-    layer = layer_of.get(layer_number(target))
+    if OTHER_PARTS.search(target):
+        return None  # its experts are none of the decoder's
+    module = f".{target.partition('.experts.')[0]}.experts"
+    layer = next((i for i, name in enumerate(modules) if module.endswith(f".{name}") or name.endswith(module)), None)
     if layer is None:
         raise InputError(f"{checkpoint.name}: tensor {entry.name} belongs to experts that the model class does not have: not supported")  # fmt: skip
     if match := re.search(r"\.experts\.(\d+)\.", entry.name):
