@@ -78,8 +78,10 @@ def piece(entry: TensorEntry, tensor: ExpertTensor | None, kept: list[int]) -> P
         if tensor.expert not in kept:
             return None
         return Piece(_renamed(entry.name, kept.index(tensor.expert)), entry.dtype, entry.shape, whole)
-    shape = (*entry.shape[: tensor.axis], len(kept), *entry.shape[tensor.axis + 1 :])
-    return Piece(entry.name, entry.dtype, shape, _slices(entry, tensor.axis, kept))
+    places = entry.shape[tensor.axis]
+    remaining = [*kept, *range(places - tensor.tail, places)]
+    shape = (*entry.shape[: tensor.axis], len(remaining), *entry.shape[tensor.axis + 1 :])
+    return Piece(entry.name, entry.dtype, shape, _slices(entry, tensor.axis, remaining))
 
 
 def pieces_by_shard(structure: Structure, plan: Plan, *, mtp: str = "drop") -> dict[str, list[Piece]]:

@@ -48,7 +48,8 @@ def masked_layer(
             table = owner._parameters if leaf in owner._parameters else owner._buffers
             whole = table[leaf]
             assert whole is not None
-            cut: Any = whole.detach().index_select(axis, ids)
+            tail = torch.arange(structure.topology.num_experts, whole.shape[axis], device=ids.device)
+            cut: Any = whole.detach().index_select(axis, torch.cat([ids, tail]))
             table[leaf] = torch.nn.Parameter(cut, requires_grad=False) if table is owner._parameters else cut
             undo.append(lambda table=table, leaf=leaf, whole=whole: table.__setitem__(leaf, whole))  # type: ignore[misc]
         for owner in owners.values():

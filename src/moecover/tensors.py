@@ -34,12 +34,14 @@ class ExpertTensor:
         expert: the one expert whose tensor this is; None when the tensor holds all experts along ``axis``.
         axis: axis of the experts; None for the tensor of one expert.
         routed: part of an expert's own weights (else: of the router).
+        tail: how many places of the axis behind the experts belong to none (a router's rows for shared experts).
     """
 
     layer: int
     expert: int | None
     axis: int | None
     routed: bool
+    tail: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def classify(
             part = axis is not None and shared[target] > 1 and entry.shape[axis] == experts
             if axis is not None and entry.shape != expected and not part:
                 raise _wrong_shape(checkpoint, entry, expected)
-            row = ExpertTensor(layer_of[layer_number(target)], int(one[1]) if one else None, axis, routed)
+            tail = 0 if axis is None else expected[axis] - experts
+            row = ExpertTensor(layer_of[layer_number(target)], int(one[1]) if one else None, axis, routed, tail)
         elif key in outside and key not in mtp:
             row = _of_module(checkpoint, entry, target, owners, modules, experts)
         if row is None:

@@ -105,7 +105,12 @@ class Structure:
     @functools.cached_property
     def expert_total_bytes(self) -> int:
         """Bytes of everything that depends on the experts: a multiple of their number."""
-        return sum(self.checkpoint.tensors[name].num_bytes for name in self.tensors)
+        total = 0
+        for name, row in self.tensors.items():
+            entry = self.checkpoint.tensors[name]
+            places = 1 if row.axis is None else entry.shape[row.axis]
+            total += entry.num_bytes // places * (places - row.tail)
+        return total
 
     def num_bytes(self, keep: int, *, mtp: str = "drop") -> int:
         """Bytes of all tensors when ``keep`` experts per layer remain; multi-token-prediction layers as in `prune`."""
@@ -170,15 +175,19 @@ def _build_on_meta(config: dict[str, Any], name: str) -> torch.nn.Module:
         raise InputError(f"{name}: transformers cannot build {family!r} from config.json: {reason}") from error
 
 
-def _expert_axes(one: torch.nn.Module, two: torch.nn.Module, experts: int, name: str) -> dict[str, int]:
-    """Parameters and buffers whose shape follows the expert count, with the axis that does."""
+def _expert_axes(one: torch.nn.Module, two: torch.nn.Module, experts: int, name: str, *, tail: bool) -> dict[str, int]:
+    """Parameters and buffers whose shape follows the expert count, with the axis that does.
+
+    With ``tail`` an axis may go on behind the experts. That these come first no shape tells: only for proven families.
+    """
     wide = dict(two.state_dict())
     axes = {}
     for key, tensor in one.state_dict().items():
         changed = [i for i, (a, b) in enumerate(zip(tensor.shape, wide[key].shape, strict=True)) if a != b]
         if not changed:
             continue
-        if len(changed) > 1 or tensor.shape[changed[0]] != experts:
+        places, more = tensor.shape[changed[0]], wide[key].shape[changed[0]] - tensor.shape[changed[0]]
+        if len(changed) > 1 or more != experts or places < experts or (places > experts and not tail):
             raise InputError(f"{name}: {key} of shape {list(tensor.shape)} depends on the expert count in a way that is not supported")  # fmt: skip
         axes[key] = changed[0]
     return axes
@@ -205,7 +214,8 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
     if len(set(counts.values())) > 1:
         raise InputError(f"{name}: config.json counts experts in more than one way: { {'.'.join(k): v for k, v in counts.items()} }")  # fmt: skip
     experts = next(iter(counts.values()))
-    axes = _expert_axes(one, _build_on_meta(with_expert_count(config, tuple(counts), 2 * experts), name), experts, name)
+    two = _build_on_meta(with_expert_count(config, tuple(counts), 2 * experts), name)
+    axes = _expert_axes(one, two, experts, name, tail=config["model_type"] in PROVEN_FAMILIES)
     if not axes:
         raise _no_experts(name, config)
     modules = _experts_modules(one, axes)
