@@ -190,6 +190,7 @@ def test_family(family: str, written: Path, tmp_path: Path) -> None:
     chosen = plan(made, method="random", keep=topology.num_experts // 2, seed=1)
     out = prune(structure, chosen, written / family)
     assert verify(tmp_path / "model", out)["equal"]
+    assert read_structure(out).checkpoint.num_bytes == structure.num_bytes(chosen.keep)
     assert not [name for name in structure.tensors if "vision" in name], "experts of another part of the model"
     before, after = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "model", out))
     assert after.get("vision_config") == before.get("vision_config")

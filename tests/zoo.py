@@ -75,6 +75,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "granitemoehybrid": {"mamba_n_heads": 4, "layer_types": ["mamba", "attention", "mamba"]},
+    "inkling_mm_model": {"vision_config": {"patch_size": 2, "n_layers": 2}},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
     "llama4": {
         "vision_config": {**PICTURES, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
@@ -109,8 +110,6 @@ UNPROVEN = {
     "diffusion_gemma": "two groups of experts in a layer",
     "doge": "experts are rows of an embedding",
     "ernie4_5_vl_moe": "experts of two widths",
-    "inkling_mm_model": "rows of the router for shared experts",
-    "inkling_text": "rows of the router for shared experts",
     "jetmoe": "experts of a kind of its own",
     "longcat_flash": "experts that do nothing behind the others",
     "zaya": "a class of the router that skips the experts",
