@@ -40,6 +40,8 @@ PROVEN_FAMILIES = {
     "hy_v4": "sigmoid + bias for the choice, best groups first, renormalised",
     "inkling2": "sigmoid + bias for the choice, renormalised",
     "inkling2_text": "sigmoid + bias for the choice, renormalised",
+    "inkling_mm_model": "its own",
+    "inkling_text": "its own",
     "jamba": "softmax",
     "kimi_linear": "sigmoid + bias for the choice, renormalised",
     "kolibri1": "its own",
