@@ -50,14 +50,6 @@ DOTS3 = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "aria": {"vision_config": {"model_type": "idefics3_vision", **PICTURES}, "projector_patch_to_query_dict": {4: 4}},
     "beam": {"mlp_layer_types": MLPS},
-    "dbrx": {
-        "ffn_config": {"moe_num_experts": EXPERTS, "moe_top_k": TOP_K, "ffn_hidden_size": 16, "hidden_size": 32},
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "d_model": 32,
-        "n_heads": 4,
-        "n_layers": LAYERS,
-        "max_seq_len": 64,
-    },
     "deepseek_ocr2": {
         "vision_config": {"sam_config": SAM},
         "text_config": {"mlp_layer_types": MLPS, "num_experts_per_tok": TOP_K},
@@ -93,7 +85,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "text_config": {"mlp_layer_types": MLPS, "share_expert_dim": 16},
     },
     "unlimited_ocr": {"vision_config": {"sam_config": SAM}},
-    "zaya": {"num_experts_per_tok": 1},
     "gemma4": {"text_config": {"enable_moe_block": True, "num_experts": EXPERTS}},
     "gemma4_text": {"enable_moe_block": True, "num_experts": EXPERTS},
     "bailing_hybrid": {"num_experts": EXPERTS, "num_experts_per_token": TOP_K, "num_expert_group": 2, "topk_group": 1},
@@ -102,18 +93,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mellum": {"num_experts": EXPERTS},
     "qwen3_moe": {"num_experts": EXPERTS},
 }
-
-
-UNPROVEN = {
-    "dbrx": "its experts lie one under the other in one matrix and the choice is made outside its router",
-    "deepseek_v4": "its first layers route by a hash of the token",
-    "diffusion_gemma": "two groups of experts in a layer",
-    "doge": "experts are rows of an embedding",
-    "ernie4_5_vl_moe": "experts of two widths",
-    "jetmoe": "experts of a kind of its own",
-    "longcat_flash": "experts that do nothing behind the others",
-    "zaya": "a class of the router that skips the experts",
-}  # fmt: skip
 
 
 def types() -> list[str]:
