@@ -34,7 +34,8 @@ SMALL: dict[str, Any] = {
     "max_source_positions": 64, "num_position_embeddings": 16, "mlp_dim": 32, "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2, "swa_head_dim": 8, "posemb_grid_size": 4, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "global_head_dim": 8,
-    "position_embedding_size": 16, "shared_experts_intermediate_size": 16,
+    "position_embedding_size": 16, "shared_experts_intermediate_size": 16, "ssm_state_size": 8, "mamba_num_heads": 8,
+    "mamba_head_dim": 8, "chunk_size": 16,
 }  # fmt: skip
 MLPS = ["dense"] + ["sparse"] * (LAYERS - 1)
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
