@@ -204,7 +204,9 @@ def profile(
         "batch_size": batch_size,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
-        "experts": "grouped_mm",
+        "experts": "grouped_mm"
+        if hasattr(live.get_submodule(structure.experts_modules[0]), "has_post_expert_norm")
+        else "their own",
         "versions": {
             "moecover": __version__,
             "torch": torch.__version__,
