@@ -110,7 +110,7 @@ def layer_by_layer(
                 advance(whole)
                 done -= whole * len(numbers)
 
-        run(stream, [functools.partial(backbone, **batch.inputs, use_cache=False) for batch in passes], before=before, after=after)  # fmt: skip
+        run(stream, [functools.partial(backbone, **batch.inputs, use_cache=False) for batch in passes], head=False, before=before, after=after)  # fmt: skip
 
 
 def checked(sums: Sums, corpus: Corpus, structure: Structure) -> Statistics:

@@ -24,17 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A model on ``meta`` whose decoder layers are filled when their turn comes.
+    """A model on ``meta`` whose parts are filled when their turn comes.
 
     Attributes:
-        model: the model; everything outside its decoder layers is in memory.
+        model: the model; what lies outside the parts below is in memory.
         layers: names of the decoder layers, in order.
+        ends: names of the token embedding, which is there until all passes have entered the first layer, and of the
+            head, which is there from the last layer on; None where they are one and stay in memory.
         weights: fills and empties them.
         device: where they run.
     """
 
     model: torch.nn.Module
     layers: tuple[str, ...]
+    ends: tuple[str, str] | None
     weights: Weights
     device: torch.device
 
@@ -86,26 +89,33 @@ def streamed(structure: Structure, *, dtype: str = "auto", device: str = "auto")
 
     device = check_device(dtype, device)
     model = skeleton(structure, dtype=dtype)
-    layers = layer_names(model, structure)
-    weights = Weights(structure, model, layers, device)
+    layers, ends = layer_names(model, structure), _ends(model)
+    weights = Weights(structure, model, (*layers, *(ends or ())), device)
     with contextlib.closing(weights):
-        weights.load("")
-        for buffer_owner in model.modules():  # buffers that are no weights
-            for name, buffer in buffer_owner._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    buffer_owner._buffers[name] = buffer.to(device)
-        model.tie_weights()  # type: ignore[operator]
-        inside = tuple(f"{layer}." for layer in layers)
-        missing = sorted(k for k, v in model.state_dict().items() if v.is_meta and not k.startswith(inside))
-        if missing:
+        if missing := weights.missing():
             raise InputError(f"{structure.checkpoint.name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again")  # fmt: skip
-        yield Streamed(model, layers, weights, torch.device(device))
+        weights.load("")
+        for owner in model.modules():  # buffers that are no weights
+            owner._buffers = {k: v if v is None or v.is_meta else v.to(device) for k, v in owner._buffers.items()}
+        if ends is None:
+            empty = {name for name, value in model.state_dict().items() if value.is_meta}
+            model.tie_weights(missing_keys=empty, recompute_mapping=False)  # type: ignore[operator]
+        yield Streamed(model, layers, ends, weights, torch.device(device))
+
+
+def _ends(model: Any) -> tuple[str, str] | None:
+    """Names of the token embedding and of the head; None where they are one."""
+    if getattr(model, "all_tied_weights_keys", None):
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    return names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
 
 
 def run(
     stream: Streamed,
     calls: Sequence[Callable[[], Any]],
     *,
+    head: bool = True,
     before: Callable[[int, int], None] | None = None,
     after: Callable[[int, int], None] | None = None,
 ) -> list[Any]:
@@ -114,20 +124,29 @@ def run(
     Args:
         stream: the model.
         calls: each runs the model once (or a part that begins with its decoder layers) and gives a result.
+        head: whether the calls run the language-model head.
         before: called with layer and call when a call is about to enter a decoder layer.
         after: called with layer and call when a decoder layer is done with a call.
 
     Returns:
         The results.
     """
-    stops = [stream.model.get_submodule(name) for name in stream.layers]
+    stops, weights = [stream.model.get_submodule(name) for name in stream.layers], stream.weights
     results: list[Any] = []
-    with contextlib.closing(lockstep(calls, stops, results=results, before=before, after=after)) as steps:
-        for number, _ in enumerate(steps):
-            if number:
-                stream.weights.free(f"{stream.layers[number - 1]}.")
-            stream.weights.load(f"{stream.layers[number]}.")
-            if number + 1 < len(stops):
-                stream.weights.will_need(f"{stream.layers[number + 1]}.")
-    stream.weights.free(f"{stream.layers[-1]}.")
+    first, last = stream.ends or (None, None)
+    try:
+        if first:
+            weights.load(f"{first}.")
+        steps = lockstep(calls, stops, results=results, before=before, after=after)
+        with contextlib.closing(steps):
+            for number, _ in enumerate(steps):
+                weights.free(f"{stream.layers[number - 1]}." if number else f"{first}.")
+                weights.load(f"{stream.layers[number]}.")
+                if number + 1 < len(stops):
+                    weights.will_need(f"{stream.layers[number + 1]}.")
+                elif last and head:
+                    weights.load(f"{last}.")
+    finally:
+        weights.free(f"{stream.layers[-1]}.")
+        weights.free(f"{last}.")
     return results

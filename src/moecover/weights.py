@@ -126,6 +126,14 @@ class Weights:
         """Have the system read ahead a part that comes next."""
         self._files.will_need(self._entries[key] for key in self._parts[prefix])
 
+    def missing(self) -> list[str]:
+        """Parameters that nothing in the files fills."""
+        found = {d.parameter for d in self._names.destinations.values()}
+        if any(d.fills_several for d in self._names.destinations.values()):
+            return []  # which ones these fill, the library's converter knows
+        tied = getattr(self._model, "all_tied_weights_keys", {})
+        return sorted(self._state.keys() - found - set(tied) - set(tied.values()))
+
     def load(self, prefix: str) -> None:
         """Fill a part.
 
@@ -202,9 +210,9 @@ class Weights:
         convert_and_load_state_dict_in_model(model, lazy, config)
 
     def free(self, prefix: str) -> None:
-        """Empty a part and hand its memory back to the system."""
+        """Empty a part, if there is one of this name, and hand its memory back to the system."""
         for parameter, empty in self._state.items():
-            if parameter.startswith(prefix):
+            if prefix in self._parts and parameter.startswith(prefix):
                 self._set(parameter, empty)
         give_back()
 
