@@ -140,7 +140,10 @@ def run(
         steps = lockstep(calls, stops, results=results, before=before, after=after)
         with contextlib.closing(steps):
             for number, _ in enumerate(steps):
-                weights.free(f"{stream.layers[number - 1]}." if number else f"{first}.")
+                if number:
+                    weights.free(f"{stream.layers[number - 1]}.", again=True)
+                else:
+                    weights.free(f"{first}.")
                 weights.load(f"{stream.layers[number]}.")
                 if number + 1 < len(stops):
                     weights.will_need(f"{stream.layers[number + 1]}.")

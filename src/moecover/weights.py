@@ -109,6 +109,9 @@ class Weights:
         self._entries, self._files = structure.checkpoint.tensors, Files(structure.checkpoint.path)
         self._state = {k: v.to("meta") for k, v in model.state_dict().items()}
         self._names = read_names(structure.checkpoint, model)
+        # Found once: a tap of the recording may stand where a module of the experts is.
+        self._owners = {k: (model.get_submodule(k.rpartition(".")[0]), k.rpartition(".")[2]) for k in self._state}
+        self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._dtypes = [(re.compile(glob.replace("*", ".*")), dtype) for glob, dtype in _dtype_plan(model).items()]
         names = tuple(f"{prefix}." for prefix in prefixes)
         self._parts: dict[str, list[str]] = {name: [] for name in (*names, "")}
@@ -178,20 +181,23 @@ class Weights:
 
         empty = self._state[parameter]
         dtype = next((d for pattern, d in self._dtypes if pattern.search(parameter)), empty.dtype)
-        whole = torch.empty(empty.shape, dtype=dtype)
+        spare = self._spare.get((empty.shape, dtype))
+        whole = spare.pop() if spare else torch.empty(empty.shape, dtype=dtype)
         for entry, index in places:
             place = whole[index] if index else whole
             if TORCH_NAMES.get(entry.dtype) == str(dtype).removeprefix("torch.") and place.is_contiguous():
                 self._files.read_into(entry, place)
             else:
                 place.copy_(self._files.read(entry))
-        self._set(parameter, whole.to(self._device))
+        value = whole.to(self._device)
+        if value is not whole:  # copied to another device
+            self._spare.setdefault((empty.shape, dtype), []).append(whole)
+        self._set(parameter, value)
 
     def _set(self, parameter: str, value: torch.Tensor) -> None:
         import torch
 
-        owner_name, _, leaf = parameter.rpartition(".")
-        owner = self._model.get_submodule(owner_name)
+        owner, leaf = self._owners[parameter]
         if leaf in owner._buffers:
             owner._buffers[leaf] = value
         else:
@@ -209,11 +215,25 @@ class Weights:
         lazy = {key: _Lazy(self._files, self._entries[key]) for key in keys}
         convert_and_load_state_dict_in_model(model, lazy, config)
 
-    def free(self, prefix: str) -> None:
-        """Empty a part, if there is one of this name, and hand its memory back to the system."""
+    def free(self, prefix: str, *, again: bool = False) -> None:
+        """Empty a part, if there is one of this name.
+
+        Args:
+            prefix: of the part.
+            again: keep its memory for the next part of the same shapes (new memory costs as much as reading into it).
+        """
+        if prefix not in self._parts:
+            return
+        if not again:
+            self._spare.clear()
         for parameter, empty in self._state.items():
-            if prefix in self._parts and parameter.startswith(prefix):
-                self._set(parameter, empty)
+            if not parameter.startswith(prefix):
+                continue
+            owner, leaf = self._owners[parameter]
+            value = owner._parameters.get(leaf, owner._buffers.get(leaf))
+            if again and value is not None and value.device.type == "cpu":
+                self._spare.setdefault((value.shape, value.dtype), []).append(value.detach())
+            self._set(parameter, empty)
         give_back()
 
     def close(self) -> None:
