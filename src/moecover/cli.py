@@ -56,6 +56,7 @@ def _add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
 def _add_device(parser: Any) -> None:
     parser.add_argument("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")
     parser.add_argument("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
+    parser.add_argument("--memory-limit", metavar="SIZE", help="memory that may be used, such as 4GB (default: nine tenths of what is free); a model that does not fit runs layer by layer")  # fmt: skip
 
 
 def _add_keep_inputs(parser: Any, when: str) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.corpus import Corpus, load_corpus, load_tokenizer, make_corpus
 from moecover.errors import InputError
-from moecover.masking import masked
-from moecover.model import batches, load_model
+from moecover.fitting import opened
+from moecover.masking import masked, masked_layers
+from moecover.model import batches
 from moecover.plans import Plan, check_plan
 from moecover.source import Checkpoint, open_checkpoint
+from moecover.streaming import Streamed, Within, layer_names, run_all, unmasked
 from moecover.topology import Structure, read_structure
 
 if TYPE_CHECKING:
@@ -28,10 +31,11 @@ VERIFY_CORPORA = ("encyclopedia-heldout", "web-heldout")
 
 
 def perplexity(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Streamed,
     corpus: Corpus,
     *,
     batch_size: int = 8,
+    within: Within = unmasked,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> float:
     """Perplexity of a causal language model: exp of the mean negative log-likelihood per predicted token.
@@ -40,44 +44,40 @@ def perplexity(
     are computed in float32 and summed in float64.
 
     Args:
-        model: from `load_model`, possibly within `masked`.
+        model: from `load_model`, possibly within `masked`, or from `streamed`.
         corpus: held-out sequences.
         batch_size: sequences per forward pass.
+        within: of a streamed model, see `masked_layers`.
         advance: called with the tokens of every finished batch.
     """
     import torch
 
-    device = next(model.parameters()).device
-    total, predicted = 0.0, 0
-    with torch.inference_mode():
-        for inputs in batches(corpus, batch_size):
-            inputs = {key: value.to(device) for key, value in inputs.items()}
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            targets = inputs["input_ids"][:, 1:]
-            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-            scored = mask[:, 1:] & mask[:, :-1]
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
-            )
-            total += losses[scored.flatten()].double().sum().item()
-            predicted += int(scored.sum())
-            advance(int(mask.sum()))
+    live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
+
+    def score(inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
+        inputs = {key: value.to(device) for key, value in inputs.items()}
+        logits = live(**inputs, use_cache=False).logits[:, :-1]
+        targets = inputs["input_ids"][:, 1:]
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        scored = mask[:, 1:] & mask[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        advance(int(mask.sum()))
+        return losses[scored.flatten()].double().sum().item(), int(scored.sum())
+
+    results = run_all(model, [functools.partial(score, inputs) for inputs in batches(corpus, batch_size)], within=within)  # fmt: skip
+    predicted = sum(count for _, count in results)
     if predicted == 0:
         raise InputError(f"corpus {corpus.name}: no token to predict, sequences of at least two tokens are needed")
-    return math.exp(total / predicted)
+    return math.exp(math.fsum(loss for loss, _ in results) / predicted)
 
 
-def _decoder_layers(model: torch.nn.Module, structure: Structure) -> list[torch.nn.Module]:
-    """All decoder layers, dense ones included: the list that holds the layers with experts."""
-    parts = structure.experts_modules[0].split(".")
-    number = next(i for i, part in enumerate(parts) if part.isdigit())
-    return list(model.get_submodule(".".join(parts[:number])).children())
-
-
-def _forward_record(model: torch.nn.Module, structure: Structure, corpus: Corpus) -> list[tuple[str, torch.Tensor]]:
-    """Output of every decoder layer and the logits over a corpus, by name, on the CPU."""
+def _forward_record(
+    model: torch.nn.Module | Streamed, structure: Structure, corpora: Sequence[Corpus], within: Within
+) -> list[tuple[str, torch.Tensor]]:
+    """Output of every decoder layer and the logits over corpora, by name, on the CPU."""
     import torch
 
+    live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
     outputs: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Callable[[Any, Any, Any], None]:
@@ -87,19 +87,22 @@ def _forward_record(model: torch.nn.Module, structure: Structure, corpus: Corpus
         return hook
 
     handles = [
-        layer.register_forward_hook(keep(f"decoder layer {i}"))
-        for i, layer in enumerate(_decoder_layers(model, structure))
+        live.get_submodule(name).register_forward_hook(keep(f"decoder layer {i}"))
+        for i, name in enumerate(layer_names(live, structure))
     ]
+
+    def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        found: torch.Tensor = live(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).logits
+        return found.cpu()
+
+    calls = [functools.partial(logits, inputs) for corpus in corpora for inputs in batches(corpus, 1)]
     try:
-        device = next(model.parameters()).device
-        with torch.inference_mode():
-            for inputs in batches(corpus, 1):
-                result = model(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
-                outputs.setdefault("logits", []).append(result.logits.cpu())
+        outputs["logits"] = run_all(model, calls, within=within)
     finally:
         for handle in handles:
             handle.remove()
-    return [(name, torch.cat([v.flatten(0, 1) for v in values])) for name, values in outputs.items()]
+    ordered = {name: values for name, values in outputs.items() if name != "logits"} | {"logits": outputs["logits"]}
+    return [(name, torch.cat([v.flatten(0, 1) for v in values])) for name, values in ordered.items()]
 
 
 def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -163,6 +166,7 @@ def verify(
     dtype: str = "auto",
     device: str = "auto",
     tolerance: float = 0.0,
+    memory_limit: int | None = None,
     advance: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Prove a pruned checkpoint: same outputs as the original masked by the plan, layer by layer, on real text.
@@ -175,6 +179,7 @@ def verify(
         dtype: torch dtype by name for both, ``auto`` for the checkpoint's.
         device: torch device by name.
         tolerance: largest difference allowed, as a share of the largest value of the layer; 0: every bit equal.
+        memory_limit: bytes of memory that may be used, see `fitting.opened`.
         advance: called with a line on what comes next.
 
     Returns:
@@ -196,29 +201,33 @@ def verify(
     advance("checking the hashes of the written files")
     changed = changed_files(cut_checkpoint, manifest)
     texts = verification_text(original, corpora=corpora)
-    advance("running the original, masked")
-    live = load_model(original, dtype=dtype, device=device)
-    with masked(live, original, plan):
-        expected = [_forward_record(live, original, corpus) for corpus in texts]
-    del live
-    advance("running the pruned checkpoint")
     cut = read_structure(cut_checkpoint)
-    live = load_model(cut, dtype=dtype, device=device)
-    found = [_forward_record(live, cut, corpus) for corpus in texts]
+    tokens = sum(corpus.num_tokens for corpus in texts)
+    fitting = {"tokens": tokens, "batch_tokens": max(c.tokens.shape[1] for c in texts), "dtype": dtype, "device": device, "memory_limit": memory_limit, "head": True}  # fmt: skip
+    with opened(original, **fitting, say=advance) as live:
+        advance("running the original, masked")
+        if isinstance(live, Streamed):
+            expected = _forward_record(live, original, texts, masked_layers(live.model, original, plan))
+        else:
+            with masked(live, original, plan):
+                expected = _forward_record(live, original, texts, unmasked)
+    del live
+    with opened(cut, **fitting, say=advance) as live:
+        advance("running the pruned checkpoint")
+        found = _forward_record(live, cut, texts, unmasked)
     differences: dict[str, float] = {}
     largest: dict[str, float] = {}
-    for one, two in zip(expected, found, strict=True):
-        for (name, a), (_, b) in zip(one, two, strict=True):
-            difference = (a.double() - b.double()).abs().max().item()
-            differences[name] = max(differences.get(name, 0.0), difference if math.isfinite(difference) else math.inf)
-            largest[name] = max(largest.get(name, 0.0), a.double().abs().max().item())
+    for (name, a), (_, b) in zip(expected, found, strict=True):
+        difference = (a.double() - b.double()).abs().max().item()
+        differences[name] = difference if math.isfinite(difference) else math.inf
+        largest[name] = a.double().abs().max().item()
     first = next((name for name, d in differences.items() if not d <= tolerance * largest[name]), None)
     return {
         "equal": first is None and not changed,
         "first_difference": first,
         "max_abs_difference": max(differences.values()),
         "changed_files": changed,
-        "tokens": sum(corpus.num_tokens for corpus in texts),
+        "tokens": tokens,
         "corpora": [corpus.name for corpus in texts],
         "layers": differences,
     }

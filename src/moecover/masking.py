@@ -73,6 +73,27 @@ def masked_layer(
             restore()
 
 
+def masked_layers(
+    model: torch.nn.Module, structure: Structure, plan: Plan
+) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """A context for every decoder layer, in which it is as if only the plan's experts were there; see `streaming.run`.
+
+    Raises:
+        InputError: the plan does not fit the model.
+    """
+    check_plan(plan, structure, other_weights=True)
+    modules = routers(model, structure)
+    layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
+
+    def within(number: int) -> contextlib.AbstractContextManager[None]:
+        layer = layer_of.get(number)
+        if layer is None:
+            return contextlib.nullcontext()
+        return masked_layer(model, structure, modules[layer], layer, plan.layers[layer].kept)
+
+    return within
+
+
 @contextlib.contextmanager
 def masked(model: torch.nn.Module, structure: Structure, plan: Plan) -> Iterator[torch.nn.Module]:
     """The model as if only the plan's experts were there, in every layer; the block's end restores it.
@@ -80,8 +101,8 @@ def masked(model: torch.nn.Module, structure: Structure, plan: Plan) -> Iterator
     Raises:
         InputError: the plan does not fit the model.
     """
-    check_plan(plan, structure, other_weights=True)
+    within = masked_layers(model, structure, plan)
     with contextlib.ExitStack() as stack:
-        for layer, (router, row) in enumerate(zip(routers(model, structure), plan.layers, strict=True)):
-            stack.enter_context(masked_layer(model, structure, router, layer, row.kept))
+        for number in structure.topology.decoder_layers:
+            stack.enter_context(within(number))
         yield model

@@ -59,6 +59,12 @@ def batches_of(corpora: Sequence[Corpus], batch_size: int, device: torch.device)
             yield Batch(corpus, number, number * batch_size, moved)
 
 
+def dtype_of(model: torch.nn.Module | Streamed) -> torch.dtype:
+    """The dtype of a model's parameters, of the first where they differ."""
+    live = model.model if isinstance(model, Streamed) else model
+    return next(live.parameters()).dtype
+
+
 def backbone_of(model: torch.nn.Module) -> Any:
     """The model without its head, which no statistic needs."""
     names = (str(model.base_model_prefix), "model")
@@ -166,7 +172,7 @@ def profile(
         advance: called with the tokens of every finished batch.
 
     Raises:
-        InputError: names that repeat, or what `load_model` and `profile_corpus` raise.
+        InputError: names that repeat, or what `load_model` and `checked` raise.
     """
     import torch
     import transformers
@@ -181,8 +187,9 @@ def profile(
     if model is None:
         model = load_model(structure, dtype=dtype, device=device)
     live = model.model if isinstance(model, Streamed) else model
-    parameter = next(p for p in live.parameters() if not p.is_meta)
-    sums = {c.name: Sums(structure.topology, parameter.device, -(-len(c.tokens) // batch_size)) for c in corpora}
+    where = model.device if isinstance(model, Streamed) else next(model.parameters()).device
+    kind = str(dtype_of(model)).removeprefix("torch.")
+    sums = {c.name: Sums(structure.topology, where, -(-len(c.tokens) // batch_size)) for c in corpora}
     with contextlib.ExitStack() as stack:
         writer = None
         if keep_inputs is not None:
@@ -190,7 +197,7 @@ def profile(
             writer = stack.enter_context(
                 writing(
                     folder / INPUTS, sample_of(corpora, tokens), layers=len(structure.topology.decoder_layers),
-                    hidden_size=structure.topology.hidden_size, dtype=str(parameter.dtype).removeprefix("torch."),
+                    hidden_size=structure.topology.hidden_size, dtype=kind,
                     batch_size=batch_size, model_fingerprint=structure.model_fingerprint,
                 )
             )  # fmt: skip
@@ -202,8 +209,8 @@ def profile(
     parts = {name: one.parts for name, one in sums.items()}
     settings = {
         "batch_size": batch_size,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": parameter.device.type,
+        "dtype": kind,
+        "device": where.type,
         "experts": "grouped_mm"
         if hasattr(live.get_submodule(structure.experts_modules[0]), "has_post_expert_norm")
         else "their own",

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     import torch
 
 
+Within = Callable[[int], contextlib.AbstractContextManager[None]]
+
+
+def unmasked(number: int) -> contextlib.AbstractContextManager[None]:
+    """Nothing around a decoder layer."""
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class Streamed:
     """A model on ``meta`` whose parts are filled when their turn comes.
@@ -118,6 +126,7 @@ def run(
     head: bool = True,
     before: Callable[[int, int], None] | None = None,
     after: Callable[[int, int], None] | None = None,
+    within: Within = unmasked,
 ) -> list[Any]:
     """Run passes side by side, one read of the weights for all of them.
 
@@ -127,6 +136,7 @@ def run(
         head: whether the calls run the language-model head.
         before: called with layer and call when a call is about to enter a decoder layer.
         after: called with layer and call when a decoder layer is done with a call.
+        within: a context for a decoder layer, entered when its weights are there and left before they go.
 
     Returns:
         The results.
@@ -138,13 +148,15 @@ def run(
         if first:
             weights.load(f"{first}.")
         steps = lockstep(calls, stops, results=results, before=before, after=after)
-        with contextlib.closing(steps):
+        with contextlib.ExitStack() as around, contextlib.closing(steps):
             for number, _ in enumerate(steps):
+                around.close()
                 if number:
                     weights.free(f"{stream.layers[number - 1]}.", again=True)
                 else:
                     weights.free(f"{first}.")
                 weights.load(f"{stream.layers[number]}.")
+                around.enter_context(within(number))
                 if number + 1 < len(stops):
                     weights.will_need(f"{stream.layers[number + 1]}.")
                 elif last and head:
@@ -153,3 +165,19 @@ def run(
         weights.free(f"{stream.layers[-1]}.")
         weights.free(f"{last}.")
     return results
+
+
+def run_all(model: Any, calls: Sequence[Callable[[], Any]], *, within: Within = unmasked) -> list[Any]:
+    """The results of passes, one after the other through a model in memory, side by side through a `Streamed` one.
+
+    Args:
+        model: a model or a `Streamed`.
+        calls: each runs that model once.
+        within: of a streamed model, see `run`.
+    """
+    import torch
+
+    if isinstance(model, Streamed):
+        return run(model, calls, within=within)
+    with torch.inference_mode():
+        return [call() for call in calls]

@@ -60,6 +60,7 @@ def _check_pass(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range: 1 or more")
     check_device(args.dtype or "auto", args.device or "auto")
+    _memory_limit(args)
 
 
 def _check_profile_folder(folder: Path, *, overwrite: bool) -> None:
@@ -93,30 +94,41 @@ def _load_corpora(args: argparse.Namespace, structure: Any) -> list[Any]:
     return corpora
 
 
-def _make_profile(args: argparse.Namespace, structure: Any, folder: Path | None) -> tuple[Any, Any, Any]:
-    """The profile, saved into ``folder`` if there is one; the model; the corpora."""
+@contextlib.contextmanager
+def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> Iterator[tuple[Any, Any, Any]]:
+    """The profile, saved into ``folder`` if there is one; the model, still open; the corpora."""
+    from moecover.fitting import opened
     from moecover.inputs import num_bytes, sample_of
-    from moecover.model import load_model
-    from moecover.profiling import profile
+    from moecover.profiling import dtype_of, profile
 
     corpora = _load_corpora(args, structure)
     keep_inputs = None
     if args.keep_inputs is not None and folder is not None:
         sample = sample_of(corpora, args.keep_inputs)
         keep_inputs = (args.keep_inputs, folder)
-    with progress.spinner(f"loading {args.model}"):
-        model = load_model(structure, dtype=args.dtype or "auto", device=args.device or "auto")
-    if keep_inputs:
-        topology, width = structure.topology, next(model.parameters()).element_size()
-        size = num_bytes(sample, len(topology.decoder_layers), topology.hidden_size, width)
-        progress.say(f"keeping the inputs of {len(topology.decoder_layers)} layers for {sum(c.num_tokens for c in sample):,} tokens: {_size(size)} in {folder}")  # fmt: skip
-    with progress.bar("profiling", sum(c.num_tokens for c in corpora)) as advance:
-        made = profile(
-            structure, corpora, model=model, batch_size=args.batch_size or 4, keep_inputs=keep_inputs, advance=advance
-        )
-    if folder is not None:
-        made.save(folder)
-    return made, model, corpora
+    tokens, batch_size = sum(c.num_tokens for c in corpora), args.batch_size or 4
+    batch_tokens = batch_size * max(c.tokens.shape[1] for c in corpora)
+    with opened(
+        structure, tokens=tokens, batch_tokens=batch_tokens, dtype=args.dtype or "auto", device=args.device or "auto",
+        memory_limit=_memory_limit(args), say=progress.say,
+    ) as model:  # fmt: skip
+        if keep_inputs:
+            topology, width = structure.topology, dtype_of(model).itemsize
+            size = num_bytes(sample, len(topology.decoder_layers), topology.hidden_size, width)
+            progress.say(f"keeping the inputs of {len(topology.decoder_layers)} layers for {sum(c.num_tokens for c in sample):,} tokens: {_size(size)} in {folder}")  # fmt: skip
+        with progress.bar("profiling", tokens) as advance:
+            made = profile(
+                structure, corpora, model=model, batch_size=batch_size, keep_inputs=keep_inputs, advance=advance
+            )
+        if folder is not None:
+            made.save(folder)
+        yield made, model, corpora
+
+
+def _memory_limit(args: argparse.Namespace) -> int | None:
+    from moecover.fitting import parse_size
+
+    return None if args.memory_limit is None else parse_size(args.memory_limit)
 
 
 def _headers(args: argparse.Namespace) -> Any:
@@ -155,7 +167,8 @@ def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
 
     _check_pass(args)
     _check_profile_folder(args.output, overwrite=args.overwrite)
-    profile, _, _ = _make_profile(args, _files(args, _loadable(args)), args.output)
+    with _profiled(args, _files(args, _loadable(args)), args.output) as (profile, _, _):
+        pass
     path = args.output / FILE
     shape = [len(profile.topology.decoder_layers), profile.topology.num_experts]
     tokens = {name: records[0]["tokens"] for name, records in profile.corpora.items()}
@@ -291,7 +304,7 @@ def _search_bar(args: argparse.Namespace, structure: Any, budgets: int) -> Any:
 
 ONE_SHOT = (
     "corpus", "keep", "retain", "multiple_of", "method", "saliency", "protect", "weight", "protect_super_experts", "mode", "search",
-    "option", "plugin", "sequences", "length", "batch_size", "seed", "dtype", "device", "save_profile", "keep_inputs",
+    "option", "plugin", "sequences", "length", "batch_size", "seed", "dtype", "device", "memory_limit", "save_profile", "keep_inputs",
 )  # fmt: skip
 
 
@@ -340,8 +353,8 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     check_target(structure, args.output, overwrite=args.overwrite)
     structure = _files(args, structure)
     if chosen is None:
-        profile, model, corpora = _make_profile(args, structure, args.save_profile)
         with contextlib.ExitStack() as stack:
+            profile, model, corpora = stack.enter_context(_profiled(args, structure, args.save_profile))
             if method == "expert-sparsity":
                 advance = stack.enter_context(_search_bar(args, structure, 1))
                 sample = sample_of(corpora, args.keep_inputs or KEEP_INPUTS)
@@ -376,7 +389,7 @@ def _verify(args: argparse.Namespace) -> tuple[Any, str, int]:
         result = verify(
             args.model, args.pruned, revision=args.revision, corpora=corpora,
             dtype=args.dtype or "auto", device=args.device or "auto",
-            tolerance=args.tolerance, advance=advance,
+            tolerance=args.tolerance, memory_limit=_memory_limit(args), advance=advance,
         )  # fmt: skip
     on = f"{result['tokens']:,} tokens of {', '.join(result['corpora'])}"
     if result["equal"]:
