@@ -16,7 +16,7 @@ from moecover.errors import InputError
 from moecover.lockstep import lockstep
 from moecover.model import check_device
 from moecover.topology import Structure, auto_class
-from moecover.weights import Weights
+from moecover.weights import Weights, one_arena
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,7 @@ def streamed(structure: Structure, *, dtype: str = "auto", device: str = "auto")
     import torch
 
     device = check_device(dtype, device)
+    one_arena()
     model = skeleton(structure, dtype=dtype)
     layers, ends = layer_names(model, structure), _ends(model)
     weights = Weights(structure, model, (*layers, *(ends or ())), device)

@@ -247,6 +247,12 @@ def _dtype_plan(model: Any) -> dict[str, torch.dtype]:
     return plan
 
 
+def one_arena() -> None:
+    """Have all threads allocate from one arena, where they can (glibc): what one of them frees, the next one uses."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-8, 1)  # M_ARENA_MAX
+
+
 def give_back() -> None:
     """Have the allocator hand freed memory back to the system, where it can (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
