@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any, BinaryIO
 from moecover.errors import InputError, MoecoverError
 
 PARTIAL = ".partial"
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}  # said by some network file systems
+_held = threading.local()  # the lock files that this thread holds
 
 
 def canonical_json(value: Any) -> str:
@@ -31,15 +35,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def reason(doing: str, error: OSError) -> str:
+    """One line on what was being done, to which file, what the system said to it, and the remedy."""
+    remedy = "; free some space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    file = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
+    return f"{doing}: {file}{': ' if file else ''}{error.strerror or error}{remedy}"
+
+
 @contextlib.contextmanager
-def explained(doing: str) -> Iterator[None]:
+def explained(doing: str, *, left: str = "Nothing was left behind") -> Iterator[None]:
     """Turn an OSError (disk full, no permission, ...) into one line that says what was being done."""
     try:
         yield
     except OSError as error:
-        remedy = "; free some space or choose another folder" if error.errno == errno.ENOSPC else ""
-        file = f"{error.filename}: " if error.filename else ""
-        raise MoecoverError(f"{doing}: {file}{error.strerror or error}{remedy}. Nothing was left behind") from error
+        raise MoecoverError(f"{reason(doing, error)}. {left}") from error
 
 
 def _beside(path: Path, ending: str) -> Path:
@@ -116,6 +125,70 @@ def check_output(path: Path, *, overwrite: bool, marker: str) -> None:
         raise InputError(f"{path} was not written by moecover (it holds no {marker}), so it is not overwritten")
 
 
+def _lock(file: Path) -> int | None:
+    """A descriptor that holds the lock of a lock file, None when another process holds it."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the one who held it has removed the file meanwhile: there is a newer one, or none
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an output for this run until the block ends; a block within a block of the same thread passes.
+
+    The lock is the kernel's, on a hidden file beside the output, and goes with the process however that ends: no lock is
+    ever stale, though the empty file may stay. Where the file system knows no locks, nothing is held.
+
+    Args:
+        path: the output, a file or a folder, resolved; folders above it are made.
+
+    Raises:
+        InputError: another run holds it.
+        MoecoverError: the folder cannot be written.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    held: set[Path] = _held.__dict__.setdefault("files", set())
+    if file in held:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with explained(f"writing {path}"):
+            stack.enter_context(_parents(path))
+            descriptor = _lock(file)
+        if descriptor is None:
+            raise InputError(f"{path} is being written by another run. Wait for its end, or choose another output")
+        stack.callback(os.close, descriptor)
+        stack.callback(file.unlink, missing_ok=True)
+        stack.callback(held.discard, file)
+        held.add(file)
+        yield
+
+
+def put_in_place(folder: Path, path: Path, *, replaced: Path) -> None:
+    """Flush a filled folder to the disk and give it the name ``path``; what stood there takes the name ``replaced``."""
+    for file in folder.rglob("*"):
+        sync(file)
+    sync(folder)
+    if path.exists():
+        path.rename(replaced)
+    folder.rename(path)
+    sync(path.parent)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name ``path`` only when the block ends without an error.
@@ -127,13 +200,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
-            for file in partial.rglob("*"):
-                sync(file)
-            sync(partial)
-            if path.exists():
-                path.rename(replaced)
-            partial.rename(path)
-            sync(path.parent)
+            put_in_place(partial, path, replaced=replaced)
         except BaseException:
             if replaced.exists() and not path.exists():
                 replaced.rename(path)
