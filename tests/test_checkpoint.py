@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 
 from moecover import checkpoint as checkpoint_module
@@ -151,8 +152,9 @@ def test_manifest_holds_mapping_plan_and_hashes(checkpoints: Callable[..., Path]
         assert row["old_to_new"] == {str(old): new for new, old in enumerate(layer.kept)}
     files = {p.relative_to(cut).as_posix() for p in cut.rglob("*") if p.is_file()} - {"moecover.json"}
     assert set(manifest["files"]) == files
+    assert manifest["hash"] == "xxh3_128"
     for name, digest in manifest["files"].items():
-        assert hashlib.sha256((cut / name).read_bytes()).hexdigest() == digest
+        assert xxhash.xxh3_128((cut / name).read_bytes()).hexdigest() == digest
 
 
 def test_shard_metadata_and_alignment_are_kept(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
@@ -215,6 +217,10 @@ def test_pruning_a_pruned_checkpoint(
 
 
 # ------------------------------------------------------------------------------------------------ outputs and crashes
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def leftovers(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
@@ -250,10 +256,24 @@ def test_output_inside_or_around_the_model_is_refused(checkpoints: Callable[...,
         prune(structure, quarter(structure), link, overwrite=True)
 
 
+def failing_after(count: int, failure: BaseException, real: Callable[..., None]) -> Callable[..., None]:
+    """`write_shard` that leaves half a shard and fails once ``count`` are written."""
+    calls: list[Path] = []
+
+    def failing(source: Path, target: Path, *args: object) -> None:
+        calls.append(target)
+        if len(calls) > count:
+            target.write_bytes(b"half")
+            raise failure
+        real(source, target, *args)
+
+    return failing
+
+
 @pytest.mark.parametrize("existed", [False, True])
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_failure_midway_leaves_nothing_or_what_was_there(
+def test_a_failure_midway_leaves_what_was_finished_and_what_was_there(
     checkpoints: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -262,28 +282,33 @@ def test_a_failure_midway_leaves_nothing_or_what_was_there(
     after: int,
 ) -> None:
     structure = read_structure(checkpoints("mixtral", shards=True))
-    out = tmp_path / "out"
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
     if existed:
         prune(structure, quarter(structure), out)
-        before = {p.name: p.read_bytes() for p in out.iterdir()}
-    calls, real = [], checkpoint_module.write_shard
-
-    def failing(source: Path, target: Path, *args: object) -> str:
-        calls.append(target)
-        if len(calls) > after:
-            target.write_bytes(b"half")
-            raise failure
-        return real(source, target, *args)
-
-    monkeypatch.setattr(checkpoint_module, "write_shard", failing)
+        before = contents(out)
+    real = checkpoint_module.write_shard
+    monkeypatch.setattr(checkpoint_module, "write_shard", failing_after(after, failure, real))
     expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else MoecoverError
-    with pytest.raises(
-        expected, match=None if expected is KeyboardInterrupt else "No space left on device.*free some space"
-    ):
+    with pytest.raises(expected) as caught:
         prune(structure, quarter(structure), out, overwrite=True)
-    assert leftovers(tmp_path) == (["out"] if existed else [])
+    said = "".join(caught.value.__notes__) if expected is KeyboardInterrupt else str(caught.value)
+    if expected is MoecoverError:
+        assert "No space left on device; free some space or choose another folder. " in said
+        assert partial.exists() == bool(after)  # what was copied when the disk was full is finished
+    if partial.exists():
+        assert f"What was finished is kept in {partial} and is used when the same command runs again" in said
+    else:
+        assert "Nothing was left behind" in said
+    assert leftovers(tmp_path) == [*([".out.partial"] if partial.exists() else []), *(["out"] if existed else [])]
     if existed:
-        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+        assert contents(out) == before
+    monkeypatch.setattr(checkpoint_module, "write_shard", real)
+    lines: list[str] = []
+    prune(structure, quarter(structure), out, overwrite=True, say=lines.append)
+    if expected is MoecoverError and after:
+        assert lines == [f"resuming: 3 of {len(list(out.glob('*.safetensors')))} shards are there"]
+    assert leftovers(tmp_path) == ["out"]
+    assert contents(out) == contents(prune(structure, quarter(structure), tmp_path / "at once"))
 
 
 def test_not_enough_room_is_said_before_writing(
@@ -296,13 +321,46 @@ def test_not_enough_room_is_said_before_writing(
     assert leftovers(tmp_path) == []
 
 
-def test_source_that_shrinks_while_it_is_read(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_source_that_changes(checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "m"
     shutil.copytree(checkpoints("mixtral"), source)
-    structure = read_structure(source)
-    with (source / "model.safetensors").open("r+b") as file:
-        file.truncate(50_000)
-    with pytest.raises(MoecoverError, match="it changed while it was read"):
+    structure, shard, real = read_structure(source), source / "model.safetensors", checkpoint_module.write_shard
+    content = shard.read_bytes()
+
+    def changing(change: Callable[[], object], *, first: bool) -> Callable[..., None]:
+        def changed(*arguments: object) -> None:
+            if first:
+                change()
+            real(*arguments)
+            change()
+
+        return changed
+
+    for change, first, message in (
+        (
+            lambda: os.truncate(shard, 50_000),
+            True,
+            r"model.safetensors ended at byte \d+, \d+ is needed: it changed while",
+        ),
+        (lambda: shard.write_bytes(content[::-1]), False, "model.safetensors changed while it was read"),
+        (shard.unlink, False, "model.safetensors: No such file or directory"),
+    ):
+        monkeypatch.setattr(checkpoint_module, "write_shard", changing(change, first=first))
+        with pytest.raises(MoecoverError, match=rf"{message}.*\. Nothing was left behind$"):
+            prune(structure, quarter(structure), tmp_path / "out")
+        shard.write_bytes(content)
+    monkeypatch.undo()
+    for metadata in (
+        {"format": "pt"},
+        {"format": "np"},
+    ):  # the header too: another tensor's place, or only the metadata
+        tensors = load_file(shard)
+        save_file({n: torch.zeros(7) if n == "lm_head.weight" else t for n, t in tensors.items()} if metadata["format"] == "pt" else tensors, shard, metadata=metadata)  # fmt: skip
+        with pytest.raises(InputError, match=r"changed after it was read\. Start again"):
+            prune(structure, quarter(structure), tmp_path / "out")
+        shard.write_bytes(content)
+    shard.unlink()
+    with pytest.raises(MoecoverError, match=r"reading .*: .*model.safetensors: No such file.*\. Nothing was written"):
         prune(structure, quarter(structure), tmp_path / "out")
     assert leftovers(tmp_path) == ["m"]
 

@@ -373,36 +373,56 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, delay_s: float) -> None:
         return
     assert process.returncode == 130, err
     assert "interrupted" in err
+    if "is kept in" in err:  # its only shard was finished, the folder not yet
+        shutil.rmtree(tmp_path / ".out.partial")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_writing_leaves_nothing(
-    checkpoints: Callable[..., Path], tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize("finished", [0, 2])
+def test_a_signal_while_writing_keeps_what_is_finished(
+    checkpoints: Callable[..., Path], tmp_path: Path, capsys, number: signal.Signals, finished: int
 ) -> None:
-    """The writer is slowed down, so that the signal surely comes in the middle of it."""
+    """The writer stands still in the middle of a shard, so that the signal surely comes there."""
     code = (
-        "import sys, time\nfrom moecover import checkpoint\nreal = checkpoint.write_shard\n"
-        "def slow(*a):\n    r = real(*a); print('written', flush=True); time.sleep(20); return r\n"
+        "import json, sys, time\nfrom pathlib import Path\nfrom moecover import checkpoint\n"
+        "real, calls = checkpoint.write_shard, []\n"
+        "def slow(source, target, *a):\n"
+        "    calls.append(target); journal = target.parent.parent / 'journal.json'\n"
+        f"    if len(calls) <= {finished}: return real(source, target, *a)\n"
+        f"    while {finished} and not (journal.exists() and len(json.loads(journal.read_text())['finished']) == {finished}): time.sleep(0.01)\n"
+        "    real(source, target, *a); print('written', flush=True); time.sleep(20)\n"
         "checkpoint.write_shard = slow\nfrom moecover.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     keep = list(range(6))
     plan = {"schema": 1, "keep": 6, "layers": [{"decoder_layer": d, "kept": keep} for d in (1, 2)]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    model = checkpoints("qwen2_moe", shards=True)
+    model, partial = checkpoints("qwen2_moe", shards=True), tmp_path / ".out.partial"
+    arguments = ["prune", str(model), "--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "prune", str(model), "--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "written\n"
-    assert len(list(tmp_path.glob(".out.*.partial"))) == 1
-    assert not (tmp_path / "out").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", ".out.partial", "plan.json"]
+    status, _, err = run(capsys, *arguments)
+    assert (status, err.splitlines()[-1]) == (
+        2,
+        f"moecover: {tmp_path / 'out'} is being written by another run. Wait for its end, or choose another output",
+    )
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 143)
     assert "Traceback" not in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
+    left = [".out.partial"] if finished else []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*left, "plan.json"]
+    if number == signal.SIGINT:
+        kept = f"What was finished is kept in {partial} and is used when the same command runs again"
+        assert err.endswith(f"moecover: interrupted. {kept if finished else 'Nothing was left behind'}\n")
+    status, _, err = run(capsys, *arguments)
+    assert status == 0
+    assert (f"resuming: {finished} of " in err) == bool(finished)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plan.json"]
 
 
 def test_a_file_size_limit_in_the_middle_of_a_shard(checkpoints: Callable[..., Path], tmp_path: Path) -> None:

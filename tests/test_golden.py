@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moecover.checkpoint import prune
+from moecover.copying import file_hash
 from moecover.evaluation import verify
 from moecover.masking import masked
 from moecover.model import load_model, routers
@@ -96,7 +96,7 @@ def test_no_dropped_expert_is_ever_chosen(checkpoints: Callable[..., Path], fami
 def rehash(folder: Path, name: str) -> None:
     """Make the manifest agree with a changed file, so that only the outputs can tell."""
     manifest = json.loads((folder / "moecover.json").read_text())
-    manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    manifest["files"][name] = file_hash(folder / name)
     (folder / "moecover.json").write_text(json.dumps(manifest))
 
 

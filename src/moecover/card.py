@@ -55,7 +55,7 @@ def model_card(structure: Structure, plan: Plan, *, command: str, original_card:
         f"| tensors, MB | {before / 1e6:.1f} | {after / 1e6:.1f} |",
         "",
         f"Method: {plan.method}; options: {options}. `moecover.json` holds the plan with every expert's saliency, the "
-        "original id of every expert, and the sha256 of every file.",
+        "original id of every expert, and a hash of every file.",
         "",
     ]
     if command:

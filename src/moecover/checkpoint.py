@@ -20,16 +20,17 @@ from typing import Any
 
 from moecover.card import model_card
 from moecover.config_json import QUANTISATION_FILES, NewId, edited_config, edited_settings
+from moecover.copying import HASH, file_hash, followed, write_ranges
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation import MANIFEST
-from moecover.files import check_output, new_folder
+from moecover.files import canonical_json, check_output, explained, locked
 from moecover.plans import Plan, check_plan
 from moecover.registry import unknown_name
-from moecover.source import INDEX, OTHER_WEIGHTS, Checkpoint, TensorEntry
+from moecover.resuming import Partial, restore, resumable_folder
+from moecover.source import INDEX, OTHER_WEIGHTS, Checkpoint, TensorEntry, read_header
 from moecover.tensors import MTP, ExpertTensor
 from moecover.topology import Structure
 
-CHUNK_BYTES = 8 << 20
 MTP_CHOICES = ("drop", "prune")
 CARD, ORIGINAL_CARD = "README.md", "README.original.md"
 
@@ -129,12 +130,26 @@ def _coalesced(pieces: list[Piece]) -> Iterator[tuple[int, int]]:
 
 
 def write_shard(
-    source: Path, target: Path, pieces: list[Piece], metadata: dict[str, str] | None, advance: Callable[[int], None]
-) -> str:
-    """Write one safetensors file from byte ranges of another; returns its sha256.
+    source: Path,
+    target: Path,
+    pieces: list[Piece],
+    metadata: dict[str, str] | None,
+    tell: Callable[[Path | int | None], None],
+    advance: Callable[[int], None],
+) -> None:
+    """Write one safetensors file from byte ranges of another.
+
+    Args:
+        source: the shard of the source.
+        target: the file to write.
+        pieces: its tensors, in order.
+        metadata: its ``__metadata__``.
+        tell: how the thread that hashes hears of the file, see `copying.followed`; completion is left to the caller.
+        advance: called with the bytes of tensors that were written since the last call.
 
     Raises:
         MoecoverError: the source ends early (it changed while it was read).
+        OSError: reading or writing failed.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     position = 0
@@ -143,27 +158,18 @@ def write_shard(
         position += p.num_bytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+    head = struct.pack("<Q", len(raw)) + raw
+    sizes: list[int] = []
 
-        def put(data: bytes | memoryview) -> None:
-            digest.update(data)
-            view = memoryview(data)
-            while view:
-                view = view[writer.write(view) :]
+    def written(size: int) -> None:
+        if sizes:
+            advance(size - sizes.pop())
+        else:
+            tell(target)
+        tell(size)
+        sizes.append(size)
 
-        put(struct.pack("<Q", len(raw)) + raw)
-        for start, end in _coalesced(pieces):
-            reader.seek(start)
-            while start < end:
-                got = reader.readinto(buffer[: min(CHUNK_BYTES, end - start)])
-                if not got:
-                    raise MoecoverError(f"{source} ended at byte {start}, {end} is needed: it changed while it was read. Nothing was left behind")  # fmt: skip
-                put(buffer[:got])
-                start += got
-                advance(got)
-    return digest.hexdigest()
+    write_ranges(source, target, head, _coalesced(pieces), written)
 
 
 def _other_files(checkpoint: Checkpoint) -> Iterator[Path]:
@@ -223,6 +229,66 @@ def check_target(structure: Structure, output: str | Path, *, overwrite: bool = 
     return path
 
 
+def _stamp(shard: Path) -> list[int]:
+    stat = shard.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def inputs_of(structure: Structure, plan: Plan, config: str, *, mtp: str) -> dict[str, Any]:
+    """What the bytes of the output's shards come from, by the name that a message gives it: state of a run belongs to it.
+
+    Raises:
+        InputError: a shard is not what it was when the structure was read.
+        OSError: a shard cannot be read.
+    """
+    from moecover import __version__
+
+    checkpoint, entries = structure.checkpoint, dict[str, TensorEntry]()
+    inputs: dict[str, Any] = {
+        "the version of moecover": __version__,
+        "the plan": _digest([[layer.decoder_layer, layer.kept] for layer in plan.layers]),
+        "--mtp": mtp,
+        "config.json": _digest(config),
+    }
+    for shard, metadata in checkpoint.shard_metadata.items():
+        stamp = _stamp(checkpoint.path / shard)
+        found, found_metadata = read_header(checkpoint.path / shard)
+        if found_metadata != metadata:
+            raise InputError(f"{checkpoint.path / shard} changed after it was read. Start again")
+        rows = [[e.name, e.dtype, e.shape, e.start, e.end] for e in found.values()]
+        inputs[shard] = [*stamp, _digest([rows, metadata])]
+        entries.update(found)
+    for name, entry in checkpoint.tensors.items():
+        if entries.get(name) != entry:
+            raise InputError(f"{checkpoint.path / entry.shard} changed after it was read. Start again")
+    return inputs
+
+
+def _write_shards(
+    structure: Structure, shards: dict[str, list[Piece]], partial: Partial, advance: Callable[[int], None]
+) -> None:
+    """Write the shards that are not finished yet, in order."""
+    checkpoint = structure.checkpoint
+    with followed(partial.finish) as tell:
+        for shard, pieces in shards.items():
+            if shard in partial.finished:
+                advance(sum(p.num_bytes for p in pieces))
+                continue
+            source = checkpoint.path / shard
+            write_shard(source, partial.files / shard, pieces, checkpoint.shard_metadata[shard], tell, advance)
+            if _stamp(source) != partial.inputs[shard][:2]:
+                raise MoecoverError(f"{source} changed while it was read. Start again when it is at rest")
+            tell(None)
+
+
+def _unfinished_bytes(shards: dict[str, list[Piece]], partial: Partial) -> int:
+    return sum(p.num_bytes for shard, pieces in shards.items() if shard not in partial.finished for p in pieces)
+
+
 def prune(
     structure: Structure,
     plan: Plan,
@@ -233,11 +299,12 @@ def prune(
     mtp: str = "drop",
     command: str = "",
     advance: Callable[[int], None] = lambda num_bytes: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the checkpoint that a plan leaves.
 
-    The folder appears only when it is complete: it is filled beside, flushed and renamed; an error or an interrupt
-    leaves nothing.
+    The folder appears only when it is complete: it is filled beside, flushed and renamed. After an error or an interrupt
+    the finished shards stay there, and the next call with the same inputs goes on from them.
 
     Args:
         structure: the source, from `read_structure`.
@@ -248,17 +315,17 @@ def prune(
         mtp: what becomes of multi-token-prediction layers that have experts of their own, which no forward pass of the
             model runs: ``drop`` leaves them out (config.json says so), ``prune`` keeps the ids of the last MoE layer.
         command: what the user typed, for the model card.
-        advance: called with the bytes of every chunk written.
+        advance: called with the bytes of every chunk written, and of every shard that an earlier run wrote.
+        say: called with a line on what is there from an earlier run.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: the plan does not fit, the output exists, or settings name experts in a way that cannot be renumbered.
-        MoecoverError: the disk is full or a file cannot be read or written; nothing is left behind.
+        InputError: the plan does not fit, the output exists or is being written by another run, the source changed, or
+            settings name experts in a way that cannot be renumbered.
+        MoecoverError: the disk is full or a file cannot be read or written; the message says what stays.
     """
-    from moecover import __version__
-
     path = check_target(structure, output, overwrite=overwrite)
     check_plan(plan, structure, other_weights=other_weights)
     if mtp not in MTP_CHOICES:
@@ -266,62 +333,78 @@ def prune(
     checkpoint = structure.checkpoint
     shards = pieces_by_shard(structure, plan, mtp=mtp)
     new_id = new_ids(structure, plan, mtp=mtp)
-    config = edited_config(
-        (checkpoint.path / "config.json").read_text(encoding="utf-8"), structure.count_keys,
-        structure.topology.num_experts, plan.keep, new_id=new_id, drop_mtp=bool(structure.mtp) and mtp == "drop",
-    )  # fmt: skip
-    needed = sum(p.num_bytes for ps in shards.values() for p in ps)
-    parent = next(p for p in path.parents if p.exists())
-    if (free := shutil.disk_usage(parent).free) < needed:
-        raise MoecoverError(f"{output} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free. Free some space or choose another folder")  # fmt: skip
-    with new_folder(path) as folder:
-        hashes: dict[str, str] = {}
-
-        def put(name: str, content: bytes) -> None:
-            (folder / name).write_bytes(content)
-            hashes[name] = hashlib.sha256(content).hexdigest()
-
-        for shard, pieces in shards.items():
-            hashes[shard] = write_shard(
-                checkpoint.path / shard, folder / shard, pieces, checkpoint.shard_metadata[shard], advance
-            )
-        for relative in _other_files(checkpoint):
-            name = ORIGINAL_CARD if relative.as_posix() == CARD else relative.as_posix()
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name in QUANTISATION_FILES:
-                text = (checkpoint.path / relative).read_text(encoding="utf-8", errors="surrogateescape")
-                put(name, edited_settings(text, new_id).encode(errors="surrogateescape"))
-                continue
-            shutil.copyfile(checkpoint.path / relative, folder / name)
-            with (folder / name).open("rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        put("config.json", config.encode())
+    with locked(path):
+        restore(path)
+        check_target(structure, output, overwrite=overwrite)  # another run may have ended meanwhile
+        with explained(f"reading {checkpoint.name}", left="Nothing was written"):
+            config = (checkpoint.path / "config.json").read_text(encoding="utf-8")
+            inputs = inputs_of(structure, plan, config, mtp=mtp)
+            small = {"config.json": edited_config(
+                config, structure.count_keys, structure.topology.num_experts, plan.keep, new_id=new_id,
+                drop_mtp=bool(structure.mtp) and mtp == "drop",
+            ).encode()}  # fmt: skip
+            for name in QUANTISATION_FILES:
+                if (file := checkpoint.path / name).is_file():
+                    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+                    small[name] = edited_settings(text, new_id).encode(errors="surrogateescape")
         if checkpoint.index is not None:
-            put(INDEX, _new_index(checkpoint, shards).encode())
-        original_card = folder / ORIGINAL_CARD
-        card = original_card.read_text(encoding="utf-8", errors="replace") if original_card.is_file() else ""
-        put(CARD, model_card(structure, plan, command=command, original_card=card).encode())
-        manifest = {
-            "schema": 1,
-            "created_by": f"moecover {__version__}",
-            "command": command,
-            "source": {
-                "name": checkpoint.name,
-                "revision": checkpoint.revision,
-                "fingerprint": structure.model_fingerprint,
-                "topology": structure.topology.to_json(),
-            },
-            "experts": [
-                {
-                    "decoder_layer": layer.decoder_layer,
-                    "old_to_new": {str(old): new for new, old in enumerate(layer.kept)},
-                }
-                for layer in plan.layers
-            ],
-            "plan": plan.to_dict(),
-            **({"mtp": mtp} if structure.mtp else {}),
-            "left_out": left_out_files(checkpoint),
-            "files": dict(sorted(hashes.items())),
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            small[INDEX] = _new_index(checkpoint, shards).encode()
+        with resumable_folder(path, inputs, say=say) as partial:
+            if partial.finished:
+                say(f"resuming: {len(partial.finished)} of {len(shards)} shards are there")
+            needed, free = _unfinished_bytes(shards, partial), shutil.disk_usage(partial.folder).free
+            if free < needed:
+                raise MoecoverError(f"{output} needs {needed / 1e9:.2f} GB, {path.parent} has {free / 1e9:.2f} GB free. Free some space or choose another folder")  # fmt: skip
+            _write_shards(structure, shards, partial, advance)
+            _write_rest(structure, plan, partial, small, mtp=mtp, command=command)
     return path
+
+
+def _write_rest(
+    structure: Structure, plan: Plan, partial: Partial, small: dict[str, bytes], *, mtp: str, command: str
+) -> None:
+    """Write everything but the shards: given contents, files copied as they are, the card, the manifest."""
+    from moecover import __version__
+
+    checkpoint, folder = structure.checkpoint, partial.files
+    hashes: dict[str, str] = {name: entry[HASH] for name, entry in partial.finished.items()}
+
+    def put(name: str, content: bytes) -> None:
+        (folder / name).write_bytes(content)
+        hashes[name] = file_hash(folder / name)
+
+    for relative in _other_files(checkpoint):
+        name = ORIGINAL_CARD if relative.as_posix() == CARD else relative.as_posix()
+        if name not in small:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.path / relative, folder / name)
+            hashes[name] = file_hash(folder / name)
+    for name, content in small.items():
+        put(name, content)
+    original_card = folder / ORIGINAL_CARD
+    card = original_card.read_text(encoding="utf-8", errors="replace") if original_card.is_file() else ""
+    put(CARD, model_card(structure, plan, command=command, original_card=card).encode())
+    manifest = {
+        "schema": 1,
+        "created_by": f"moecover {__version__}",
+        "command": command,
+        "source": {
+            "name": checkpoint.name,
+            "revision": checkpoint.revision,
+            "fingerprint": structure.model_fingerprint,
+            "topology": structure.topology.to_json(),
+        },
+        "experts": [
+            {
+                "decoder_layer": layer.decoder_layer,
+                "old_to_new": {str(old): new for new, old in enumerate(layer.kept)},
+            }
+            for layer in plan.layers
+        ],
+        "plan": plan.to_dict(),
+        **({"mtp": mtp} if structure.mtp else {}),
+        "left_out": left_out_files(checkpoint),
+        "hash": HASH,
+        "files": dict(sorted(hashes.items())),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -234,8 +234,9 @@ def main(argv: list[str] | None = None) -> int:
     except MoecoverError as error:
         _print(f"moecover: {error}", sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        _print("moecover: interrupted, nothing half-written was left", sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        left = getattr(interrupt, "__notes__", None)  # what a job that can be resumed says of itself
+        _print(f"moecover: interrupted{f'. {left[-1]}' if left else ', nothing half-written was left'}", sys.stderr)
         return 130
     except OSError as error:  # a file or folder that cannot be read, where no better message was at hand
         _print(f"moecover: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", sys.stderr)

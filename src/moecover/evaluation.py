@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moecover.copying import HASH, file_hash
 from moecover.corpus import Corpus, load_corpus, load_tokenizer, make_corpus
 from moecover.errors import InputError
 from moecover.fitting import opened
@@ -117,23 +117,17 @@ def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest["plan"], manifest["files"], manifest["source"]["name"], manifest["source"]["fingerprint"]
+        if manifest["hash"] != HASH:
+            raise ValueError(f"its hashes are {manifest['hash']}, {HASH} is known")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error!r}. Prune again") from error
     return manifest  # type: ignore[no-any-return]
 
 
 def changed_files(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
-    """Names of the files whose sha256 is not the manifest's, or that are missing."""
-    changed = []
-    for name, expected in manifest["files"].items():
-        path = checkpoint.path / name
-        if not path.is_file():
-            changed.append(name)
-            continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                changed.append(name)
-    return changed
+    """Names of the files whose hash is not the manifest's, or that are missing."""
+    files = {name: checkpoint.path / name for name in manifest["files"]}
+    return [name for name, path in files.items() if not path.is_file() or file_hash(path) != manifest["files"][name]]
 
 
 def verification_text(
@@ -184,7 +178,7 @@ def verify(
 
     Returns:
         ``equal``; ``first_difference`` (a decoder layer or the logits, None when equal); ``max_abs_difference``;
-        ``changed_files`` whose sha256 is not the manifest's; ``tokens``; ``corpora``; ``layers``: the difference of each.
+        ``changed_files`` whose hash is not the manifest's; ``tokens``; ``corpora``; ``layers``: the difference of each.
 
     Raises:
         InputError: either checkpoint cannot be read, or they do not belong together.

@@ -332,14 +332,12 @@ def _check_saved_profile(args: argparse.Namespace) -> None:
 
 
 def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
-    from moecover.checkpoint import check_target, prune
-    from moecover.inputs import sample_of
-    from moecover.planning import plan
+    from moecover.checkpoint import check_target
+    from moecover.files import locked
     from moecover.plans import Plan
-    from moecover.servers import SERVERS, unmet
 
     _check_prune(args)
-    chosen = None
+    chosen, one_shot = None, None
     if args.plan is not None:
         chosen = Plan.load(args.plan)
     else:
@@ -350,9 +348,21 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     structure = _headers(args) if chosen else _loadable(args)
     if chosen is None:
         keep = _keep(structure.topology, keep=args.keep, retain=args.retain, multiple_of=args.multiple_of)
-    check_target(structure, args.output, overwrite=args.overwrite)
+        one_shot = (method, keep, options)
+    with locked(check_target(structure, args.output, overwrite=args.overwrite)):
+        return _prune_held(args, structure, chosen, one_shot)
+
+
+def _prune_held(args: argparse.Namespace, structure: Any, chosen: Any, one_shot: Any) -> tuple[Any, str, int]:
+    """The long part of `_prune`, while no other run can write the same output."""
+    from moecover.checkpoint import prune
+    from moecover.inputs import sample_of
+    from moecover.planning import plan
+    from moecover.servers import SERVERS, unmet
+
     structure = _files(args, structure)
     if chosen is None:
+        method, keep, options = one_shot
         with contextlib.ExitStack() as stack:
             profile, model, corpora = stack.enter_context(_profiled(args, structure, args.save_profile))
             if method == "expert-sparsity":
@@ -365,7 +375,7 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     with progress.bar("writing", after, unit="bytes") as advance:
         out = prune(
             structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights, mtp=args.mtp,
-            command=shlex.join(["moecover", *args.argv]), advance=advance,
+            command=shlex.join(["moecover", *args.argv]), advance=advance, say=progress.say,
         )  # fmt: skip
     if servers := [s for s in SERVERS if unmet(structure.topology, chosen.keep, s)]:
         progress.say(f"note: {chosen.keep} experts are not what {', '.join(servers)} ask for: moecover inspect {shlex.quote(args.model)} --for {servers[0]}")  # fmt: skip
