@@ -111,7 +111,7 @@ def test_a_source_that_is_too_short(source: Path, tmp_path: Path) -> None:
         write_ranges(source, tmp_path / "t", b"head", [(5, 1_000_001)], no_write)
 
 
-def test_files_are_no_larger_than_memory_needs_to_be(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_of_a_file_is_that_of_its_bytes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copying, "BUFFER_BYTES", 1000)
     assert file_hash(source) == xxhash.xxh3_128(CONTENT).hexdigest()
 

@@ -268,21 +268,33 @@ def inputs_of(structure: Structure, plan: Plan, config: str, *, mtp: str) -> dic
     return inputs
 
 
+def _changed(shard: Path, inputs: dict[str, Any]) -> bool:
+    try:
+        return bool(_stamp(shard) != inputs[shard.name][:2])
+    except OSError:
+        return False  # gone, but it may come back
+
+
 def _write_shards(
     structure: Structure, shards: dict[str, list[Piece]], partial: Partial, advance: Callable[[int], None]
 ) -> None:
     """Write the shards that are not finished yet, in order."""
     checkpoint = structure.checkpoint
-    with followed(partial.finish) as tell:
-        for shard, pieces in shards.items():
-            if shard in partial.finished:
-                advance(sum(p.num_bytes for p in pieces))
-                continue
-            source = checkpoint.path / shard
-            write_shard(source, partial.files / shard, pieces, checkpoint.shard_metadata[shard], tell, advance)
-            if _stamp(source) != partial.inputs[shard][:2]:
-                raise MoecoverError(f"{source} changed while it was read. Start again when it is at rest")
-            tell(None)
+    try:
+        with followed(partial.finish) as tell:
+            for shard, pieces in shards.items():
+                if shard in partial.finished:
+                    advance(sum(p.num_bytes for p in pieces))
+                    continue
+                source = checkpoint.path / shard
+                write_shard(source, partial.files / shard, pieces, checkpoint.shard_metadata[shard], tell, advance)
+                if _stamp(source) != partial.inputs[shard][:2]:
+                    raise MoecoverError(f"{source} changed while it was read. Start again when it is at rest")
+                tell(None)
+    except MoecoverError:
+        if any(_changed(checkpoint.path / shard, partial.inputs) for shard in checkpoint.shard_metadata):
+            partial.forget()  # a later run finds other inputs
+        raise
 
 
 def _unfinished_bytes(shards: dict[str, list[Piece]], partial: Partial) -> int:

@@ -149,20 +149,27 @@ def followed(finished: Callable[[Path, str], None]) -> Iterator[Callable[[Path |
             raise _StoppedError
         return item
 
+    def hashed(path: Path) -> str:
+        digest = xxhash.xxh3_128()
+        with path.open("rb", buffering=0) as file:
+            for size in iter(get, None):
+                assert isinstance(size, int)
+                start = file.tell()
+                _feed(digest, file, size)
+                # What is not on the disk yet stays in the cache, but its writing begins now.
+                _advise(file.fileno(), start, size - start, "DONTNEED")
+            os.fsync(file.fileno())
+        return digest.hexdigest()
+
     def follow() -> None:
         with contextlib.suppress(_StoppedError):
             for path in iter(get, None):
                 assert isinstance(path, Path)
-                digest = xxhash.xxh3_128()
-                with path.open("rb", buffering=0) as file:
-                    for size in iter(get, None):
-                        assert isinstance(size, int)
-                        start = file.tell()
-                        _feed(digest, file, size)
-                        # What is not on the disk yet stays in the cache, but its writing begins now.
-                        _advise(file.fileno(), start, size - start, "DONTNEED")
-                    os.fsync(file.fileno())
-                finished(path, digest.hexdigest())
+                try:
+                    digest = hashed(path)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(path)) from error
+                finished(path, digest)
 
     def work() -> None:
         try:

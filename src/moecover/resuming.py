@@ -54,6 +54,11 @@ class Partial:
         new.write_text(json.dumps({"schema": 1, "inputs": self.inputs, "finished": self.finished}, indent=1) + "\n")
         new.replace(self.folder / JOURNAL)
 
+    def forget(self) -> None:
+        """Note that no finished file is of use any more."""
+        self.finished.clear()
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+
 
 def _read_journal(folder: Path) -> dict[str, Any]:
     """Inputs and finished files as they were noted; both empty when nothing was, or the journal is damaged."""
@@ -68,9 +73,12 @@ def _read_journal(folder: Path) -> dict[str, Any]:
 
 
 def _as_noted(file: Path, entry: Any) -> bool:
-    if not file.is_file() or not isinstance(entry, dict) or entry.get("size") != file.stat().st_size:
+    if not isinstance(entry, dict):
         return False
-    return bool(entry.get(HASH) == file_hash(file))
+    try:
+        return bool(entry.get("size") == file.stat().st_size and entry.get(HASH) == file_hash(file))
+    except OSError:  # gone, or the disk cannot read it
+        return False
 
 
 def _still_good(folder: Path, inputs: dict[str, Any], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:

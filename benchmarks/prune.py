@@ -1,0 +1,188 @@
+"""Time and memory of `prune` against `cp` of the bytes that it writes, on one disk, in turn.
+
+    python -m benchmarks.prune [--gb 2] [--model FOLDER] [--retain 0.5] [--rounds 5] [--cold] [--folder .]
+
+Without ``--model`` a checkpoint of random bytes is made, in the shape of Qwen1.5-MoE-A2.7B with as many layers as fit into
+``--gb`` (27.2 for all 24, the vocabulary left small). What is read is in the page cache before every round, or out of it
+with ``--cold``; take ``--cold`` for more than fits into memory. Every run of ours is a process of its own. Prints, as the
+median over the rounds and the least:
+
+- ``cp``: cp of the output folder, and the same with its files flushed to the disk as `prune` flushes them;
+- ``prune``: the call, whole and with fsync doing nothing, which tells what flushing costs; the whole process beside it;
+- the ratios, and how far the peak resident memory of such a process rose above one that only imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+WIDTH, EXPERT_WIDTH, SHARED_WIDTH, EXPERTS, VOCABULARY = 2048, 1408, 5632, 60, 2000
+IMPORTS = """
+import os, sys, time
+from pathlib import Path
+import torch, transformers, transformers.models.qwen2_moe.modeling_qwen2_moe
+from moecover.checkpoint import prune
+from moecover.plans import Plan
+from moecover.topology import read_structure
+def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) * 1024
+"""
+RUN = """
+flush, source, plan, output = sys.argv[1:]
+if flush == 'no': os.fsync = lambda descriptor: None
+structure = read_structure(source)
+started = time.perf_counter()
+prune(structure, Plan.load(plan), output)
+print(time.perf_counter() - started, peak())
+"""
+
+
+def tensors(layers: int) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+    """Names and shapes shard by shard: a layer a shard, then the rest."""
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        shapes: dict[str, tuple[int, ...]] = {at + "mlp.gate.weight": (EXPERTS, WIDTH), at + "mlp.shared_expert_gate.weight": (1, WIDTH)}  # fmt: skip
+        for name, width in [(f"experts.{e}", EXPERT_WIDTH) for e in range(EXPERTS)] + [("shared_expert", SHARED_WIDTH)]:
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                shapes[f"{at}mlp.{name}.{part}.weight"] = (WIDTH, width) if part == "down_proj" else (width, WIDTH)
+        for part in "qkvo":
+            shapes[f"{at}self_attn.{part}_proj.weight"] = (WIDTH, WIDTH)
+            if part != "o":
+                shapes[f"{at}self_attn.{part}_proj.bias"] = (WIDTH,)
+        for part in ("input", "post_attention"):
+            shapes[f"{at}{part}_layernorm.weight"] = (WIDTH,)
+        yield f"model-{layer + 1:05}.safetensors", dict(sorted(shapes.items()))
+    rest = {"lm_head.weight": (VOCABULARY, WIDTH), "model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}  # fmt: skip
+    yield f"model-{layers + 1:05}.safetensors", rest
+
+
+def make_checkpoint(folder: Path, layers: int) -> Path:
+    """Write a checkpoint of random bytes, a block of them again and again."""
+    folder.mkdir()
+    config = {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "torch_dtype": "bfloat16",
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "intermediate_size": 5632, "moe_intermediate_size": EXPERT_WIDTH,
+        "shared_expert_intermediate_size": SHARED_WIDTH, "num_experts": EXPERTS, "num_experts_per_tok": 4,
+        "norm_topk_prob": False, "decoder_sparse_step": 1, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    block = np.random.default_rng(0).bytes(16 << 20)
+    weight_map: dict[str, str] = {}
+    for shard, shapes in tensors(layers):
+        header, position = dict[str, object](), 0
+        for name, shape in shapes.items():
+            end = position + 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
+            position, weight_map[name] = end, shard
+        raw = json.dumps(header).encode()
+        with (folder / shard).open("wb") as file:
+            file.write(struct.pack("<Q", len(raw)) + raw)
+            while position:
+                position -= file.write(block[: min(len(block), position)])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def prepare(folders: list[Path], *, cold: bool) -> None:
+    """Bring files into the page cache, or put them out of it; what was removed is gone from the disk's queue."""
+    os.sync()
+    buffer = bytearray(1 << 20)
+    for path in (p for folder in folders for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb", buffering=0) as file:
+            if cold:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while not cold and file.readinto(buffer):
+                pass
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint that is made")
+    parser.add_argument("--model", type=Path, help="a checkpoint that is there, instead")
+    parser.add_argument("--retain", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where to work; twice the size is needed")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        measure(Path(name), args)
+
+
+def measure(work: Path, args: argparse.Namespace) -> None:
+    """Run everything in turn, in a folder to work in."""
+    from moecover.plans import LayerPlan, Plan, resolve_keep
+    from moecover.topology import read_structure
+
+    source = args.model or make_checkpoint(work / "model", max(1, round(args.gb / 1.134)))
+    topology = read_structure(source).topology
+    keep = resolve_keep(topology, keep=None, retain=args.retain)
+    chance = np.random.default_rng(0)
+    kept = [sorted(map(int, chance.choice(topology.num_experts, keep, replace=False))) for _ in topology.decoder_layers]
+    layers = [LayerPlan(decoder_layer=d, kept=k) for d, k in zip(topology.decoder_layers, kept, strict=True)]
+    Plan(schema=1, keep=keep, layers=layers).save(work / "plan.json")
+    output, copy, peaks = work / "out", work / "copy", list[int]()
+
+    def ours(flush: str, times: dict[str, list[float]]) -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        prepare([source], cold=args.cold)
+        started = time.perf_counter()
+        command = [sys.executable, "-c", IMPORTS + RUN, flush, str(source), str(work / "plan.json"), str(output)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        if flush == "yes":
+            times["prune, whole process"].append(time.perf_counter() - started)
+        seconds, peak = done.stdout.split()
+        times["prune" if flush == "yes" else "prune, fsync doing nothing"].append(float(seconds))
+        peaks.append(int(peak))
+
+    def cp(times: dict[str, list[float]]) -> None:
+        shutil.rmtree(copy, ignore_errors=True)
+        prepare([output], cold=args.cold)
+        started = time.perf_counter()
+        subprocess.run(["cp", "-r", output, copy], check=True)
+        times["cp"].append(time.perf_counter() - started)
+        subprocess.run(["sync", *copy.rglob("*")], check=True)
+        times["cp, flushed"].append(time.perf_counter() - started)
+        shutil.rmtree(copy)
+
+    names = ["cp", "cp, flushed", "prune", "prune, fsync doing nothing", "prune, whole process"]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        ours("no", times)
+        ours("yes", times)
+        cp(times)
+    num_bytes = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
+    imports = subprocess.run(
+        [sys.executable, "-c", IMPORTS + "print(peak())"], check=True, capture_output=True, text=True
+    )
+    print(
+        f"{num_bytes / 1e9:.2f} GB written, {'cold' if args.cold else 'warm'}, {args.rounds} rounds; seconds: median, least"
+    )
+    for name, seconds in times.items():
+        print(f"  {name:28}{statistics.median(seconds):8.2f}{min(seconds):8.2f}")
+    ratios: list[tuple[str, str, str]] = [
+        ("prune", "cp", "ratio to cp"),
+        ("prune, fsync doing nothing", "cp", "ratio to cp, neither flushed"),
+        ("prune", "cp, flushed", "ratio to cp, both flushed"),
+    ]
+    for one, other, label in ratios:
+        figures: list[Callable[[list[float]], float]] = [statistics.median, min]
+        print(f"  {label:28}" + "".join(f"{figure(times[one]) / figure(times[other]):8.2f}" for figure in figures))
+    print(f"peak resident memory above the imports: {(max(peaks) - int(imports.stdout)) / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
