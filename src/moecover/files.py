@@ -98,6 +98,24 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         sync(path.parent)
 
 
+@contextlib.contextmanager
+def kept_file(path: Path, draft: Path) -> Iterator[BinaryIO]:
+    """A file to fill as in `new_file`, but in a place of its own, where it stays for another try when the block fails.
+
+    Raises:
+        MoecoverError: the disk is full or a folder cannot be written.
+    """
+    with explained(f"writing {path}", left=f"What was written stays in {draft.parent}"):
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("r+b" if draft.exists() else "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.replace(path)
+        sync(path.parent)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that appears only when complete; see `new_file`."""
     with new_file(path) as file:

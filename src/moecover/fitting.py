@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Cost:
         limit: bytes of memory that it may take.
         whole: bytes of memory with the whole model in it.
         streamed: bytes of memory with one layer at a time.
+        hidden: bytes of the hidden states of all passes, which are in ``streamed`` twice: before the first layer, and now.
         read: bytes that are read from disk.
         flops: floating-point operations of the pass.
         by_layer: whether it runs layer by layer.
@@ -71,16 +73,34 @@ class Cost:
     limit: int
     whole: int
     streamed: int
+    hidden: int
     read: int
     flops: float
     by_layer: bool
 
+    @property
+    def spill(self) -> bool:
+        """Whether the hidden states have to lie in files."""
+        return self.by_layer and self.streamed > self.limit
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the way that was chosen needs."""
+        if not self.by_layer:
+            return self.whole
+        return self.streamed - 2 * self.hidden if self.spill else self.streamed
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of disk for what an interrupted pass goes on from, and for hidden states that do not fit."""
+        return (3 if self.spill else 2) * self.hidden if self.by_layer else 0
+
     def line(self, seconds: float) -> str:
         """The estimate in words."""
         way = "layer by layer" if self.by_layer else "in memory"
-        memory = self.streamed if self.by_layer else self.whole
         why = f" (the whole model needs {_gb(self.whole)}, {_gb(self.limit)} may be used)" if self.by_layer else ""
-        return f"running {way}{why}: about {_gb(memory)} of memory, {_gb(self.read)} to read, {self.flops / 1e12:,.1f} TFLOP, {_duration(seconds)}"  # fmt: skip
+        scratch = f", {_gb(self.scratch)} of scratch disk" if self.by_layer else ""
+        return f"running {way}{why}: about {_gb(self.memory)} of memory{scratch}, {_gb(self.read)} to read, {self.flops / 1e12:,.1f} TFLOP, {_duration(seconds)}"  # fmt: skip
 
 
 def _gb(num_bytes: float) -> str:
@@ -123,13 +143,13 @@ def cost(
     slots = topology.top_k + max(1, first_number(checkpoint.config, ("n_shared_experts", "num_shared_experts")) or 0)
     working = batch_tokens * (slots * (3 * width + 2 * topology.hidden_size) + 8 * topology.hidden_size) * itemsize
     working += batch_tokens * vocabulary / topology.hidden_size * 2 if head else 0  # logits, and in float32
-    hidden = tokens * topology.hidden_size * itemsize
+    hidden = int(tokens * topology.hidden_size * itemsize)
     idle = structure.expert_total_bytes * (1 - topology.top_k / topology.num_experts)
     active = (checkpoint.num_bytes - idle) / on_disk - (0 if head else 2) * vocabulary / itemsize
     whole = int(OVERHEAD + checkpoint.num_bytes * scale + working)
     by_layer = whole > limit
     return Cost(
-        limit, whole, int(OVERHEAD + ends + largest + hidden + working), checkpoint.num_bytes,
+        limit, whole, int(OVERHEAD + ends + largest + 2 * hidden + working), hidden, checkpoint.num_bytes,
         2.0 * tokens * max(active, 0.0), by_layer,
     )  # fmt: skip
 
@@ -160,7 +180,7 @@ def seconds_of(estimate: Cost, structure: Structure, *, dtype: str, device: str)
 @contextlib.contextmanager
 def opened(
     structure: Structure, *, tokens: int, batch_tokens: int, dtype: str = "auto", device: str = "auto",
-    memory_limit: int | None = None, head: bool = False, say: Callable[[str], None] = lambda line: None,
+    memory_limit: int | None = None, head: bool = False, scratch: Path | None = None, say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[torch.nn.Module | Streamed]:  # fmt: skip
     """The model in memory where it fits, else layer by layer; says which, and what it will cost, before it starts.
 
@@ -172,20 +192,26 @@ def opened(
         device: torch device by name.
         memory_limit: bytes of memory that may be used; default: nine tenths of what is free.
         head: whether the language-model head runs.
+        scratch: folder for the hidden states, where there is one; its disk is looked at.
         say: takes the line.
 
     Raises:
-        InputError: not even one layer fits, or what `load_model` and `streamed` raise.
+        InputError: not even one layer fits, the disk is too full, or what `load_model` and `streamed` raise.
     """
     device = check_device(dtype, device)
     limit = memory_limit if memory_limit is not None else int(0.9 * available_memory(device))
     estimate = cost(structure, tokens=tokens, batch_tokens=batch_tokens, dtype=dtype, limit=limit, head=head)
-    if estimate.by_layer and estimate.streamed > limit:
-        raise InputError(f"{structure.checkpoint.name}: one layer at a time still needs {_gb(estimate.streamed)} of memory, {_gb(limit)} may be used. Give a smaller --batch-size, --length or --sequences, or a larger --memory-limit")  # fmt: skip
+    least = estimate.memory if scratch is not None else estimate.streamed
+    if estimate.by_layer and least > limit:
+        raise InputError(f"{structure.checkpoint.name}: one layer at a time still needs {_gb(least)} of memory, {_gb(limit)} may be used. Give a smaller --batch-size or --length, or a larger --memory-limit")  # fmt: skip
+    if scratch is not None:
+        nearest = next(folder for folder in (scratch.absolute(), *scratch.absolute().parents) if folder.exists())
+        if (free := shutil.disk_usage(nearest).free) < estimate.scratch:
+            raise InputError(f"{scratch} needs {_gb(estimate.scratch)} of scratch disk, {_gb(free)} are free. Give fewer --sequences, or an output on another disk")  # fmt: skip
     if estimate.by_layer or estimate.read > 10**9:
         say(estimate.line(seconds_of(estimate, structure, dtype=dtype, device=device)))
     if estimate.by_layer:
-        with streamed(structure, dtype=dtype, device=device) as stream:
+        with streamed(structure, dtype=dtype, device=device, spill=estimate.spill) as stream:
             yield stream
         return
     say(f"loading {structure.checkpoint.name}")

@@ -21,7 +21,7 @@ import numpy as np
 
 from moecover.corpus import Corpus
 from moecover.errors import InputError
-from moecover.files import new_file
+from moecover.files import kept_file, new_file
 
 if TYPE_CHECKING:
     import torch
@@ -98,19 +98,18 @@ class Writer:
     """Writes the sample during the pass; see `writing`."""
 
     def __init__(self, descriptor: int, starts: dict[tuple[str, int], int], rows: dict[str, int]) -> None:
-        self._descriptor, self._at, self._rows = descriptor, dict(starts), rows
+        self._descriptor, self._starts, self._rows = descriptor, starts, rows
 
     def rows(self, corpus: str) -> int:
         """Sequences of a corpus that belong to the sample."""
         return self._rows[corpus]
 
-    def add(self, corpus: str, layer: int, hidden: torch.Tensor) -> None:
-        """Append hidden states ``[token, hidden]`` of a MoE layer."""
+    def add(self, corpus: str, layer: int, first: int, hidden: torch.Tensor) -> None:
+        """Write hidden states ``[token, hidden]`` of a MoE layer, the corpus's from token ``first`` on."""
         import torch
 
         data = hidden.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        os.pwrite(self._descriptor, data, self._at[corpus, layer])
-        self._at[corpus, layer] += len(data)
+        os.pwrite(self._descriptor, data, self._starts[corpus, layer] + first * (len(data) // len(hidden)))
 
 
 def num_bytes(sample: Sequence[Corpus], layers: int, hidden_size: int, itemsize: int) -> int:
@@ -121,9 +120,11 @@ def num_bytes(sample: Sequence[Corpus], layers: int, hidden_size: int, itemsize:
 @contextlib.contextmanager
 def writing(
     path: Path, sample: Sequence[Corpus], *, layers: int, hidden_size: int, dtype: str, batch_size: int,
-    model_fingerprint: str,
+    model_fingerprint: str, draft: Path | None = None,
 ) -> Iterator[Writer]:  # fmt: skip
     """A writer for the sample; the file takes its name only when the block ends without an error.
+
+    With ``draft``, the file is made there, and stays there for the next run when the block fails.
 
     Raises:
         InputError: not enough disk.
@@ -160,7 +161,7 @@ def writing(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
-    with new_file(path) as file:
+    with new_file(path) if draft is None else kept_file(path, draft) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
         for start, content in small:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moecover.errors import MoecoverError
@@ -21,12 +22,28 @@ class _Cancelled(BaseException):
     """Unwinds the pass of a batch that is not needed any further."""
 
 
+@dataclass(frozen=True)
+class Passing:
+    """A call at a stop: the number of each, what the module was called with and, behind it, what it gave."""
+
+    stop: int
+    call: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
 _local = threading.local()
+
+
+def current_call() -> int:
+    """The number of the call whose thread this is."""
+    return int(_local.index)
 
 
 def lockstep(
     calls: Sequence[Callable[[], Any]], stops: Sequence[torch.nn.Module], *, results: list[Any] | None = None,
-    before: Callable[[int, int], None] | None = None, after: Callable[[int, int], None] | None = None,
+    before: Callable[[Passing], None] | None = None, after: Callable[[Passing], Any] | None = None,
 ) -> Generator[list[Any]]:  # fmt: skip
     """At every stop in turn, the first argument of that module's call, one a call.
 
@@ -36,8 +53,8 @@ def lockstep(
         calls: forward passes, each of which runs every stop once, in this order.
         stops: modules of the model.
         results: takes what the calls give, in their order; without it the passes end at the last stop.
-        before: called with stop and call when a call goes on into a stop's module.
-        after: called with stop and call when a stop's module is done with a call.
+        before: called when a call goes on into a stop's module.
+        after: called when a stop's module is done with a call; what it gives, if anything, takes the output's place.
 
     Raises:
         MoecoverError: a pass does not run every stop.
@@ -62,12 +79,13 @@ def lockstep(
             raise _Cancelled
         arrived[index] = None
         if before is not None:
-            before(number, index)
+            before(Passing(number, index, args, kwargs, None))
 
-    def passed(number: int, module: Any, args: Any, output: Any) -> None:
+    def passed(number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         index = getattr(_local, "index", None)
         if index is not None and after is not None:
-            after(number, index)
+            return after(Passing(number, index, args, kwargs, output))
+        return None
 
     def run(index: int) -> None:
         _local.index = index
@@ -96,7 +114,7 @@ def lockstep(
     threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
     hooks = [m.register_forward_pre_hook(functools.partial(stop, n), with_kwargs=True) for n, m in enumerate(stops)]
     if after is not None:
-        hooks += [m.register_forward_hook(functools.partial(passed, n)) for n, m in enumerate(stops)]
+        hooks += [m.register_forward_hook(functools.partial(passed, n), with_kwargs=True) for n, m in enumerate(stops)]
     try:
         for thread in threads:
             thread.start()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ import numpy as np
 
 from moecover.corpus import Corpus
 from moecover.errors import InputError, MoecoverError
+from moecover.files import canonical_json
 from moecover.inputs import FILE as INPUTS
 from moecover.inputs import Writer, open_inputs, sample_of, writing
+from moecover.lockstep import Passing, current_call
 from moecover.model import batches, load_model
 from moecover.profiles import Profile, Statistics
 from moecover.recording import Sums, recording
+from moecover.states import State, footprint
 from moecover.streaming import Streamed, run
 from moecover.topology import Structure
 
@@ -31,11 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """One forward pass of a corpus: ``number`` counts within the corpus, ``row`` is the first sequence."""
+    """One forward pass of a corpus: ``number`` counts within it, ``row`` is the first sequence, ``first`` its first token."""
 
     corpus: Corpus
     number: int
     row: int
+    first: int
     inputs: dict[str, torch.Tensor]
 
     @property
@@ -56,7 +61,8 @@ def batches_of(corpora: Sequence[Corpus], batch_size: int, device: torch.device)
     for corpus in corpora:
         for number, inputs in enumerate(batches(corpus, batch_size)):
             moved = {key: value.to(device) for key, value in inputs.items()}
-            yield Batch(corpus, number, number * batch_size, moved)
+            row = number * batch_size
+            yield Batch(corpus, number, row, int(corpus.mask[:row].sum()), moved)
 
 
 def dtype_of(model: torch.nn.Module | Streamed) -> torch.dtype:
@@ -73,50 +79,88 @@ def backbone_of(model: torch.nn.Module) -> Any:
 
 def in_memory(
     model: torch.nn.Module, structure: Structure, corpora: Sequence[Corpus], sums: Mapping[str, Sums], *, batch_size: int,
-    writer: Writer | None, advance: Callable[[int], None],
+    writer: Writer | None, state: State | None, advance: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Batch after batch through a model that is in memory, statistics added to ``sums`` by corpus."""
     import torch
 
     backbone, device = backbone_of(model), next(model.parameters()).device
+    total = sum(-(-len(corpus.tokens) // batch_size) for corpus in corpora)
     with torch.inference_mode(), recording(model, structure) as taps:
-        for batch in batches_of(corpora, batch_size, device):
-            for layer, tap in enumerate(taps):
-                tap.keep = _keeper(writer, batch, layer)
-            backbone(**batch.inputs, use_cache=False)
-            sums[batch.corpus.name].add(taps, 0, batch.number, batch.token_mask)
+        for done, batch in enumerate(batches_of(corpora, batch_size, device)):
+            if state is None or done >= state.done:
+                for layer, tap in enumerate(taps):
+                    tap.keep = _keeper(writer, batch, layer)
+                backbone(**batch.inputs, use_cache=False)
+                sums[batch.corpus.name].add(taps, 0, batch.number, batch.token_mask)
+                if state is not None:
+                    state.save(done + 1, total, "batches", sums)
             advance(batch.num_tokens)
 
 
 def layer_by_layer(
     stream: Streamed, structure: Structure, corpora: Sequence[Corpus], sums: Mapping[str, Sums], *, batch_size: int,
-    writer: Writer | None, advance: Callable[[int], None],
+    writer: Writer | None, state: State | None, advance: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """All batches through one decoder layer after the other: the same statistics from one read of the weights."""
-    import torch
+    """All batches through one decoder layer after the other: the same statistics from one read of the weights.
 
-    backbone = backbone_of(stream.model)
+    Where the state holds what the last finished layer gave, the layers before it are not run again; where a family hands
+    on more than hidden states, they are, without a second look at their experts.
+    """
+    backbone, layers = backbone_of(stream.model), len(stream.layers)
     passes = list(batches_of(corpora, batch_size, stream.device))
-    numbers = {name: number for number, name in enumerate(stream.layers)}
-    moe = {next(n for name, n in numbers.items() if experts.startswith(f"{name}.")): layer for layer, experts in enumerate(structure.experts_modules)}  # fmt: skip
-    done = 0
-    with torch.inference_mode(), recording(stream.model, structure) as taps:
+    moe = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
+    finished = state.done if state is not None else 0
+    start = finished if state is not None and state.outputs is not None else 0
+    rows: list[Any] = [None] * len(passes)
+    handed: list[Any] = [None] * len(passes)
+    alone, walked = True, 0
 
-        def before(number: int, call: int) -> None:
-            if number in moe:
-                taps[moe[number]].keep = _keeper(writer, passes[call], moe[number])
+    def walk(tokens: int) -> None:  # tokens through one layer; the bar counts those through all of them
+        nonlocal walked
+        walked += tokens
+        advance(walked // layers)
+        walked %= layers
 
-        def after(number: int, call: int) -> None:
-            nonlocal done
-            batch = passes[call]
-            if number in moe:
-                sums[batch.corpus.name].add([taps[moe[number]]], moe[number], batch.number, batch.token_mask)
-            done += batch.num_tokens
-            if whole := done // len(numbers):  # tokens through all layers, for the bar
-                advance(whole)
-                done -= whole * len(numbers)
+    def before(at: Passing) -> None:
+        handed[at.call] = footprint((at.args[1:], at.kwargs))
+        if (number := start + at.stop) in moe:
+            new = number >= finished
+            taps[moe[number]].keep = _keeper(writer, passes[at.call], moe[number]) if new else None
 
-        run(stream, [functools.partial(backbone, **batch.inputs, use_cache=False) for batch in passes], head=False, before=before, after=after)  # fmt: skip
+    def after(at: Passing) -> Any:
+        nonlocal alone
+        number, batch, kept = start + at.stop, passes[at.call], None
+        if number in moe and number >= finished:
+            sums[batch.corpus.name].add([taps[moe[number]]], moe[number], batch.number, batch.token_mask)
+        elif number in moe:
+            taps[moe[number]].clear()
+        if state is not None and alone:
+            kept = None if handed[at.call] != footprint((at.args[1:], at.kwargs)) else state.put(number, at.call, at.output)  # fmt: skip
+            alone = kept is not None
+            rows[at.call] = kept[0] if kept else None
+        if state is not None and at.call == len(passes) - 1 and number >= finished:
+            state.save(number + 1, layers, "layers", sums, outputs=rows if alone else None)
+        walk(batch.num_tokens)
+        return kept[1] if kept and stream.spill else None
+
+    def skipped(number: int, hidden: torch.Tensor) -> Any:
+        assert state is not None
+        call = current_call()
+        return state.get(call, stream.device) if number == start - 1 else state.as_output(call, hidden)
+
+    def embedded(call: int, output: Any) -> Any:
+        assert state is not None
+        kept = state.put(-1, call, output)
+        return kept[1] if kept else None
+
+    with recording(stream.model, structure) as taps:
+        for batch in passes:
+            walk(start * batch.num_tokens)
+        if start < layers:
+            calls = [functools.partial(backbone, **batch.inputs, use_cache=False) for batch in passes]
+            spilled = embedded if state is not None and stream.spill else None
+            run(stream, calls, head=False, start=start, skipped=skipped, embedded=spilled, before=before, after=after)
 
 
 def checked(sums: Sums, corpus: Corpus, structure: Structure) -> Statistics:
@@ -135,6 +179,13 @@ def checked(sums: Sums, corpus: Corpus, structure: Structure) -> Statistics:
     return statistics
 
 
+def _stamps(structure: Structure) -> list[list[Any]]:
+    """Size and time of change of every shard: whether the weights are still the same."""
+    checkpoint = structure.checkpoint
+    found = [(shard, (checkpoint.path / shard).stat()) for shard in sorted(checkpoint.shard_metadata)]
+    return [[shard, stat.st_size, stat.st_mtime_ns] for shard, stat in found]
+
+
 def _keeper(writer: Writer | None, batch: Batch, layer: int) -> Callable[[torch.Tensor], None] | None:
     """What passes on the hidden states of a layer that belong to the sample: the first sequences, without padding."""
     if writer is None:
@@ -145,7 +196,7 @@ def _keeper(writer: Writer | None, batch: Batch, layer: int) -> Callable[[torch.
         return None
     mask = batch.token_mask
     kept = slice(None) if mask is None else mask[: rows * length]
-    return lambda hidden: taken.add(batch.corpus.name, layer, hidden[: rows * length][kept])
+    return lambda hidden: taken.add(batch.corpus.name, layer, batch.first, hidden[: rows * length][kept])
 
 
 def profile(
@@ -157,7 +208,9 @@ def profile(
     dtype: str = "auto",
     device: str = "auto",
     keep_inputs: tuple[int, Path] | None = None,
+    state: Path | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Profile:
     """Profile of a model on corpora that are kept apart, from one forward pass over each.
 
@@ -169,9 +222,12 @@ def profile(
         dtype: of the model to be loaded, see `load_model`.
         device: of the model to be loaded, see `load_model`.
         keep_inputs: how many tokens of every layer's inputs to keep, and the folder for `inputs`.
-        advance: called with the tokens of every finished batch.
+        state: folder where an interrupted pass goes on; the caller removes it when the profile is safe.
+        advance: called with tokens that are done.
+        say: takes a line on what is found there.
 
     Raises:
+        MoecoverError: the disk is full.
         InputError: names that repeat, or what `load_model` and `checked` raise.
     """
     import torch
@@ -190,6 +246,19 @@ def profile(
     where = model.device if isinstance(model, Streamed) else next(model.parameters()).device
     kind = str(dtype_of(model)).removeprefix("torch.")
     sums = {c.name: Sums(structure.topology, where, -(-len(c.tokens) // batch_size)) for c in corpora}
+    about = {
+        "name": structure.checkpoint.name,
+        "revision": structure.checkpoint.revision,
+        "fingerprint": structure.model_fingerprint,
+    }
+    records = {c.name: [c.record] for c in corpora}
+    going_on = None
+    if state is not None:
+        how = "layers" if isinstance(model, Streamed) else "batches"
+        sizes = {e.name: [e.shard, e.start, e.dtype] for e in structure.checkpoint.tensors.values()}
+        inputs_of = {"model": about["fingerprint"], "weights": hashlib.sha256(canonical_json([sizes, _stamps(structure)]).encode()).hexdigest(), "corpora": records, "batch size": batch_size, "dtype": kind, "device": where.type, "way": how, "inputs kept": keep_inputs[0] if keep_inputs else None, "version": __version__}  # fmt: skip
+        going_on = State(state, inputs_of, say=say)
+        going_on.restore(sums)
     with contextlib.ExitStack() as stack:
         writer = None
         if keep_inputs is not None:
@@ -199,12 +268,14 @@ def profile(
                     folder / INPUTS, sample_of(corpora, tokens), layers=len(structure.topology.decoder_layers),
                     hidden_size=structure.topology.hidden_size, dtype=kind,
                     batch_size=batch_size, model_fingerprint=structure.model_fingerprint,
+                    draft=state / INPUTS if state is not None else None,
                 )
             )  # fmt: skip
+        how_to: dict[str, Any] = {"batch_size": batch_size, "writer": writer, "state": going_on, "advance": advance}
         if isinstance(model, Streamed):
-            layer_by_layer(model, structure, corpora, sums, batch_size=batch_size, writer=writer, advance=advance)
+            layer_by_layer(model, structure, corpora, sums, **how_to)
         else:
-            in_memory(model, structure, corpora, sums, batch_size=batch_size, writer=writer, advance=advance)
+            in_memory(model, structure, corpora, sums, **how_to)
         statistics = {c.name: checked(sums[c.name], c, structure) for c in corpora}
     parts = {name: one.parts for name, one in sums.items()}
     settings = {
@@ -221,11 +292,5 @@ def profile(
             "python": platform.python_version(),
         },
     }
-    about = {
-        "name": structure.checkpoint.name,
-        "revision": structure.checkpoint.revision,
-        "fingerprint": structure.model_fingerprint,
-    }
-    records = {c.name: [c.record] for c in corpora}
     inputs = open_inputs(keep_inputs[1]) if keep_inputs is not None else None
     return Profile(structure.topology, statistics, records, about, settings, parts, inputs)

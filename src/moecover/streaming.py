@@ -8,12 +8,13 @@ positions and what else a family hands from layer to layer stay what they are in
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moecover.errors import InputError
-from moecover.lockstep import lockstep
+from moecover.lockstep import Passing, current_call, lockstep
 from moecover.model import check_device
 from moecover.topology import Structure, auto_class
 from moecover.weights import Weights, one_arena
@@ -41,6 +42,7 @@ class Streamed:
             head, which is there from the last layer on; None where they are one and stay in memory.
         weights: fills and empties them.
         device: where they run.
+        spill: keep the hidden states between layers in files, where a state is kept, instead of memory.
     """
 
     model: torch.nn.Module
@@ -48,6 +50,7 @@ class Streamed:
     ends: tuple[str, str] | None
     weights: Weights
     device: torch.device
+    spill: bool = False
 
 
 def layer_names(model: torch.nn.Module, structure: Structure) -> tuple[str, ...]:
@@ -82,13 +85,16 @@ def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def streamed(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> Iterator[Streamed]:
+def streamed(
+    structure: Structure, *, dtype: str = "auto", device: str = "auto", spill: bool = False
+) -> Iterator[Streamed]:
     """A model that runs layer by layer; the block's end frees it.
 
     Args:
         structure: the checkpoint.
         dtype: torch dtype by name, ``auto`` for the checkpoint's.
         device: torch device by name.
+        spill: see `Streamed`.
 
     Raises:
         InputError: unknown dtype or device, or tensors that are missing in the files.
@@ -109,7 +115,7 @@ def streamed(structure: Structure, *, dtype: str = "auto", device: str = "auto")
         if ends is None:
             empty = {name for name, value in model.state_dict().items() if value.is_meta}
             model.tie_weights(missing_keys=empty, recompute_mapping=False)  # type: ignore[operator]
-        yield Streamed(model, layers, ends, weights, torch.device(device))
+        yield Streamed(model, layers, ends, weights, torch.device(device), spill)
 
 
 def _ends(model: Any) -> tuple[str, str] | None:
@@ -125,8 +131,11 @@ def run(
     calls: Sequence[Callable[[], Any]],
     *,
     head: bool = True,
-    before: Callable[[int, int], None] | None = None,
-    after: Callable[[int, int], None] | None = None,
+    start: int = 0,
+    skipped: Callable[[int, Any], Any] = lambda layer, hidden: hidden,
+    embedded: Callable[[int, Any], Any] | None = None,
+    before: Callable[[Passing], None] | None = None,
+    after: Callable[[Passing], Any] | None = None,
     within: Within = unmasked,
 ) -> list[Any]:
     """Run passes side by side, one read of the weights for all of them.
@@ -135,37 +144,54 @@ def run(
         stream: the model.
         calls: each runs the model once (or a part that begins with its decoder layers) and gives a result.
         head: whether the calls run the language-model head.
-        before: called with layer and call when a call is about to enter a decoder layer.
-        after: called with layer and call when a decoder layer is done with a call.
+        start: the first layer that runs; the stops of ``before`` and ``after`` are counted from there on.
+        skipped: gives the output of a layer before it, from its number and the hidden states that it is called with.
+        embedded: called with call and output of the token embedding; what it gives takes the output's place.
+        before: see `lockstep`.
+        after: see `lockstep`.
         within: a context for a decoder layer, entered when its weights are there and left before they go.
 
     Returns:
         The results.
     """
-    stops, weights = [stream.model.get_submodule(name) for name in stream.layers], stream.weights
+    modules, weights = [stream.model.get_submodule(name) for name in stream.layers], stream.weights
     results: list[Any] = []
     first, last = stream.ends or (None, None)
+    hooks = []
+    if embedded is not None:
+        inputs: Any = stream.model.get_input_embeddings()  # type: ignore[operator]
+        hooks.append(inputs.register_forward_hook(lambda module, args, output: embedded(current_call(), output)))
     try:
+        for number, module in enumerate(modules[:start]):
+            module.forward = functools.partial(_skip, skipped, number)
         if first:
             weights.load(f"{first}.")
-        steps = lockstep(calls, stops, results=results, before=before, after=after)
+        steps = lockstep(calls, modules[start:], results=results, before=before, after=after)
         with contextlib.ExitStack() as around, contextlib.closing(steps):
-            for number, _ in enumerate(steps):
+            for number, _ in enumerate(steps, start):
                 around.close()
-                if number:
+                if number > start:
                     weights.free(f"{stream.layers[number - 1]}.", again=True)
                 else:
                     weights.free(f"{first}.")
                 weights.load(f"{stream.layers[number]}.")
                 around.enter_context(within(number))
-                if number + 1 < len(stops):
+                if number + 1 < len(modules):
                     weights.will_need(f"{stream.layers[number + 1]}.")
                 elif last and head:
                     weights.load(f"{last}.")
     finally:
+        for hook in hooks:
+            hook.remove()
+        for module in modules[:start]:
+            del module.forward
         weights.free(f"{stream.layers[-1]}.")
         weights.free(f"{last}.")
     return results
+
+
+def _skip(skipped: Callable[[int, Any], Any], number: int, *args: Any, **kwargs: Any) -> Any:
+    return skipped(number, args[0] if args else kwargs["hidden_states"])
 
 
 def run_all(model: Any, calls: Sequence[Callable[[], Any]], *, within: Within = unmasked) -> list[Any]:

@@ -97,9 +97,11 @@ def _load_corpora(args: argparse.Namespace, structure: Any) -> list[Any]:
 @contextlib.contextmanager
 def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> Iterator[tuple[Any, Any, Any]]:
     """The profile, saved into ``folder`` if there is one; the model, still open; the corpora."""
+    from moecover.files import PARTIAL
     from moecover.fitting import opened
     from moecover.inputs import num_bytes, sample_of
     from moecover.profiling import dtype_of, profile
+    from moecover.states import kept_for_later, remove
 
     corpora = _load_corpora(args, structure)
     keep_inputs = None
@@ -108,9 +110,10 @@ def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> 
         keep_inputs = (args.keep_inputs, folder)
     tokens, batch_size = sum(c.num_tokens for c in corpora), args.batch_size or 4
     batch_tokens = batch_size * max(c.tokens.shape[1] for c in corpora)
-    with opened(
+    state = args.output.with_name(f".{args.output.name}.profile{PARTIAL}")
+    with kept_for_later(state), opened(
         structure, tokens=tokens, batch_tokens=batch_tokens, dtype=args.dtype or "auto", device=args.device or "auto",
-        memory_limit=_memory_limit(args), say=progress.say,
+        memory_limit=_memory_limit(args), scratch=state, say=progress.say,
     ) as model:  # fmt: skip
         if keep_inputs:
             topology, width = structure.topology, dtype_of(model).itemsize
@@ -118,11 +121,13 @@ def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> 
             progress.say(f"keeping the inputs of {len(topology.decoder_layers)} layers for {sum(c.num_tokens for c in sample):,} tokens: {_size(size)} in {folder}")  # fmt: skip
         with progress.bar("profiling", tokens) as advance:
             made = profile(
-                structure, corpora, model=model, batch_size=batch_size, keep_inputs=keep_inputs, advance=advance
-            )
+                structure, corpora, model=model, batch_size=batch_size, keep_inputs=keep_inputs, state=state,
+                advance=advance, say=progress.say,
+            )  # fmt: skip
         if folder is not None:
             made.save(folder)
         yield made, model, corpora
+        remove(state)
 
 
 def _memory_limit(args: argparse.Namespace) -> int | None:
@@ -163,11 +168,12 @@ def _files(args: argparse.Namespace, structure: Any) -> Any:
 
 
 def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.files import locked
     from moecover.profiles import FILE
 
     _check_pass(args)
     _check_profile_folder(args.output, overwrite=args.overwrite)
-    with _profiled(args, _files(args, _loadable(args)), args.output) as (profile, _, _):
+    with locked(args.output.resolve()), _profiled(args, _files(args, _loadable(args)), args.output) as (profile, _, _):
         pass
     path = args.output / FILE
     shape = [len(profile.topology.decoder_layers), profile.topology.num_experts]

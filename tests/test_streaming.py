@@ -1,0 +1,288 @@
+"""Layer by layer: the same numbers as in memory, bit for bit; interrupted passes that go on; what fits."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moecover import cli
+from moecover import fitting as fitting_module
+from moecover.checkpoint import prune
+from moecover.corpus import Corpus
+from moecover.errors import InputError, MoecoverError
+from moecover.evaluation import perplexity, verify
+from moecover.families import PROVEN_FAMILIES
+from moecover.fitting import cost, opened, parse_size
+from moecover.masking import masked, masked_layers
+from moecover.model import load_model
+from moecover.planning import plan
+from moecover.profiles import Profile
+from moecover.profiling import profile
+from moecover.states import FILE, State
+from moecover.streaming import Streamed, run, streamed
+from moecover.topology import Structure, read_structure
+from tests import zoo
+from tests.conftest import random_corpus
+
+
+class Stop(BaseException):
+    """What ends a pass in the middle, as an interrupt would."""
+
+
+def same(one: Profile, two: Profile) -> None:
+    """Every statistic and every running sum equal to the last bit."""
+    assert one.fingerprint == two.fingerprint
+    for corpus, statistics in one.statistics.items():
+        for name, values in statistics.items():
+            np.testing.assert_array_equal(values, two.statistics[corpus][name], err_msg=f"{corpus}, {name}")
+            np.testing.assert_array_equal(one.parts[corpus][name], two.parts[corpus][name], err_msg=f"{corpus}, {name}")
+
+
+def corpora(vocab: int = 128) -> list[Corpus]:
+    """Two of different shapes, one with a last batch of another size."""
+    return [random_corpus("a", sequences=5, length=20, vocab=vocab), random_corpus("b", sequences=3, length=17, vocab=vocab)]  # fmt: skip
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """The pass ends after so many saved states."""
+    left, save = [saves], State.save
+
+    def stopping(self: State, *args: object, **kwargs: object) -> None:
+        save(self, *args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+
+    monkeypatch.setattr(State, "save", stopping)
+
+
+@pytest.mark.parametrize("family", list(PROVEN_FAMILIES))
+def test_every_family_layer_by_layer(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.make_model(family).save_pretrained(tmp_path / "m", save_original_format=True)
+    structure, texts = read_structure(tmp_path / "m"), corpora()
+    model = load_model(structure)
+    expected = profile(structure, texts, model=model, batch_size=2)
+    tokens = [torch.from_numpy(text.tokens) for text in texts]
+    with torch.inference_mode():
+        logits = [model(input_ids=one, use_cache=False).logits for one in tokens]
+    with streamed(structure) as stream:
+        calls = [functools.partial(stream.model, input_ids=one, use_cache=False) for one in tokens]
+        for one, two in zip(logits, run(stream, calls), strict=True):
+            assert torch.equal(one, two.logits)
+        same(profile(structure, texts, model=stream, batch_size=2), expected)
+        with monkeypatch.context() as patched, pytest.raises(Stop):
+            stop_after(patched, 2)
+            profile(structure, texts, model=stream, batch_size=2, state=tmp_path / "state")
+        said: list[str] = []
+        again = profile(structure, texts, model=stream, batch_size=2, state=tmp_path / "state", say=said.append)
+        assert said == [f"resuming: 2 of {len(stream.layers)} layers are done"]
+        same(again, expected)
+
+
+@pytest.fixture(scope="module")
+def structure(tmp_path_factory: pytest.TempPathFactory) -> Structure:
+    folder = tmp_path_factory.mktemp("streamed") / "m"
+    zoo.make_model("qwen2_moe").save_pretrained(folder, save_original_format=True)
+    return read_structure(folder)
+
+
+@pytest.mark.parametrize("way", ["memory", "layers", "spilled"])
+@pytest.mark.parametrize("saves", [1, 2, 3])
+def test_an_interrupted_pass_goes_on(
+    structure: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, saves: int
+) -> None:
+    """With a sample of the inputs, whose file is made in pieces too."""
+    texts, state = corpora(), tmp_path / "state"
+    once = profile(structure, texts, model=load_model(structure), batch_size=2, keep_inputs=(100, tmp_path / "once"))
+
+    def go(folder: str) -> Profile:
+        given = {"batch_size": 2, "state": state, "keep_inputs": (100, tmp_path / folder)}
+        if way == "memory":
+            return profile(structure, texts, model=load_model(structure), **given)
+        with streamed(structure, spill=way == "spilled") as stream:
+            return profile(structure, texts, model=stream, **given)
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        stop_after(patched, saves)
+        go("again")
+    assert not (tmp_path / "again").exists()
+    made = go("again")
+    same(made, once)
+    assert (tmp_path / "again" / "inputs.safetensors").read_bytes() == (tmp_path / "once" / "inputs.safetensors").read_bytes()  # fmt: skip
+    # All of it is done: nothing runs any more.
+    monkeypatch.setattr("moecover.profiling.run", None)
+    monkeypatch.setattr("moecover.profiling.backbone_of", lambda model: None)
+    (tmp_path / "third").mkdir()
+    shutil.copy(tmp_path / "again" / "inputs.safetensors", state / "inputs.safetensors")
+    same(go("third"), once)
+
+
+def test_a_state_of_other_inputs_is_not_used(structure: Structure, tmp_path: Path, monkeypatch) -> None:
+    model, state = load_model(structure), tmp_path / "state"
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        stop_after(patched, 2)
+        profile(structure, corpora(), model=model, batch_size=2, state=state)
+    for change, name in (({"batch_size": 1}, "batch size"), ({"corpora": corpora(100)}, "corpora")):
+        given = {"corpora": corpora(), "batch_size": 2, **change}
+        shutil.copytree(state, tmp_path / name)
+        said: list[str] = []
+        made = profile(structure, given["corpora"], model=model, batch_size=given["batch_size"], state=tmp_path / name, say=said.append)  # fmt: skip
+        assert said == [f"starting anew: {tmp_path / name} was made from other inputs, {name} differs"]
+        same(made, profile(structure, given["corpora"], model=model, batch_size=given["batch_size"]))
+    (structure.checkpoint.path / "model.safetensors").touch()  # written anew, for all that is known
+    said = []
+    profile(structure, corpora(), model=model, batch_size=2, state=state, say=said.append)
+    assert said == [f"starting anew: {state} was made from other inputs, weights differs"]
+
+
+@pytest.mark.parametrize("damage", ["state", "hidden"])
+def test_a_damaged_state_is_not_used(structure: Structure, tmp_path: Path, monkeypatch, damage: str) -> None:
+    expected, state = profile(structure, corpora(), batch_size=2), tmp_path / "state"
+    with streamed(structure) as stream:
+        with monkeypatch.context() as patched, pytest.raises(Stop):
+            stop_after(patched, 2)
+            profile(structure, corpora(), model=stream, batch_size=2, state=state)
+        file = state / FILE if damage == "state" else state / "hidden-1.1"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2 if damage == "hidden" else 20] ^= 255
+        file.write_bytes(content)
+        same(profile(structure, corpora(), model=stream, batch_size=2, state=state), expected)
+
+
+def test_masked_perplexity_layer_by_layer(structure: Structure) -> None:
+    text, model = random_corpus("t", sequences=3, length=20, vocab=128), load_model(structure)
+    chosen = plan(profile(structure, corpora(), model=model), keep=4)
+    with masked(model, structure, chosen):
+        expected = perplexity(model, text, batch_size=2)
+    with streamed(structure) as stream:
+        within = masked_layers(stream.model, structure, chosen)
+        assert perplexity(stream, text, batch_size=2, within=within) == expected
+        assert perplexity(stream, text, batch_size=2) == perplexity(model, text, batch_size=2) != expected
+
+
+def test_verify_layer_by_layer(structure: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = prune(structure, plan(profile(structure, corpora()), keep=4), tmp_path / "out")
+    whole = verify(structure.checkpoint.path, out)
+    monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
+    said: list[str] = []
+    by_layer = verify(structure.checkpoint.path, out, memory_limit=_between(structure), advance=said.append)
+    assert any("running layer by layer" in line for line in said)
+    assert by_layer == whole
+
+
+def _between(structure: Structure, *, tokens: int = 64, batch_tokens: int = 64, head: bool = True) -> int:
+    """A limit that one layer keeps and the whole model does not."""
+    made = cost(structure, tokens=tokens, batch_tokens=batch_tokens, limit=0, head=head)
+    assert made.streamed < made.whole
+    return (made.streamed + made.whole) // 2
+
+
+# ------------------------------------------------------------------------------------------------------- what fits
+@pytest.mark.parametrize("text, expected", [("4GB", 4 * 10**9), ("1.5 GiB", 3 * 2**29), ("100", 100), ("7kb", 7000)])
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4 apples", "-1GB", "1e9"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(InputError, match="is no size"):
+        parse_size(text)
+
+
+def test_a_limit_that_is_too_small(structure: Structure) -> None:
+    given = {"tokens": 64, "batch_tokens": 64, "memory_limit": 1000}
+    with pytest.raises(InputError, match="one layer at a time still needs"), opened(structure, **given):
+        pass
+
+
+def test_hidden_states_that_do_not_fit_lie_in_files(
+    structure: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
+    bare = cost(structure, tokens=0, batch_tokens=64, limit=0)
+    given = {"tokens": (bare.whole - bare.streamed) // (4 * 32 * 4), "batch_tokens": 64}
+    made = cost(structure, **given, limit=0)
+    limit = made.streamed - made.hidden
+    assert made.hidden > 0
+    with opened(structure, **given, memory_limit=limit, scratch=tmp_path / "s") as stream:
+        assert stream.spill
+    with (
+        pytest.raises(InputError, match="one layer at a time still needs"),
+        opened(structure, **given, memory_limit=limit),
+    ):
+        pass  # without a folder
+    monkeypatch.setattr(fitting_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, made.hidden))
+    with (
+        pytest.raises(InputError, match="of scratch disk, 0.0 GB are free"),
+        opened(structure, **given, memory_limit=limit, scratch=tmp_path / "s"),
+    ):
+        pass
+
+
+def test_what_fits_runs_in_memory(structure: Structure, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with opened(structure, tokens=64, batch_tokens=64, say=said.append) as model:
+        assert not isinstance(model, Streamed)
+    monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
+    with opened(structure, tokens=64, batch_tokens=64, memory_limit=_between(structure), say=said.append) as model:
+        assert isinstance(model, Streamed)
+    assert said[0].startswith("loading ")
+    assert "running layer by layer (the whole model needs" in said[1]
+
+
+def test_the_command(
+    checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": list(range(i, i + 30))}) + "\n" for i in range(9)))
+    folder = checkpoints("qwen2_moe")
+    command = ["profile", str(folder), "--corpus", f"r={rows}", "--batch-size", "2"]
+    assert cli.main([*command, "-o", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
+    limited = [
+        *command,
+        "--memory-limit",
+        str(_between(read_structure(folder), tokens=270, batch_tokens=60, head=False)),
+        "-o",
+        str(tmp_path / "p"),
+    ]
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(Stop):
+            cli.main(limited)
+    assert not (tmp_path / "p").exists()
+    assert cli.main(limited) == 0
+    log = capsys.readouterr().err
+    assert "running layer by layer" in log
+    assert "resuming: 2 of 3 layers are done" in log
+    same(Profile.load(tmp_path / "p"), Profile.load(tmp_path / "whole"))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_read_error_in_the_middle(structure: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line; what was done stays and is used."""
+    from moecover import weights
+
+    real, calls = weights.os.preadv, [0]
+
+    def failing(*args: object) -> int:
+        calls[0] += 1
+        if calls[0] == 60:
+            raise OSError(5, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr(weights.os, "preadv", failing)
+    with streamed(structure) as stream:
+        with pytest.raises(MoecoverError, match="cannot be read at byte .*: Input/output error"):
+            profile(structure, corpora(), model=stream, batch_size=2, state=tmp_path / "state")
+        said: list[str] = []
+        made = profile(structure, corpora(), model=stream, batch_size=2, state=tmp_path / "state", say=said.append)
+    assert "layers are done" in said[0]
+    same(made, profile(structure, corpora(), batch_size=2))
