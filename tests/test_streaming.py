@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +34,7 @@ from moecover.streaming import Streamed, run, streamed
 from moecover.topology import Structure, read_structure
 from tests import zoo
 from tests.conftest import random_corpus
+from tests.tiny import make_checkpoint
 
 
 class Stop(BaseException):
@@ -286,3 +291,59 @@ def test_a_read_error_in_the_middle(structure: Structure, tmp_path: Path, monkey
         made = profile(structure, corpora(), model=stream, batch_size=2, state=tmp_path / "state", say=said.append)
     assert "layers are done" in said[0]
     same(made, profile(structure, corpora(), batch_size=2))
+
+
+KILLED = """
+import sys, time
+from moecover import cli, fitting, states
+fitting.OVERHEAD = 0
+save = states.State.save
+def slowly(self, *args, **kwargs):
+    time.sleep(0.05)
+    save(self, *args, **kwargs)
+    print("saved", flush=True)
+states.State.save = slowly
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def kill_and_go_on(kills: int, way: str, tmp_path: Path, folder: Path) -> None:
+    """Kill a profile again and again at random moments of its pass, then let it end: the same as uninterrupted."""
+    rng, rows = random.Random(way), tmp_path / "rows.jsonl"
+    count = 20 if way == "layers" else 10 + 3 * kills
+    rows.write_text("".join(json.dumps({"input_ids": list(range(i, i + 30))}) + "\n" for i in range(count)))
+    command = ["profile", str(folder), "--corpus", f"r={rows}", "--batch-size", "2"]
+    if way == "layers":
+        limit = _between(read_structure(folder), tokens=600, batch_tokens=60, head=False)
+        command += ["--memory-limit", str(limit)]
+    assert cli.main([*command, "-o", str(tmp_path / "once")]) == 0
+    command += ["-o", str(tmp_path / "out")]
+    state = tmp_path / ".out.profile.partial"
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+        assert process.stdout is not None
+        line = process.stdout.readline()  # the pass has begun
+        time.sleep(rng.random() * (0.3 if way == "memory" else 0.1))
+        process.kill()
+        process.wait()
+        if line.startswith(b"saved") and not (tmp_path / "out" / "profile.safetensors").exists():
+            assert state.exists()
+    if not (tmp_path / "out" / "profile.safetensors").exists():
+        assert cli.main([*command]) == 0
+    same(Profile.load(tmp_path / "out"), Profile.load(tmp_path / "once"))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"profile.safetensors"}
+
+
+@pytest.mark.parametrize("way", ["memory", "layers"])
+def test_killed_at_random_moments(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
+    make_checkpoint(tmp_path / "m", "qwen2_moe", num_hidden_layers=8)
+    kill_and_go_on(2, way, tmp_path, tmp_path / "m")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["memory", "layers"])
+def test_killed_at_fifty_random_moments(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
+    make_checkpoint(tmp_path / "m", "qwen2_moe", num_hidden_layers=100)
+    kill_and_go_on(50, way, tmp_path, tmp_path / "m")
