@@ -4,8 +4,9 @@
 
 Without ``--model`` a checkpoint of random bytes is made, in the shape of Qwen1.5-MoE-A2.7B with as many layers as fit into
 ``--gb`` (27.2 for all 24, the vocabulary left small). What is read is in the page cache before every round, or out of it
-with ``--cold``; take ``--cold`` for more than fits into memory. Every run of ours is a process of its own. Prints, as the
-median over the rounds and the least:
+with ``--cold``; take ``--cold`` for more than fits into memory (on a virtual machine the host may still hold what cp reads,
+because it was just written, but not what `prune` reads: then cp looks better than it is). Every run of ours is a process of
+its own. Prints, as the median over the rounds and the least:
 
 - ``cp``: cp of the output folder, and the same with its files flushed to the disk as `prune` flushes them;
 - ``prune``: the call, whole and with fsync doing nothing, which tells what flushing costs; the whole process beside it;
