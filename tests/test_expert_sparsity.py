@@ -387,7 +387,9 @@ def test_an_error_in_a_pass_ends_all_passes(cases: Callable[..., Case], monkeypa
         raise RuntimeError("lost")
 
     monkeypatch.setattr(case.model.model.layers[1], "forward", lost)
-    monkeypatch.setattr("moecover.expert_sparsity.observe_calls", lambda model, structure, modules: modules)
+    monkeypatch.setattr(
+        "moecover.expert_sparsity.observe_calls", lambda model, structure, modules, forward: (modules, modules)
+    )
     with pytest.raises(RuntimeError, match="lost"):
         plan_budgets(case.profile, method="expert-sparsity", keeps=[6], model=case.model, structure=case.structure, mode="progressive")  # fmt: skip
     assert len(calls) == 1  # the other batches did not go on

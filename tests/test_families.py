@@ -7,6 +7,7 @@ where the router's own matrix gives its logits.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import subprocess
@@ -139,7 +140,8 @@ def routing_of(model: torch.nn.Module, structure: Structure) -> str:
     hidden, last = torch.randn(64, structure.topology.hidden_size), len(modules) - 1
     with torch.inference_mode():
         try:
-            call = observe_calls(model, structure, modules)[last]
+            few = functools.partial(model, input_ids=torch.arange(4)[None], use_cache=False)
+            call = observe_calls(model, structure, modules, few)[0][last]
             return describe(recognise(model, structure, modules[last], call, last, hidden))
         except InputError:
             return "its own"

@@ -24,9 +24,10 @@ from moecover.errors import InputError, MoecoverError
 from moecover.evaluation import perplexity, verify
 from moecover.families import PROVEN_FAMILIES
 from moecover.fitting import cost, opened, parse_size
+from moecover.inputs import sample_of
 from moecover.masking import masked, masked_layers
 from moecover.model import load_model
-from moecover.planning import plan
+from moecover.planning import plan, plan_budgets
 from moecover.profiles import Profile
 from moecover.profiling import profile
 from moecover.states import FILE, State
@@ -347,3 +348,19 @@ def test_killed_at_fifty_random_moments(way: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
     make_checkpoint(tmp_path / "m", "qwen2_moe", num_hidden_layers=100)
     kill_and_go_on(50, way, tmp_path, tmp_path / "m")
+
+
+@pytest.mark.parametrize("mode", ["layerwise", "progressive"])
+@pytest.mark.parametrize("from_text", [True, False])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "minimax_m2", "afmoe"])
+def test_expert_sparsity_layer_by_layer(family: str, mode: str, from_text: bool, tmp_path: Path) -> None:
+    """With a bias that the block hands its router, and a dense layer, among them."""
+    zoo.make_model(family).save_pretrained(tmp_path / "m", save_original_format=True)
+    structure, texts = read_structure(tmp_path / "m"), corpora()
+    model = load_model(structure)
+    made = profile(structure, texts, model=model, batch_size=2, keep_inputs=(100, tmp_path / "p"))
+    given = {"method": "expert-sparsity", "mode": mode, "keeps": [4, 6], "structure": structure}
+    given |= {"sample": sample_of(texts, 100)} if from_text else {}
+    expected = plan_budgets(made, model=model, **given)
+    with streamed(structure) as stream:
+        assert plan_budgets(made, model=stream, **given) == expected

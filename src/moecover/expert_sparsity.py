@@ -15,18 +15,19 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecover.corpus import Corpus
 from moecover.errors import InputError
 from moecover.lockstep import lockstep
 from moecover.masking import masked_layer
-from moecover.model import batches, routers
+from moecover.model import backbone_of, batches, dtype_of, routers
 from moecover.plans import LayerPlan
 from moecover.profiles import Profile
 from moecover.routing import Routing, observe_calls, recognise
 from moecover.selection import Budget
+from moecover.streaming import Streamed, arrivals, run_all
 from moecover.topology import Structure
 
 if TYPE_CHECKING:
@@ -304,7 +305,7 @@ def kind_of_search(budget: Budget, search: str) -> str:
 def search_layers(
     profile: Profile,
     budgets: Sequence[Budget],
-    model: torch.nn.Module,
+    model: torch.nn.Module | Streamed,
     structure: Structure,
     *,
     mode: str,
@@ -326,47 +327,49 @@ def search_layers(
         raise InputError("expert-sparsity needs the inputs of the layers, which this profile does not hold. Make it with `moecover profile ... --keep-inputs 8192`")  # fmt: skip
     for budget in budgets:
         kind_of_search(budget, search)
-    parameter = next(model.parameters())
     batch_size = inputs.batch_size if sample is None and inputs is not None else profile.settings["batch_size"]
-    modules = routers(model, structure)
-    layers = range(len(modules))
+    live, dtype = (model.model if isinstance(model, Streamed) else model), dtype_of(model)
+    device = model.device if isinstance(model, Streamed) else next(model.parameters()).device
+    modules = routers(live, structure)
     texts = sample if sample is not None else (inputs.sequences() if inputs is not None else [])
     found: list[list[LayerPlan]] = [[] for _ in budgets]
+    passes = [
+        {key: value.to(device) for key, value in one.items()} for corpus in texts for one in batches(corpus, batch_size)
+    ]
 
-    def from_text(stack: contextlib.ExitStack) -> Iterator[list[torch.Tensor]]:
+    def from_text() -> Generator[list[torch.Tensor]]:
         """Inputs of layer after layer, as the layers before it leave them."""
-        passes = [
-            {key: value.to(parameter.device) for key, value in one.items()}
-            for corpus in texts
-            for one in batches(corpus, batch_size)
-        ]
-        calls = [functools.partial(model, **one, use_cache=False) for one in passes]
-        steps = stack.enter_context(contextlib.closing(lockstep(calls, modules)))
-        for arrived in steps:
-            yield [
-                h.reshape(-1, h.shape[-1])[
-                    p["attention_mask"].flatten().bool() if "attention_mask" in p else slice(None)
+        backbone = backbone_of(live)
+        runs = [functools.partial(backbone, **one, use_cache=False) for one in passes]
+        steps = arrivals(model, runs, stops) if isinstance(model, Streamed) else lockstep(runs, stops)
+        with contextlib.closing(steps):
+            for arrived in steps:
+                yield [
+                    h.reshape(-1, h.shape[-1])[
+                        p["attention_mask"].flatten().bool() if "attention_mask" in p else slice(None)
+                    ]
+                    for h, p in zip(arrived, passes, strict=True)
                 ]
-                for h, p in zip(arrived, passes, strict=True)
-            ]
 
-    def from_disk() -> Iterator[list[torch.Tensor]]:
+    def from_disk() -> Generator[list[torch.Tensor]]:
         assert inputs is not None
-        for layer in layers:
-            yield [h.to(parameter.device, parameter.dtype) for h in inputs.layer(layer)]
+        for layer, number in enumerate(structure.topology.decoder_layers):
+            with model.loaded(number) if isinstance(model, Streamed) else contextlib.nullcontext():
+                yield [h.to(device, dtype) for h in inputs.layer(layer)]
 
-    calls = observe_calls(model, structure, modules)
+    few = functools.partial(backbone_of(live), input_ids=torch.arange(4, device=device)[None], use_cache=False)
+    calls, stops = observe_calls(live, structure, modules, lambda: run_all(model, [few], head=False))
     rounds = [list(range(len(budgets)))] if mode == "layerwise" else [[i] for i in range(len(budgets))]
     for chosen in rounds:
-        with torch.inference_mode(), contextlib.ExitStack() as stack:
-            source = from_disk() if mode == "layerwise" and sample is None else from_text(stack)
-            for layer, hidden in zip(layers, source, strict=True):
+        source = from_disk() if mode == "layerwise" and sample is None else from_text()
+        with torch.inference_mode(), contextlib.closing(source), contextlib.ExitStack() as stack:
+            for layer, hidden in enumerate(source):
                 rows = search_layer(
-                    model, structure, modules[layer], calls[layer], layer, hidden, [budgets[i] for i in chosen], search
+                    live, structure, modules[layer], calls[layer], layer, hidden, [budgets[i] for i in chosen], search
                 )
                 for i, row in zip(chosen, rows, strict=True):
                     found[i].append(row)
                 if mode == "progressive":
-                    stack.enter_context(masked_layer(model, structure, modules[layer], layer, rows[0].kept))
+                    stack.enter_context(masked_layer(live, structure, modules[layer], layer, rows[0].kept))
                 advance(1)
     return found

@@ -6,7 +6,7 @@ What the profile and the evaluation share.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecover.corpus import Corpus
 from moecover.errors import InputError, is_out_of_memory
@@ -100,6 +100,18 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
             f"{name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again"
         )
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """The dtype of a model's parameters, of the first where they differ; of a `streaming.Streamed` too."""
+    first: torch.Tensor = next(getattr(model, "model", model).parameters())
+    return first.dtype
+
+
+def backbone_of(model: torch.nn.Module) -> Any:
+    """The model without its head, which no statistic needs."""
+    names = (str(model.base_model_prefix), "model")
+    return next(getattr(model, name) for name in names if hasattr(model, name))
 
 
 def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Module, ...]:

@@ -22,7 +22,7 @@ from moecover.files import canonical_json
 from moecover.inputs import FILE as INPUTS
 from moecover.inputs import Writer, open_inputs, sample_of, writing
 from moecover.lockstep import Passing, current_call
-from moecover.model import batches, load_model
+from moecover.model import backbone_of, batches, dtype_of, load_model
 from moecover.profiles import Profile, Statistics
 from moecover.recording import Sums, recording
 from moecover.states import State, footprint
@@ -63,18 +63,6 @@ def batches_of(corpora: Sequence[Corpus], batch_size: int, device: torch.device)
             moved = {key: value.to(device) for key, value in inputs.items()}
             row = number * batch_size
             yield Batch(corpus, number, row, int(corpus.mask[:row].sum()), moved)
-
-
-def dtype_of(model: torch.nn.Module | Streamed) -> torch.dtype:
-    """The dtype of a model's parameters, of the first where they differ."""
-    live = model.model if isinstance(model, Streamed) else model
-    return next(live.parameters()).dtype
-
-
-def backbone_of(model: torch.nn.Module) -> Any:
-    """The model without its head, which no statistic needs."""
-    names = (str(model.base_model_prefix), "model")
-    return next(getattr(model, name) for name in names if hasattr(model, name))
 
 
 def in_memory(

@@ -141,12 +141,22 @@ def recognise(
 
 
 def observe_calls(
-    model: torch.nn.Module, structure: Structure, modules: Sequence[torch.nn.Module]
-) -> list[Callable[[torch.Tensor], Any]]:
-    """How the model calls the router of every MoE layer, as a function of the hidden states alone.
+    model: torch.nn.Module, structure: Structure, modules: Sequence[torch.nn.Module], forward: Callable[[], Any]
+) -> tuple[list[Callable[[torch.Tensor], Any]], list[torch.nn.Module]]:
+    """How the model calls the router of every MoE layer, as a function of the hidden states alone, and where it arrives.
 
     Some families hand a router more than the hidden states: a bias that lies in the block. It is looked up at every
-    call, so that a masked layer's bias is the masked one.
+    call, so that a masked layer's bias is the masked one. For the same reason a pass that is to be stopped before a
+    layer's routing is stopped at the block, before it looks the bias up, where the block sees what its router sees.
+
+    Args:
+        model: the live model.
+        structure: its checkpoint.
+        modules: the routers.
+        forward: runs the model once on a few tokens.
+
+    Returns:
+        The functions, and the modules at which to stop.
 
     Raises:
         InputError: a router sees something else than its experts.
@@ -154,39 +164,44 @@ def observe_calls(
     import torch
 
     seen: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    names: dict[int, dict[int, str]] = {}  # by layer: the router's tensors, by what they are while it is called
+
+    def owner_of(key: str) -> tuple[Any, str]:
+        owner, _, leaf = key.rpartition(".")
+        return model.get_submodule(owner), leaf
 
     def note(what: str, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen[what, layer] = (args, kwargs)
+        names.setdefault(layer, {id(getattr(*owner_of(key))): key for key in router_tensors(structure, layer)})
 
     hooks = []
     for layer, module in enumerate(modules):
-        for what, watched in (("router", module), ("experts", model.get_submodule(structure.experts_modules[layer]))):
+        experts_name = structure.experts_modules[layer]
+        block = model.get_submodule(experts_name.rpartition(".")[0])
+        for what, watched in (("block", block), ("router", module), ("experts", model.get_submodule(experts_name))):
             hooks.append(watched.register_forward_pre_hook(functools.partial(note, what, layer), with_kwargs=True))
     try:
         with torch.inference_mode():
-            model(input_ids=torch.arange(4, device=next(model.parameters()).device)[None], use_cache=False)
+            forward()
     finally:
         for hook in hooks:
             hook.remove()
 
     def call(layer: int, hidden: torch.Tensor) -> Any:
-        names = {id(value): key for key, value in wholes[layer].items()}
         (first, *args), kwargs = seen["router", layer]
 
         def current(value: Any) -> Any:
-            if id(value) not in names:
-                return value
-            owner, _, leaf = names[id(value)].rpartition(".")
-            return getattr(model.get_submodule(owner), leaf)
+            return getattr(*owner_of(names[layer][id(value)])) if id(value) in names[layer] else value
 
         shaped = hidden.reshape(*(1,) * (first.dim() - 2), *hidden.shape)  # some routers ask for a batch axis
         return modules[layer](shaped, *map(current, args), **{k: current(v) for k, v in kwargs.items()})
 
-    wholes = []
-    for layer in range(len(modules)):
-        keys = router_tensors(structure, layer)
-        wholes.append({k: getattr(model.get_submodule(k.rpartition(".")[0]), k.rpartition(".")[2]) for k in keys})
+    stops = []
+    for layer, module in enumerate(modules):
         router, experts = seen["router", layer][0][0], seen["experts", layer][0][0]
+        block_args = seen["block", layer][0]
+        alike = bool(block_args) and block_args[0].numel() == router.numel() and torch.equal(block_args[0].reshape(router.shape), router)  # fmt: skip
+        stops.append(model.get_submodule(structure.experts_modules[layer].rpartition(".")[0]) if alike else module)
         if router.numel() != experts.numel() or not torch.equal(router.reshape(experts.shape), experts):
             raise InputError(f"the routers of {structure.topology.family} see something else than its experts: expert-sparsity does not run on it. Use another --method")  # fmt: skip
-    return [functools.partial(call, layer) for layer in range(len(modules))]
+    return [functools.partial(call, layer) for layer in range(len(modules))], stops

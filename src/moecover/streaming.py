@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,15 @@ class Streamed:
     weights: Weights
     device: torch.device
     spill: bool = False
+
+    @contextlib.contextmanager
+    def loaded(self, number: int) -> Iterator[None]:
+        """One decoder layer in memory until the block ends."""
+        self.weights.load(f"{self.layers[number]}.")
+        try:
+            yield
+        finally:
+            self.weights.free(f"{self.layers[number]}.", again=True)
 
 
 def layer_names(model: torch.nn.Module, structure: Structure) -> tuple[str, ...]:
@@ -190,21 +199,54 @@ def run(
     return results
 
 
+def arrivals(
+    stream: Streamed, calls: Sequence[Callable[[], Any]], modules: Sequence[torch.nn.Module]
+) -> Generator[list[Any]]:
+    """As `lockstep` at modules inside the decoder layers, whose weights are there when the calls arrive; ends at the last.
+
+    Args:
+        stream: the model.
+        calls: see `run`.
+        modules: at most one a layer, in the order of the layers.
+    """
+    layers, weights = [stream.model.get_submodule(name) for name in stream.layers], stream.weights
+    inside = {layer: next((m for m in modules if any(m is part for part in layer.modules())), None) for layer in layers}
+    stops = [stop for layer in layers for stop in (layer, inside[layer]) if stop is not None]
+    first, number = stream.ends[0] if stream.ends else None, -1
+    try:
+        weights.load(f"{first}.") if first else None
+        with contextlib.closing(lockstep(calls, stops)) as steps:
+            for stop, arrived in zip(stops, steps, strict=True):
+                if stop in inside:
+                    weights.free(f"{stream.layers[number]}." if number >= 0 else f"{first}.", again=number >= 0)
+                    number += 1
+                    weights.load(f"{stream.layers[number]}.")
+                else:
+                    yield arrived
+                    if stop is modules[-1]:
+                        break
+    finally:
+        weights.free(f"{stream.layers[number]}.")
+
+
 def _skip(skipped: Callable[[int, Any], Any], number: int, *args: Any, **kwargs: Any) -> Any:
     return skipped(number, args[0] if args else kwargs["hidden_states"])
 
 
-def run_all(model: Any, calls: Sequence[Callable[[], Any]], *, within: Within = unmasked) -> list[Any]:
+def run_all(
+    model: Any, calls: Sequence[Callable[[], Any]], *, head: bool = True, within: Within = unmasked
+) -> list[Any]:
     """The results of passes, one after the other through a model in memory, side by side through a `Streamed` one.
 
     Args:
         model: a model or a `Streamed`.
         calls: each runs that model once.
+        head: of a streamed model, see `run`.
         within: of a streamed model, see `run`.
     """
     import torch
 
     if isinstance(model, Streamed):
-        return run(model, calls, within=within)
+        return run(model, calls, head=head, within=within)
     with torch.inference_mode():
         return [call() for call in calls]

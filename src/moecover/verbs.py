@@ -100,7 +100,8 @@ def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> 
     from moecover.files import PARTIAL
     from moecover.fitting import opened
     from moecover.inputs import num_bytes, sample_of
-    from moecover.profiling import dtype_of, profile
+    from moecover.model import dtype_of
+    from moecover.profiling import profile
     from moecover.states import kept_for_later, remove
 
     corpora = _load_corpora(args, structure)
