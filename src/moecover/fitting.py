@@ -19,6 +19,7 @@ from moecover.errors import InputError
 from moecover.model import check_device, load_model
 from moecover.streaming import Streamed, streamed
 from moecover.topology import Structure
+from moecover.weights import lean
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +209,8 @@ def opened(
         nearest = next(folder for folder in (scratch.absolute(), *scratch.absolute().parents) if folder.exists())
         if (free := shutil.disk_usage(nearest).free) < estimate.scratch:
             raise InputError(f"{scratch} needs {_gb(estimate.scratch)} of scratch disk, {_gb(free)} are free. Give fewer --sequences, or an output on another disk")  # fmt: skip
+    if estimate.by_layer:
+        lean()
     if estimate.by_layer or estimate.read > 10**9:
         say(estimate.line(seconds_of(estimate, structure, dtype=dtype, device=device)))
     if estimate.by_layer:

@@ -17,7 +17,7 @@ from moecover.errors import InputError
 from moecover.lockstep import Passing, current_call, lockstep
 from moecover.model import check_device
 from moecover.topology import Structure, auto_class
-from moecover.weights import Weights, one_arena
+from moecover.weights import Weights, lean
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def streamed(
     import torch
 
     device = check_device(dtype, device)
-    one_arena()
+    lean()
     model = skeleton(structure, dtype=dtype)
     layers, ends = layer_names(model, structure), _ends(model)
     weights = Weights(structure, model, (*layers, *(ends or ())), device)
