@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moecover import __version__, progress
-from moecover.errors import MoecoverError, is_out_of_memory
+from moecover.distributed import world
+from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.servers import SERVERS
 from moecover.verbs import KEEP_INPUTS, VERBS
 
@@ -154,6 +155,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="plan.json to write (replaced if it exists); for several plans a folder, which gets keep-K.json",
     )
 
+    p = verb("merge", "add up profiles of one model that were made separately")
+    p.add_argument(
+        "profiles", type=Path, nargs="+", metavar="PROFILE_DIR", help="folders that `moecover profile` wrote"
+    )
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="PROFILE_DIR", help="folder to write")
+    p.add_argument("--overwrite", action="store_true", help="replace a profile that is there")
+
     p = verb("explain", "say why a plan keeps what it keeps, corpus by corpus, and how stable that is")
     p.add_argument("plan", type=Path, metavar="PLAN", help="plan.json")
     p.add_argument("--profile", type=Path, metavar="PROFILE_DIR", help="the profile that the plan was made from: needed for routing counts, stability, and plans without saliencies of their own")  # fmt: skip
@@ -215,10 +223,14 @@ def _print(text: str, file: Any) -> None:
 def _run(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     args.argv = argv
-    progress.quiet = args.quiet
     _quiet_libraries(quiet=args.quiet)
+    here = world()
+    if here.size > 1 and args.verb != "profile":
+        raise InputError(f"{args.verb} runs in one process, torchrun started {here.size}: only profile runs in several")
+    progress.quiet = args.quiet or here.rank > 0
     result, text, status = VERBS[args.verb](args)
-    _print(json.dumps(result, indent=1) if args.json else text, sys.stdout)
+    if here.rank == 0:
+        _print(json.dumps(result, indent=1) if args.json else text, sys.stdout)
     return status
 
 
@@ -234,6 +246,10 @@ def main(argv: list[str] | None = None) -> int:
     except MoecoverError as error:
         _print(f"moecover: {error}", sys.stderr)
         return error.exit_code
+    except SystemExit as end:  # torchrun ends the others when one process fails
+        if end.code == 143 and (here := world()).size > 1:
+            _print(f"moecover: {here.gone}", sys.stderr)
+        raise
     except KeyboardInterrupt as interrupt:
         left = getattr(interrupt, "__notes__", None)  # what a job that can be resumed says of itself
         _print(f"moecover: interrupted{f'. {left[-1]}' if left else ', nothing half-written was left'}", sys.stderr)

@@ -181,7 +181,8 @@ def seconds_of(estimate: Cost, structure: Structure, *, dtype: str, device: str)
 @contextlib.contextmanager
 def opened(
     structure: Structure, *, tokens: int, batch_tokens: int, dtype: str = "auto", device: str = "auto",
-    memory_limit: int | None = None, head: bool = False, scratch: Path | None = None, say: Callable[[str], None] = lambda line: None,
+    memory_limit: int | None = None, head: bool = False, processes: int = 1, scratch: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[torch.nn.Module | Streamed]:  # fmt: skip
     """The model in memory where it fits, else layer by layer; says which, and what it will cost, before it starts.
 
@@ -193,6 +194,7 @@ def opened(
         device: torch device by name.
         memory_limit: bytes of memory that may be used; default: nine tenths of what is free.
         head: whether the language-model head runs.
+        processes: that share what is free on this machine.
         scratch: folder for the hidden states, where there is one; its disk is looked at.
         say: takes the line.
 
@@ -200,7 +202,11 @@ def opened(
         InputError: not even one layer fits, the disk is too full, or what `load_model` and `streamed` raise.
     """
     device = check_device(dtype, device)
-    limit = memory_limit if memory_limit is not None else int(0.9 * available_memory(device))
+    limit = (
+        memory_limit
+        if memory_limit is not None
+        else int(0.9 * available_memory(device) / (1 if device.startswith("cuda") else processes))
+    )
     estimate = cost(structure, tokens=tokens, batch_tokens=batch_tokens, dtype=dtype, limit=limit, head=head)
     least = estimate.memory if scratch is not None else estimate.streamed
     if estimate.by_layer and least > limit:

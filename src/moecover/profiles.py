@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,3 +221,26 @@ class Profile:
                     f"{inputs.path} does not belong to {path.name}. Make the profile anew with --keep-inputs"
                 )
         return cls(topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs)
+
+
+def merged(profiles: Sequence[Profile], names: Sequence[str]) -> Profile:
+    """The profile of all token sets together.
+
+    Args:
+        profiles: of one model.
+        names: what the user calls them.
+
+    Raises:
+        InputError: different models, or the same sample of a corpus in two of them.
+    """
+    seen: dict[tuple[str, str], str] = {}
+    for profile, name in zip(profiles, names, strict=True):
+        for corpus, records in profile.corpora.items():
+            for record in records:
+                if (other := seen.get((corpus, record["sha256"]))) is not None:
+                    raise InputError(f"{name} and {other} hold the same sample of corpus {corpus}: it would count twice. Use other blocks (--seed, --sequences) or leave one out")  # fmt: skip
+                seen[corpus, record["sha256"]] = name
+    total = profiles[0]
+    for profile in profiles[1:]:
+        total = total + profile
+    return total

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.corpus import Corpus
+from moecover.distributed import ALONE, World, add_up, check_same
 from moecover.errors import InputError, MoecoverError
 from moecover.files import canonical_json
 from moecover.inputs import FILE as INPUTS
@@ -56,10 +58,13 @@ class Batch:
         return int(self.inputs["input_ids"].numel() if mask is None else mask.sum())
 
 
-def batches_of(corpora: Sequence[Corpus], batch_size: int, device: torch.device) -> Iterator[Batch]:
-    """All batches of all corpora, in order, on a device."""
+def batches_of(corpora: Sequence[Corpus], batch_size: int, device: torch.device, here: World) -> Iterator[Batch]:
+    """The batches of all corpora that are this process's, in order, on a device."""
+    counted = itertools.count()
     for corpus in corpora:
         for number, inputs in enumerate(batches(corpus, batch_size)):
+            if not here.mine(next(counted)):
+                continue
             moved = {key: value.to(device) for key, value in inputs.items()}
             row = number * batch_size
             yield Batch(corpus, number, row, int(corpus.mask[:row].sum()), moved)
@@ -67,15 +72,15 @@ def batches_of(corpora: Sequence[Corpus], batch_size: int, device: torch.device)
 
 def in_memory(
     model: torch.nn.Module, structure: Structure, corpora: Sequence[Corpus], sums: Mapping[str, Sums], *, batch_size: int,
-    writer: Writer | None, state: State | None, advance: Callable[[int], None],
+    writer: Writer | None, state: State | None, here: World, advance: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Batch after batch through a model that is in memory, statistics added to ``sums`` by corpus."""
     import torch
 
     backbone, device = backbone_of(model), next(model.parameters()).device
-    total = sum(-(-len(corpus.tokens) // batch_size) for corpus in corpora)
+    total = sum(1 for _ in batches_of(corpora, batch_size, torch.device("cpu"), here))
     with torch.inference_mode(), recording(model, structure) as taps:
-        for done, batch in enumerate(batches_of(corpora, batch_size, device)):
+        for done, batch in enumerate(batches_of(corpora, batch_size, device, here)):
             if state is None or done >= state.done:
                 for layer, tap in enumerate(taps):
                     tap.keep = _keeper(writer, batch, layer)
@@ -88,7 +93,7 @@ def in_memory(
 
 def layer_by_layer(
     stream: Streamed, structure: Structure, corpora: Sequence[Corpus], sums: Mapping[str, Sums], *, batch_size: int,
-    writer: Writer | None, state: State | None, advance: Callable[[int], None],
+    writer: Writer | None, state: State | None, here: World, advance: Callable[[int], None],
 ) -> None:  # fmt: skip
     """All batches through one decoder layer after the other: the same statistics from one read of the weights.
 
@@ -96,7 +101,7 @@ def layer_by_layer(
     on more than hidden states, they are, without a second look at their experts.
     """
     backbone, layers = backbone_of(stream.model), len(stream.layers)
-    passes = list(batches_of(corpora, batch_size, stream.device))
+    passes = list(batches_of(corpora, batch_size, stream.device, here))
     moe = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
     finished = state.done if state is not None else 0
     start = finished if state is not None and state.outputs is not None else 0
@@ -145,7 +150,7 @@ def layer_by_layer(
     with recording(stream.model, structure) as taps:
         for batch in passes:
             walk(start * batch.num_tokens)
-        if start < layers:
+        if start < layers and passes:
             calls = [functools.partial(backbone, **batch.inputs, use_cache=False) for batch in passes]
             spilled = embedded if state is not None and stream.spill else None
             run(stream, calls, head=False, start=start, skipped=skipped, embedded=spilled, before=before, after=after)
@@ -197,6 +202,7 @@ def profile(
     device: str = "auto",
     keep_inputs: tuple[int, Path] | None = None,
     state: Path | None = None,
+    here: World = ALONE,
     advance: Callable[[int], None] = lambda tokens: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Profile:
@@ -211,11 +217,12 @@ def profile(
         device: of the model to be loaded, see `load_model`.
         keep_inputs: how many tokens of every layer's inputs to keep, and the folder for `inputs`.
         state: folder where an interrupted pass goes on; the caller removes it when the profile is safe.
+        here: this process among others that profile the same together, see `distributed`; each gets the whole profile.
         advance: called with tokens that are done.
         say: takes a line on what is found there.
 
     Raises:
-        MoecoverError: the disk is full.
+        MoecoverError: the disk is full, or another process is gone.
         InputError: names that repeat, or what `load_model` and `checked` raise.
     """
     import torch
@@ -240,13 +247,17 @@ def profile(
         "fingerprint": structure.model_fingerprint,
     }
     records = {c.name: [c.record] for c in corpora}
+    if keep_inputs is not None and here.size > 1:
+        raise InputError("--keep-inputs does not go together with several processes: profile the sample in one")
     going_on = None
-    if state is not None:
+    if state is not None or here.size > 1:
         how = "layers" if isinstance(model, Streamed) else "batches"
         sizes = {e.name: [e.shard, e.start, e.dtype] for e in structure.checkpoint.tensors.values()}
         inputs_of = {"model": about["fingerprint"], "weights": hashlib.sha256(canonical_json([sizes, _stamps(structure)]).encode()).hexdigest(), "corpora": records, "batch size": batch_size, "dtype": kind, "device": where.type, "way": how, "inputs kept": keep_inputs[0] if keep_inputs else None, "version": __version__}  # fmt: skip
-        going_on = State(state, inputs_of, say=say)
-        going_on.restore(sums)
+        check_same(here, {k: v for k, v in inputs_of.items() if k not in ("way", "weights")})
+        if state is not None:
+            going_on = State(state, inputs_of | {"process": [here.rank, here.size]}, say=say)
+            going_on.restore(sums)
     with contextlib.ExitStack() as stack:
         writer = None
         if keep_inputs is not None:
@@ -259,11 +270,20 @@ def profile(
                     draft=state / INPUTS if state is not None else None,
                 )
             )  # fmt: skip
-        how_to: dict[str, Any] = {"batch_size": batch_size, "writer": writer, "state": going_on, "advance": advance}
+        how_to: dict[str, Any] = {
+            "batch_size": batch_size,
+            "writer": writer,
+            "state": going_on,
+            "here": here,
+            "advance": advance,
+        }
         if isinstance(model, Streamed):
             layer_by_layer(model, structure, corpora, sums, **how_to)
         else:
             in_memory(model, structure, corpora, sums, **how_to)
+        for one in sums.values():
+            one.finish()
+        add_up(here, sums, where)
         statistics = {c.name: checked(sums[c.name], c, structure) for c in corpora}
     parts = {name: one.parts for name, one in sums.items()}
     settings = {

@@ -59,6 +59,7 @@ class Sums:
         self._ends = sorted({round(batches * part / PARTS) for part in range(1, PARTS)} - {0, batches})
         kinds = self.statistics()
         self.parts: Statistics = {n: np.zeros((len(self._ends), *v.shape), v.dtype) for n, v in kinds.items()}
+        self._noted = np.zeros((len(self._ends), len(topology.decoder_layers)), dtype=bool)  # which of the parts are
 
     def add(self, taps: Sequence[Tap], first: int, batch: int, token_mask: torch.Tensor | None = None) -> None:
         """Add what layers left behind in a batch, and have them forget it.
@@ -75,10 +76,7 @@ class Sums:
         """
         import torch
 
-        if batch in self._ends:
-            at, rows = self._ends.index(batch), slice(first, first + len(taps))
-            for name, values in self.statistics().items():
-                self.parts[name][at, rows] = values[rows]
+        self._note([at for at, end in enumerate(self._ends) if batch >= end], slice(first, first + len(taps)))
         if not all(len(tap.left) == 1 and tap.logits is not None for tap in taps):
             raise MoecoverError(
                 "the pass did not run every MoE layer once through the kernel that is recorded: please report this"
@@ -119,6 +117,19 @@ class Sums:
         for tap in taps:
             tap.clear()
 
+    def _note(self, parts: list[int], layers: slice) -> None:
+        """Keep the sums of some layers as they stand, for the parts that have not got them yet."""
+        for at in parts:
+            if not self._noted[at, layers].all():
+                for name, values in self.statistics().items():
+                    self.parts[name][at, layers] = values[layers]
+                self._noted[at, layers] = True
+
+    def finish(self) -> None:
+        """Note the parts behind whose end no batch came (of a process that ran only some of the batches)."""
+        for layer in range(len(self.topology.decoder_layers)):
+            self._note(list(range(len(self._ends))), slice(layer, layer + 1))
+
     def statistics(self) -> Statistics:
         """What was added up so far, each ``[layer, expert]``; a copy."""
         shape = (len(self.topology.decoder_layers), self.topology.num_experts)
@@ -131,7 +142,7 @@ class Sums:
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything that was added up, by name, for a job that goes on later."""
         kept = {"scoring": np.array(SCORING_NAMES.index(self._scoring) if self._scoring else -1)}
-        kept |= {f"parts.{name}": values for name, values in self.parts.items()}
+        kept |= {f"parts.{name}": values for name, values in self.parts.items()} | {"noted": self._noted}
         return kept | self.statistics()
 
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
@@ -146,6 +157,7 @@ class Sums:
         self._num_tokens = state["num_tokens"][:, 0].copy()
         self._scoring = SCORING_NAMES[number] if (number := int(state["scoring"])) >= 0 else None
         self.parts = {name: state[f"parts.{name}"].copy() for name in self.parts}
+        self._noted = state["noted"].copy()
 
 
 class Tap:

@@ -97,13 +97,15 @@ def _load_corpora(args: argparse.Namespace, structure: Any) -> list[Any]:
 @contextlib.contextmanager
 def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> Iterator[tuple[Any, Any, Any]]:
     """The profile, saved into ``folder`` if there is one; the model, still open; the corpora."""
+    from moecover.distributed import joined, wait_for_all, world
     from moecover.files import PARTIAL
     from moecover.fitting import opened
     from moecover.inputs import num_bytes, sample_of
-    from moecover.model import dtype_of
+    from moecover.model import check_device, dtype_of
     from moecover.profiling import profile
     from moecover.states import kept_for_later, remove
 
+    here = world()
     corpora = _load_corpora(args, structure)
     keep_inputs = None
     if args.keep_inputs is not None and folder is not None:
@@ -112,21 +114,26 @@ def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> 
     tokens, batch_size = sum(c.num_tokens for c in corpora), args.batch_size or 4
     batch_tokens = batch_size * max(c.tokens.shape[1] for c in corpora)
     state = args.output.with_name(f".{args.output.name}.profile{PARTIAL}")
-    with kept_for_later(state), opened(
-        structure, tokens=tokens, batch_tokens=batch_tokens, dtype=args.dtype or "auto", device=args.device or "auto",
-        memory_limit=_memory_limit(args), scratch=state, say=progress.say,
+    device = check_device("auto", args.device or "auto")
+    if here.size > 1:
+        state = state.with_name(f"{state.name}-{here.rank}")
+        device = f"cuda:{here.local_rank}" if device == "cuda" else device
+    with joined(here, device), kept_for_later(state), opened(
+        structure, tokens=-(-tokens // here.size), batch_tokens=batch_tokens, dtype=args.dtype or "auto", device=device,
+        memory_limit=_memory_limit(args), processes=here.local_size, scratch=state, say=progress.say,
     ) as model:  # fmt: skip
         if keep_inputs:
             topology, width = structure.topology, dtype_of(model).itemsize
             size = num_bytes(sample, len(topology.decoder_layers), topology.hidden_size, width)
             progress.say(f"keeping the inputs of {len(topology.decoder_layers)} layers for {sum(c.num_tokens for c in sample):,} tokens: {_size(size)} in {folder}")  # fmt: skip
-        with progress.bar("profiling", tokens) as advance:
+        with progress.bar("profiling", -(-tokens // here.size)) as advance:
             made = profile(
                 structure, corpora, model=model, batch_size=batch_size, keep_inputs=keep_inputs, state=state,
-                advance=advance, say=progress.say,
+                here=here, advance=advance, say=progress.say,
             )  # fmt: skip
-        if folder is not None:
+        if folder is not None and here.rank == 0:
             made.save(folder)
+        wait_for_all(here)
         yield made, model, corpora
         remove(state)
 
@@ -169,12 +176,14 @@ def _files(args: argparse.Namespace, structure: Any) -> Any:
 
 
 def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.distributed import world
     from moecover.files import locked
     from moecover.profiles import FILE
 
     _check_pass(args)
     _check_profile_folder(args.output, overwrite=args.overwrite)
-    with locked(args.output.resolve()), _profiled(args, _files(args, _loadable(args)), args.output) as (profile, _, _):
+    alone = locked(args.output.resolve()) if world().rank == 0 else contextlib.nullcontext()
+    with alone, _profiled(args, _files(args, _loadable(args)), args.output) as (profile, _, _):
         pass
     path = args.output / FILE
     shape = [len(profile.topology.decoder_layers), profile.topology.num_experts]
@@ -462,8 +471,22 @@ def _ls(args: argparse.Namespace) -> tuple[Any, str, int]:
     return rows, text, 0
 
 
+def _merge(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.profiles import FILE, Profile, merged
+
+    _check_profile_folder(args.output, overwrite=args.overwrite)
+    if len(args.profiles) < 2:
+        raise InputError("give two profiles or more")
+    made = merged([Profile.load(folder) for folder in args.profiles], [str(folder) for folder in args.profiles])
+    made.save(args.output)
+    tokens = {name: sum(record["tokens"] for record in records) for name, records in made.corpora.items()}
+    lines = [f"{args.output / FILE}: {len(args.profiles)} profiles added up"]
+    lines += [f"  {name}: {count:,} tokens of {len(made.corpora[name])} samples" for name, count in tokens.items()]
+    return {"profile": str(args.output / FILE), "tokens": tokens, "fingerprint": made.fingerprint}, "\n".join(lines), 0
+
+
 VERBS = {
-    "inspect": _inspect, "profile": _profile, "plan": _plan, "explain": _explain, "prune": _prune, "verify": _verify,
+    "inspect": _inspect, "profile": _profile, "merge": _merge, "plan": _plan, "explain": _explain, "prune": _prune, "verify": _verify,
     "demo": _demo, "ls": _ls,
 }  # fmt: skip
 
