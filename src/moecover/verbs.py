@@ -349,8 +349,10 @@ def _check_saved_profile(args: argparse.Namespace) -> None:
 
 def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.checkpoint import check_target
+    from moecover.corpora import parse_corpora
     from moecover.files import locked
     from moecover.plans import Plan
+    from moecover.registry import unknown_name
 
     _check_prune(args)
     chosen, one_shot = None, None
@@ -359,6 +361,9 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     else:
         _check_pass(args)
         method, options = _method(args)
+        corpora = parse_corpora(args.corpus)
+        if unknown := sorted(options.get("weights", {}).keys() - corpora.keys()):
+            raise unknown_name("corpus in --weight", unknown[0], corpora)
         if args.save_profile:
             _check_saved_profile(args)
     structure = _headers(args) if chosen else _loadable(args)
