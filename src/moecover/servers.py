@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from moecover.topology import Topology
+if TYPE_CHECKING:
+    from moecover.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 FLOAT_TYPES = {"F16", "BF16", "F32", "F64"}
 OTHER_PARTS = re.compile(r"(?:^|\.)\w*(?:vision|visual|audio)\w*\.")
 MTP = re.compile(r"(?:.*?\.)?(?:mtp|nextn)\w*(?=\.)")
+NUMBERED = re.compile(r"(?:.*?\.)?layers\.(\d+)(?=\.)")
+NUMBER = re.compile(r"\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,21 @@ def layer_number(name: str) -> int:
     Raises:
         InputError: there is none.
     """
-    match = re.search(r"\.(\d+)\.", name)
+    match = NUMBER.search(name)
     if match is None:
         raise InputError(f"{name} has experts but belongs to no numbered layer: not supported")
     return int(match[1])
+
+
+def kind_of(name: str) -> str:
+    """A tensor's name with its layer and its expert left open: the same for all layers and experts."""
+    return EXPERT.sub(".experts.*.", NUMBER.sub(".#.", name, count=1))
+
+
+def expert_number(name: str) -> int | None:
+    """The expert whose tensor this is by its name; None where the name gives none."""
+    match = EXPERT.search(name)
+    return int(match[1]) if match else None
 
 
 def classify(
@@ -104,28 +118,19 @@ def classify(
         entry, row = checkpoint.tensors[key], None
         if target in axes:
             routed = target.rpartition(".")[0] in modules
-            one = re.search(r"\.experts\.(\d+)\.", key)
-            axis, expected = None if one else axes[target], tuple(parameters[target].shape)
+            one = expert_number(key)
+            axis, expected = axes[target] if one is None else None, tuple(parameters[target].shape)
             part = axis is not None and shared[target] > 1 and entry.shape[axis] == experts
             if axis is not None and entry.shape != expected and not part:
                 raise _wrong_shape(checkpoint, entry, expected)
             tail = 0 if axis is None else expected[axis] - experts
-            row = ExpertTensor(layer_of[layer_number(target)], int(one[1]) if one else None, axis, routed, tail)
+            row = ExpertTensor(layer_of[layer_number(target)], one, axis, routed, tail)
         elif key in outside and key not in mtp:
             row = _of_module(checkpoint, entry, target, owners, modules, experts)
-        if row is None:
-            continue
-        if row.expert is not None and row.expert >= experts:
-            raise InputError(f"{checkpoint.name}: tensor {key} is of expert {row.expert}, config.json has {experts}")
-        found[key] = row
-    quantised = any(t.routed and checkpoint.tensors[k].dtype not in FLOAT_TYPES for k, t in found.items())
-    _check_router(checkpoint, found, quantised=quantised)
-    packed = quantised and declared
-    if packed:
-        _check_every_expert(checkpoint, found, modules, experts)
-    else:
-        _check_experts_alike(checkpoint, found)
-    _check_filled(checkpoint, targets, parameters, axes, modules if packed else ())
+        if row is not None:
+            found[key] = row
+    quantised = check_rows(checkpoint, found, modules, experts, declared=declared)
+    _check_filled(checkpoint, targets, parameters, axes, modules if quantised and declared else ())
     return Tensors(found, _mtp_rows(checkpoint, mtp, found, len(modules) - 1, experts), quantised)
 
 
@@ -143,8 +148,8 @@ def _of_module(
     layer = next((i for i, name in enumerate(modules) if module.endswith(f".{name}") or name.endswith(module)), None)
     if layer is None:
         raise InputError(f"{checkpoint.name}: tensor {entry.name} belongs to experts that the model class does not have: not supported")  # fmt: skip
-    if match := re.search(r"\.experts\.(\d+)\.", entry.name):
-        return ExpertTensor(layer, int(match[1]), None, routed=True)
+    if (one := expert_number(entry.name)) is not None:
+        return ExpertTensor(layer, one, None, routed=True)
     if math.prod(entry.shape) == 1:
         return None  # one scale for all experts
     if entry.shape[0] != experts:
@@ -152,20 +157,25 @@ def _of_module(
     return ExpertTensor(layer, None, 0, routed=True)
 
 
+def mtp_root(name: str, num_layers: int) -> str | None:
+    """The multi-token-prediction layer that a tensor lies in by its name; None where it lies in none."""
+    beyond = NUMBERED.match(name)
+    match = MTP.match(name) or (beyond if beyond and int(beyond[1]) >= num_layers else None)
+    return match[0] if match else None
+
+
 def _mtp_names(outside: dict[str, str], num_layers: int) -> set[str]:
     """The tensors of those multi-token-prediction layers that have experts, among those that the model class lacks."""
     roots: dict[str, list[str]] = {}
     for key in outside:
-        beyond = re.match(r"(?:.*?\.)?layers\.(\d+)(?=\.)", key)
-        match = MTP.match(key) or (beyond if beyond and int(beyond[1]) >= num_layers else None)
-        if match:
-            roots.setdefault(match[0], []).append(key)
+        if root := mtp_root(key, num_layers):
+            roots.setdefault(root, []).append(key)
     return {key for keys in roots.values() if any(".experts." in k for k in keys) for key in keys}
 
 
 def _suffix(name: str) -> str:
     """The part of a name that is the same in every layer and for every expert."""
-    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name).partition(f".{layer_number(name)}.")[2]
+    return EXPERT.sub(".experts.*.", name).partition(f".{layer_number(name)}.")[2]
 
 
 def _mtp_rows(
@@ -175,11 +185,11 @@ def _mtp_rows(
     twins = {_suffix(key): row for key, row in found.items()} if names else {}
     rows: dict[str, ExpertTensor | None] = {}
     for key in sorted(names):
-        parts = re.sub(r"\.experts\.\d+\.", ".experts.*.", key).split(".")
+        parts = EXPERT.sub(".experts.*.", key).split(".")
         twin = next((twins[s] for i in range(len(parts)) if (s := ".".join(parts[i:])) in twins), None)
-        one, shape = re.search(r"\.experts\.(\d+)\.", key), checkpoint.tensors[key].shape
-        if one:
-            rows[key] = ExpertTensor(layer, int(one[1]), None, routed=True)
+        one, shape = expert_number(key), checkpoint.tensors[key].shape
+        if one is not None:
+            rows[key] = ExpertTensor(layer, one, None, routed=True)
         elif twin is not None and twin.axis is not None:
             rows[key] = ExpertTensor(layer, None, twin.axis, twin.routed)
         elif ".experts." in key and math.prod(shape) > 1:
@@ -194,6 +204,26 @@ def _mtp_rows(
 # ------------------------------------------------------------------------------------------------------------- checks
 def _wrong_shape(checkpoint: Checkpoint, entry: TensorEntry, expected: tuple[int, ...]) -> InputError:
     return InputError(f"{checkpoint.name}: tensor {entry.name} in {entry.shard} has shape {list(entry.shape)}, config.json asks for {list(expected)}")  # fmt: skip
+
+
+def check_rows(
+    checkpoint: Checkpoint, found: dict[str, ExpertTensor], modules: tuple[str, ...], experts: int, *, declared: bool
+) -> bool:
+    """Check the rows of the MoE layers against the headers; returns whether the experts are quantised.
+
+    Raises:
+        InputError: experts that the configuration does not have, that are missing or not alike, or a quantised router.
+    """
+    for key, row in found.items():
+        if row.expert is not None and row.expert >= experts:
+            raise InputError(f"{checkpoint.name}: tensor {key} is of expert {row.expert}, config.json has {experts}")
+    quantised = any(t.routed and checkpoint.tensors[k].dtype not in FLOAT_TYPES for k, t in found.items())
+    _check_router(checkpoint, found, quantised=quantised)
+    if quantised and declared:
+        _check_every_expert(checkpoint, found, modules, experts)
+    else:
+        _check_experts_alike(checkpoint, found)
+    return quantised
 
 
 def _check_router(checkpoint: Checkpoint, found: dict[str, ExpertTensor], *, quantised: bool) -> None:
@@ -224,9 +254,8 @@ def _check_experts_alike(checkpoint: Checkpoint, found: dict[str, ExpertTensor])
     for key, row in found.items():
         if row.expert is None:
             continue
-        kind = re.sub(r"\.experts\.\d+\.", ".experts.*.", re.sub(r"\.\d+\.", ".#.", key, count=1))
         entry = checkpoint.tensors[key]
-        first = kinds.setdefault(kind, entry)
+        first = kinds.setdefault(kind_of(key), entry)
         if (entry.shape, entry.dtype) != (first.shape, first.dtype):
             raise InputError(f"{checkpoint.name}: tensor {key} in {entry.shard} has shape {list(entry.shape)} of {entry.dtype}, {first.name} has {list(first.shape)} of {first.dtype}")  # fmt: skip
 
