@@ -28,7 +28,7 @@ from moecover.families import PROVEN_FAMILIES, UNSUPPORTED
 from moecover.files import canonical_json
 from moecover.interrupts import held
 from moecover.source import Checkpoint, open_checkpoint
-from moecover.tensors import ExpertTensor, classify, layer_number
+from moecover.tensors import ExpertTensor, Tensors, classify, layer_number
 
 if TYPE_CHECKING:
     import torch
@@ -196,6 +196,8 @@ def _expert_axes(one: torch.nn.Module, two: torch.nn.Module, experts: int, name:
 def read_structure(model: str | Path | Checkpoint, *, revision: str | None = None) -> Structure:
     """Topology and expert-dependent tensors of a checkpoint, from its configuration and headers only.
 
+    What a process that has not loaded transformers reads is remembered on this machine, see `structures`.
+
     Args:
         model: folder, hub id, or a checkpoint already opened.
         revision: branch, tag or commit of a hub model.
@@ -203,7 +205,20 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
     Raises:
         InputError: no routed experts, an architecture that is unknown or does not fit, or tensors that do not match it.
     """
+    from moecover.structures import place_of, recall, remember
+
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision=revision)
+    place = place_of(checkpoint)
+    structure = recall(checkpoint, place) if place else None
+    if structure is None:
+        structure = _derived(checkpoint)
+        if place:
+            remember(structure, place)
+    return structure
+
+
+def _derived(checkpoint: Checkpoint) -> Structure:
+    """The structure by the model class: what `read_structure` gives and raises."""
     config, name = checkpoint.config, checkpoint.name
     counts = expert_count_keys(config)
     if reason := UNSUPPORTED.get(str(config.get("model_type"))):
@@ -241,21 +256,32 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
         text.num_hidden_layers,
         *_groups(text, experts, name),
     )
-    declared = quantisation(config) or _quantiser_file(checkpoint)
-    tensors = classify(checkpoint, one, axes, modules, experts, topology.num_layers, declared=declared is not None)
+    tensors = classify(
+        checkpoint, one, axes, modules, experts, topology.num_layers, declared=declared(checkpoint) is not None
+    )
+    return assembled(checkpoint, topology, tensors, axes, modules)
+
+
+def assembled(
+    checkpoint: Checkpoint, topology: Topology, tensors: Tensors, parameters: dict[str, int], modules: tuple[str, ...]
+) -> Structure:
+    """The structure of what the model class says, and of what the configuration says alone."""
     warnings = []
     if topology.family not in PROVEN_FAMILIES:
         warnings.append(f"family {topology.family!r} is not among the proven ones (moecover ls families): run `moecover verify` on the result")  # fmt: skip
     if tensors.mtp:
         warnings.append(f"{len(tensors.mtp)} tensors belong to multi-token-prediction layers with experts of their own: `prune` drops these layers, or cuts them with --mtp prune")  # fmt: skip
-    stored = (declared or "a type that config.json says nothing of") if tensors.quantised else None
+    stored = (declared(checkpoint) or "a type that config.json says nothing of") if tensors.quantised else None
+    count_keys = tuple(expert_count_keys(checkpoint.config))
     return Structure(
-        checkpoint, topology, tensors.experts, axes, modules, tuple(counts), tensors.mtp, stored, tuple(warnings)
+        checkpoint, topology, tensors.experts, parameters, modules, count_keys, tensors.mtp, stored, tuple(warnings)
     )
 
 
-def _quantiser_file(checkpoint: Checkpoint) -> str | None:
-    """The settings file of a quantiser that writes nothing into config.json."""
+def declared(checkpoint: Checkpoint) -> str | None:
+    """How a checkpoint says that it is quantised, in config.json or by a quantiser's own settings file; None if it does not."""
+    if found := quantisation(checkpoint.config):
+        return found
     if checkpoint.folder is None:
         return None
     return next((name for name in QUANTISATION_FILES if (checkpoint.folder / name).is_file()), None)
