@@ -6,10 +6,11 @@ and whatever else a family hands from layer to layer stay what they are in a pla
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moecover.errors import MoecoverError
@@ -33,6 +34,21 @@ class Passing:
     output: Any
 
 
+@dataclass
+class Here:
+    """That the caller's thread runs the modules: libraries keep scratch memory for every thread that computes.
+
+    Attributes:
+        before: called when a call goes on into a stop's module.
+        after: called when a stop's module is done with a call; what it gives, if anything, takes the output's place.
+        results: takes what the calls give, in their order.
+    """
+
+    before: Callable[[Passing], None] | None = None
+    after: Callable[[Passing], Any] | None = None
+    results: list[Any] = field(default_factory=list)
+
+
 _local = threading.local()
 
 
@@ -42,19 +58,16 @@ def current_call() -> int:
 
 
 def lockstep(
-    calls: Sequence[Callable[[], Any]], stops: Sequence[torch.nn.Module], *, results: list[Any] | None = None,
-    before: Callable[[Passing], None] | None = None, after: Callable[[Passing], Any] | None = None,
+    calls: Sequence[Callable[[], Any]], stops: Sequence[torch.nn.Module], *, here: Here | None = None,
 ) -> Generator[list[Any]]:  # fmt: skip
-    """At every stop in turn, the first argument of that module's call, one a call.
+    """At every stop in turn, the first argument of that module's call, one a call; the passes end at the last stop.
 
     What the caller changes in the model between two stops holds for all calls from there on.
 
     Args:
         calls: forward passes, each of which runs every stop once, in this order.
-        stops: modules of the model.
-        results: takes what the calls give, in their order; without it the passes end at the last stop.
-        before: called when a call goes on into a stop's module.
-        after: called when a stop's module is done with a call; what it gives, if anything, takes the output's place.
+        stops: modules of the model; one may lie inside another.
+        here: run the stops' modules in this thread, and go on behind the last stop.
 
     Raises:
         MoecoverError: a pass does not run every stop.
@@ -63,29 +76,26 @@ def lockstep(
 
     turns = [threading.Semaphore(0) for _ in calls]
     done = threading.Semaphore(0)
-    arrived: list[Any] = [None] * len(calls)
-    given: list[Any] = [None] * len(calls)
+    waiting: list[tuple[int, tuple[Any, ...], dict[str, Any]] | None] = [None] * len(calls)
+    given: list[Any] = [None] * len(calls)  # what a stop's module gave, at last what the call gave
     errors: list[BaseException] = []
     cancelled = False
+    forwards = [module.forward for module in stops]
 
-    def stop(number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(number: int, *args: Any, **kwargs: Any) -> Any:
         index = getattr(_local, "index", None)
         if index is None:  # a call of the caller's own
-            return
-        arrived[index] = args[0] if args else next(iter(kwargs.values()))
+            return forwards[number](*args, **kwargs)
+        waiting[index] = (number, args, kwargs)
         done.release()
         turns[index].acquire()
         if cancelled:
             raise _Cancelled
-        arrived[index] = None
-        if before is not None:
-            before(Passing(number, index, args, kwargs, None))
-
-    def passed(number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        index = getattr(_local, "index", None)
-        if index is not None and after is not None:
-            return after(Passing(number, index, args, kwargs, output))
-        return None
+        waiting[index] = None
+        if here is None:
+            return forwards[number](*args, **kwargs)
+        output, given[index] = given[index], None
+        return output
 
     def run(index: int) -> None:
         _local.index = index
@@ -101,34 +111,53 @@ def lockstep(
         finally:
             done.release()
 
+    def run_module(index: int, here: Here) -> Any:
+        """The module that a call waits at."""
+        asked = waiting[index]
+        assert asked is not None
+        at = Passing(asked[0], index, asked[1], asked[2], None)
+        if here.before is not None:
+            here.before(at)
+        with torch.inference_mode():
+            output = forwards[at.stop](*at.args, **at.kwargs)
+        other = here.after(dataclasses.replace(at, output=output)) if here.after is not None else None
+        return output if other is None else other
+
     def go() -> None:
-        """One step of every call."""
-        for thread, turn in zip(threads, turns, strict=True):
+        """One step of every call, up to its next stop or its end."""
+        for index, (thread, turn) in enumerate(zip(threads, turns, strict=True)):
             if not thread.is_alive():
                 raise MoecoverError("a forward pass ended before it had run every layer once: please report this")
+            if here is not None and waiting[index] is not None:
+                given[index] = run_module(index, here)
             turn.release()
             done.acquire()
             if errors:
                 raise errors[0]
 
     threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
-    hooks = [m.register_forward_pre_hook(functools.partial(stop, n), with_kwargs=True) for n, m in enumerate(stops)]
-    if after is not None:
-        hooks += [m.register_forward_hook(functools.partial(passed, n), with_kwargs=True) for n, m in enumerate(stops)]
     try:
+        for number, module in enumerate(stops):
+            module.forward = functools.partial(stop, number)
         for thread in threads:
             thread.start()
         for _ in stops:
             go()
-            yield list(arrived)
-        if results is not None:
+            yield [_first(asked) for asked in waiting]
+        if here is not None:
             go()
-            results += given
+            here.results += given
     finally:
         cancelled = True
         for turn in turns:
             turn.release()
         for thread in threads:
             thread.join()
-        for hook in hooks:
-            hook.remove()
+        for module in stops:
+            del module.forward
+
+
+def _first(asked: tuple[int, tuple[Any, ...], dict[str, Any]] | None) -> Any:
+    if asked is None:
+        raise MoecoverError("a forward pass ended before it had run every layer once: please report this")
+    return asked[1][0] if asked[1] else next(iter(asked[2].values()))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moecover.errors import InputError
-from moecover.lockstep import Passing, current_call, lockstep
+from moecover.lockstep import Here, Passing, current_call, lockstep
 from moecover.model import check_device
 from moecover.topology import Structure, auto_class
 from moecover.weights import Weights, lean
@@ -156,15 +156,15 @@ def run(
         start: the first layer that runs; the stops of ``before`` and ``after`` are counted from there on.
         skipped: gives the output of a layer before it, from its number and the hidden states that it is called with.
         embedded: called with call and output of the token embedding; what it gives takes the output's place.
-        before: see `lockstep`.
-        after: see `lockstep`.
+        before: see `Here`.
+        after: see `Here`.
         within: a context for a decoder layer, entered when its weights are there and left before they go.
 
     Returns:
         The results.
     """
     modules, weights = [stream.model.get_submodule(name) for name in stream.layers], stream.weights
-    results: list[Any] = []
+    here = Here(before, after)
     first, last = stream.ends or (None, None)
     hooks = []
     if embedded is not None:
@@ -175,7 +175,7 @@ def run(
             module.forward = functools.partial(_skip, skipped, number)
         if first:
             weights.load(f"{first}.")
-        steps = lockstep(calls, modules[start:], results=results, before=before, after=after)
+        steps = lockstep(calls, modules[start:], here=here)
         with contextlib.ExitStack() as around, contextlib.closing(steps):
             for number, _ in enumerate(steps, start):
                 around.close()
@@ -196,7 +196,7 @@ def run(
             del module.forward
         weights.free(f"{stream.layers[-1]}.")
         weights.free(f"{last}.")
-    return results
+    return here.results
 
 
 def arrivals(
