@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from moecover import __version__, progress
 from moecover.distributed import world
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
+from moecover.interrupts import behind
 from moecover.servers import SERVERS
 from moecover.verbs import KEEP_INPUTS, VERBS
 
@@ -228,7 +229,12 @@ def _run(argv: list[str]) -> int:
     if here.size > 1 and args.verb != "profile":
         raise InputError(f"{args.verb} runs in one process, torchrun started {here.size}: only profile runs in several")
     progress.quiet = args.quiet or here.rank > 0
-    result, text, status = VERBS[args.verb](args)
+    try:
+        result, text, status = VERBS[args.verb](args)
+    except Exception as error:
+        if behind(error):
+            raise KeyboardInterrupt from error
+        raise
     if here.rank == 0:
         _print(json.dumps(result, indent=1) if args.json else text, sys.stdout)
     return status

@@ -17,6 +17,7 @@ import numpy as np
 
 from moecover.corpora import CORPORA, HubCorpus, file_rows
 from moecover.errors import InputError
+from moecover.interrupts import held
 from moecover.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -247,7 +248,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((folder / n).is_file() for n in names):
         return None
-    from transformers import AutoTokenizer
+    with held():
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -8,6 +8,12 @@ import threading
 from collections.abc import Iterator
 
 
+def behind(error: BaseException) -> bool:
+    """Whether an error stands for an interrupt: one in the middle of an import comes out as another error raised from it."""
+    cause = error.__cause__
+    return cause is not None and (isinstance(cause, KeyboardInterrupt) or behind(cause))
+
+
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Hold an interrupt back until the block ends.

@@ -79,9 +79,9 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
     Raises:
         InputError: unknown dtype or device, or tensors missing in the files.
     """
+    device = check_device(dtype, device)
     from transformers import AutoConfig
 
-    device = check_device(dtype, device)
     name = structure.checkpoint.name
     try:
         config = AutoConfig.from_pretrained(structure.checkpoint.path, trust_remote_code=False, local_files_only=True)
