@@ -32,6 +32,14 @@ needs_shared = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def remembered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of remembered structures, for this process and those that it starts: never the user's own."""
+    folder = tmp_path_factory.mktemp("remembered")
+    os.environ["MOECOVER_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Folder of a tiny checkpoint by family and options, made once a session; tests must not write into it."""

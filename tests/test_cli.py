@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 import moecover
+from moecover import cli
 from moecover.cli import main
 from moecover.demo import shipped_model
+from moecover.errors import InputError
 from moecover.profiles import Profile
 from tests.conftest import write_rows
 
@@ -326,9 +328,53 @@ def test_ls(what: str, capsys) -> None:
     assert run(capsys, "ls", what)[1].count("\n") == len(names)
 
 
+LARGE = {
+    "torch", "transformers", "datasets", "huggingface_hub", "tokenizers", "accelerate", "safetensors", "matplotlib", "scipy",
+    "rich", "pydantic", "numpy",
+}  # fmt: skip
+
+
+def loaded_by(*arguments: object) -> set[str]:
+    """The large libraries that a command of its own process has loaded at its end."""
+    code = f"""
+import sys
+from moecover.cli import main
+try: status = main(sys.argv[1:])
+except SystemExit as stop: status = stop.code
+assert not status
+print(*(name for name in {LARGE} if name in sys.modules), file=sys.stderr)
+"""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return set(done.stderr.split("\n")[-2].split())
+
+
 def test_help_is_quick_and_does_not_load_torch() -> None:
-    code = "import sys; from moecover.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert loaded_by("--help") == loaded_by("--version") == loaded_by("prune", "--help") == set()
+
+
+@pytest.mark.parametrize(
+    ("what", "needed"), [("methods", {"numpy", "pydantic"}), ("saliencies", {"numpy"}), ("corpora", set()), ("families", set())]
+)  # fmt: skip
+def test_lists_load_little(what: str, needed: set[str]) -> None:
+    assert loaded_by("ls", what) == needed
+
+
+def test_what_was_read_before_needs_no_torch(
+    checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys
+) -> None:
+    """A model that was inspected once: inspect, plan, explain and prune by a plan; the written checkpoint is another one."""
+    model, out = checkpoints("qwen3_moe"), tmp_path / "out"
+    assert {"torch", "transformers"} <= loaded_by("inspect", model)
+    assert loaded_by("inspect", model, "--for", "vllm") == set()
+    run(capsys, "profile", model, "--corpus", f"a={rows}", "--corpus", f"b={rows}", "-o", tmp_path / "p")
+    arithmetic = {"numpy", "pydantic", "safetensors"}
+    assert loaded_by("plan", tmp_path / "p", "--keep", 4, "-o", tmp_path / "plan.json") == arithmetic
+    explain = ["explain", tmp_path / "plan.json", "--profile", tmp_path / "p"]
+    assert loaded_by(*explain) == {*arithmetic, "scipy", "rich"}
+    assert loaded_by("prune", model, "--plan", tmp_path / "plan.json", "-o", out, "-q") == {"numpy", "pydantic"}
+    assert "torch" in loaded_by("inspect", out)
+    assert run(capsys, "verify", model, out, "--corpus", f"r={rows}")[0] == 0
 
 
 def test_public_names_exist_and_are_documented() -> None:
@@ -345,6 +391,24 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
         [sys.executable, "-m", "moecover", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
+
+
+def test_an_interrupt_that_comes_out_as_another_error_is_one(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Python raises a RuntimeError from one that falls into `__set_name__`, while a library is being imported."""
+
+    def fail(args: object) -> None:
+        class Interrupts:
+            def __set_name__(self, owner: type, name: str) -> None:
+                raise KeyboardInterrupt
+
+        try:
+            type("Owner", (), {"attribute": Interrupts()})
+        except RuntimeError as error:
+            raise InputError("could not be loaded") from error
+
+    monkeypatch.setitem(cli.VERBS, "inspect", fail)
+    status, _, err = run(capsys, "inspect", "x")
+    assert (status, err) == (130, "moecover: interrupted, nothing half-written was left\n")
 
 
 # A whole one-shot run on the shipped model takes some five seconds: start, imports, reading, profiling, writing.

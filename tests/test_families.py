@@ -31,6 +31,7 @@ from moecover.planning import plan
 from moecover.plans import Plan
 from moecover.profiling import profile
 from moecover.routing import describe, observe_calls, recognise
+from moecover.structures import recall, remember
 from moecover.topology import Structure, read_structure
 from tests import zoo
 from tests.conftest import random_corpus
@@ -179,6 +180,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_family(family: str, written: Path, tmp_path: Path) -> None:
     zoo.make_model(family).save_pretrained(tmp_path / "model", save_original_format=True)
     structure = read_structure(tmp_path / "model")
+    remember(structure, tmp_path / "remembered.json")
+    assert recall(structure.checkpoint, tmp_path / "remembered.json") == structure
     topology, model = structure.topology, load_model(structure)
     corpus = random_corpus("a", sequences=2, length=20, vocab=zoo.SMALL["vocab_size"])
     made = profile(structure, [corpus], model=model, batch_size=2)
