@@ -297,6 +297,20 @@ def test_nor_are_layers_of_multi_token_prediction(
     assert recall(structure.checkpoint, place) is None
 
 
+def test_nor_are_fewer_experts_with_places_behind_them(checkpoints: Callable[..., Path], place: Path) -> None:
+    structure = read_structure(checkpoints("gpt_oss"))
+    remember(structure, place)
+
+    def fewer(told: dict[str, Any]) -> None:
+        told["topology"]["num_experts"] = 6
+        told["rules"] = {kind: [axis, routed, 2] for kind, (axis, routed, _) in told["rules"].items()}
+
+    forged(place, lambda told: None)
+    assert recall(structure.checkpoint, place) == structure
+    forged(place, fewer)
+    assert recall(structure.checkpoint, place) is None
+
+
 def test_a_structure_that_rules_do_not_give_back_is_not_remembered(
     checkpoints: Callable[..., Path], place: Path
 ) -> None:
