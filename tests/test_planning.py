@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moecover.errors import InputError
@@ -186,6 +186,7 @@ def test_permuting_experts_permutes_the_choice(corpora: int, experts: int, data)
     """Without ties; with ties the lower id wins, which is the one thing that ids decide."""
     values = data.draw(st.permutations([2.0**i for i in range(corpora * experts)]))
     utility = np.array(values).reshape(corpora, experts)
+    assume(len(set((utility / utility.sum(1, keepdims=True)).mean(0))) == experts)  # rounding makes ties of its own
     keep = data.draw(st.integers(1, experts))
     permutation = np.array(data.draw(st.permutations(range(experts))))
     protected, filled = covered(utility, keep, 0.5)
