@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import random
@@ -146,6 +147,22 @@ def test_a_state_of_other_inputs_is_not_used(structure: Structure, tmp_path: Pat
     said = []
     profile(structure, corpora(), model=model, batch_size=2, state=state, say=said.append)
     assert said == [f"starting anew: {state} was made from other inputs, weights differs"]
+
+
+@pytest.mark.parametrize("way", ["memory", "layers"])
+def test_a_state_of_the_same_corpora_in_another_order_is_not_used(
+    structure: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Batches are counted in the order of the corpora; where both have one shape, nothing else would tell."""
+    one, two, state = *(random_corpus(name, seed=seed, vocab=128) for seed, name in enumerate("ab")), tmp_path / "state"
+    with contextlib.nullcontext(load_model(structure)) if way == "memory" else streamed(structure) as model:
+        expected = profile(structure, [two, one], model=model, batch_size=2)
+        with monkeypatch.context() as patched, pytest.raises(Stop):
+            stop_after(patched, 2)
+            profile(structure, [one, two], model=model, batch_size=2, state=state)
+        said: list[str] = []
+        same(profile(structure, [two, one], model=model, batch_size=2, state=state, say=said.append), expected)
+    assert said == [f"starting anew: {state} was made from other inputs, corpora differs"]
 
 
 @pytest.mark.parametrize("damage", ["state", "hidden"])
