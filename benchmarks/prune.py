@@ -4,12 +4,15 @@
 
 Without ``--model`` a checkpoint of random bytes is made, in the shape of Qwen1.5-MoE-A2.7B with as many layers as fit into
 ``--gb`` (27.2 for all 24, the vocabulary left small). What is read is in the page cache before every round, or out of it
-with ``--cold``; take ``--cold`` for more than fits into memory (on a virtual machine the host may still hold what cp reads,
-because it was just written, but not what `prune` reads: then cp looks better than it is). Every run of ours is a process of
-its own. Prints, as the median over the rounds and the least:
+with ``--cold``; take ``--cold`` for more than fits into memory. Every run of ours is a process of its own. Prints, as the
+median over the rounds and the least (with ``--cold`` all memory is used for a moment before every run: a virtual machine
+may have to ask its host for what was free for long, which would slow down whoever comes first):
 
 - ``cp``: cp of the output folder, and the same with its files flushed to the disk as `prune` flushes them;
-- ``prune``: the call, whole and with fsync doing nothing, which tells what flushing costs; the whole process beside it;
+- ``cp of the source``: cp of as many of the source's shards as hold the output's bytes, scaled to those bytes. With
+  ``--cold`` this is what `prune` compares with: a virtual machine's host may still hold the output, because it was just
+  written, but not the source;
+- ``prune``: the call; the whole process beside it;
 - the ratios, and how far the peak resident memory of such a process rose above one that only imports.
 """
 
@@ -29,6 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 WIDTH, EXPERT_WIDTH, SHARED_WIDTH, EXPERTS, VOCABULARY = 2048, 1408, 5632, 60, 2000
 IMPORTS = """
@@ -41,8 +45,7 @@ from moecover.topology import read_structure
 def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) * 1024
 """
 RUN = """
-flush, source, plan, output = sys.argv[1:]
-if flush == 'no': os.fsync = lambda descriptor: None
+source, plan, output = sys.argv[1:]
 structure = read_structure(source)
 started = time.perf_counter()
 prune(structure, Plan.load(plan), output)
@@ -107,6 +110,9 @@ def prepare(folders: list[Path], *, cold: bool) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while not cold and file.readinto(buffer):
                 pass
+    if cold:
+        touch = "import mmap, sys\nn = int(sys.argv[1])\nmemory = mmap.mmap(-1, n)\nfor at in range(0, n, 4096): memory[at] = 1"
+        subprocess.run([sys.executable, "-c", touch, str(psutil.virtual_memory().available * 9 // 10)], check=True)
 
 
 def main() -> None:
@@ -123,6 +129,11 @@ def main() -> None:
         measure(Path(name), args)
 
 
+def size(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
 def measure(work: Path, args: argparse.Namespace) -> None:
     """Run everything in turn, in a folder to work in."""
     from moecover.plans import LayerPlan, Plan, resolve_keep
@@ -137,16 +148,15 @@ def measure(work: Path, args: argparse.Namespace) -> None:
     Plan(schema=1, keep=keep, layers=layers).save(work / "plan.json")
     output, copy, peaks = work / "out", work / "copy", list[int]()
 
-    def ours(flush: str, times: dict[str, list[float]]) -> None:
+    def ours(times: dict[str, list[float]]) -> None:
         shutil.rmtree(output, ignore_errors=True)
         prepare([source], cold=args.cold)
         started = time.perf_counter()
-        command = [sys.executable, "-c", IMPORTS + RUN, flush, str(source), str(work / "plan.json"), str(output)]
+        command = [sys.executable, "-c", IMPORTS + RUN, str(source), str(work / "plan.json"), str(output)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        if flush == "yes":
-            times["prune, whole process"].append(time.perf_counter() - started)
+        times["prune, whole process"].append(time.perf_counter() - started)
         seconds, peak = done.stdout.split()
-        times["prune" if flush == "yes" else "prune, fsync doing nothing"].append(float(seconds))
+        times["prune"].append(float(seconds))
         peaks.append(int(peak))
 
     def cp(times: dict[str, list[float]]) -> None:
@@ -159,13 +169,28 @@ def measure(work: Path, args: argparse.Namespace) -> None:
         times["cp, flushed"].append(time.perf_counter() - started)
         shutil.rmtree(copy)
 
-    names = ["cp", "cp, flushed", "prune", "prune, fsync doing nothing", "prune, whole process"]
+    def cp_source(times: dict[str, list[float]]) -> None:
+        wanted, shards, found = size(output), list[Path](), 0
+        while found < wanted:
+            shards.append(sorted(source.glob("*.safetensors"))[len(shards)])
+            found += shards[-1].stat().st_size
+        copy.mkdir()
+        prepare([source], cold=args.cold)
+        started = time.perf_counter()
+        subprocess.run(["cp", *shards, copy], check=True)
+        times["cp of the source"].append((time.perf_counter() - started) * wanted / found)
+        subprocess.run(["sync", *copy.rglob("*")], check=True)
+        times["cp of the source, flushed"].append((time.perf_counter() - started) * wanted / found)
+        shutil.rmtree(copy)
+
+    copies = ["cp", "cp, flushed", "cp of the source", "cp of the source, flushed"]
+    names = [*copies, "prune", "prune, whole process"]
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds):
-        ours("no", times)
-        ours("yes", times)
+        ours(times)
         cp(times)
-    num_bytes = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
+        cp_source(times)
+    num_bytes = size(output)
     imports = subprocess.run(
         [sys.executable, "-c", IMPORTS + "print(peak())"], check=True, capture_output=True, text=True
     )
@@ -173,15 +198,16 @@ def measure(work: Path, args: argparse.Namespace) -> None:
         f"{num_bytes / 1e9:.2f} GB written, {'cold' if args.cold else 'warm'}, {args.rounds} rounds; seconds: median, least"
     )
     for name, seconds in times.items():
-        print(f"  {name:28}{statistics.median(seconds):8.2f}{min(seconds):8.2f}")
+        print(f"  {name:30}{statistics.median(seconds):8.2f}{min(seconds):8.2f}")
     ratios: list[tuple[str, str, str]] = [
         ("prune", "cp", "ratio to cp"),
-        ("prune, fsync doing nothing", "cp", "ratio to cp, neither flushed"),
         ("prune", "cp, flushed", "ratio to cp, both flushed"),
+        ("prune", "cp of the source", "ratio to cp of the source"),
+        ("prune", "cp of the source, flushed", "  both flushed"),
     ]
     for one, other, label in ratios:
         figures: list[Callable[[list[float]], float]] = [statistics.median, min]
-        print(f"  {label:28}" + "".join(f"{figure(times[one]) / figure(times[other]):8.2f}" for figure in figures))
+        print(f"  {label:30}" + "".join(f"{figure(times[one]) / figure(times[other]):8.2f}" for figure in figures))
     print(f"peak resident memory above the imports: {(max(peaks) - int(imports.stdout)) / 2**20:.0f} MiB")
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from tests.test_streaming import _between
 
 WORKER = """
 import sys
-from moecover import cli, fitting, states
+from moecover import cli, distributed, fitting, states
 fitting.OVERHEAD = 0
+distributed.PULSE, distributed.SILENCE = 0.5, 5
 if "--slow" in sys.argv:
     import time
     sys.argv.remove("--slow")
@@ -54,8 +54,8 @@ def job(tmp_path: Path, checkpoints: Callable[..., Path]) -> Callable[..., list[
     return get
 
 
-def torchrun(processes: int, folder: Path, arguments: list[str]) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(20000 + os.getpid() % 20000)]  # fmt: skip
+def torchrun(processes: int, folder: Path, arguments: list[str], *machine: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(20000 + os.getpid() % 20000), *machine]  # fmt: skip
     return [*launcher, str(folder / "worker.py"), *arguments]
 
 
@@ -89,23 +89,64 @@ def test_the_same_as_one_process(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def workers(launcher: subprocess.Popen[str]) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True, check=True)  # fmt: skip
+    return list(map(int, found.stdout.split()))
+
+
+def said(log: str) -> list[str]:
+    return [line for line in log.splitlines() if line.startswith("moecover: ") and "resuming" not in line]
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path) -> None:
+    """One line from all of them, and the state of each is used."""
     assert cli.main([*job(), "-o", str(tmp_path / "one")]) == 0
-    command = torchrun(2, tmp_path, [*job(), "-o", str(tmp_path / "many"), "--slow"])
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started(torchrun(3, tmp_path, [*job(), "-o", str(tmp_path / "many"), "--slow"]))
     assert process.stdout is not None
     assert process.stdout.readline().startswith("saved")
-    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(workers(process)[-1], signal.SIGKILL)
     _, log = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "because another process of the job is gone" in log
+    failures = [line for line in said(log) if "another process of" in line]
+    assert len(failures) == 1, log
+    assert 'Traceback (most recent call last):\n  File "' + str(tmp_path) not in log
     assert not (tmp_path / "many").exists()
     assert list(tmp_path.glob(".many.profile.partial-*"))
-    time.sleep(0.1)
-    done = subprocess.run(torchrun(2, tmp_path, [*job(), "-o", str(tmp_path / "many")]), capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(torchrun(3, tmp_path, [*job(), "-o", str(tmp_path / "many")]), capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "resuming: " in done.stderr
+    close(Profile.load(tmp_path / "many"), Profile.load(tmp_path / "one"))
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a process", "a machine"])
+def test_two_machines(job, tmp_path: Path, whole: bool) -> None:
+    """Equal to one process; when a process, or a machine with all its processes, dies without a word, the other notices."""
+    command = [*job(), "-o", str(tmp_path / "many")]
+
+    def machines(*extra: str) -> list[subprocess.Popen[str]]:
+        return [started(torchrun(1, tmp_path, [*command, *extra], "--nnodes", "2", "--node-rank", str(n), "--master-addr", "127.0.0.1")) for n in range(2)]  # fmt: skip
+
+    first, second = machines("--slow")
+    assert second.stdout is not None
+    assert second.stdout.readline().startswith("saved")
+    dead = workers(second)
+    if whole:
+        second.kill()
+    os.kill(dead[-1], signal.SIGKILL)
+    _, log = first.communicate(timeout=120)
+    second.communicate(timeout=120)
+    assert first.returncode != 0
+    assert len([line for line in said(log) if "no sign of life" in line or "another process of" in line]) == 1, log
+    assert not (tmp_path / "many").exists()
+    assert cli.main([*job(), "-o", str(tmp_path / "one")]) == 0
+    for process in machines():
+        _, log = process.communicate(timeout=120)
+        assert process.returncode == 0, log
     close(Profile.load(tmp_path / "many"), Profile.load(tmp_path / "one"))
 
 

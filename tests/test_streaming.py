@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,11 @@ from moecover.model import load_model
 from moecover.planning import plan, plan_budgets
 from moecover.profiles import Profile
 from moecover.profiling import profile
+from moecover.source import TensorEntry
 from moecover.states import FILE, State
 from moecover.streaming import Streamed, run, streamed
 from moecover.topology import Structure, read_structure
+from moecover.weights import Files, Weights
 from tests import zoo
 from tests.conftest import random_corpus
 from tests.tiny import make_checkpoint
@@ -91,6 +94,37 @@ def test_every_family_layer_by_layer(family: str, tmp_path: Path, monkeypatch: p
         again = profile(structure, texts, model=stream, batch_size=2, state=tmp_path / "state", say=said.append)
         assert said == [f"resuming: 2 of {len(stream.layers)} layers are done"]
         same(again, expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3", "granitemoe", "afmoe"])
+def test_reading_the_next_layer_in_a_thread(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the next layer's tensors are read while this one computes, and none twice."""
+    zoo.make_model(family).save_pretrained(tmp_path / "m", save_original_format=True)
+    structure, texts = read_structure(tmp_path / "m"), corpora()
+    expected = profile(structure, texts, model=load_model(structure), batch_size=2)
+    make, read_into = Weights.__init__, Files.read_into
+    monkeypatch.setattr(Weights, "__init__", lambda self, *args, ahead: make(self, *args, ahead=True))
+    threads: dict[str, list[str]] = {}
+
+    def counted(self: Files, entry: TensorEntry, target: torch.Tensor) -> None:
+        threads.setdefault(entry.name, []).append(threading.current_thread().name)
+        read_into(self, entry, target)
+
+    monkeypatch.setattr(Files, "read_into", counted)
+    with streamed(structure) as stream:
+        same(profile(structure, texts, model=stream, batch_size=2), expected)
+    ahead = [name for name, by in threads.items() if by == ["next layer"]]
+    assert ahead
+    assert all(len(by) == 1 for by in threads.values())
+
+    def broken(self: Files, entry: TensorEntry, target: torch.Tensor) -> None:
+        if entry.name == ahead[-1]:
+            raise MoecoverError("cannot be read")
+        read_into(self, entry, target)
+
+    monkeypatch.setattr(Files, "read_into", broken)
+    with streamed(structure) as stream, pytest.raises(MoecoverError, match="cannot be read"):
+        profile(structure, texts, model=stream, batch_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ Exit status: 0 done; 1 the job failed or the check said no; 2 the request or its
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moecover import __version__, progress
-from moecover.distributed import world
+from moecover.distributed import ALONE, STOPPED, World, first_to_fail, world
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.interrupts import behind
 from moecover.servers import SERVERS
@@ -221,8 +222,24 @@ def _print(text: str, file: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
+def _place() -> World:
+    """The process among its fellows; alone where the environment is not whole, which `_run` refuses."""
+    try:
+        return world()
+    except InputError:
+        return ALONE
+
+
+def _fail(text: str) -> None:
+    """Say in one line why the command ends; of several processes only the first that fails does."""
+    here = _place()
+    if first_to_fail(here):
+        _print(f"moecover: {f'rank {here.rank} of {here.size}: ' if here.size > 1 else ''}{text}", sys.stderr)
+
+
 def _run(argv: list[str]) -> int:
-    args = make_parser().parse_args(argv)
+    with contextlib.redirect_stderr(None) if _place().rank > 0 else contextlib.nullcontext():
+        args = make_parser().parse_args(argv)
     args.argv = argv
     _quiet_libraries(quiet=args.quiet)
     here = world()
@@ -250,23 +267,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except MoecoverError as error:
-        _print(f"moecover: {error}", sys.stderr)
+        _fail(str(error))
         return error.exit_code
     except SystemExit as end:  # torchrun ends the others when one process fails
-        if end.code == 143 and (here := world()).size > 1:
-            _print(f"moecover: {here.gone}", sys.stderr)
+        if end.code == 143 and _place().size > 1:
+            _fail(". ".join([STOPPED, *getattr(end, "__notes__", [])]))
         raise
     except KeyboardInterrupt as interrupt:
         left = getattr(interrupt, "__notes__", None)  # what a job that can be resumed says of itself
-        _print(f"moecover: interrupted{f'. {left[-1]}' if left else ', nothing half-written was left'}", sys.stderr)
+        _fail(f"interrupted{f'. {left[-1]}' if left else ', nothing half-written was left'}")
         return 130
     except OSError as error:  # a file or folder that cannot be read, where no better message was at hand
-        _print(f"moecover: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", sys.stderr)
+        _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _print("moecover: not enough memory. Give a smaller --batch-size or --length, or a smaller --dtype", sys.stderr)
+        _fail("not enough memory. Give a smaller --batch-size or --length, or a smaller --dtype")
         return 1
     finally:
         if previous is not None:

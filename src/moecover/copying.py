@@ -14,7 +14,6 @@ import os
 import queue
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -23,8 +22,8 @@ import xxhash
 from moecover.errors import MoecoverError
 
 HASH = "xxh3_128"  # as the manifest calls it
-CHUNK_BYTES = 16 << 20  # at most so much between two looks at signals and at the second thread
-AHEAD_BYTES, AHEAD_RANGES = 32 << 20, 64  # what the disk is asked for before its turn
+CHUNK_BYTES = 4 << 20  # at most so much between two looks at signals and at the second thread
+AHEAD_CHUNKS = 32  # what the disk is asked for before its turn
 BUFFER_BYTES = 256 << 10  # fits the second-level cache: the hasher is a fifth faster than with megabytes
 # What a system says that has the call, but not for these files; the next way is tried.
 UNSUPPORTED = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.ENOTSOCK}
@@ -57,23 +56,40 @@ def _advise(descriptor: int, start: int, count: int, advice: str) -> None:
         os.posix_fadvise(descriptor, start, count, getattr(os, f"POSIX_FADV_{advice}"))
 
 
-def _announced(descriptor: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The ranges in chunks, each asked of the disk some time before its turn.
+@contextlib.contextmanager
+def _read_ahead(descriptor: int, ranges: list[tuple[int, int]]) -> Iterator[Iterator[tuple[int, int]]]:
+    """The ranges in chunks, which a second thread asks of the disk some time before their turn.
 
-    The system's own reading ahead goes on into the experts that are skipped and starts anew behind them, at half the speed.
+    The system's own reading ahead goes on into the experts that are skipped and starts anew behind them, at half the speed;
+    asking takes long, since it makes room in the page cache, hence the thread.
     """
-    waiting, ahead = deque[tuple[int, int]](), 0
-    for start, end in ranges:
-        for begin in range(start, end, CHUNK_BYTES):
-            count = min(CHUNK_BYTES, end - begin)
-            if count >= BUFFER_BYTES:
-                _advise(descriptor, begin, count, "WILLNEED")
-            waiting.append((begin, begin + count))
-            ahead += count
-            while ahead > AHEAD_BYTES or len(waiting) > AHEAD_RANGES:
-                ahead -= waiting[0][1] - waiting[0][0]
-                yield waiting.popleft()
-    yield from waiting
+    chunks = [(at, min(at + CHUNK_BYTES, end)) for start, end in ranges for at in range(start, end, CHUNK_BYTES)]
+    room, over = threading.Semaphore(AHEAD_CHUNKS), threading.Event()
+
+    def ask() -> None:
+        for start, end in chunks:
+            room.acquire()
+            if over.is_set():
+                return
+            _advise(descriptor, start, end - start, "WILLNEED")
+
+    def in_turn() -> Iterator[tuple[int, int]]:
+        for chunk in chunks:
+            yield chunk
+            room.release()
+
+    if not hasattr(os, "posix_fadvise"):
+        yield iter(chunks)
+        return
+    _advise(descriptor, 0, 0, "RANDOM")  # no reading ahead but ours
+    thread = threading.Thread(target=ask, name="reader ahead", daemon=True)
+    thread.start()
+    try:
+        yield in_turn()
+    finally:
+        over.set()
+        room.release()
+        thread.join()  # before the descriptor is closed and its number given to another file
 
 
 def write_ranges(
@@ -93,13 +109,16 @@ def write_ranges(
         OSError: reading or writing failed; it names both files.
     """
     try:
-        with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+        with (
+            source.open("rb", buffering=0) as reader,
+            target.open("wb", buffering=0) as writer,
+            contextlib.ExitStack() as stack,
+        ):
             writer.write(head)
             written(len(head))
             size = told = len(head)
-            _advise(reader.fileno(), 0, 0, "SEQUENTIAL")
             ways = _ways()
-            for start, end in _announced(reader.fileno(), ranges):
+            for start, end in stack.enter_context(_read_ahead(reader.fileno(), list(ranges))):
                 while start < end:
                     try:
                         count = ways[0](reader.fileno(), writer.fileno(), start, end - start)

@@ -4,13 +4,21 @@
 
 Every process takes every N x M-th batch, whole, so a batch gives the same numbers wherever it runs and only the order of
 additions differs. Each has the model in memory or runs it layer by layer, as it fits; the first one writes.
+
+Processes wait for each other in torchrun's key-value store, looking at it again and again, and only then start an operation
+of gloo or nccl: those wait in C++, where no signal gets through. A thread gives signs of life meanwhile and looks for
+failures, so that the others learn of one during the pass, on other machines too. The first to fail says why.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,7 +30,12 @@ if TYPE_CHECKING:
 
     from moecover.recording import Sums
 
-TIMEOUT = timedelta(hours=12)  # between the first and the last process that is done; a dead one is noticed at once
+TIMEOUT = timedelta(minutes=10)  # of one operation, which starts when all are there; and to reach the store
+PULSE = 5.0  # seconds between two signs of life
+SILENCE = 300.0  # seconds without one, after which a process counts as gone
+GONE = "another process of the job is gone: its own line or torchrun's report says which"
+STOPPED = "stopped with the job: another process of it is gone, or torchrun was ended"
+_lost: list[str] = []  # why the job cannot be finished, as far as the thread has seen
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,6 @@ class World:
         """Whether a batch, counted over all corpora, is this process's."""
         return number % self.size == self.rank
 
-    @property
-    def gone(self) -> str:
-        """What to say when a fellow is gone."""
-        return f"rank {self.rank} of {self.size} ends because another process of the job is gone: its own lines say why. What was done is used when the same command runs again"  # fmt: skip
-
 
 ALONE = World()
 
@@ -61,12 +69,87 @@ def world() -> World:
         InputError: the environment is not whole.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ALONE
+    for name in names:
+        if not os.environ.get(name, "").isdecimal():
+            raise InputError(f"WORLD_SIZE is set but {name} is not a number in the environment. Start with torchrun")
+    return World(*(int(os.environ[name]) for name in names))
+
+
+def own_device(here: World, device: str) -> str:
+    """The device of a process, by name: of several on a machine each has a GPU of its own.
+
+    Raises:
+        InputError: there are fewer GPUs than processes, or one GPU is asked for by all.
+    """
+    from moecover.model import check_device
+
+    device = check_device("auto", device)
+    if here.size == 1 or not device.startswith("cuda"):
+        return device
+    if device != "cuda" and here.local_size > 1:
+        raise InputError(f"--device {device} would be the device of {here.local_size} processes: give --device cuda, each takes its own")  # fmt: skip
+    return check_device("auto", f"cuda:{here.local_rank}") if device == "cuda" else device
+
+
+@functools.cache
+def _store() -> Any:
+    """What all processes can read and write: torchrun's key-value store."""
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    return PrefixStore(f"moecover/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def first_to_fail(here: World) -> bool:
+    """Whether no other process has said yet why the job fails: one line is enough; the others learn of it here."""
+    reachable = _store.cache_info().currsize or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    half_imported = "torch._C" in sys.modules and "torch" not in sys.modules
+    if here.size == 1 or not reachable or half_imported:
+        return True
     try:
-        return World(*(int(os.environ[name]) for name in names))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"WORLD_SIZE is set but {error} is not a number in the environment. Start with torchrun") from error  # fmt: skip
+        return bool(_store().add("failed", 1) == 1)
+    except Exception:  # the store is gone, or torch is not whole: better two lines than none
+        return True
+
+
+def _watch(here: World, over: threading.Event) -> None:
+    """Give signs of life and look for failures until it is ``over``; the first process looks for the others' signs."""
+    store, seen = _store(), dict[int, tuple[int, float]]()
+    while not over.is_set():
+        try:
+            store.add(f"alive/{here.rank}", 1)
+            if store.check(["failed"]):
+                _lost.append(GONE)
+            for rank in range(1, here.size) if here.rank == 0 else ():
+                signs, now = store.add(f"alive/{rank}", 0), time.monotonic()
+                if rank not in seen or seen[rank][0] != signs:
+                    seen[rank] = signs, now
+                elif now - seen[rank][1] > SILENCE:
+                    _lost.append(f"rank {rank} has given no sign of life for {SILENCE:g} s")
+        except RuntimeError:  # the store is gone, and the machine that held it
+            _lost.append(GONE)
+        if _lost:
+            return
+        over.wait(PULSE)
+
+
+def _heed() -> None:
+    if _lost:
+        raise MoecoverError(_lost[0])
+
+
+def heeding(here: World, advance: Callable[[int], None]) -> Callable[[int], None]:
+    """A function to report progress with, which raises MoecoverError when another process is gone."""
+    if here.size == 1:
+        return advance
+
+    def heeded(amount: int) -> None:
+        _heed()
+        advance(amount)
+
+    return heeded
 
 
 @contextlib.contextmanager
@@ -81,31 +164,58 @@ def joined(here: World, device: str) -> Iterator[None]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    if device.startswith("cuda"):
+    gpu = device.startswith("cuda")
+    if gpu:
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, other launchers may not
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+    _lost.clear()
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(here, over), daemon=True)
     try:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
-    except (RuntimeError, ValueError) as error:
-        raise MoecoverError(f"rank {here.rank} of {here.size} finds no fellows: {_first_line(error)}") from error
-    try:
+        with _together():
+            store = _store()
+        watch.start()
+        wait_for_all(here)
+        with _together():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpu else "gloo", store=PrefixStore("group", store),
+                rank=here.rank, world_size=here.size, timeout=TIMEOUT,
+            )  # fmt: skip
         yield
     finally:
+        over.set()
         with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def _together(here: World) -> Iterator[None]:
-    """Turn the failure of a collective operation into one line."""
+def _together() -> Iterator[None]:
+    """Turn the failure of an operation of all processes into one line."""
     try:
         yield
-    except RuntimeError as error:
-        raise MoecoverError(f"{here.gone} ({_first_line(error)})") from error
+    except (RuntimeError, ValueError) as error:
+        text = str(error).strip().split("\n")[0]
+        closed = any(sign in text for sign in ("closed by peer", "reset by peer", "Broken pipe"))
+        raise MoecoverError(GONE if closed else f"the processes cannot work together: {text}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def wait_for_all(here: World) -> None:
+    """Go on when all processes are here.
+
+    Raises:
+        MoecoverError: a process is gone.
+    """
+    if here.size == 1:
+        return
+    with _together():
+        everyone = -(-_store().add("arrived", 1) // here.size) * here.size  # nobody is at the next meeting before this
+        while _store().add("arrived", 0) < everyone:
+            _heed()
+            time.sleep(0.02)
 
 
 def check_same(here: World, inputs: Mapping[str, Any]) -> None:
@@ -119,12 +229,13 @@ def check_same(here: World, inputs: Mapping[str, Any]) -> None:
         return
     import torch.distributed as dist
 
+    wait_for_all(here)
     everyone: list[Any] = [None] * here.size
-    with _together(here):
+    with _together():
         dist.all_gather_object(everyone, dict(inputs))
     for rank, other in enumerate(everyone):
         if differs := [name for name in inputs if other.get(name) != everyone[0].get(name)]:
-            raise InputError(f"rank {rank} has another {differs[0]} than rank 0: all processes must read the same model and corpora")  # fmt: skip
+            raise InputError(f"rank {rank} and rank 0 differ in {differs[0]}: all processes must do the same")
 
 
 def add_up(here: World, sums: Mapping[str, Sums], device: torch.device) -> None:
@@ -140,6 +251,7 @@ def add_up(here: World, sums: Mapping[str, Sums], device: torch.device) -> None:
 
     from moecover.profiles import MAXIMA
 
+    wait_for_all(here)
     for one in sums.values():
         state = one.state()
         for name, values in state.items():
@@ -147,20 +259,7 @@ def add_up(here: World, sums: Mapping[str, Sums], device: torch.device) -> None:
                 continue
             tensor = torch.from_numpy(values).to(device)
             operation = dist.ReduceOp.MAX if name.removeprefix("parts.") in MAXIMA else dist.ReduceOp.SUM
-            with _together(here):
+            with _together():
                 dist.all_reduce(tensor, op=operation)
             state[name] = tensor.cpu().numpy()
         one.restore(state)
-
-
-def wait_for_all(here: World) -> None:
-    """Go on when all processes are here.
-
-    Raises:
-        MoecoverError: a process is gone.
-    """
-    if here.size > 1:
-        import torch.distributed as dist
-
-        with _together(here):
-            dist.barrier()

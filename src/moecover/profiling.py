@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.corpus import Corpus
-from moecover.distributed import ALONE, World, add_up, check_same
+from moecover.distributed import ALONE, World, add_up, check_same, heeding
 from moecover.errors import InputError, MoecoverError
 from moecover.files import canonical_json
 from moecover.inputs import FILE as INPUTS
@@ -172,6 +172,16 @@ def checked(sums: Sums, corpus: Corpus, structure: Structure) -> Statistics:
     return statistics
 
 
+def check_alone(here: World) -> None:
+    """Refuse to keep a sample of the layers' inputs where several processes share the batches.
+
+    Raises:
+        InputError: there are several.
+    """
+    if here.size > 1:
+        raise InputError("--keep-inputs does not go together with several processes: profile the sample in one")
+
+
 def _stamps(structure: Structure) -> list[list[Any]]:
     """Size and time of change of every shard: whether the weights are still the same."""
     checkpoint = structure.checkpoint
@@ -247,8 +257,8 @@ def profile(
         "fingerprint": structure.model_fingerprint,
     }
     records = {c.name: [c.record] for c in corpora}
-    if keep_inputs is not None and here.size > 1:
-        raise InputError("--keep-inputs does not go together with several processes: profile the sample in one")
+    if keep_inputs is not None:
+        check_alone(here)
     going_on = None
     if state is not None or here.size > 1:
         how = "layers" if isinstance(model, Streamed) else "batches"
@@ -275,7 +285,7 @@ def profile(
             "writer": writer,
             "state": going_on,
             "here": here,
-            "advance": advance,
+            "advance": heeding(here, advance),
         }
         if isinstance(model, Streamed):
             layer_by_layer(model, structure, corpora, sums, **how_to)

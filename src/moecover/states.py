@@ -166,6 +166,18 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def of_process(folder: Path, rank: int) -> Path:
+    """Where one of several processes keeps its own state."""
+    return folder.with_name(f"{folder.name}-{rank}")
+
+
+def remove_all(folder: Path) -> None:
+    """Remove a state and those of processes, of an earlier job of another number of them too."""
+    for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        if other == folder or (other.name.startswith(f"{folder.name}-") and other.name[len(folder.name) + 1 :].isdecimal()):  # fmt: skip
+            remove(other)
+
+
 @contextlib.contextmanager
 def kept_for_later(folder: Path) -> Iterator[None]:
     """Have an error or an interrupt of the block say that a state stays for the next run."""

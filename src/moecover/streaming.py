@@ -114,7 +114,7 @@ def streamed(
     lean()
     model = skeleton(structure, dtype=dtype)
     layers, ends = layer_names(model, structure), _ends(model)
-    weights = Weights(structure, model, (*layers, *(ends or ())), device)
+    weights = Weights(structure, model, (*layers, *(ends or ())), device, ahead=torch.device(device).type != "cpu")
     with contextlib.closing(weights):
         if missing := weights.missing():
             raise InputError(f"{structure.checkpoint.name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again")  # fmt: skip

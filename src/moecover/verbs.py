@@ -97,13 +97,13 @@ def _load_corpora(args: argparse.Namespace, structure: Any) -> list[Any]:
 @contextlib.contextmanager
 def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> Iterator[tuple[Any, Any, Any]]:
     """The profile, saved into ``folder`` if there is one; the model, still open; the corpora."""
-    from moecover.distributed import joined, wait_for_all, world
+    from moecover.distributed import own_device, wait_for_all, world
     from moecover.files import PARTIAL
     from moecover.fitting import opened
     from moecover.inputs import num_bytes, sample_of
-    from moecover.model import check_device, dtype_of
+    from moecover.model import dtype_of
     from moecover.profiling import profile
-    from moecover.states import kept_for_later, remove
+    from moecover.states import kept_for_later, of_process, remove, remove_all
 
     here = world()
     corpora = _load_corpora(args, structure)
@@ -113,12 +113,10 @@ def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> 
         keep_inputs = (args.keep_inputs, folder)
     tokens, batch_size = sum(c.num_tokens for c in corpora), args.batch_size or 4
     batch_tokens = batch_size * max(c.tokens.shape[1] for c in corpora)
-    state = args.output.with_name(f".{args.output.name}.profile{PARTIAL}")
-    device = check_device("auto", args.device or "auto")
-    if here.size > 1:
-        state = state.with_name(f"{state.name}-{here.rank}")
-        device = f"cuda:{here.local_rank}" if device == "cuda" else device
-    with joined(here, device), kept_for_later(state), opened(
+    states = args.output.with_name(f".{args.output.name}.profile{PARTIAL}")
+    state = of_process(states, here.rank) if here.size > 1 else states
+    device = own_device(here, args.device or "auto")
+    with kept_for_later(state), opened(
         structure, tokens=-(-tokens // here.size), batch_tokens=batch_tokens, dtype=args.dtype or "auto", device=device,
         memory_limit=_memory_limit(args), processes=here.local_size, scratch=state, say=progress.say,
     ) as model:  # fmt: skip
@@ -136,6 +134,8 @@ def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> 
         wait_for_all(here)
         yield made, model, corpora
         remove(state)
+        if here.local_rank == 0:
+            remove_all(states)
 
 
 def _memory_limit(args: argparse.Namespace) -> int | None:
@@ -176,14 +176,19 @@ def _files(args: argparse.Namespace, structure: Any) -> Any:
 
 
 def _profile(args: argparse.Namespace) -> tuple[Any, str, int]:
-    from moecover.distributed import world
+    from moecover.distributed import joined, own_device, world
     from moecover.files import locked
     from moecover.profiles import FILE
+    from moecover.profiling import check_alone
 
+    here = world()
     _check_pass(args)
     _check_profile_folder(args.output, overwrite=args.overwrite)
-    alone = locked(args.output.resolve()) if world().rank == 0 else contextlib.nullcontext()
-    with alone, _profiled(args, _files(args, _loadable(args)), args.output) as (profile, _, _):
+    if args.keep_inputs is not None:
+        check_alone(here)
+    held = locked(args.output.resolve()) if here.rank == 0 else contextlib.nullcontext()
+    group = joined(here, own_device(here, args.device or "auto"))
+    with held, group, _profiled(args, _files(args, _loadable(args)), args.output) as (profile, _, _):
         pass
     path = args.output / FILE
     shape = [len(profile.topology.decoder_layers), profile.topology.num_experts]

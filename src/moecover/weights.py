@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+
+
+Place = tuple[TensorEntry, tuple[Any, ...]]  # a stored tensor, and where in a parameter it goes
 
 
 class Files:
@@ -102,10 +106,15 @@ class Weights:
         model: of its class, see `streaming.skeleton`.
         prefixes: of the names of the parts; everything else is the part ``""``.
         device: where filled parts lie.
+        ahead: read the part that comes next in a thread, into memory beside the filled one's; without it, as on a CPU, the
+            system is asked to read it into its cache.
     """
 
-    def __init__(self, structure: Structure, model: torch.nn.Module, prefixes: Iterable[str], device: str) -> None:
-        self._model, self._device = model, device
+    def __init__(
+        self, structure: Structure, model: torch.nn.Module, prefixes: Iterable[str], device: str, *, ahead: bool
+    ) -> None:
+        self._model, self._device, self._ahead = model, device, ahead
+        self._coming: tuple[str, threading.Thread, dict[str, torch.Tensor | Exception]] | None = None
         self._entries, self._files = structure.checkpoint.tensors, Files(structure.checkpoint.path)
         self._state = {k: v.to("meta") for k, v in model.state_dict().items()}
         self._names = read_names(structure.checkpoint, model)
@@ -126,8 +135,31 @@ class Weights:
         return sum(self._entries[key].num_bytes for key in self._parts[prefix])
 
     def will_need(self, prefix: str) -> None:
-        """Have the system read ahead a part that comes next."""
-        self._files.will_need(self._entries[key] for key in self._parts[prefix])
+        """Begin to read a part that comes next."""
+        if not self._ahead:
+            self._files.will_need(self._entries[key] for key in self._parts[prefix])
+            return
+        read: dict[str, torch.Tensor | Exception] = {}
+
+        def work() -> None:
+            for parameter, places in self._plan(prefix)[0].items():
+                try:
+                    read[parameter] = self._read(parameter, places)
+                except Exception as error:  # raised when its turn has come
+                    read[parameter] = error
+                    return
+
+        thread = threading.Thread(target=work, name="next layer", daemon=True)
+        thread.start()
+        self._coming = prefix, thread, read
+
+    def _taken(self, prefix: str) -> dict[str, torch.Tensor | Exception]:
+        """What was read ahead of a part."""
+        if self._coming is None:
+            return {}
+        (coming, thread, read), self._coming = self._coming, None
+        thread.join()
+        return read if coming == prefix else {}
 
     def missing(self) -> list[str]:
         """Parameters that nothing in the files fills."""
@@ -143,20 +175,31 @@ class Weights:
         Raises:
             MoecoverError: a file cannot be read.
         """
+        direct, others = self._plan(prefix)
+        read = self._taken(prefix)
+        for parameter, places in direct.items():
+            found = read.pop(parameter, None)
+            if isinstance(found, Exception):
+                raise found
+            self._put(parameter, self._read(parameter, places) if found is None else found)
+        if others:
+            self._convert(others)
+
+    def _plan(self, prefix: str) -> tuple[dict[str, list[Place]], list[str]]:
+        """Parameters of a part that are read straight to their place, with what goes where; names of all other tensors."""
         sources: dict[str, list[str]] = {}
         for key in self._parts[prefix]:
             sources.setdefault(self._names.destinations[key].parameter, []).append(key)
-        others: list[str] = []
+        direct, others = dict[str, list[Place]](), list[str]()
         for parameter, keys in sources.items():
             places = self._places(parameter, keys)
             if places is None:
                 others += keys
             else:
-                self._put(parameter, places)
-        if others:
-            self._convert(others)
+                direct[parameter] = places
+        return direct, others
 
-    def _places(self, parameter: str, keys: list[str]) -> list[tuple[TensorEntry, tuple[Any, ...]]] | None:
+    def _places(self, parameter: str, keys: list[str]) -> list[Place] | None:
         """Where in a parameter every tensor goes, when nothing else has to be done to it; else None."""
         shape, entries = tuple(self._state[parameter].shape), [self._entries[key] for key in keys]
         first = self._names.destinations[keys[0]]
@@ -176,22 +219,27 @@ class Weights:
             counts[part] += 1
         return places if set(counts) == {shape[0]} else None
 
-    def _put(self, parameter: str, places: list[tuple[TensorEntry, tuple[Any, ...]]]) -> None:
+    def _read(self, parameter: str, places: list[Place]) -> torch.Tensor:
+        """A parameter in memory."""
         import torch
 
         empty = self._state[parameter]
         dtype = next((d for pattern, d in self._dtypes if pattern.search(parameter)), empty.dtype)
         spare = self._spare.get((empty.shape, dtype))
-        whole = spare.pop() if spare else torch.empty(empty.shape, dtype=dtype)
+        pinned = self._ahead and self._device.startswith("cuda")  # a GPU fetches from it at its full speed
+        whole = spare.pop() if spare else torch.empty(empty.shape, dtype=dtype, pin_memory=pinned)
         for entry, index in places:
             place = whole[index] if index else whole
             if TORCH_NAMES.get(entry.dtype) == str(dtype).removeprefix("torch.") and place.is_contiguous():
                 self._files.read_into(entry, place)
             else:
                 place.copy_(self._files.read(entry))
+        return whole
+
+    def _put(self, parameter: str, whole: torch.Tensor) -> None:
         value = whole.to(self._device)
         if value is not whole:  # copied to another device
-            self._spare.setdefault((empty.shape, dtype), []).append(whole)
+            self._spare.setdefault((whole.shape, whole.dtype), []).append(whole)
         self._set(parameter, value)
 
     def _set(self, parameter: str, value: torch.Tensor) -> None:
@@ -238,6 +286,7 @@ class Weights:
 
     def close(self) -> None:
         """Close the files."""
+        self._taken("")
         self._files.close()
 
 
