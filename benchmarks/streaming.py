@@ -79,17 +79,32 @@ def one_size(folder: Path, blocks: int, length: int, rounds: int) -> None:
     print(f"ratio {ours[0] / plain[0]:.3f}; peak {ours[2]:.0f} MiB, {ours[2] - plain[2]:+.0f} over the plain pass")
 
 
-def curves(scratch: Path, shape: str, length: int, rounds: int) -> None:
-    """Streamed over in memory; memory over the layers; time over the tokens."""
+def compared(folder: Path, blocks: int, length: int, rounds: int) -> str:
+    """Streamed over in memory, the statistics' share, and the memory of both."""
+    found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in ("memory", "plain", "profile")}
+    for _ in range(rounds):
+        for kind, rows in found.items():
+            rows.append(measure(kind, folder, blocks, length))
+    memory, plain, ours = (medians(rows) for rows in found.values())
+    return (
+        f"in memory {memory[0]:6.1f} s ({memory[1]:.1f} without loading), streamed {plain[0]:6.1f} s: ratio "
+        f"{plain[0] / memory[0]:.3f} ({plain[0] / memory[1]:.3f} without loading); profile streamed {ours[0]:6.1f} s, "
+        f"{1e3 * ours[0] / (blocks * length):.3f} ms a token; peak {memory[2]:.0f} in memory, {ours[2]:.0f} MiB streamed"
+    )
+
+
+def over_layers(scratch: Path, shape: str, length: int, rounds: int) -> None:
+    """Models of 2, 4 and 8 layers, the same tokens."""
     for layers in (2, 4, 8):
         folder = make(shape, scratch / f"{shape}-{layers}", layers=layers)
-        kinds = ("memory", "plain", "profile")
-        rows = {kind: medians([measure(kind, folder, 4, length) for _ in range(rounds)]) for kind in kinds}
-        memory, plain, ours = (rows[kind] for kind in kinds)
-        print(f"{layers} layers, {4 * length} tokens: in memory {memory[0]:6.1f} s ({memory[1]:.1f} without loading), streamed {plain[0]:6.1f} s: ratio {plain[0] / memory[0]:.3f} ({plain[0] / memory[1]:.3f} without loading); peak {memory[2]:.0f} and {ours[2]:.0f} MiB", flush=True)  # fmt: skip
+        print(f"{layers} layers, {4 * length} tokens: {compared(folder, 4, length, rounds)}", flush=True)
+
+
+def over_tokens(scratch: Path, shape: str, length: int, rounds: int) -> None:
+    """The model of 2 layers, more and more tokens."""
+    folder = make(shape, scratch / f"{shape}-2", layers=2)
     for blocks in (4, 8, 16):
-        whole, _, peak = medians([measure("profile", scratch / f"{shape}-2", blocks, length) for _ in range(rounds)])
-        print(f"2 layers, {blocks * length} tokens: {whole:6.1f} s, {1e3 * whole / (blocks * length):.3f} ms a token, peak {peak:.0f} MiB", flush=True)  # fmt: skip
+        print(f"2 layers, {blocks * length} tokens: {compared(folder, blocks, length, rounds)}", flush=True)
 
 
 def main() -> None:
@@ -102,7 +117,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen1.5-moe-a2.7b")
     args = parser.parse_args()
     if args.curves:
-        curves(args.curves, args.shape, args.length, args.rounds)
+        over_layers(args.curves, args.shape, args.length, args.rounds)
+        over_tokens(args.curves, args.shape, args.length, args.rounds)
     elif args.folder:
         one_size(args.folder, args.blocks, args.length, args.rounds)
     else:

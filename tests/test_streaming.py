@@ -228,6 +228,7 @@ def test_verify_layer_by_layer(structure: Structure, tmp_path: Path, monkeypatch
     out = prune(structure, plan(profile(structure, corpora()), keep=4), tmp_path / "out")
     whole = verify(structure.checkpoint.path, out)
     monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
+    monkeypatch.setattr(fitting_module, "COPIES", 2)  # a layer of this model is no larger than its hidden states
     said: list[str] = []
     by_layer = verify(structure.checkpoint.path, out, memory_limit=_between(structure), advance=said.append)
     assert any("running layer by layer" in line for line in said)
@@ -288,7 +289,9 @@ def test_what_fits_runs_in_memory(structure: Structure, monkeypatch: pytest.Monk
     with opened(structure, tokens=64, batch_tokens=64, say=said.append) as model:
         assert not isinstance(model, Streamed)
     monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
-    with opened(structure, tokens=64, batch_tokens=64, memory_limit=_between(structure), say=said.append) as model:
+    with opened(
+        structure, tokens=8, batch_tokens=8, memory_limit=_between(structure, tokens=8, batch_tokens=8), say=said.append
+    ) as model:
         assert isinstance(model, Streamed)
     assert said[0].startswith("loading ")
     assert "running layer by layer (the whole model needs" in said[1]
@@ -321,6 +324,29 @@ def test_the_command(
     assert "resuming: 2 of 3 layers are done" in log
     same(Profile.load(tmp_path / "p"), Profile.load(tmp_path / "whole"))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_file_that_vanishes(structure: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names it; with the file back, the pass goes on."""
+    folder, away, save = tmp_path / "m", tmp_path / "away", State.save
+    shutil.copytree(structure.checkpoint.path, folder)
+    made, shard = read_structure(folder), folder / "model.safetensors"
+
+    def vanishing(self: State, *args: object, **kwargs: object) -> None:
+        save(self, *args, **kwargs)
+        shard.rename(away)
+        stream.weights.close()  # what it had not opened yet, it does not find any more
+
+    with streamed(made) as stream:
+        with monkeypatch.context() as patched:
+            patched.setattr(State, "save", vanishing)
+            with pytest.raises(MoecoverError, match=r"model\.safetensors cannot be read at byte .*: No such file"):
+                profile(made, corpora(), model=stream, batch_size=2, state=tmp_path / "state")
+        away.rename(shard)
+        said: list[str] = []
+        again = profile(made, corpora(), model=stream, batch_size=2, state=tmp_path / "state", say=said.append)
+    assert said == [f"resuming: 1 of {len(stream.layers)} layers are done"]
+    same(again, profile(made, corpora(), batch_size=2))
 
 
 def test_a_read_error_in_the_middle(structure: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

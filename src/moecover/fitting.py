@@ -24,7 +24,8 @@ from moecover.weights import lean
 if TYPE_CHECKING:
     import torch
 
-OVERHEAD = 600_000_000  # bytes: interpreter, torch and transformers with a model class
+OVERHEAD = 900_000_000  # bytes: interpreter, torch, transformers with a model class, prepared matrix products
+COPIES = 4  # of the hidden states: before the first layer, now, and as much again in masks and what allocators hold (measured)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 ITEMSIZE = {"float32": 4, "float64": 8, "F32": 4, "F64": 8}
 
@@ -65,7 +66,7 @@ class Cost:
         limit: bytes of memory that it may take.
         whole: bytes of memory with the whole model in it.
         streamed: bytes of memory with one layer at a time.
-        hidden: bytes of the hidden states of all passes, which are in ``streamed`` twice: before the first layer, and now.
+        hidden: bytes of the hidden states of all passes, which are in ``streamed`` `COPIES` times.
         read: bytes that are read from disk.
         flops: floating-point operations of the pass.
         by_layer: whether it runs layer by layer.
@@ -89,7 +90,7 @@ class Cost:
         """Bytes of memory that the way that was chosen needs."""
         if not self.by_layer:
             return self.whole
-        return self.streamed - 2 * self.hidden if self.spill else self.streamed
+        return self.streamed - COPIES * self.hidden if self.spill else self.streamed
 
     @property
     def scratch(self) -> int:
@@ -150,7 +151,7 @@ def cost(
     whole = int(OVERHEAD + checkpoint.num_bytes * scale + working)
     by_layer = whole > limit
     return Cost(
-        limit, whole, int(OVERHEAD + ends + largest + 2 * hidden + working), hidden, checkpoint.num_bytes,
+        limit, whole, int(OVERHEAD + ends + largest + COPIES * hidden + working), hidden, checkpoint.num_bytes,
         2.0 * tokens * max(active, 0.0), by_layer,
     )  # fmt: skip
 
@@ -175,7 +176,7 @@ def seconds_of(estimate: Cost, structure: Structure, *, dtype: str, device: str)
         while done < entry.num_bytes and time.perf_counter() - started < 0.1:
             done += len(file.read(1 << 22))
     disk = done / max(time.perf_counter() - started, 1e-6)
-    return estimate.read / max(disk, 1) + 2.5 * estimate.flops / speed  # a pass reaches less than a plain product
+    return estimate.read / max(disk, 1) + 4 * estimate.flops / speed  # a pass reaches less than a plain product
 
 
 @contextlib.contextmanager
