@@ -170,7 +170,7 @@ def joined(here: World, device: str) -> Iterator[None]:
     if gpu:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, other launchers may not
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here.local_size))
     _lost.clear()
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(here, over), daemon=True)
