@@ -21,13 +21,13 @@ from moecover import checkpoint as checkpoint_module
 from moecover.checkpoint import piece, prune
 from moecover.config_json import edited_config, expert_count_keys
 from moecover.errors import InputError, MoecoverError
-from moecover.evaluation import verify
 from moecover.inspection import inspect
 from moecover.planning import plan
 from moecover.profiling import profile
 from moecover.source import TensorEntry, open_checkpoint, read_header
 from moecover.tensors import ExpertTensor
 from moecover.topology import read_structure
+from moecover.verification import verify
 from tests.conftest import hand_plan, random_corpus
 
 

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moecover.checkpoint import prune
 from moecover.deepseek import DeepseekForCausalLM
 from moecover.deepseek_config import DeepseekConfig
-from moecover.evaluation import verify
 from moecover.planning import plan
 from moecover.profiling import profile
 from moecover.topology import read_structure
+from moecover.verification import verify
 from tests.conftest import random_corpus
 from tests.tiny import make_tokenizer
 

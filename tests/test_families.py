@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from moecover.checkpoint import prune
 from moecover.errors import InputError
-from moecover.evaluation import verify
 from moecover.families import PROVEN_FAMILIES, UNSUPPORTED
 from moecover.masking import router_tensors
 from moecover.model import load_model, routers
@@ -33,6 +32,7 @@ from moecover.profiling import profile
 from moecover.routing import describe, observe_calls, recognise
 from moecover.structures import recall, remember
 from moecover.topology import Structure, read_structure
+from moecover.verification import verify
 from tests import zoo
 from tests.conftest import random_corpus
 

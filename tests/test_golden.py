@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from moecover.checkpoint import prune
 from moecover.copying import file_hash
-from moecover.evaluation import verify
 from moecover.masking import masked
 from moecover.model import load_model, routers
 from moecover.plans import Plan
 from moecover.topology import read_structure
+from moecover.verification import verify
 from tests.conftest import hand_plan, random_corpus
 from tests.tiny import FAMILIES
 

@@ -18,10 +18,10 @@ from moecover import cli
 from moecover.checkpoint import prune
 from moecover.config_json import renumbered, without_mtp
 from moecover.errors import InputError
-from moecover.evaluation import verify
 from moecover.inspection import inspect
 from moecover.plans import LayerPlan, Plan
 from moecover.topology import Structure, read_structure
+from moecover.verification import verify
 
 Tensors = dict[str, torch.Tensor]
 EXPERT = re.compile(r"\.experts\.(\d+)\.")

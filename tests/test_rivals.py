@@ -25,12 +25,12 @@ from moecover.checkpoint import prune
 from moecover.cli import main
 from moecover.corpus import load_corpus, make_corpus
 from moecover.errors import InputError
-from moecover.evaluation import verify
 from moecover.model import load_model, routers
 from moecover.planning import METHODS, plan
 from moecover.profiling import profile
 from moecover.saliency import SALIENCIES
 from moecover.topology import read_structure
+from moecover.verification import verify
 from tests.conftest import random_corpus, write_rows
 
 

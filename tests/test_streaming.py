@@ -23,7 +23,7 @@ from moecover import fitting as fitting_module
 from moecover.checkpoint import prune
 from moecover.corpus import Corpus
 from moecover.errors import InputError, MoecoverError
-from moecover.evaluation import perplexity, verify
+from moecover.evaluation import perplexity
 from moecover.families import PROVEN_FAMILIES
 from moecover.fitting import cost, opened, parse_size
 from moecover.inputs import sample_of
@@ -36,6 +36,7 @@ from moecover.source import TensorEntry
 from moecover.states import FILE, State
 from moecover.streaming import Streamed, run, streamed
 from moecover.topology import Structure, read_structure
+from moecover.verification import verify
 from moecover.weights import Files, Weights
 from tests import zoo
 from tests.conftest import random_corpus

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moecover.corpora import CORPORA
     from moecover.corpus import Corpus, load_corpus, load_tokenizer
     from moecover.errors import InputError, MoecoverError
-    from moecover.evaluation import perplexity, verify
+    from moecover.evaluation import perplexity
     from moecover.inspection import inspect
     from moecover.masking import masked
     from moecover.model import load_model
@@ -42,13 +42,14 @@ if TYPE_CHECKING:
     from moecover.saliency import SALIENCIES
     from moecover.source import open_checkpoint
     from moecover.topology import Structure, Topology, read_structure
+    from moecover.verification import verify
 
 _MODULE_OF = {
     "Corpus": "corpus", "CORPORA": "corpora", "load_corpus": "corpus", "load_tokenizer": "corpus",
     "open_checkpoint": "source", "Topology": "topology", "Structure": "topology", "read_structure": "topology",
     "inspect": "inspection", "PROVEN_FAMILIES": "families", "Profile": "profiles", "load_model": "model",
     "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "plans", "plan": "planning", "plan_budgets": "planning", "super_experts": "planning", "load_plugin": "registry", "LayerPlan": "plans",
-    "prune": "checkpoint", "masked": "masking", "perplexity": "evaluation", "verify": "evaluation",
+    "prune": "checkpoint", "masked": "masking", "perplexity": "evaluation", "verify": "verification",
     "MoecoverError": "errors", "InputError": "errors",
 }  # fmt: skip
 

@@ -22,7 +22,6 @@ from moecover.card import model_card
 from moecover.config_json import QUANTISATION_FILES, NewId, edited_config, edited_settings
 from moecover.copying import HASH, file_hash, followed, write_ranges
 from moecover.errors import InputError, MoecoverError
-from moecover.evaluation import MANIFEST
 from moecover.files import canonical_json, check_output, explained, locked
 from moecover.plans import Plan, check_plan
 from moecover.registry import unknown_name
@@ -30,6 +29,7 @@ from moecover.resuming import Partial, restore, resumable_folder
 from moecover.source import INDEX, OTHER_WEIGHTS, Checkpoint, TensorEntry, read_header
 from moecover.tensors import MTP, ExpertTensor
 from moecover.topology import Structure
+from moecover.verification import MANIFEST
 
 MTP_CHOICES = ("drop", "prune")
 CARD, ORIGINAL_CARD = "README.md", "README.original.md"

@@ -24,25 +24,35 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A text corpus on the hub at a pinned revision; ``streaming`` reads only the documents that are used."""
+    """A text corpus on the hub at a pinned revision; ``streaming`` reads only the documents that are used.
+
+    Attributes:
+        split: calibration reads this one.
+        held_out: perplexity is measured on this one, in order.
+    """
 
     summary: str
     path: str
     config: str
     split: str
+    held_out: str
     revision: str
     streaming: bool
     licence: str
     rows_are_lines: bool = False
 
     def documents(self, seed: int) -> Iterator[str]:
+        yield from self._documents(self.split, seed)
+
+    def held_out_documents(self) -> Iterator[str]:
+        yield from self._documents(self.held_out, None)
+
+    def _documents(self, split: str, seed: int | None) -> Iterator[str]:
         from datasets import load_dataset
 
         try:
-            data = load_dataset(
-                self.path, self.config, split=self.split, revision=self.revision, streaming=self.streaming
-            )
-            if self.streaming:
+            data = load_dataset(self.path, self.config, split=split, revision=self.revision, streaming=self.streaming)
+            if self.streaming and seed is not None:
                 data = data.shuffle(seed=seed, buffer_size=10_000)
             rows = (row["text"] for row in data)
             if self.rows_are_lines:
@@ -83,11 +93,11 @@ class StdlibCorpus:
 
 CORPORA: dict[str, HubCorpus | ShippedCorpus | StdlibCorpus] = {
     "wikitext2": HubCorpus(
-        "encyclopedic articles, train split", "Salesforce/wikitext", "wikitext-2-raw-v1", "train",
+        "encyclopedic articles, train split", "Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test",
         "b08601e04326c79dfdd32d625aee71d232d685c3", streaming=False, licence="CC BY-SA 3.0, GFDL", rows_are_lines=True,
     ),
     "c4": HubCorpus(
-        "cleaned web crawl, train split, streamed", "allenai/c4", "en", "train",
+        "cleaned web crawl, train split, streamed", "allenai/c4", "en", "train", "validation",
         "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", streaming=True, licence="ODC-BY 1.0, Common Crawl terms",
     ),
     "encyclopedia": ShippedCorpus("articles written for this project, calibration part", "encyclopedia.jsonl"),

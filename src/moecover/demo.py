@@ -24,7 +24,7 @@ from moecover import progress
 from moecover.checkpoint import prune
 from moecover.corpus import Corpus, load_corpus
 from moecover.errors import MoecoverError
-from moecover.evaluation import perplexity, verify
+from moecover.evaluation import perplexity
 from moecover.explaining import explain
 from moecover.files import check_output, new_folder, write_text
 from moecover.masking import masked
@@ -36,6 +36,7 @@ from moecover.profiles import Profile
 from moecover.profiling import profile
 from moecover.registry import unknown_name
 from moecover.topology import Structure, read_structure
+from moecover.verification import verify
 
 if TYPE_CHECKING:
     import torch

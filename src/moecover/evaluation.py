@@ -1,33 +1,72 @@
-"""Stage 5, evaluation: reads a live model (whole, masked by a plan, or pruned), gives perplexity and the proof.
+"""Stage 5, evaluation: reads a live model, plans and held-out text, gives every plan's perplexity and closeness, and tasks.
 
-`verify` holds the written files against the masked original (`masking`).
+The model is there once, in memory or layer by layer. A plan is emulated (`masking`), bit for bit what the checkpoint that it
+leaves computes. The plans take turns on every batch of text, so what they are compared with is one batch's logits; layer by
+layer they share one read of the weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moecover.copying import HASH, file_hash
-from moecover.corpus import Corpus, load_corpus, load_tokenizer, make_corpus
-from moecover.errors import InputError
-from moecover.fitting import opened
-from moecover.masking import masked, masked_layers
-from moecover.model import batches
+import numpy as np
+
+from moecover.corpus import Corpus
+from moecover.errors import InputError, MoecoverError
+from moecover.evaluations import FULL, Evaluation, Row, TextResult
+from moecover.files import canonical_json
+from moecover.masking import masked_layers
+from moecover.model import batches, dtype_of
 from moecover.plans import Plan, check_plan
-from moecover.source import Checkpoint, open_checkpoint
-from moecover.streaming import Streamed, Within, layer_names, run_all, unmasked
-from moecover.topology import Structure, read_structure
+from moecover.streaming import Streamed, Within, run_all, unmasked
+from moecover.topology import Structure
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
-MANIFEST = "moecover.json"
-VERIFY_CORPORA = ("encyclopedia-heldout", "web-heldout")
+POSITIONS = 256  # logits of so many positions at a time are looked at in float32
+
+
+def score(logits: torch.Tensor, inputs: Mapping[str, torch.Tensor], reference: torch.Tensor | None = None) -> NDArray[np.float64]:  # fmt: skip
+    """How well logits predict the tokens of their own text, and how near they are to others.
+
+    Every token but the first of its sequence is predicted from those before it; padding is not scored. Probabilities are
+    computed in float32 and summed in float64.
+
+    Args:
+        logits: [sequence, position, vocabulary].
+        inputs: ``input_ids`` and, where there is padding, ``attention_mask``: [sequence, position].
+        reference: logits of another model on the same inputs.
+
+    Returns:
+        float64 [sequence, 4]: summed negative log-likelihood in nats, scored tokens, summed KL(reference || logits) in nats,
+        tokens that both find the most likely; the last two 0 without a reference.
+    """
+    import torch
+
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    scored = mask[:, 1:] & mask[:, :-1]
+    sums = torch.zeros(len(ids), 4, dtype=torch.float64)
+    for row in range(len(ids)):
+        for start in range(0, ids.shape[1] - 1, POSITIONS):
+            part = slice(start, min(start + POSITIONS, ids.shape[1] - 1))
+            here = scored[row, part]
+            found = logits[row, part][here].float().log_softmax(-1)
+            target = ids[row, part.start + 1 : part.stop + 1][here]
+            sums[row, 0] -= found.gather(-1, target[:, None]).double().sum().cpu()
+            sums[row, 1] += len(target)
+            if reference is not None:
+                other = reference[row, part][here].float().log_softmax(-1)
+                sums[row, 2] += (other.exp() * (other - found)).sum(-1).double().sum().cpu()
+                sums[row, 3] += (other.argmax(-1) == found.argmax(-1)).sum().cpu()
+    return sums.numpy()
 
 
 def perplexity(
@@ -35,198 +74,153 @@ def perplexity(
     corpus: Corpus,
     *,
     batch_size: int = 8,
-    within: Within = unmasked,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> float:
-    """Perplexity of a causal language model: exp of the mean negative log-likelihood per predicted token.
-
-    Every token but the first of its sequence is predicted from those before it; padding is not scored. Log-likelihoods
-    are computed in float32 and summed in float64.
+    """Perplexity of a causal language model: exp of the mean negative log-likelihood per predicted token, see `score`.
 
     Args:
         model: from `load_model`, possibly within `masked`, or from `streamed`.
         corpus: held-out sequences.
         batch_size: sequences per forward pass.
-        within: of a streamed model, see `masked_layers`.
         advance: called with the tokens of every finished batch.
-    """
-    import torch
-
-    live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
-
-    def score(inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
-        inputs = {key: value.to(device) for key, value in inputs.items()}
-        logits = live(**inputs, use_cache=False).logits[:, :-1]
-        targets = inputs["input_ids"][:, 1:]
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        scored = mask[:, 1:] & mask[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        advance(int(mask.sum()))
-        return losses[scored.flatten()].double().sum().item(), int(scored.sum())
-
-    results = run_all(model, [functools.partial(score, inputs) for inputs in batches(corpus, batch_size)], within=within)  # fmt: skip
-    predicted = sum(count for _, count in results)
-    if predicted == 0:
-        raise InputError(f"corpus {corpus.name}: no token to predict, sequences of at least two tokens are needed")
-    return math.exp(math.fsum(loss for loss, _ in results) / predicted)
-
-
-def _forward_record(
-    model: torch.nn.Module | Streamed, structure: Structure, corpora: Sequence[Corpus], within: Within
-) -> list[tuple[str, torch.Tensor]]:
-    """Output of every decoder layer and the logits over corpora, by name, on the CPU."""
-    import torch
-
-    live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
-    outputs: dict[str, list[torch.Tensor]] = {}
-
-    def keep(name: str) -> Callable[[Any, Any, Any], None]:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            outputs.setdefault(name, []).append((output[0] if isinstance(output, tuple) else output).cpu())
-
-        return hook
-
-    handles = [
-        live.get_submodule(name).register_forward_hook(keep(f"decoder layer {i}"))
-        for i, name in enumerate(layer_names(live, structure))
-    ]
-
-    def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        found: torch.Tensor = live(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).logits
-        return found.cpu()
-
-    calls = [functools.partial(logits, inputs) for corpus in corpora for inputs in batches(corpus, 1)]
-    try:
-        outputs["logits"] = run_all(model, calls, within=within)
-    finally:
-        for handle in handles:
-            handle.remove()
-    ordered = {name: values for name, values in outputs.items() if name != "logits"} | {"logits": outputs["logits"]}
-    return [(name, torch.cat([v.flatten(0, 1) for v in values])) for name, values in ordered.items()]
-
-
-def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The moecover.json of a checkpoint that this program wrote.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: there is no token to predict.
     """
-    path = checkpoint.path / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{checkpoint.name} holds no {MANIFEST}: it was not written by `moecover prune`")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["plan"], manifest["files"], manifest["source"]["name"], manifest["source"]["fingerprint"]
-        if manifest["hash"] != HASH:
-            raise ValueError(f"its hashes are {manifest['hash']}, {HASH} is known")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error!r}. Prune again") from error
-    return manifest  # type: ignore[no-any-return]
+    (sums,) = _sums(model, [unmasked], corpus, batch_size, advance)
+    return _result(corpus.name, sums, close=False).perplexity
 
 
-def changed_files(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
-    """Names of the files whose hash is not the manifest's, or that are missing."""
-    files = {name: checkpoint.path / name for name in manifest["files"]}
-    return [name for name, path in files.items() if not path.is_file() or file_hash(path) != manifest["files"][name]]
-
-
-def verification_text(
-    structure: Structure, *, corpora: Sequence[tuple[str, str]] = (), sequences: int = 2, length: int = 256
-) -> list[Corpus]:
-    """Real text for a proof: the given corpora, else the shipped held-out ones in the model's own tokens.
-
-    A model without a tokenizer gets seeded random ids; the record of the corpus says so.
-    """
-    import numpy as np
-
-    text = structure.checkpoint.text_config
-    length = min(length, text.get("max_position_embeddings") or length)
-    if not corpora and load_tokenizer(structure.checkpoint.path) is None:
-        tokens = np.random.default_rng(0).integers(0, text["vocab_size"], size=(2 * sequences, length))
-        return [
-            make_corpus("random ids (no tokenizer)", tokens, np.ones_like(tokens, dtype=bool), {"source": "random ids"})
-        ]
-    sources: Sequence[tuple[str, str | None]] = corpora or [(name, None) for name in VERIFY_CORPORA]
-    loaded = [load_corpus(name, path or None, structure=structure, length=length) for name, path in sources]
-    return [corpus[:sequences] for corpus in loaded]
-
-
-def verify(
-    model: str | Path,
-    pruned: str | Path,
+def _sums(
+    model: torch.nn.Module | Streamed,
+    variants: Sequence[Within],
+    corpus: Corpus,
+    batch_size: int,
+    advance: Callable[[int], None],
     *,
-    revision: str | None = None,
-    corpora: Sequence[tuple[str, str]] = (),
-    dtype: str = "auto",
-    device: str = "auto",
-    tolerance: float = 0.0,
-    memory_limit: int | None = None,
-    advance: Callable[[str], None] = lambda step: None,
-) -> dict[str, Any]:
-    """Prove a pruned checkpoint: same outputs as the original masked by the plan, layer by layer, on real text.
+    close: bool = False,
+) -> list[NDArray[np.float64]]:
+    """`score` of every variant, float64 [window, 4]; with ``close`` against the first of them."""
+    live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
+    layers = range(len(model.layers)) if isinstance(model, Streamed) else range(_decoder_layers(live))
+    reference: list[torch.Tensor] = []
+
+    def run(number: int, inputs: dict[str, torch.Tensor]) -> NDArray[np.float64]:
+        inputs = {key: value.to(device) for key, value in inputs.items()}
+        with contextlib.ExitStack() as stack:
+            if not isinstance(model, Streamed):
+                for layer in layers:
+                    stack.enter_context(variants[number](layer))
+            logits = live(**inputs, use_cache=False).logits
+        if number == 0:
+            reference[:] = [logits] if close else []
+        found = score(logits, inputs, reference[0] if close and number else None)
+        advance(int(inputs.get("attention_mask", inputs["input_ids"] * 0 + 1).sum()))
+        return found
+
+    calls, within = list[Callable[[], Any]](), list[Within]()
+    for inputs in batches(corpus, batch_size):
+        for number, variant in enumerate(variants):
+            calls.append(functools.partial(run, number, inputs))
+            within.append(variant)
+    found = run_all(model, calls, within=within)
+    return [np.concatenate(found[number :: len(variants)]) for number in range(len(variants))]
+
+
+def _decoder_layers(model: Any) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def _result(name: str, sums: NDArray[np.float64], *, close: bool) -> TextResult:
+    total, tokens, kl, agreed = (math.fsum(column) for column in sums.T)
+    if tokens == 0:
+        raise InputError(f"corpus {name}: no token to predict, sequences of at least two tokens are needed")
+    mean = total / tokens
+    if not math.isfinite(mean):
+        raise MoecoverError(f"corpus {name}: the mean negative log-likelihood is {mean}. Evaluate with another --dtype")
+    return TextResult(
+        math.exp(mean), mean, int(tokens), len(sums), kl / tokens if close else None, agreed / tokens if close else None
+    )
+
+
+def _plan_record(plan: Plan) -> dict[str, Any]:
+    kept = [[layer.decoder_layer, layer.kept] for layer in plan.layers]
+    digest = hashlib.sha256(canonical_json(kept).encode()).hexdigest()
+    return {"method": plan.method, "options": plan.options, "keep": plan.keep, "fingerprint": digest}
+
+
+def evaluate(
+    structure: Structure,
+    plans: Mapping[str, Plan],
+    *,
+    model: torch.nn.Module | Streamed,
+    texts: Sequence[Corpus] = (),
+    tasks: Any = None,
+    full: bool = True,
+    batch_size: int = 1,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Evaluation:
+    """Perplexity, closeness to the model itself, and tasks, of a model and of plans of it.
 
     Args:
-        model: the original, folder or hub id.
-        pruned: the checkpoint that `prune` wrote.
-        revision: of the original.
-        corpora: names and paths of the text (path empty for a named corpus); default: the shipped held-out text.
-        dtype: torch dtype by name for both, ``auto`` for the checkpoint's.
-        device: torch device by name.
-        tolerance: largest difference allowed, as a share of the largest value of the layer; 0: every bit equal.
-        memory_limit: bytes of memory that may be used, see `fitting.opened`.
-        advance: called with a line on what comes next.
+        structure: the checkpoint.
+        plans: by the name of their row.
+        model: the same, from `load_model` or `streamed`.
+        texts: held-out text, from `load_windows`.
+        tasks: from `tasks.resolve`; None for none.
+        full: have a row for the model itself too; without it nothing is compared with it.
+        batch_size: sequences per forward pass.
+        advance: called with the tokens of every finished pass.
 
     Returns:
-        ``equal``; ``first_difference`` (a decoder layer or the logits, None when equal); ``max_abs_difference``;
-        ``changed_files`` whose hash is not the manifest's; ``tokens``; ``corpora``; ``layers``: the difference of each.
+        A row for each, in order, the model itself first.
+
+    Memory beside the model's own: the logits of two batches (``batch_size x length x vocabulary`` numbers of the model's
+    type each), and float32 copies of 256 positions of them.
 
     Raises:
-        InputError: either checkpoint cannot be read, or they do not belong together.
+        InputError: a plan does not fit the model, a plan is called like the model's row, or there is nothing to evaluate.
+        MoecoverError: the model gives numbers that are not finite.
     """
-    import torch
-
-    original = read_structure(model, revision=revision)
-    cut_checkpoint = open_checkpoint(pruned)
-    manifest = read_manifest(cut_checkpoint)
-    plan = Plan.from_json(json.dumps(manifest["plan"]), name=f"the plan in {cut_checkpoint.path / MANIFEST}")
-    check_plan(plan, original, other_weights=True)
-    if manifest["source"]["fingerprint"] != original.model_fingerprint:
-        raise InputError(
-            f"{pruned} was cut from {manifest['source']['name']}, which is not {model}: the routers differ"
+    if FULL in plans:
+        raise InputError(f"a plan cannot be called {FULL!r}: that is the row of the model itself")
+    variants: dict[str, Plan | None] = {**({FULL: None} if full else {}), **plans}
+    if not variants:
+        raise InputError("nothing to evaluate: give a plan, or have the model itself evaluated")
+    for plan in plans.values():
+        check_plan(plan, structure, other_weights=True)
+    live = model.model if isinstance(model, Streamed) else model
+    within = [unmasked if plan is None else masked_layers(live, structure, plan) for plan in variants.values()]
+    close = full and len(variants) > 1
+    by_text: dict[str, list[NDArray[np.float64]]] = {}
+    for text in texts:
+        by_text[text.name] = _sums(model, within, text, batch_size, advance, close=close)
+    scored = tasks.score(model, within) if tasks is not None else [({}, {})] * len(variants)
+    topology, checkpoint = structure.topology, structure.checkpoint
+    rows = [
+        Row(
+            name,
+            None if plan is None else _plan_record(plan),
+            topology.num_experts if plan is None else plan.keep,
+            topology.num_experts,
+            checkpoint.num_bytes if plan is None else structure.num_bytes(plan.keep),
+            {text: _result(text, sums[number], close=close and plan is not None) for text, sums in by_text.items()},
+            scored[number][0],
         )
-    advance("checking the hashes of the written files")
-    changed = changed_files(cut_checkpoint, manifest)
-    texts = verification_text(original, corpora=corpora)
-    cut = read_structure(cut_checkpoint)
-    tokens = sum(corpus.num_tokens for corpus in texts)
-    fitting = {"tokens": tokens, "batch_tokens": max(c.tokens.shape[1] for c in texts), "dtype": dtype, "device": device, "memory_limit": memory_limit, "head": True}  # fmt: skip
-    with opened(original, **fitting, say=advance) as live:
-        advance("running the original, masked")
-        if isinstance(live, Streamed):
-            expected = _forward_record(live, original, texts, masked_layers(live.model, original, plan))
-        else:
-            with masked(live, original, plan):
-                expected = _forward_record(live, original, texts, unmasked)
-    del live
-    with opened(cut, **fitting, say=advance) as live:
-        advance("running the pruned checkpoint")
-        found = _forward_record(live, cut, texts, unmasked)
-    differences: dict[str, float] = {}
-    largest: dict[str, float] = {}
-    for (name, a), (_, b) in zip(expected, found, strict=True):
-        parts = [
-            (x.double() - y.double()).abs().max().item()
-            for x, y in zip(torch.split(a, 64), torch.split(b, 64), strict=True)
-        ]
-        differences[name] = max(parts) if all(map(math.isfinite, parts)) else math.inf
-        largest[name] = a.abs().max().item()
-    first = next((name for name, d in differences.items() if not d <= tolerance * largest[name]), None)
-    return {
-        "equal": first is None and not changed,
-        "first_difference": first,
-        "max_abs_difference": max(differences.values()),
-        "changed_files": changed,
-        "tokens": tokens,
-        "corpora": [corpus.name for corpus in texts],
-        "layers": differences,
-    }
+        for number, (name, plan) in enumerate(variants.items())
+    ]
+    about = {
+        "name": checkpoint.name, "revision": checkpoint.revision, "fingerprint": structure.model_fingerprint,
+        "family": topology.family, "dtype": str(dtype_of(model)).removeprefix("torch."),
+        "device": str(next(iter(live.parameters())).device if not isinstance(model, Streamed) else model.device),
+        "num_bytes": checkpoint.num_bytes, "experts": topology.num_experts, "top_k": topology.top_k,
+        "layers": len(topology.decoder_layers),
+    }  # fmt: skip
+    return Evaluation(
+        about,
+        {text.name: text.record for text in texts},
+        {} if tasks is None else tasks.record,
+        rows,
+        {name: scored[number][1] for number, name in enumerate(variants) if scored[number][1]},
+        {name: {text: sums[number][:, :2] for text, sums in by_text.items()} for number, name in enumerate(variants)},
+    )

@@ -145,7 +145,7 @@ def run(
     embedded: Callable[[int, Any], Any] | None = None,
     before: Callable[[Passing], None] | None = None,
     after: Callable[[Passing], Any] | None = None,
-    within: Within = unmasked,
+    within: Sequence[Within] = (),
 ) -> list[Any]:
     """Run passes side by side, one read of the weights for all of them.
 
@@ -158,13 +158,24 @@ def run(
         embedded: called with call and output of the token embedding; what it gives takes the output's place.
         before: see `Here`.
         after: see `Here`.
-        within: a context for a decoder layer, entered when its weights are there and left before they go.
+        within: of every call, a context for a decoder layer, in which that layer runs; calls in a row that have the same
+            one share it.
 
     Returns:
         The results.
     """
     modules, weights = [stream.model.get_submodule(name) for name in stream.layers], stream.weights
-    here = Here(before, after)
+    around, entered = contextlib.ExitStack(), list[Within]()
+
+    def prepared(passing: Passing) -> None:
+        if within and entered != [within[passing.call]]:
+            around.close()
+            entered[:] = [within[passing.call]]
+            around.enter_context(entered[0](start + passing.stop))
+        if before is not None:
+            before(passing)
+
+    here = Here(prepared, after)
     first, last = stream.ends or (None, None)
     hooks = []
     if embedded is not None:
@@ -176,15 +187,15 @@ def run(
         if first:
             weights.load(f"{first}.")
         steps = lockstep(calls, modules[start:], here=here)
-        with contextlib.ExitStack() as around, contextlib.closing(steps):
+        with around, contextlib.closing(steps):
             for number, _ in enumerate(steps, start):
                 around.close()
+                entered.clear()
                 if number > start:
                     weights.free(f"{stream.layers[number - 1]}.", again=True)
                 else:
                     weights.free(f"{first}.")
                 weights.load(f"{stream.layers[number]}.")
-                around.enter_context(within(number))
                 if number + 1 < len(modules):
                     weights.will_need(f"{stream.layers[number + 1]}.")
                 elif last and head:
@@ -234,7 +245,7 @@ def _skip(skipped: Callable[[int, Any], Any], number: int, *args: Any, **kwargs:
 
 
 def run_all(
-    model: Any, calls: Sequence[Callable[[], Any]], *, head: bool = True, within: Within = unmasked
+    model: Any, calls: Sequence[Callable[[], Any]], *, head: bool = True, within: Sequence[Within] = ()
 ) -> list[Any]:
     """The results of passes, one after the other through a model in memory, side by side through a `Streamed` one.
 

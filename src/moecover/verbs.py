@@ -416,7 +416,7 @@ def _prune_held(args: argparse.Namespace, structure: Any, chosen: Any, one_shot:
 
 def _verify(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.corpora import parse_corpora
-    from moecover.evaluation import verify
+    from moecover.verification import verify
 
     if args.tolerance < 0:
         raise InputError(f"--tolerance {args.tolerance} is out of range: 0 or more")

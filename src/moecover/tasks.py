@@ -1,0 +1,276 @@
+"""Zero-shot tasks: reads a live model, gives the scores that lm-evaluation-harness gives, document by document.
+
+The task definitions, their versions and the scoring are the harness's own. `LOCAL` says where a folder holds the documents
+of a task for machines that do not reach the hub; only the place that they are read from differs then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecover.errors import InputError
+from moecover.evaluations import Score
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Scored = tuple[dict[str, dict[str, Score]], dict[str, dict[str, "NDArray[np.float64]"]]]
+
+
+def _answer_as_label(rows: Any) -> Any:
+    return rows.map(lambda row: {"label": int(row["answer"])})
+
+
+def _gold_as_label(rows: Any) -> Any:
+    return rows.rename_column("gold", "label")
+
+
+@dataclass(frozen=True)
+class Local:
+    """A task's documents in a folder: files by split of the harness, and what gives their rows the names that it knows."""
+
+    files: Mapping[str, str]
+    process: Callable[[Any], Any] | None = None
+
+
+LOCAL: dict[str, Local] = {
+    "arc_easy": Local({"validation": "arc_easy/validation.jsonl", "test": "arc_easy/test.jsonl"}),
+    "arc_challenge": Local({"validation": "arc_challenge/validation.jsonl", "test": "arc_challenge/test.jsonl"}),
+    "boolq": Local({"validation": "boolq/validation.jsonl"}, _answer_as_label),
+    "hellaswag": Local({"validation": "hellaswag/validation.jsonl"}, _gold_as_label),
+    "piqa": Local({"validation": "piqa/validation.jsonl"}),
+    "winogrande": Local({"validation": "winogrande/validation.jsonl"}),
+}
+BLIMP, BLIMP_FILE = "blimp", "blimp/blimp.jsonl"  # one file for its 67 parts: `uid`, `good`, `bad`
+SIX = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande")
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise InputError("--tasks needs lm-evaluation-harness: pip install 'moecover[tasks]'") from error
+    return lm_eval
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of the harness, ready to run.
+
+    Attributes:
+        loaded: what the harness's task manager gives.
+        parts: by the name that was asked for, the names of the harness's tasks that it stands for.
+        tokenizer: of the model.
+        record: by task: version, num_fewshot, items, metrics, metric, data, harness; complete once the tasks have run.
+        limit: documents a task at most.
+        batch_size: requests per forward pass.
+    """
+
+    loaded: dict[str, Any]
+    parts: dict[str, list[str]]
+    tokenizer: Any
+    data: str
+    limit: int | None = None
+    batch_size: int = 1
+    record: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def score(self, model: Any, within: Sequence[Callable[[int], contextlib.AbstractContextManager[None]]], *, advance: Callable[[int], None] = lambda requests: None) -> list[Scored]:  # fmt: skip
+        """Run every task on every variant of a model in memory.
+
+        Args:
+            model: from `load_model`.
+            within: of every variant, the context of a decoder layer, see `masking.masked_layers`.
+            advance: called with the requests of every finished forward pass.
+
+        Returns:
+            Of every variant the scores by task and metric, and the same of every document.
+
+        Raises:
+            InputError: the model does not fit into memory.
+        """
+        from moecover.streaming import Streamed
+
+        if isinstance(model, Streamed):
+            raise InputError("--tasks needs the model in memory: give a larger --memory-limit, or evaluate a pruned checkpoint that fits")  # fmt: skip
+        layers = range(int(model.config.get_text_config().num_hidden_layers))
+        results = []
+        for context in within:
+            with contextlib.ExitStack() as stack:
+                for layer in layers:
+                    stack.enter_context(context(layer))
+                results.append(self._run(model, advance))
+        return results
+
+    def _run(self, model: Any, advance: Callable[[int], None]) -> Scored:
+        from lm_eval import evaluator
+        from lm_eval.models.huggingface import HFLM
+
+        class Live(HFLM):  # type: ignore[misc]
+            def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **kwargs: Any) -> Any:
+                return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
+
+            def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+                found = super()._model_call(inps, *args, **kwargs)
+                advance(len(inps))
+                return found
+
+        with _quiet():
+            lm = Live(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size, backend="causal")
+            found = evaluator.evaluate(lm, self.loaded, limit=self.limit, log_samples=True)
+        assert found is not None
+        scores: dict[str, dict[str, Score]] = {}
+        items: dict[str, dict[str, NDArray[np.float64]]] = {}
+        for name, parts in self.parts.items():
+            samples = [sorted(found["samples"][part], key=lambda one: one["doc_id"]) for part in parts]
+            metrics = sorted({metric for one in samples[0] for metric in one["metrics"]})
+            items[name] = {
+                metric: np.array([float(one[metric]) for part in samples for one in part if metric in one])
+                for metric in metrics
+                if all(isinstance(one.get(metric), (int, float, np.floating, np.bool_)) for one in samples[0])
+            }
+            whole = found["results"].get(name) if name in found.get("groups", {}) or len(parts) == 1 else None
+            scores[name] = {
+                metric: _score(whole or {}, [found["results"][part] for part in parts], metric) for metric in metrics
+            }
+            self.record[name] = {
+                "version": sorted({found["versions"][part] for part in parts}, key=str),
+                "num_fewshot": max(found["n-shot"][part] for part in parts),
+                "items": sum(map(len, samples)),
+                "metrics": metrics,
+                "metric": "acc" if "acc" in metrics else metrics[0],
+                "parts": len(parts),
+                "data": self.data,
+                "harness": _version(),
+            }
+        return scores, items
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"lm_eval {version('lm_eval')}"
+
+
+def _score(whole: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], metric: str) -> Score:
+    """A metric of a task; of a task with parts the harness's own aggregate, or the mean of the parts."""
+
+    def value(row: Mapping[str, Any], name: str) -> float | None:
+        found = next((v for key, v in row.items() if key.partition(",")[0] == name), None)
+        return float(found) if isinstance(found, (int, float)) else None
+
+    aggregated = value(whole, metric)
+    if aggregated is not None:
+        return Score(aggregated, value(whole, f"{metric}_stderr"))
+    values = [v for part in parts if (v := value(part, metric)) is not None]
+    errors = [value(part, f"{metric}_stderr") for part in parts]
+    known = [error for error in errors if error is not None]
+    return Score(statistics.fmean(values), sum(e * e for e in known) ** 0.5 / len(parts) if len(known) == len(parts) else None)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's advice and bars out of the log."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def resolve(
+    names: Sequence[str],
+    *,
+    tokenizer: Any,
+    data_dir: Path | None = None,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+) -> Tasks:
+    """Tasks by name, with their documents.
+
+    Args:
+        names: of the harness (tasks, groups and tags), of `LOCAL`, or of a task in ``include_path``.
+        tokenizer: of the model.
+        data_dir: folder with the files of `LOCAL`; without it the documents come from the hub.
+        include_path: folder with task definitions of the user's own, in the harness's form.
+        limit: documents a task at most.
+        batch_size: requests per forward pass.
+
+    Raises:
+        InputError: no harness, an unknown task, a file that is missing, or documents that cannot be read.
+    """
+    _harness()
+    from lm_eval.tasks import TaskManager
+
+    if tokenizer is None:
+        raise InputError("--tasks needs the model's tokenizer, it has none")
+    with _quiet():
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+        known, parts = set(manager.all_tasks), dict[str, list[str]]()
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise InputError(f"--tasks {name}: there is no such task.{f' Did you mean {near[0]}?' if near else ''} `lm_eval ls tasks` lists them")  # fmt: skip
+        wanted: list[Any] = []
+        for name in names:
+            if data_dir is None or (name not in LOCAL and name != BLIMP):
+                wanted.append(name)
+                continue
+            wanted += [_from_files(name, data_dir, known)]
+        try:
+            loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+            for name, one in zip(names, wanted, strict=True):
+                found = manager.load([one])
+                parts[name] = list(found["tasks"])
+                loaded["tasks"] |= found["tasks"]
+                if isinstance(one, str):
+                    loaded["groups"] |= found["groups"]
+                    loaded["group_map"] |= found["group_map"]
+        except InputError:
+            raise
+        except Exception as error:  # the clients below raise many unrelated types
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"--tasks {name}: its documents could not be read: {reason}. Give a folder with --data-dir") from error  # fmt: skip
+    return Tasks(loaded, parts, tokenizer, "hub" if data_dir is None else str(data_dir), limit, batch_size)
+
+
+def _from_files(name: str, folder: Path, known: set[str]) -> dict[str, Any]:
+    """The harness's own definition of a task, with documents from files."""
+
+    def there(relative: str) -> str:
+        if not (folder / relative).is_file():
+            raise InputError(f"--tasks {name}: {folder / relative} is missing. docs/evaluation.md says what --data-dir holds")  # fmt: skip
+        return str(folder / relative)
+
+    def config(files: dict[str, str], process: Callable[[Any], Any] | None) -> dict[str, Any]:
+        found = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "training_split": None}  # fmt: skip
+        return {**found, "process_docs": process} if process is not None else found
+
+    if name == BLIMP:
+        files = {"train": there(BLIMP_FILE)}
+        uids = {json.loads(line)["uid"] for line in Path(files["train"]).open(encoding="utf-8")}
+        parts = [{"task": f"blimp_{uid}", **config(files, _paradigm(uid))} for uid in sorted(uids) if f"blimp_{uid}" in known]  # fmt: skip
+        return {"group": "files of blimp", "task": parts}
+    local = LOCAL[name]
+    files = {split: there(relative) for split, relative in local.files.items()}
+    return {"group": f"files of {name}", "task": [{"task": name, **config(files, local.process)}]}
+
+
+def _paradigm(uid: str) -> Callable[[Any], Any]:
+    def process(rows: Any) -> Any:
+        chosen = rows.select(np.flatnonzero(np.asarray(rows["uid"]) == uid))
+        return chosen.rename_columns({"good": "sentence_good", "bad": "sentence_bad"})
+
+    return process

@@ -1,0 +1,188 @@
+"""The proof of a pruned checkpoint: holds the written files against the masked original (`masking`)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moecover.copying import HASH, file_hash
+from moecover.corpus import Corpus, load_corpus, load_tokenizer, make_corpus
+from moecover.errors import InputError
+from moecover.fitting import opened
+from moecover.masking import masked, masked_layers
+from moecover.model import batches
+from moecover.plans import Plan, check_plan
+from moecover.source import Checkpoint, open_checkpoint
+from moecover.streaming import Streamed, Within, layer_names, run_all, unmasked
+from moecover.topology import Structure, read_structure
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "moecover.json"
+VERIFY_CORPORA = ("encyclopedia-heldout", "web-heldout")
+
+
+def _forward_record(
+    model: torch.nn.Module | Streamed, structure: Structure, corpora: Sequence[Corpus], within: Within
+) -> list[tuple[str, torch.Tensor]]:
+    """Output of every decoder layer and the logits over corpora, by name, on the CPU."""
+    import torch
+
+    live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
+    outputs: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            outputs.setdefault(name, []).append((output[0] if isinstance(output, tuple) else output).cpu())
+
+        return hook
+
+    handles = [
+        live.get_submodule(name).register_forward_hook(keep(f"decoder layer {i}"))
+        for i, name in enumerate(layer_names(live, structure))
+    ]
+
+    def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        found: torch.Tensor = live(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).logits
+        return found.cpu()
+
+    calls = [functools.partial(logits, inputs) for corpus in corpora for inputs in batches(corpus, 1)]
+    try:
+        outputs["logits"] = run_all(model, calls, within=[within] * len(calls))
+    finally:
+        for handle in handles:
+            handle.remove()
+    ordered = {name: values for name, values in outputs.items() if name != "logits"} | {"logits": outputs["logits"]}
+    return [(name, torch.cat([v.flatten(0, 1) for v in values])) for name, values in ordered.items()]
+
+
+def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The moecover.json of a checkpoint that this program wrote.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = checkpoint.path / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{checkpoint.name} holds no {MANIFEST}: it was not written by `moecover prune`")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["plan"], manifest["files"], manifest["source"]["name"], manifest["source"]["fingerprint"]
+        if manifest["hash"] != HASH:
+            raise ValueError(f"its hashes are {manifest['hash']}, {HASH} is known")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error!r}. Prune again") from error
+    return manifest  # type: ignore[no-any-return]
+
+
+def changed_files(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
+    """Names of the files whose hash is not the manifest's, or that are missing."""
+    files = {name: checkpoint.path / name for name in manifest["files"]}
+    return [name for name, path in files.items() if not path.is_file() or file_hash(path) != manifest["files"][name]]
+
+
+def verification_text(
+    structure: Structure, *, corpora: Sequence[tuple[str, str]] = (), sequences: int = 2, length: int = 256
+) -> list[Corpus]:
+    """Real text for a proof: the given corpora, else the shipped held-out ones in the model's own tokens.
+
+    A model without a tokenizer gets seeded random ids; the record of the corpus says so.
+    """
+    import numpy as np
+
+    text = structure.checkpoint.text_config
+    length = min(length, text.get("max_position_embeddings") or length)
+    if not corpora and load_tokenizer(structure.checkpoint.path) is None:
+        tokens = np.random.default_rng(0).integers(0, text["vocab_size"], size=(2 * sequences, length))
+        return [
+            make_corpus("random ids (no tokenizer)", tokens, np.ones_like(tokens, dtype=bool), {"source": "random ids"})
+        ]
+    sources: Sequence[tuple[str, str | None]] = corpora or [(name, None) for name in VERIFY_CORPORA]
+    loaded = [load_corpus(name, path or None, structure=structure, length=length) for name, path in sources]
+    return [corpus[:sequences] for corpus in loaded]
+
+
+def verify(
+    model: str | Path,
+    pruned: str | Path,
+    *,
+    revision: str | None = None,
+    corpora: Sequence[tuple[str, str]] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    tolerance: float = 0.0,
+    memory_limit: int | None = None,
+    advance: Callable[[str], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Prove a pruned checkpoint: same outputs as the original masked by the plan, layer by layer, on real text.
+
+    Args:
+        model: the original, folder or hub id.
+        pruned: the checkpoint that `prune` wrote.
+        revision: of the original.
+        corpora: names and paths of the text (path empty for a named corpus); default: the shipped held-out text.
+        dtype: torch dtype by name for both, ``auto`` for the checkpoint's.
+        device: torch device by name.
+        tolerance: largest difference allowed, as a share of the largest value of the layer; 0: every bit equal.
+        memory_limit: bytes of memory that may be used, see `fitting.opened`.
+        advance: called with a line on what comes next.
+
+    Returns:
+        ``equal``; ``first_difference`` (a decoder layer or the logits, None when equal); ``max_abs_difference``;
+        ``changed_files`` whose hash is not the manifest's; ``tokens``; ``corpora``; ``layers``: the difference of each.
+
+    Raises:
+        InputError: either checkpoint cannot be read, or they do not belong together.
+    """
+    import torch
+
+    original = read_structure(model, revision=revision)
+    cut_checkpoint = open_checkpoint(pruned)
+    manifest = read_manifest(cut_checkpoint)
+    plan = Plan.from_json(json.dumps(manifest["plan"]), name=f"the plan in {cut_checkpoint.path / MANIFEST}")
+    check_plan(plan, original, other_weights=True)
+    if manifest["source"]["fingerprint"] != original.model_fingerprint:
+        raise InputError(
+            f"{pruned} was cut from {manifest['source']['name']}, which is not {model}: the routers differ"
+        )
+    advance("checking the hashes of the written files")
+    changed = changed_files(cut_checkpoint, manifest)
+    texts = verification_text(original, corpora=corpora)
+    cut = read_structure(cut_checkpoint)
+    tokens = sum(corpus.num_tokens for corpus in texts)
+    fitting = {"tokens": tokens, "batch_tokens": max(c.tokens.shape[1] for c in texts), "dtype": dtype, "device": device, "memory_limit": memory_limit, "head": True}  # fmt: skip
+    with opened(original, **fitting, say=advance) as live:
+        advance("running the original, masked")
+        if isinstance(live, Streamed):
+            expected = _forward_record(live, original, texts, masked_layers(live.model, original, plan))
+        else:
+            with masked(live, original, plan):
+                expected = _forward_record(live, original, texts, unmasked)
+    del live
+    with opened(cut, **fitting, say=advance) as live:
+        advance("running the pruned checkpoint")
+        found = _forward_record(live, cut, texts, unmasked)
+    differences: dict[str, float] = {}
+    largest: dict[str, float] = {}
+    for (name, a), (_, b) in zip(expected, found, strict=True):
+        parts = [
+            (x.double() - y.double()).abs().max().item()
+            for x, y in zip(torch.split(a, 64), torch.split(b, 64), strict=True)
+        ]
+        differences[name] = max(parts) if all(map(math.isfinite, parts)) else math.inf
+        largest[name] = a.abs().max().item()
+    first = next((name for name, d in differences.items() if not d <= tolerance * largest[name]), None)
+    return {
+        "equal": first is None and not changed,
+        "first_difference": first,
+        "max_abs_difference": max(differences.values()),
+        "changed_files": changed,
+        "tokens": tokens,
+        "corpora": [corpus.name for corpus in texts],
+        "layers": differences,
+    }
