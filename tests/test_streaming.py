@@ -23,11 +23,11 @@ from moecover import fitting as fitting_module
 from moecover.checkpoint import prune
 from moecover.corpus import Corpus
 from moecover.errors import InputError, MoecoverError
-from moecover.evaluation import perplexity
+from moecover.evaluation import evaluate, perplexity
 from moecover.families import PROVEN_FAMILIES
 from moecover.fitting import cost, opened, parse_size
 from moecover.inputs import sample_of
-from moecover.masking import masked, masked_layers
+from moecover.masking import masked
 from moecover.model import load_model
 from moecover.planning import plan, plan_budgets
 from moecover.profiles import Profile
@@ -220,8 +220,8 @@ def test_masked_perplexity_layer_by_layer(structure: Structure) -> None:
     with masked(model, structure, chosen):
         expected = perplexity(model, text, batch_size=2)
     with streamed(structure) as stream:
-        within = masked_layers(stream.model, structure, chosen)
-        assert perplexity(stream, text, batch_size=2, within=within) == expected
+        found = evaluate(structure, {"plan": chosen}, model=stream, texts=[text], batch_size=2)
+        assert found.rows[1].perplexity[text.name].perplexity == expected
         assert perplexity(stream, text, batch_size=2) == perplexity(model, text, batch_size=2) != expected
 
 

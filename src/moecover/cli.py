@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from moecover import __version__, progress
 from moecover.distributed import ALONE, STOPPED, World, first_to_fail, world
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
+from moecover.evaluate_verb import add_verb as add_evaluate
 from moecover.interrupts import behind
 from moecover.servers import SERVERS
 from moecover.verbs import KEEP_INPUTS, VERBS
@@ -197,6 +198,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--corpus", action="append", default=[], metavar="NAME[=PATH]", help="text to run (default: shipped held-out text)")  # fmt: skip
     p.add_argument("--tolerance", type=float, default=0.0, metavar="T", help="largest difference allowed as a share of a layer's largest value (default: 0, every bit equal)")  # fmt: skip
     _add_device(p)
+
+    add_evaluate(verb, _add_device)
 
     p = verb("demo", "prune the shipped model and show what each method leaves of it")
     p.add_argument("-o", "--output", type=Path, default=Path("demo-out"), metavar="DIR", help="folder to write (default: demo-out)")  # fmt: skip

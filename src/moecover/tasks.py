@@ -260,7 +260,7 @@ def _from_files(name: str, folder: Path, known: set[str]) -> dict[str, Any]:
 
     if name == BLIMP:
         files = {"train": there(BLIMP_FILE)}
-        uids = {json.loads(line)["uid"] for line in Path(files["train"]).open(encoding="utf-8")}
+        uids = {row["uid"] for row in _rows(Path(files["train"]))}
         parts = [{"task": f"blimp_{uid}", **config(files, _paradigm(uid))} for uid in sorted(uids) if f"blimp_{uid}" in known]  # fmt: skip
         return {"group": "files of blimp", "task": parts}
     local = LOCAL[name]
@@ -268,9 +268,14 @@ def _from_files(name: str, folder: Path, known: set[str]) -> dict[str, Any]:
     return {"group": f"files of {name}", "task": [{"task": name, **config(files, local.process)}]}
 
 
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
 def _paradigm(uid: str) -> Callable[[Any], Any]:
     def process(rows: Any) -> Any:
-        chosen = rows.select(np.flatnonzero(np.asarray(rows["uid"]) == uid))
+        chosen = rows.select(np.flatnonzero(rows.data.column("uid").to_pandas().to_numpy() == uid))
         return chosen.rename_columns({"good": "sentence_good", "bad": "sentence_bad"})
 
     return process

@@ -15,6 +15,7 @@ from typing import Any
 
 from moecover import progress
 from moecover.errors import InputError
+from moecover.evaluate_verb import evaluate_verb
 
 KEEP_INPUTS = 8192  # tokens that a search runs on when nothing else is said
 
@@ -497,7 +498,7 @@ def _merge(args: argparse.Namespace) -> tuple[Any, str, int]:
 
 VERBS = {
     "inspect": _inspect, "profile": _profile, "merge": _merge, "plan": _plan, "explain": _explain, "prune": _prune, "verify": _verify,
-    "demo": _demo, "ls": _ls,
+    "evaluate": evaluate_verb, "demo": _demo, "ls": _ls,
 }  # fmt: skip
 
 

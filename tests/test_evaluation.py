@@ -1,0 +1,203 @@
+"""Perplexity, closeness and tasks of plans: against naive references, the written checkpoint, and the harness's own command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moecover import cli
+from moecover.checkpoint import prune
+from moecover.corpus import Corpus
+from moecover.demo import shipped_model
+from moecover.errors import InputError
+from moecover.evaluation import evaluate, score
+from moecover.evaluations import Evaluation
+from moecover.model import load_model
+from moecover.plans import LayerPlan, Plan
+from moecover.streaming import streamed
+from moecover.topology import Structure, read_structure
+from moecover.windows import load_windows
+from tests import zoo
+from tests.conftest import random_corpus
+
+
+def random_plan(structure: Structure, keep: int, seed: int = 0) -> Plan:
+    topology, chance = structure.topology, np.random.default_rng(seed)
+    kept = [sorted(map(int, chance.choice(topology.num_experts, keep, replace=False))) for _ in topology.decoder_layers]
+    layers = [LayerPlan(decoder_layer=d, kept=k) for d, k in zip(topology.decoder_layers, kept, strict=True)]
+    return Plan(schema=1, keep=keep, layers=layers)
+
+
+@pytest.fixture(scope="module")
+def structure(tmp_path_factory: pytest.TempPathFactory) -> Structure:
+    folder = tmp_path_factory.mktemp("evaluated") / "m"
+    zoo.make_model("qwen2_moe").save_pretrained(folder, save_original_format=True)
+    return read_structure(folder)
+
+
+def texts() -> list[Corpus]:
+    """Two, one with a window that is shorter."""
+    one, two = random_corpus("a", sequences=5, length=20, vocab=128), random_corpus("b", sequences=3, length=17, vocab=128)  # fmt: skip
+    two.mask[-1, 9:] = False
+    return [one, two]
+
+
+def test_score_is_what_a_loop_finds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, other = (torch.randn(2, 7, 11, generator=generator) for _ in range(2))
+    inputs = {"input_ids": torch.randint(0, 11, (2, 7), generator=generator), "attention_mask": torch.ones(2, 7).long()}
+    inputs["attention_mask"][1, 4:] = 0
+    expected = np.zeros((2, 4))
+    for row in range(2):
+        for position in range(6):
+            if not (inputs["attention_mask"][row, position] and inputs["attention_mask"][row, position + 1]):
+                continue
+            p, q = (x[row, position].double().softmax(-1).tolist() for x in (other, logits))
+            expected[row] += [
+                -math.log(q[int(inputs["input_ids"][row, position + 1])]),
+                1,
+                sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)),
+                p.index(max(p)) == q.index(max(q)),
+            ]
+    np.testing.assert_allclose(score(logits, inputs, other), expected, rtol=1e-5)
+    np.testing.assert_allclose(score(logits, inputs), expected * [1, 1, 0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_plans_are_what_their_checkpoints_are(structure: Structure, tmp_path: Path, batch_size: int) -> None:
+    """To the last bit, in memory and layer by layer, where all plans share one read."""
+    plans = {"six": random_plan(structure, 6), "four": random_plan(structure, 4, 1)}
+    model = load_model(structure)
+    found = evaluate(structure, plans, model=model, texts=texts(), batch_size=batch_size)
+    assert [(row.name, row.keep) for row in found.rows] == [("full", structure.topology.num_experts), ("six", 6), ("four", 4)]  # fmt: skip
+    with streamed(structure) as stream:
+        loads: list[str] = []
+        load = stream.weights.load
+        stream.weights.load = lambda prefix: (loads.append(prefix), load(prefix))[1]  # type: ignore[method-assign,func-returns-value]
+        by_layer = evaluate(structure, plans, model=stream, texts=texts()[:1], batch_size=batch_size)
+        assert len(loads) == len(set(loads))
+    for one, two in zip(by_layer.rows, found.rows, strict=True):
+        assert one.perplexity["a"] == two.perplexity["a"]
+    for name, plan in plans.items():
+        written = read_structure(prune(structure, plan, tmp_path / name))
+        alone = evaluate(written, {}, model=load_model(written), texts=texts(), batch_size=batch_size)
+        for text in ("a", "b"):
+            np.testing.assert_array_equal(alone.windows["full"][text], found.windows[name][text])
+    # The model is itself again, and nothing is nearer to it than it is.
+    again = evaluate(structure, {"all": random_plan(structure, structure.topology.num_experts)}, model=model, texts=texts(), batch_size=batch_size)  # fmt: skip
+    assert again.rows[0] == found.rows[0]
+    assert again.rows[1].perplexity["a"].kl == pytest.approx(0, abs=1e-6)
+    assert again.rows[1].perplexity["a"].top1 == 1
+    assert all(row.perplexity["a"].kl > 0 for row in found.rows[1:])
+
+
+def test_the_folder(structure: Structure, tmp_path: Path) -> None:
+    found = evaluate(structure, {"six": random_plan(structure, 6)}, model=load_model(structure), texts=texts())
+    found.save(tmp_path / "e")
+    read = Evaluation.load(tmp_path / "e")
+    assert (read.rows, read.model, read.texts) == (found.rows, found.model, found.texts)
+    np.testing.assert_array_equal(read.windows["six"]["b"], found.windows["six"]["b"])
+    total = found.windows["six"]["b"].sum(axis=0)
+    assert found.rows[1].perplexity["b"].perplexity == pytest.approx(math.exp(total[0] / total[1]))
+    (tmp_path / "e" / "windows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="damaged"):
+        Evaluation.load(tmp_path / "e")
+
+
+def test_windows_are_the_text_in_order(tmp_path: Path) -> None:
+    made = read_structure(shipped_model())
+    text = "".join(f"Sentence number {i} of a text that is only here to be cut.\n" for i in range(60))
+    (tmp_path / "t.txt").write_text(text)
+    (tmp_path / "empty.txt").write_text("  ")
+    found = load_windows("t", tmp_path / "t.txt", structure=made, length=64)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made.checkpoint.path)
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]  # fmt: skip
+    assert found.tokens[found.mask].tolist() == ids
+    assert found.record["tokenizer"]["entries"] == len(tokenizer)
+    assert len(load_windows("t", tmp_path / "t.txt", structure=made, length=64, windows=2).tokens) == 2
+    with pytest.raises(InputError, match="no text to predict"):
+        load_windows("e", tmp_path / "empty.txt", structure=made)
+    with pytest.raises(InputError, match="calibration text. Give web-heldout"):
+        load_windows("web", structure=made)
+
+
+ARC = [
+    {"id": str(i), "question": f"Which is number {i}?", "choices": {"text": ["one", "two", f"the {i}th"], "label": ["A", "B", "C"]}, "answerKey": "ABC"[i % 3]}
+    for i in range(7)
+]  # fmt: skip
+BLIMP = [{"uid": uid, "good": f"the cats {i} sleep", "bad": f"the cats {i} sleeps"} for uid in ("adjunct_island", "drop_argument") for i in range(3)]  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `tasks`)")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    for path, rows in (("arc_easy/test", ARC), ("arc_easy/validation", ARC[:2]), ("blimp/blimp", BLIMP)):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{path}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tasks of an emulated plan are what the harness finds on the written checkpoint, document by document."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    made = read_structure(shipped_model())
+    plan = random_plan(made, 30)
+    plan.save(tmp_path / "half.json")
+    command = ["evaluate", str(shipped_model()), "--plan", str(tmp_path / "half.json"), "--tasks", "arc_easy,blimp", "--data-dir", str(data), "--batch-size", "2", "-o", str(tmp_path / "e"), "-q"]  # fmt: skip
+    assert cli.main(command) == 0
+    assert "arc_easy acc" in capsys.readouterr().out
+    found = Evaluation.load(tmp_path / "e")
+    assert found.tasks["arc_easy"]["items"] == 7
+    assert found.tasks["blimp"]["parts"] == 2
+    written = prune(made, plan, tmp_path / "half")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "local.yaml").write_text(f"""include: {Path(TaskManager().task_index["arc_easy"].yaml_path)}
+task: local_arc
+dataset_path: json
+dataset_name: null
+training_split: null
+dataset_kwargs: {{data_files: {{validation: {data}/arc_easy/validation.jsonl, test: {data}/arc_easy/test.jsonl}}}}
+""")
+    theirs = simple_evaluate(
+        model="hf", model_args=f"pretrained={written},dtype=auto", tasks=["local_arc"], batch_size=2, device="cpu",
+        task_manager=TaskManager(include_path=str(tmp_path / "own")),
+    )  # fmt: skip
+    assert theirs is not None
+    for metric in ("acc", "acc_norm"):
+        ours = found.rows[1].tasks["arc_easy"][metric]
+        assert ours.value == theirs["results"]["local_arc"][f"{metric},none"]
+        assert ours.stderr == theirs["results"]["local_arc"][f"{metric}_stderr,none"]
+        items = [float(one[metric]) for one in sorted(theirs["samples"]["local_arc"], key=lambda one: one["doc_id"])]
+        assert found.items["half"]["arc_easy"][metric].tolist() == items
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--tasks", "arc_eazy"], "Did you mean arc_easy?"),
+    (["--tasks", "piqa"], "piqa/validation.jsonl is missing"),
+    (["--perplexity", "web"], "Give web-heldout"),
+    (["--perplexity", "x=nowhere.txt"], "nowhere.txt does not exist"),
+    ([], "nothing to measure"),
+    (["--perplexity", "web-heldout", "--windows", "0"], "--windows 0 is out of range"),
+])  # fmt: skip
+def test_refusals(arguments: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    command = ["evaluate", str(shipped_model()), "--data-dir", str(data), "-o", str(tmp_path / "e"), *arguments]
+    assert cli.main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_plan_of_another_model(structure: Structure, tmp_path: Path) -> None:
+    random_plan(structure, 4).save(tmp_path / "p.json")
+    command = ["evaluate", str(shipped_model()), "--plan", str(tmp_path / "p.json"), "--perplexity", "web-heldout", "-o", str(tmp_path / "e")]  # fmt: skip
+    assert cli.main(command) == 2
