@@ -38,7 +38,8 @@ def kept_weight_picture(facts: Mapping[str, Any], methods: Mapping[str, Sequence
     tasks, layers, chance = facts["tasks"], facts["layers"], keep / facts["experts"]
     columns = min(COLUMNS, len(tasks))
     lines = math.ceil(len(tasks) / columns)
-    legend = 0.22 * math.ceil((len(methods) + 1) / 3) + 0.1
+    names_a_line = max(2, columns)
+    legend = 0.22 * math.ceil((len(methods) + 1) / names_a_line) + 0.1
     title = (
         f"Routing weight of the tasks that goes to kept experts: {keep} of {facts['experts']} ({percent(chance)}) kept"
     )
@@ -70,5 +71,5 @@ def kept_weight_picture(facts: Mapping[str, Any], methods: Mapping[str, Sequence
     grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.supylabel("share of routing weight", fontsize=9)
     labels = [f"{short(label)}{f', {len(names)} plans' if len(names) > 1 else ''}" for label, names in methods.items()]
-    figure.legend(handles, [*labels, "share of experts kept"], loc="outside lower left", ncols=3)
+    figure.legend(handles, [*labels, "share of experts kept"], loc="outside lower left", ncols=names_a_line)
     return figure
