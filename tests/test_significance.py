@@ -348,6 +348,8 @@ def test_every_calibration_set_is_compared_in_itself() -> None:
     found = comparisons([*cells, cell("random", b, calibration=[], seed=0)])
     assert [(c["calibration"], c["b"]) for c in found] == [(["w"], "REAP"), (["w"], "random"), (["w", "c"], "REAP"), (["w", "c"], "random")]  # fmt: skip
     assert ", calibrated on w + c, TB-Coverage" in found[2]["words"]
+    assert ", one seed of random: another may give more or less)" in found[3]["words"]
+    assert (found[2]["one_seed"], found[3]["one_seed"]) == ([], ["random"])
 
 
 @pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x * np.nan])

@@ -334,6 +334,7 @@ def _compare(
                 spread.append((float(numbers.var(ddof=1)) / len(numbers), len(numbers) - 1))
                 what.append(f"{len(numbers)} runs of {cells[0]['label']}")
     also: dict[str, Any] = {"runs_a": len(a), "runs_b": len(b)}
+    also["one_seed"] = [cells[0]["label"] for cells in (ours, theirs) if len(cells) == 1 and cells[0]["seed"] is not None]  # fmt: skip
     if len(a) > 1 or len(b) > 1:
         also["over_runs"] = asdict(over_seeds(numbers_a, numbers_b, paired=paired, units="calibration samples" if paired else "runs"))  # fmt: skip
     if text is None and len(tasks) > 1:
@@ -373,8 +374,8 @@ def comparisons(
     Returns:
         A dict a comparison: ``model``, ``retain``, ``calibration``, ``kind`` (tasks or perplexity), ``name``, ``a``, ``b``, the
         fields of `Difference` (the studied method first: accuracy above 0 and log perplexity below 0 are better),
-        ``verdict``, ``words``, ``family`` (what Holm's correction runs over), ``runs_a`` and ``runs_b``, and where they can
-        be told ``over_runs``, ``over_tasks`` and ``by_task``.
+        ``verdict``, ``words``, ``family`` (what Holm's correction runs over), ``runs_a`` and ``runs_b``, ``one_seed`` (labels of methods
+        that draw by chance and have a single seed), and where they can be told ``over_runs``, ``over_tasks`` and ``by_task``.
 
     Raises:
         InputError: no such label, items or windows that do not belong together, or a value that is not finite.
@@ -427,8 +428,11 @@ def _words(
     """One sentence on a comparison; a difference that was not found is said like one that was."""
     tasks = at["kind"] == "tasks"
 
+    def number(value: float) -> str:
+        return f"{100 * (value if tasks else math.expm1(value)):+.2f}"
+
     def size(value: float) -> str:
-        return f"{100 * value:+.2f} points" if tasks else f"{100 * math.expm1(value):+.2f} %"
+        return f"{number(value)} {'points' if tasks else '%'}"
 
     where = f"At {100 * at['retain']:g} % of the experts{', calibrated on ' + ' + '.join(at['calibration']) if several else ''}, "  # fmt: skip
     on = f"on the {at['name']}" if at["name"].startswith("mean of") else f"on {at['name']}"
@@ -437,9 +441,10 @@ def _words(
     if d.p is None:
         return f"{where}no significant difference between {a} and {b} {on} can be shown: {size(d.value)}, too little for a test ({d.test.partition('no test: ')[2]})."  # fmt: skip
     runs = "".join(f", mean of {also[k]} runs of {label}" for k, label in (("runs_a", a), ("runs_b", b)) if also[k] > 1)
+    runs += "".join(f", one seed of {label}: another may give more or less" for label in also["one_seed"])
     assert d.low is not None
     assert d.high is not None
-    interval = f"{size(d.value)} (95 % interval {size(d.low)} to {size(d.high)}{runs})"
+    interval = f"{size(d.value)} (95 % interval {number(d.low)} to {number(d.high)}{runs})"
     p = "" if d.p_holm is None else f"p {'below 0.001' if d.p_holm < 0.001 else f'= {d.p_holm:.3f}'}{f' after correction for {family} comparisons' if family > 1 else ''}"  # fmt: skip
     if not d.value and not d.stderr:
         return f"{where}there is no significant difference between {a} and {b} {on}: every {'item' if tasks else 'window'} gives the same."  # fmt: skip
