@@ -108,6 +108,18 @@ def test_perplexity_against_a_naive_loop() -> None:
     assert found.low < found.value
 
 
+def test_standard_errors_of_few_units_are_those_of_the_sample() -> None:
+    """s / sqrt(n) with n - 1 below s; plain draws would give 4.3 % less."""
+    d = np.random.default_rng(14).standard_normal(12)
+    expected = d.std(ddof=1) / math.sqrt(12)
+    rows = np.stack([d, np.ones(12)], axis=1)
+    zeros = np.stack([np.zeros(12), np.ones(12)], axis=1)
+    assert paired_bootstrap({"t": d}, {"t": np.zeros(12)}, resamples=40_000).stderr == pytest.approx(
+        expected, rel=0.015
+    )
+    assert perplexity_difference(rows, zeros, resamples=40_000).stderr == pytest.approx(expected, rel=0.015)
+
+
 @pytest.mark.parametrize("kind", ["tasks", "windows"])
 def test_false_alarms_and_coverage_by_simulation(kind: str) -> None:
     """Without a difference 5 % of the tests say there is one, and 95 % of the intervals hold the truth."""
