@@ -380,7 +380,7 @@ def test_an_error_in_a_pass_ends_all_passes(cases: Callable[..., Case], monkeypa
     import threading
 
     case = cases("mixtral")
-    calls = []
+    calls, threads = [], set(threading.enumerate())  # other libraries' threads may be there
 
     def lost(*args, **kwargs):
         calls.append(1)
@@ -393,7 +393,7 @@ def test_an_error_in_a_pass_ends_all_passes(cases: Callable[..., Case], monkeypa
     with pytest.raises(RuntimeError, match="lost"):
         plan_budgets(case.profile, method="expert-sparsity", keeps=[6], model=case.model, structure=case.structure, mode="progressive")  # fmt: skip
     assert len(calls) == 1  # the other batches did not go on
-    assert threading.active_count() == 1
+    assert set(threading.enumerate()) <= threads
     assert not any(m._forward_pre_hooks for m in case.model.modules())
 
 
