@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moecover import __version__, progress
+from moecover.compare_verb import add_verb as add_compare
 from moecover.distributed import ALONE, STOPPED, World, first_to_fail, world
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.evaluate_verb import add_verb as add_evaluate
@@ -200,6 +201,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_device(p)
 
     add_evaluate(verb, _add_device)
+    add_compare(verb)
 
     p = verb("demo", "prune the shipped model and show what each method leaves of it")
     p.add_argument("-o", "--output", type=Path, default=Path("demo-out"), metavar="DIR", help="folder to write (default: demo-out)")  # fmt: skip

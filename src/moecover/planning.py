@@ -116,7 +116,7 @@ def pooled(profile: Profile, budget: Budget, *, saliency: str = DEFAULT_SALIENCY
     return plans
 
 
-@METHODS("random", paper="baseline")
+@METHODS("random", paper="baseline", blind=True)
 def random(profile: Profile, budget: Budget, *, seed: int = 0) -> list[LayerPlan]:
     """A seeded choice, other in every layer; the choice of a smaller budget is part of that of a larger one."""
     plans = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moecover import progress
+from moecover.compare_verb import compare_verb
 from moecover.errors import InputError
 from moecover.evaluate_verb import evaluate_verb
 
@@ -498,7 +499,7 @@ def _merge(args: argparse.Namespace) -> tuple[Any, str, int]:
 
 VERBS = {
     "inspect": _inspect, "profile": _profile, "merge": _merge, "plan": _plan, "explain": _explain, "prune": _prune, "verify": _verify,
-    "evaluate": evaluate_verb, "demo": _demo, "ls": _ls,
+    "evaluate": evaluate_verb, "compare": compare_verb, "demo": _demo, "ls": _ls,
 }  # fmt: skip
 
 

@@ -1,0 +1,413 @@
+"""The work of a comparison: takes jobs, writes profiles, plans and evaluated cells into the run folder.
+
+A job is either planning (one profile, from which all methods and budgets plan) or the evaluation of some cells of one
+model. What a worker needs is in `Work`; it loads a model once and keeps it until a job asks for another. Nothing here knows
+the grid: `comparison` says what is to be done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moecover.corpus import Corpus
+from moecover.errors import InputError, MoecoverError, is_out_of_memory
+from moecover.evaluation import evaluate
+from moecover.evaluations import Evaluation
+from moecover.files import PARTIAL, canonical_json, new_folder, write_text
+from moecover.fitting import opened
+from moecover.grid import Cell, Config
+from moecover.planning import check_options, plan_budgets
+from moecover.plans import Plan
+from moecover.profiles import Profile
+from moecover.profiling import profile
+from moecover.registry import load_plugin
+from moecover.states import kept_for_later, remove
+from moecover.streaming import Streamed
+from moecover.topology import Structure, read_structure
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = 1
+CELL, MADE_FROM = "cell.json", "made-from.json"
+DONE, FAILED = "done", "failed"
+
+
+# ----------------------------------------------------------------------------------------------------- jobs and reports
+@dataclass(frozen=True)
+class Subject:
+    """A model on this machine with the texts that its cells are measured on."""
+
+    name: str
+    folder: Path
+    limit: int
+    batch_tokens: int
+    tokens: int
+    texts: tuple[Corpus, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs.
+
+    Attributes:
+        run: the run folder.
+        config: the comparison.
+        subjects: the models by name.
+        threads: of torch in this process; None leaves them as they are.
+    """
+
+    run: Path
+    config: Config
+    subjects: Mapping[str, Subject]
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Planning:
+    """Profile a model on a calibration sample, and plan some cells from it."""
+
+    model: str
+    corpora: tuple[Corpus, ...]
+    sample: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def folder(self) -> str:
+        """Of the profile, within the run."""
+        return f"profiles/{self.model}/{'+'.join(c.name for c in self.corpora)}-{self.sample}"
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Evaluate some cells of a model; the plans of those that have one are there."""
+
+    model: str
+    cells: tuple[Cell, ...]
+    fingerprints: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell is on the disk."""
+
+    cell: Cell
+    wall_s: float
+    words: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell could not be made."""
+
+    cell: Cell
+    reason: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """A line of log."""
+
+    line: str
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a model ran: dtype, device, processor and the most memory so far."""
+
+    model: str
+    facts: Mapping[str, Any]
+
+
+def why(error: BaseException) -> str:
+    """The reason of a failure in one line."""
+    if is_out_of_memory(error):
+        return "not enough memory. Give a smaller batch_size, length or window, a smaller dtype, or a memory_limit to run layer by layer"  # fmt: skip
+    text = " ".join(str(error).split())
+    return text if isinstance(error, MoecoverError) else f"{type(error).__name__}: {text}"
+
+
+# ------------------------------------------------------------------------------------------------------------- the bench
+@contextlib.contextmanager
+def bench(work: Work) -> Iterator[Callable[[Planning | Evaluating], Iterator[Any]]]:
+    """A handler of jobs that keeps the model of the last one open."""
+    if work.threads is not None:
+        import torch
+
+        torch.set_num_threads(work.threads)
+    for path in work.config.plugins:
+        load_plugin(path)
+    with contextlib.closing(_Table(work)) as table:
+
+        def handle(job: Planning | Evaluating) -> Iterator[Any]:
+            return _planning(table, job) if isinstance(job, Planning) else _evaluating(table, job)
+
+        yield handle
+
+
+class _Table:
+    """The model that is open: at most one."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self._name = work, ""
+        self._open = contextlib.ExitStack()
+        self._failure: Exception | None = None
+        self._model: Any = None
+        self._structure: Structure | None = None
+
+    def structure(self, name: str) -> Structure:
+        """The checkpoint of a model, headers only."""
+        if name != self._name:
+            self.close()
+            self._name, self._failure = name, None
+            self._structure = read_structure(self.work.subjects[name].folder)
+        assert self._structure is not None
+        return self._structure
+
+    def model(self, name: str) -> torch.nn.Module | Streamed:
+        """The live model.
+
+        Raises:
+            Exception: what loading it raised, again for every cell that asks.
+        """
+        structure = self.structure(name)
+        if self._failure is not None:
+            raise self._failure
+        if self._model is None:
+            subject, config = self.work.subjects[name], self.work.config
+            try:
+                self._model = self._open.enter_context(
+                    opened(
+                        structure, tokens=subject.tokens, batch_tokens=subject.batch_tokens, dtype=config.dtype,
+                        device=config.device, memory_limit=subject.limit, head=True,
+                    )
+                )  # fmt: skip
+            except Exception as error:
+                self._failure = error
+                raise
+        return self._model  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._model = None
+        self._open.close()
+
+
+# -------------------------------------------------------------------------------------------------- profiles and plans
+def options_of(cell: Cell) -> dict[str, Any]:
+    """Options of `plan_budgets` for a cell that is not the full model."""
+    assert cell.variant is not None
+    options = dict(cell.variant.options)
+    if cell.variant.saliency is not None:
+        options["saliency"] = cell.variant.saliency
+    if cell.seed is not None:
+        options["seed"] = cell.seed
+    return options
+
+
+def plan_path(cell: Cell) -> str:
+    """Of a cell's plan, within the run."""
+    return f"plans/{cell.id}.json"
+
+
+def _planning(table: _Table, job: Planning) -> Iterator[Any]:
+    """One profile, then the plans of every method and seed, all budgets of it at once."""
+    try:
+        made = _profiled(table, job)
+    except Exception as error:
+        for cell in job.cells:
+            yield Failure(cell, f"profiling {', '.join(c.name for c in job.corpora)}: {why(error)}")
+        return
+    groups: dict[str, list[Cell]] = {}
+    for cell in job.cells:
+        assert cell.variant is not None
+        groups.setdefault(canonical_json([cell.variant.method, options_of(cell)]), []).append(cell)
+    for group in groups.values():
+        try:
+            _planned(table, job, made, group)
+        except Exception as error:
+            for cell in group:
+                yield Failure(cell, f"planning: {why(error)}")
+
+
+def _profiled(table: _Table, job: Planning) -> Profile:
+    """The profile of a calibration sample, from the run folder where it is there already."""
+    config, structure = table.work.config, table.structure(job.model)
+    folder = table.work.run / job.folder
+    searches = any(cell.variant is not None and cell.variant.searches for cell in job.cells)
+    asked = {
+        "model": structure.model_fingerprint, "corpora": [c.record for c in job.corpora], "batch_size": config.batch_size,
+        "dtype": config.dtype, "device": config.device,
+    }  # fmt: skip
+    asked = json.loads(json.dumps(asked))
+    with contextlib.suppress(OSError, ValueError, InputError):
+        found = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
+        kept = found.pop("search_tokens")
+        if found == asked and (not searches or kept == config.search_tokens):
+            return Profile.load(folder)
+    (folder / MADE_FROM).unlink(missing_ok=True)
+    state = folder.with_name(f".{folder.name}{PARTIAL}")
+    with kept_for_later(state):
+        made = profile(
+            structure, job.corpora, model=table.model(job.model), batch_size=config.batch_size, state=state,
+            keep_inputs=(config.search_tokens, folder) if searches else None,
+        )  # fmt: skip
+        made.save(folder)
+        write_text(folder / MADE_FROM, json.dumps({**asked, "search_tokens": config.search_tokens if searches else None}) + "\n")  # fmt: skip
+    remove(state)
+    return made
+
+
+def _planned(table: _Table, job: Planning, made: Profile, group: list[Cell]) -> None:
+    """Write the plans of one method at several budgets; what was searched for before is not searched again."""
+    first = group[0]
+    assert first.variant is not None
+    options, run = options_of(first), table.work.run
+    if first.variant.searches and made.inputs is not None:
+        group = [cell for cell in group if not _searched(run / plan_path(cell), cell, made, options)]
+        options |= {"model": table.model(job.model), "structure": table.structure(job.model)}
+    if group:
+        plans = plan_budgets(made, method=first.variant.method, keeps=[cell.keep for cell in group], **options)
+        for cell, plan in zip(group, plans, strict=True):
+            plan.save(run / plan_path(cell))
+
+
+def _searched(path: Path, cell: Cell, made: Profile, options: dict[str, Any]) -> bool:
+    """Whether a plan is there that the search would give again."""
+    assert cell.variant is not None
+    assert made.inputs is not None
+    if not path.is_file():
+        return False
+    try:
+        plan = Plan.load(path)
+    except InputError:
+        return False
+    asked = {k: v for k, v in options.items() if k != "protect_super_experts"}
+    complete = {k: v for k, v in check_options(cell.variant.method, asked).items() if k in plan.options or k in asked}
+    return (
+        plan.profile_fingerprint == made.fingerprint
+        and (plan.method, plan.keep) == (cell.variant.method, cell.keep)
+        and {k: v for k, v in plan.options.items() if k != "protect_super_experts"} == complete
+        and plan.options.get("protect_super_experts", False) == options.get("protect_super_experts", False)
+        and all(layer.tokens == made.inputs.num_tokens for layer in plan.layers)
+    )
+
+
+def blind_plan(structure: Structure, cell: Cell) -> Plan:
+    """The plan of a method that looks at no statistics."""
+    assert cell.variant is not None
+    checkpoint = structure.checkpoint
+    about = {"name": checkpoint.name, "revision": checkpoint.revision, "fingerprint": structure.model_fingerprint}
+    nothing = Profile(structure.topology, {}, {}, about)
+    return plan_budgets(nothing, method=cell.variant.method, keeps=[cell.keep], **options_of(cell))[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+def _evaluating(table: _Table, job: Evaluating) -> Iterator[Any]:
+    """Evaluate cells together; where that fails and it is not known whose fault it is, one by one."""
+    plans: dict[str, Plan] = {}
+    cells: list[Cell] = []
+    for cell in job.cells:
+        try:
+            if cell.variant is not None:
+                plans[cell.id] = _plan_of(table, cell)
+            cells.append(cell)
+        except Exception as error:
+            yield Failure(cell, f"planning: {why(error)}")
+    groups = [cells] if cells else []
+    while groups:
+        group = groups.pop(0)
+        try:
+            model = table.model(job.model)
+            yield from _measured(table, job, group, plans)
+        except Exception as error:
+            if len(group) > 1 and not isinstance(table._model, (Streamed, type(None))):
+                groups[:0] = [[cell] for cell in group]
+            else:
+                for cell in group:
+                    yield Failure(cell, why(error))
+        else:
+            yield Ran(job.model, facts_of(model))
+
+
+def _plan_of(table: _Table, cell: Cell) -> Plan:
+    path = table.work.run / plan_path(cell)
+    if cell.variant is not None and cell.variant.blind:
+        blind_plan(table.structure(cell.model), cell).save(path)
+    return Plan.load(path)
+
+
+def _measured(table: _Table, job: Evaluating, group: list[Cell], plans: Mapping[str, Plan]) -> Iterator[Finished]:
+    started = time.monotonic()
+    found = evaluate(
+        table.structure(job.model), {cell.id: plans[cell.id] for cell in group if cell.variant is not None},
+        model=table.model(job.model), texts=table.work.subjects[job.model].texts, batch_size=table.work.config.batch_size,
+        full=any(cell.variant is None for cell in group),
+    )  # fmt: skip
+    wall_s = (time.monotonic() - started) / len(group)
+    rows = {row.name: row for row in found.rows}
+    for cell in group:
+        name = cell.id if cell.variant is not None else "full"
+        one = Evaluation(found.model, found.texts, found.tasks, [rows[name]], {name: found.items[name]}, {name: found.windows[name]})  # fmt: skip
+        write_cell(table.work.run, cell, job.fingerprints[cell.id], evaluation=one, wall_s=wall_s)
+        yield Finished(cell, wall_s, summary(one))
+
+
+def write_cell(
+    run: Path, cell: Cell, fingerprint: str, *, evaluation: Evaluation | None = None, reason: str | None = None,
+    wall_s: float | None = None,
+) -> None:  # fmt: skip
+    """Write a cell's folder; it appears only when complete."""
+    planned = cell.variant is not None and (run / plan_path(cell)).is_file()
+    about = {
+        "schema": SCHEMA, **cell.to_json(), "fingerprint": fingerprint, "status": DONE if evaluation is not None else FAILED,
+        "reason": reason, "wall_s": None if wall_s is None else round(wall_s, 2), "plan": plan_path(cell) if planned else None,
+    }  # fmt: skip
+    with new_folder(run / "cells" / cell.id) as folder:
+        if evaluation is not None:
+            evaluation.save(folder)
+        write_text(folder / CELL, json.dumps(about, indent=1) + "\n")
+
+
+def summary(evaluation: Evaluation) -> str:
+    """The figures of a cell in a line of log."""
+    (row,) = evaluation.rows
+    parts = [f"{name} {text.perplexity:.4g}" for name, text in row.perplexity.items()]
+    scores = [row.tasks[task][about["metric"]].value for task, about in evaluation.tasks.items()]
+    return ", ".join([*parts, *([f"mean of {len(scores)} tasks {sum(scores) / len(scores):.3f}"] if scores else [])])
+
+
+def facts_of(model: Any) -> dict[str, Any]:
+    """How a model runs in this process."""
+    import torch
+
+    live = model.model if isinstance(model, Streamed) else model
+    device = model.device if isinstance(model, Streamed) else next(live.parameters()).device
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "dtype": str(next(live.parameters()).dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "cpu": processor(),
+        "layer_by_layer": isinstance(model, Streamed),
+    }
+
+
+@functools.cache
+def processor() -> str:
+    """Name of the processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

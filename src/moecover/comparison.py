@@ -1,0 +1,484 @@
+"""The comparison of many variants: reads a configuration, fills a run folder cell by cell, gives the results.
+
+Everything that can be checked is checked before the first cell. A cell is written as it is finished and found again by its
+fingerprint, which covers all that it depends on; so the same command goes on where it was interrupted, and a grid that
+was extended computes what is new. `comparing` does the work, `crew` shares it among processes, `results` tells it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moecover import progress
+from moecover.comparing import (
+    CELL,
+    DONE,
+    Evaluating,
+    Failure,
+    Finished,
+    Planning,
+    Ran,
+    Subject,
+    Work,
+    bench,
+    options_of,
+    write_cell,
+)
+from moecover.corpora import parse_corpora
+from moecover.corpus import Corpus, load_corpus
+from moecover.crew import Died, work
+from moecover.demo import shipped_model
+from moecover.errors import InputError, MoecoverError
+from moecover.evaluation import load_text
+from moecover.files import PARTIAL, canonical_json, locked, write_text
+from moecover.fitting import available_memory, cost, duration, parse_size, seconds_of
+from moecover.grid import SHIPPED, Asked, Cell, Config, ModelEntry, cells, check_sources, corpora_of
+from moecover.interrupts import held
+from moecover.model import check_device, check_loadable
+from moecover.planning import check_options
+from moecover.registry import load_plugin
+from moecover.results import write_results
+from moecover.source import open_checkpoint
+from moecover.topology import Structure, read_structure
+
+CONFIG, MODELS = "config.yaml", "models.json"
+GROUP = 8  # cells of a model in memory that are measured together: the full model's logits are computed once for them
+HEAD_BYTES = 4096  # of every tensor, that enter the fingerprint of the weights
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison came to.
+
+    Attributes:
+        results: what results.json holds.
+        failures: reason by cell id.
+        made: cells that this run made.
+    """
+
+    results: dict[str, Any]
+    failures: dict[str, str]
+    made: int
+
+
+@dataclass
+class _Model:
+    """A model with its cells and what is known of them."""
+
+    entry: ModelEntry
+    structure: Structure
+    cells: list[Cell]
+    samples: dict[tuple[tuple[str, ...], int], tuple[Corpus, ...]] = field(default_factory=dict)
+    texts: tuple[Corpus, ...] = ()
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    pending: list[Cell] = field(default_factory=list)
+    walls: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+def _headers(asked: Asked, number: int) -> Structure:
+    """The structure of a model, of a hub model from its headers alone."""
+    entry = asked.config.models[number]
+    try:
+        name = entry.model
+        source: Any = shipped_model(name.removeprefix(SHIPPED)) if name.startswith(SHIPPED) else name
+        with progress.spinner(f"reading {entry.name}"):
+            structure = read_structure(open_checkpoint(source, revision=entry.revision, headers_only=True))
+        check_loadable(structure)
+    except InputError as error:
+        raise asked.wrong(error, "models", number) from error
+    for warning in structure.warnings:
+        progress.say(f"note: {entry.name}: {warning}")
+    return structure
+
+
+def _checked(asked: Asked) -> list[_Model]:
+    """The models with their cells.
+
+    Raises:
+        InputError: whatever cannot be, before anything is fetched.
+    """
+    config = asked.config
+    for number, path in enumerate(config.plugins):
+        try:
+            load_plugin(path)
+        except InputError as error:
+            raise asked.wrong(error, "plugins", number) from error
+    check_sources(asked)
+    if config.memory_limit is not None:
+        try:
+            parse_size(config.memory_limit)
+        except InputError as error:
+            raise asked.wrong(error, "memory_limit") from error
+    try:
+        check_device(config.dtype, config.device)
+    except InputError as error:
+        raise asked.wrong(error, "device" if "device" in str(error) else "dtype") from error
+    with held():
+        structures = [_headers(asked, number) for number in range(len(config.models))]
+    found = []
+    for entry, structure in zip(config.models, structures, strict=True):
+        found.append(_Model(entry, structure, cells(asked, entry, structure.topology)))
+    return found
+
+
+def _prepare(asked: Asked, model: _Model) -> None:
+    """Fetch a model, read its texts and calibration samples, and give every cell its fingerprint."""
+    config, entry = asked.config, model.entry
+    if model.structure.checkpoint.folder is None:
+        progress.say(f"fetching {entry.model}")
+        model.structure = read_structure(entry.model, revision=entry.revision)
+    structure = model.structure
+    wanted = dict.fromkeys((c.calibration, c.sample) for c in model.cells if c.calibration)
+    sources = {tuple(corpora_of(arguments)): parse_corpora(arguments) for arguments in config.calibration}
+    try:
+        for number, (name, path) in enumerate(parse_corpora(config.perplexity).items() if config.perplexity else ()):
+            at: tuple[str | int, ...] = ("perplexity", number)
+            with progress.spinner(f"{entry.name}: reading text {name}"):
+                text = load_text(name, path or None, structure=structure, length=config.window, windows=config.windows)
+                model.texts += (text,)
+        for calibration, sample in wanted:
+            at = ("calibration", [tuple(corpora_of(c)) for c in config.calibration].index(calibration))
+            with progress.spinner(f"{entry.name}: reading corpora {' and '.join(calibration)}, sample {sample}"):
+                model.samples[calibration, sample] = tuple(
+                    load_corpus(n, p or None, structure=structure, sequences=config.sequences, length=config.length, seed=sample)
+                    for n, p in sources[calibration].items()
+                )  # fmt: skip
+    except InputError as error:
+        raise asked.wrong(InputError(f"{entry.name}: {error}"), *at) from error
+    weights, versions = weights_fingerprint(structure), _versions()
+    for cell in model.cells:
+        model.fingerprints[cell.id] = _fingerprint(config, model, cell, weights, versions)
+
+
+def weights_fingerprint(structure: Structure) -> str:
+    """Hash of the beginning of every tensor: other weights under the same routers are other weights."""
+    digest = hashlib.sha256(structure.model_fingerprint.encode())
+    files: dict[str, int] = {}
+    try:
+        for name, entry in sorted(structure.checkpoint.tensors.items()):
+            if entry.shard not in files:
+                files[entry.shard] = os.open(structure.checkpoint.path / entry.shard, os.O_RDONLY)
+            digest.update(name.encode() + os.pread(files[entry.shard], min(entry.num_bytes, HEAD_BYTES), entry.start))
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    from moecover import __version__
+
+    return {"moecover": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _fingerprint(config: Config, model: _Model, cell: Cell, weights: str, versions: Mapping[str, str]) -> str:
+    """Hash of everything that a cell depends on."""
+    plan: Any = None
+    if cell.variant is not None:
+        options = options_of(cell)
+        complete = check_options(
+            cell.variant.method, {k: v for k, v in options.items() if k != "protect_super_experts"}
+        )
+        known = {k: v for k, v in complete.items() if isinstance(v, (str, int, float, bool, dict, type(None)))}
+        plan = [
+            cell.variant.method,
+            known | options,
+            cell.keep,
+            config.search_tokens if cell.variant.searches else None,
+        ]
+    corpora = [c.record for c in model.samples[cell.calibration, cell.sample]] if cell.calibration else []
+    texts = {text.name: text.record for text in model.texts}
+    plugins = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in config.plugins]
+    value = [weights, plan, corpora, texts, config.batch_size, config.dtype, check_device(config.dtype, config.device), versions, plugins]  # fmt: skip
+    return hashlib.sha256(canonical_json(json.loads(json.dumps(value))).encode()).hexdigest()
+
+
+def stored(run: Path, cell: Cell) -> dict[str, Any] | None:
+    """cell.json of a cell, None where there is none that can be read."""
+    try:
+        found = json.loads((run / "cells" / cell.id / CELL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"fingerprint", "status"} <= found.keys() else None
+
+
+# ------------------------------------------------------------------------------------------------------------ the jobs
+def _limit(config: Config, jobs: int) -> int:
+    """Bytes of memory that one worker may use."""
+    if config.memory_limit is not None:
+        return parse_size(config.memory_limit)
+    device = check_device(config.dtype, config.device)
+    return int(0.9 * available_memory(device) / jobs)
+
+
+def _subject(model: _Model, config: Config, limit: int) -> Subject:
+    texts = [*model.texts, *(corpus for sample in model.samples.values() for corpus in sample)]
+    longest = max((corpus.tokens.shape[1] for corpus in texts), default=0)
+    tokens = max((corpus.num_tokens for corpus in texts), default=0)
+    return Subject(model.name, model.structure.checkpoint.path, limit, config.batch_size * longest, tokens, model.texts)
+
+
+def _by_layer(model: _Model, subject: Subject, config: Config) -> bool:
+    found = cost(model.structure, tokens=subject.tokens, batch_tokens=subject.batch_tokens, dtype=config.dtype, limit=subject.limit, head=True)  # fmt: skip
+    return found.by_layer
+
+
+class _Schedule:
+    """The queue of jobs, which grows when a profile is there.
+
+    In memory, cells are evaluated in groups of `GROUP`, those that need no profile first; a model that runs layer by layer is
+    evaluated when all its plans are there, with one read of its weights.
+    """
+
+    def __init__(self, models: Sequence[_Model], subjects: Mapping[str, Subject], config: Config, jobs: int) -> None:
+        self.queue: deque[Any] = deque()
+        self._jobs, self._lost = jobs, set[str]()
+        self._by_layer = {m.name: _by_layer(m, subjects[m.name], config) for m in models}
+        self._models = {m.name: m for m in models}
+        self._open: dict[str, set[int]] = {}
+        self._gathered: dict[str, list[Cell]] = {}
+        for model in models:
+            free = [cell for cell in model.pending if not cell.calibration]
+            plannings = [
+                Planning(model.name, corpora, sample, mine)
+                for (calibration, sample), corpora in model.samples.items()
+                if (mine := tuple(c for c in model.pending if (c.calibration, c.sample) == (calibration, sample)))
+            ]
+            self._open[model.name] = {id(job) for job in plannings}
+            if self._by_layer[model.name] and plannings:
+                self._gathered[model.name] = free
+                self.queue.extend(plannings)
+            else:
+                self.queue.extend([*self._evaluations(model.name, free), *plannings])
+
+    def _evaluations(self, name: str, found: Sequence[Cell]) -> list[Evaluating]:
+        size = len(found) if self._by_layer[name] else min(GROUP, -(-len(found) // self._jobs))
+        prints = self._models[name].fingerprints
+        return [
+            Evaluating(name, tuple(part), {c.id: prints[c.id] for c in part})
+            for i in range(0, len(found), max(size, 1))
+            if (part := found[i : i + size])
+        ]
+
+    def lost(self, cell: Cell) -> None:
+        """A cell has failed: it is not evaluated."""
+        self._lost.add(cell.id)
+
+    def ended(self, job: Any) -> None:
+        """A job is done: what waited for it comes next."""
+        if not isinstance(job, Planning):
+            return
+        self._open[job.model].discard(id(job))
+        ready = [cell for cell in job.cells if cell.id not in self._lost]
+        if not self._by_layer[job.model]:
+            self.queue.extendleft(reversed(self._evaluations(job.model, ready)))
+            return
+        gathered = self._gathered.setdefault(job.model, [])
+        gathered += ready
+        if not self._open[job.model]:
+            self.queue.extendleft(reversed(self._evaluations(job.model, gathered)))
+
+
+# --------------------------------------------------------------------------------------------------------- the whole run
+def compare(asked: Asked, run: Path, *, jobs: int = 1, command: str = "") -> Outcome:
+    """Fill a run folder with the cells of a grid that are not there yet, and write the results.
+
+    Args:
+        asked: the configuration, from `grid.read`.
+        run: the folder; made, or filled further.
+        jobs: processes; each holds a model.
+        command: what was typed, for the results.
+
+    Raises:
+        InputError: something in the configuration cannot be, or the folder is none of ours.
+    """
+    if jobs < 1:
+        raise InputError(f"--jobs {jobs} is out of range: 1 or more")
+    run = Path(os.path.abspath(run))  # noqa: PTH100
+    if run.exists() and (not run.is_dir() or (any(run.iterdir()) and not (run / CONFIG).is_file())):
+        raise InputError(f"{run} was not written by `moecover compare` (it holds no {CONFIG}). Choose another folder")
+    models = _checked(asked)
+    with locked(run):
+        _sweep(run)
+        for model in models:
+            _prepare(asked, model)
+        write_text(run / CONFIG, asked.config.text())
+        _look(run, models)
+        subjects = {m.name: _subject(m, asked.config, _limit(asked.config, jobs)) for m in models}
+        progress.say(_plan_line(run, models, subjects, asked.config, jobs))
+        made = sum(len(m.pending) for m in models)
+        machine = _stored_models(run)
+        try:
+            if made:
+                _run(run, asked.config, models, subjects, jobs, machine)
+        finally:
+            write_text(run / MODELS, json.dumps(_about_models(models, machine), indent=1) + "\n")
+        results = write_results(run, asked.config, [cell for m in models for cell in m.cells], command=command)
+    return Outcome(results, {c["id"]: c["reason"] for c in results["cells"] if c["status"] != DONE}, made)
+
+
+def _sweep(run: Path) -> None:
+    """Remove what a killed run left half-written: no other run holds the folder."""
+    for folder in ("cells", "plans"):
+        for left in (run / folder).glob(f".*{PARTIAL}") if (run / folder).is_dir() else ():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in (run / folder).glob(".*.replaced") if (run / folder).is_dir() else ():
+            shutil.rmtree(left)
+
+
+def _look(run: Path, models: Sequence[_Model]) -> None:
+    """Which cells are pending; says which of those that are there have to be made anew."""
+    changed, known = [], {cell.id for m in models for cell in m.cells}
+    for model in models:
+        for cell in model.cells:
+            found = stored(run, cell)
+            if found is not None and found["status"] == DONE and found["fingerprint"] == model.fingerprints[cell.id]:
+                if found.get("wall_s") is not None:
+                    model.walls.append(found["wall_s"])
+                continue
+            if found is not None and found["status"] == DONE:
+                changed.append(cell)
+                (run / "plans" / f"{cell.id}.json").unlink(missing_ok=True)
+            model.pending.append(cell)
+    if changed:
+        others = f" and {len(changed) - 1} other cells" if len(changed) > 1 else ""
+        progress.say(
+            f"{changed[0].words}{others}: made from other inputs (model, texts, options or versions), made anew"
+        )
+    folder = run / "cells"
+    if spare := sorted(p.name for p in folder.iterdir() if p.name not in known) if folder.is_dir() else []:
+        progress.say(f"{len(spare)} cells in {folder} are not part of this grid and are left as they are, the first is {spare[0]}")  # fmt: skip
+
+
+def _plan_line(run: Path, models: Sequence[_Model], subjects: Mapping[str, Subject], config: Config, jobs: int) -> str:
+    """How many cells there are, what is there already, and how long the rest will take."""
+    total, pending = sum(len(m.cells) for m in models), sum(len(m.pending) for m in models)
+    if not pending:
+        return f"{run}: all {total} cells are there"
+    seconds = 0.0
+    for model in models:
+        if not model.pending:
+            continue
+        if model.walls:
+            seconds += len(model.pending) * sum(model.walls) / len(model.walls)
+            continue
+        subject = subjects[model.name]
+        device = check_device(config.dtype, config.device)
+
+        def of(tokens: int, *, head: bool, model: _Model = model, subject: Subject = subject) -> float:
+            one = cost(model.structure, tokens=tokens, batch_tokens=subject.batch_tokens, dtype=config.dtype, limit=subject.limit, head=head)  # fmt: skip
+            return seconds_of(one, model.structure, dtype=config.dtype, device=device)  # noqa: B023
+
+        seconds += len(model.pending) * of(sum(t.num_tokens for t in model.texts), head=True)
+        seconds += sum(of(sum(c.num_tokens for c in sample), head=False) for sample in model.samples.values())
+    return f"{run}: {total} cells, {total - pending} are there, {pending} to go: about {duration(seconds / jobs)} on this machine"  # fmt: skip
+
+
+def _run(
+    run: Path, config: Config, models: Sequence[_Model], subjects: Mapping[str, Subject], jobs: int, machine: dict[str, Any]
+) -> None:  # fmt: skip
+    """Work through all pending cells."""
+    schedule = _Schedule(models, subjects, config, jobs)
+    prints = {cell_id: p for m in models for cell_id, p in m.fingerprints.items()}
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    total = sum(len(m.pending) for m in models)
+    count = _Count(total)
+    reports = work(schedule.queue, partial(bench, Work(run, config, subjects, threads)), jobs=jobs)
+
+    def failed(cell: Cell, reason: str) -> None:
+        write_cell(run, cell, prints[cell.id], reason=reason)
+        schedule.lost(cell)
+        count.add(cell, f"FAILED: {reason}")
+
+    with contextlib.closing(reports), progress.bar("comparing", total, unit="cells") as count.advance, _noted(count):
+        settled: set[str] = set()
+        for job, report in reports:
+            if isinstance(report, Finished):
+                settled.add(report.cell.id)
+                count.add(report.cell, report.words)
+            elif isinstance(report, Failure):
+                settled.add(report.cell.id)
+                failed(report.cell, report.reason)
+            elif isinstance(report, Ran):
+                before = machine.get(report.model, {})
+                machine[report.model] = {**report.facts, **{k: max(v, before.get(k) or 0) for k, v in report.facts.items() if k.startswith("peak_") and v is not None}}  # fmt: skip
+            else:
+                if isinstance(report, Died):
+                    for cell in job.cells:
+                        if cell.id not in settled:
+                            failed(cell, report.reason)
+                schedule.ended(job)
+
+
+class _Count:
+    """Cells done so far, with an estimate for the rest."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.started = total, 0, time.monotonic()
+        self.advance: Any = lambda cells: None
+
+    def add(self, cell: Cell, words: str) -> None:
+        self.done += 1
+        self.advance(1)
+        left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+        rest = f"; about {duration(left)} to go" if self.done < self.total else ""
+        progress.say(f"[{self.done}/{self.total}] {cell.words}: {words}{rest}")
+
+
+@contextlib.contextmanager
+def _noted(count: _Count) -> Iterator[None]:
+    """Have an interrupt say what stays."""
+    try:
+        yield
+    except BaseException as error:
+        text = f"{count.done} of {count.total} cells are done and stay; the same command goes on from there"
+        if isinstance(error, MoecoverError):
+            raise type(error)(f"{error}. {text}") from error
+        error.add_note(text)
+        raise
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+def _stored_models(run: Path) -> dict[str, Any]:
+    """How the models ran before, by name."""
+    keys = ("dtype", "device", "peak_rss_bytes", "peak_device_bytes", "cpu", "layer_by_layer")
+    try:
+        found = json.loads((run / MODELS).read_text(encoding="utf-8"))
+        return {m["name"]: {k: m[k] for k in keys} for m in found if m.get("dtype")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _about_models(models: Sequence[_Model], machine: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What models.json holds."""
+    found = []
+    for model in models:
+        structure, topology = model.structure, model.structure.topology
+        sizes = {str(keep): structure.num_bytes(keep) for keep in sorted({c.keep for c in model.cells})}
+        nothing = dict.fromkeys(("dtype", "device", "peak_rss_bytes", "peak_device_bytes", "cpu", "layer_by_layer"))
+        found.append({
+            "name": model.name, "model": model.entry.model, "revision": structure.checkpoint.revision, "family": topology.family,
+            "fingerprint": structure.model_fingerprint, "experts": topology.num_experts, "top_k": topology.top_k,
+            "layers": len(topology.decoder_layers), "num_bytes": structure.checkpoint.num_bytes, "num_bytes_by_keep": sizes,
+            **nothing, **machine.get(model.name, {}),
+        })  # fmt: skip
+    return found
