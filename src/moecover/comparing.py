@@ -357,7 +357,7 @@ def _measured(table: _Table, job: Evaluating, group: list[Cell], plans: Mapping[
     rows = {row.name: row for row in found.rows}
     for cell in group:
         name = cell.id if cell.variant is not None else "full"
-        one = Evaluation(found.model, found.texts, found.tasks, [rows[name]], {name: found.items[name]}, {name: found.windows[name]})  # fmt: skip
+        one = Evaluation(found.model, found.texts, found.tasks, [rows[name]], {name: found.items.get(name, {})}, {name: found.windows.get(name, {})})  # fmt: skip
         write_cell(table.work.run, cell, job.fingerprints[cell.id], evaluation=one, wall_s=wall_s)
         yield Finished(cell, wall_s, summary(one))
 

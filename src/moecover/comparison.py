@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +42,7 @@ from moecover.demo import shipped_model
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation import load_text
 from moecover.files import PARTIAL, canonical_json, locked, write_text
-from moecover.fitting import available_memory, cost, duration, parse_size, seconds_of
+from moecover.fitting import Cost, available_memory, cost, duration, parse_size, seconds_of
 from moecover.grid import SHIPPED, Asked, Cell, Config, ModelEntry, cells, check_sources, corpora_of
 from moecover.interrupts import held
 from moecover.model import check_device, check_loadable
@@ -146,9 +146,11 @@ def _prepare(asked: Asked, model: _Model) -> None:
     structure = model.structure
     wanted = dict.fromkeys((c.calibration, c.sample) for c in model.cells if c.calibration)
     sources = {tuple(corpora_of(arguments)): parse_corpora(arguments) for arguments in config.calibration}
+    texts = parse_corpora(config.perplexity) if config.perplexity else {}
+    at: tuple[str | int, ...] = ()
     try:
-        for number, (name, path) in enumerate(parse_corpora(config.perplexity).items() if config.perplexity else ()):
-            at: tuple[str | int, ...] = ("perplexity", number)
+        for number, (name, path) in enumerate(texts.items()):
+            at = ("perplexity", number)
             with progress.spinner(f"{entry.name}: reading text {name}"):
                 text = load_text(name, path or None, structure=structure, length=config.window, windows=config.windows)
                 model.texts += (text,)
@@ -233,26 +235,48 @@ def _limit(config: Config, jobs: int) -> int:
 def _subject(model: _Model, config: Config, limit: int) -> Subject:
     texts = [*model.texts, *(corpus for sample in model.samples.values() for corpus in sample)]
     longest = max((corpus.tokens.shape[1] for corpus in texts), default=0)
-    tokens = max((corpus.num_tokens for corpus in texts), default=0)
+    passes = [model.texts, *model.samples.values()]
+    tokens = max(sum(corpus.num_tokens for corpus in corpora) for corpora in passes)
     return Subject(model.name, model.structure.checkpoint.path, limit, config.batch_size * longest, tokens, model.texts)
 
 
-def _by_layer(model: _Model, subject: Subject, config: Config) -> bool:
-    found = cost(model.structure, tokens=subject.tokens, batch_tokens=subject.batch_tokens, dtype=config.dtype, limit=subject.limit, head=True)  # fmt: skip
-    return found.by_layer
+def _cost(model: _Model, subject: Subject, config: Config, tokens: int) -> Cost:
+    return cost(model.structure, tokens=tokens, batch_tokens=subject.batch_tokens, dtype=config.dtype, limit=subject.limit, head=True)  # fmt: skip
+
+
+def _check_fits(asked: Asked, model: _Model, subject: Subject) -> None:
+    """Refuse a model of which not even one layer fits.
+
+    Raises:
+        InputError: with the line of the limit.
+    """
+    found = _cost(model, subject, asked.config, subject.tokens)
+    if found.by_layer and found.streamed > subject.limit:
+        raise asked.wrong(InputError(f"{model.name}: one layer at a time still needs {found.streamed / 1e9:.1f} GB of memory, {subject.limit / 1e9:.1f} GB may be used. Give a smaller batch_size or length, fewer --jobs, or a larger memory_limit"), "memory_limit")  # fmt: skip
+
+
+def _share(model: _Model, subject: Subject, config: Config) -> int | None:
+    """How many cells of a model that runs layer by layer share one read; None where the model is in memory.
+
+    Every cell has hidden states of its own for all texts, twice.
+    """
+    found = _cost(model, subject, config, sum(text.num_tokens for text in model.texts))
+    if not found.by_layer:
+        return None
+    return max(1, int((subject.limit - found.streamed + 2 * found.hidden) // max(2 * found.hidden, 1)))
 
 
 class _Schedule:
     """The queue of jobs, which grows when a profile is there.
 
     In memory, cells are evaluated in groups of `GROUP`, those that need no profile first; a model that runs layer by layer is
-    evaluated when all its plans are there, with one read of its weights.
+    evaluated when all its plans are there, as many at once as memory takes: they share a read of its weights.
     """
 
     def __init__(self, models: Sequence[_Model], subjects: Mapping[str, Subject], config: Config, jobs: int) -> None:
         self.queue: deque[Any] = deque()
         self._jobs, self._lost = jobs, set[str]()
-        self._by_layer = {m.name: _by_layer(m, subjects[m.name], config) for m in models}
+        self._by_layer = {m.name: _share(m, subjects[m.name], config) for m in models}
         self._models = {m.name: m for m in models}
         self._open: dict[str, set[int]] = {}
         self._gathered: dict[str, list[Cell]] = {}
@@ -271,7 +295,7 @@ class _Schedule:
                 self.queue.extend([*self._evaluations(model.name, free), *plannings])
 
     def _evaluations(self, name: str, found: Sequence[Cell]) -> list[Evaluating]:
-        size = len(found) if self._by_layer[name] else min(GROUP, -(-len(found) // self._jobs))
+        size = self._by_layer[name] or min(GROUP, -(-len(found) // self._jobs))
         prints = self._models[name].fingerprints
         return [
             Evaluating(name, tuple(part), {c.id: prints[c.id] for c in part})
@@ -324,6 +348,8 @@ def compare(asked: Asked, run: Path, *, jobs: int = 1, command: str = "") -> Out
         write_text(run / CONFIG, asked.config.text())
         _look(run, models)
         subjects = {m.name: _subject(m, asked.config, _limit(asked.config, jobs)) for m in models}
+        for model in models:
+            _check_fits(asked, model, subjects[model.name])
         progress.say(_plan_line(run, models, subjects, asked.config, jobs))
         made = sum(len(m.pending) for m in models)
         machine = _stored_models(run)
@@ -384,12 +410,10 @@ def _plan_line(run: Path, models: Sequence[_Model], subjects: Mapping[str, Subje
         subject = subjects[model.name]
         device = check_device(config.dtype, config.device)
 
-        def of(tokens: int, *, head: bool, model: _Model = model, subject: Subject = subject) -> float:
-            one = cost(model.structure, tokens=tokens, batch_tokens=subject.batch_tokens, dtype=config.dtype, limit=subject.limit, head=head)  # fmt: skip
-            return seconds_of(one, model.structure, dtype=config.dtype, device=device)  # noqa: B023
-
-        seconds += len(model.pending) * of(sum(t.num_tokens for t in model.texts), head=True)
-        seconds += sum(of(sum(c.num_tokens for c in sample), head=False) for sample in model.samples.values())
+        passes = [model.texts] * len(model.pending) + list(model.samples.values())
+        for tokens, times in Counter(sum(c.num_tokens for c in corpora) for corpora in passes).items():
+            one = _cost(model, subject, config, tokens)
+            seconds += times * seconds_of(one, model.structure, dtype=config.dtype, device=device)
     return f"{run}: {total} cells, {total - pending} are there, {pending} to go: about {duration(seconds / jobs)} on this machine"  # fmt: skip
 
 

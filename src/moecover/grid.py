@@ -185,6 +185,8 @@ def _words(error: Any) -> str:
         return f"unknown key {way[-1]!r}.{f' Did you mean {close[0]}?' if close else ''} Known: {', '.join(known)}"
     if error["type"] == "missing":
         return f"`{name}` is missing"
+    if error["type"] == "too_short":
+        return f"`{name}`: at least one value is needed"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     got = f", not {error['input']!r}" if not isinstance(error["input"], (dict, BaseModel)) else ""
@@ -462,13 +464,15 @@ def cells(asked: Asked, model: ModelEntry, topology: Topology) -> list[Cell]:
 
 
 def check_sources(asked: Asked) -> None:
-    """Refuse corpora that cannot be: unknown names, files that are not there.
+    """Refuse corpora and texts that cannot be: unknown names, files that are not there.
 
     Raises:
         InputError: with the line.
     """
-    for number, corpora in enumerate(asked.config.calibration):
+    config = asked.config
+    for way, arguments in [*((("calibration", i), c) for i, c in enumerate(config.calibration)), (("perplexity",), config.perplexity)]:  # fmt: skip
         try:
-            parse_corpora(corpora)
+            if arguments:
+                parse_corpora(arguments)
         except InputError as error:
-            raise asked.wrong(InputError(str(error).replace("--corpus ", "")), "calibration", number) from error
+            raise asked.wrong(InputError(str(error).replace("--corpus ", "")), *way) from error
