@@ -24,13 +24,14 @@ from moecover.comparing import Evaluating, Failure, Finished
 from moecover.comparison import GROUP, compare, weights_fingerprint
 from moecover.crew import END, Died, work
 from moecover.errors import InputError
-from moecover.evaluation import load_text, perplexity
+from moecover.evaluation import perplexity
 from moecover.evaluations import Evaluation
 from moecover.grid import Cell, cells, label_of, read, slug, variants
 from moecover.masking import masked
 from moecover.model import load_model
 from moecover.plans import Plan
 from moecover.topology import Topology, read_structure
+from moecover.windows import load_windows
 from tests.tiny import TEXT, make_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -91,7 +92,7 @@ def test_tiny_grid(grid: Callable[..., Path], tmp_path: Path) -> None:
     assert results["failed"] == []
     asked = read(path, {})
     structure = read_structure(asked.config.models[0].model)
-    text = load_text("test", tmp_path / "test.jsonl", structure=structure, length=32, windows=6)
+    text = load_windows("test", tmp_path / "test.jsonl", structure=structure, length=32, windows=6)
     model = load_model(structure)
     for cell in results["cells"]:
         (row,) = Evaluation.load(out / "cells" / cell["id"]).rows
@@ -414,6 +415,58 @@ def test_a_model_that_cannot_be_loaded_fails_by_itself(grid: Callable[..., Path]
     assert asked.count("mixtral") == 1
 
 
+# ----------------------------------------------------------------------------------------------------------------- tasks
+def write_arc(folder: Path, seed: int = 0, questions: int = 8) -> Path:
+    """Documents in the layout of ``--data-dir``."""
+    rng = random.Random(seed)
+    (folder / "arc_easy").mkdir(parents=True, exist_ok=True)
+    for split in ("validation", "test"):
+        rows = [
+            {"id": str(i), "question": " ".join(rng.sample(WORDS, 4)), "answerKey": "AB"[rng.randrange(2)],
+             "choices": {"text": rng.sample(WORDS, 2), "label": ["A", "B"]}}
+            for i in range(questions)
+        ]  # fmt: skip
+        (folder / "arc_easy" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_tasks(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("lm_eval")
+    write_arc(tmp_path / "data")
+    path = grid(tasks=["arc_easy"], data_dir="data", limit=6, methods=["random", "tb-coverage"])
+    out = tmp_path / "run"
+    assert run(path, out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["tasks"]["arc_easy"]["items"] == 6
+    for cell in results["cells"]:
+        found = Evaluation.load(out / "cells" / cell["id"])
+        (row,) = found.rows
+        items = found.items[row.name]["arc_easy"]["acc"]
+        assert len(items) == 6
+        assert row.tasks["arc_easy"]["acc"].value == pytest.approx(items.mean())
+        assert row.perplexity["test"].perplexity > 1
+        assert (row.perplexity["test"].kl is None) == (cell["method"] == "full")
+    table = rows(out)
+    means = [float(r["value"]) for r in table if r["kind"] == "mean"]
+    assert means == [float(r["value"]) for r in table if r["kind"] == "task" and r["metric"] == "acc"]
+    assert "### Tasks, qwen" in (out / "results.md").read_text()
+    kinds = {(c["b"], c["kind"]) for c in results["comparisons"]}
+    assert kinds == {("random", "tasks"), ("random", "perplexity")}
+    assert all(c["words"] in (out / "results.md").read_text() for c in results["comparisons"])
+    before = written(out)
+    write_arc(tmp_path / "data", seed=1)  # other questions
+    assert run(path, out) == 0
+    assert all(written(out)[name] != before[name] for name in before)
+    capsys.readouterr()
+    assert run(path, out, "--tasks", "arc_esy") == 2
+    assert "moecover: --tasks: arc_esy: there is no such task. Did you mean arc_easy?" in capsys.readouterr().err
+    (tmp_path / "data" / "arc_easy" / "test.jsonl").unlink()
+    assert run(path, out) == 2
+    error = capsys.readouterr().err
+    assert f"{path}, line " in error
+    assert "test.jsonl is missing" in error
+
+
 # ------------------------------------------------------------------------------------------------- processes and memory
 def test_two_jobs_give_what_one_gives(grid: Callable[..., Path], tmp_path: Path, checkpoints: Any) -> None:
     models = [{"model": str(checkpoints(f)), "name": f} for f in ("qwen2_moe", "olmoe")]
@@ -632,7 +685,7 @@ def test_mistakes_in_the_file(
     [
         (["--retain", "0.5", "--keep", "6"], "give one of `retain`"),
         (["--retain", "0.01"], "--retain: qwen: retain 0.01 keeps 0 of 12 experts"),
-        (["--memory-limit", "600MB"], "--memory-limit: qwen: one layer at a time still needs 0.6 GB"),
+        (["--memory-limit", "600MB"], "--memory-limit: qwen: one layer at a time still needs 0."),
         (["--jobs", "0"], "--jobs 0 is out of range"),
         (["--method", "rndom"], "unknown method 'rndom'. Did you mean random?"),
         (["--seeds", "1,1"], "`seeds` has 1 twice"),

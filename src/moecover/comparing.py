@@ -8,6 +8,7 @@ the grid: `comparison` says what is to be done.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import platform
@@ -19,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecover.corpus import Corpus
+from moecover.corpus import Corpus, load_tokenizer
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.evaluation import evaluate
-from moecover.evaluations import Evaluation
+from moecover.evaluations import FULL, Evaluation
 from moecover.files import PARTIAL, canonical_json, new_folder, write_text
 from moecover.fitting import opened
 from moecover.grid import Cell, Config
@@ -33,6 +34,7 @@ from moecover.profiling import profile
 from moecover.registry import load_plugin
 from moecover.states import kept_for_later, remove
 from moecover.streaming import Streamed
+from moecover.tasks import Tasks, resolve
 from moecover.topology import Structure, read_structure
 
 if TYPE_CHECKING:
@@ -163,6 +165,7 @@ class _Table:
         self._open = contextlib.ExitStack()
         self._failure: Exception | None = None
         self._model: Any = None
+        self._tasks: Tasks | None = None
         self._structure: Structure | None = None
 
     def structure(self, name: str) -> Structure:
@@ -197,9 +200,25 @@ class _Table:
                 raise
         return self._model  # type: ignore[no-any-return]
 
+    def tasks(self, name: str) -> Tasks | None:
+        """The tasks with the tokenizer of a model, None where none are asked for."""
+        structure = self.structure(name)
+        if self._tasks is None and self.work.config.tasks:
+            self._tasks = tasks_of(self.work.config, structure)
+        return self._tasks
+
     def close(self) -> None:
-        self._model = None
+        self._model = self._tasks = None
         self._open.close()
+
+
+def tasks_of(config: Config, structure: Structure) -> Tasks:
+    """The tasks of a comparison in the tokens of a model."""
+    data_dir, include_path = (None if p is None else Path(p) for p in (config.data_dir, config.include_path))
+    return resolve(
+        config.tasks, tokenizer=load_tokenizer(structure.checkpoint.path), data_dir=data_dir, include_path=include_path,
+        limit=config.limit, batch_size=config.batch_size,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- profiles and plans
@@ -347,19 +366,39 @@ def _plan_of(table: _Table, cell: Cell) -> Plan:
 
 
 def _measured(table: _Table, job: Evaluating, group: list[Cell], plans: Mapping[str, Plan]) -> Iterator[Finished]:
+    """The texts for all cells together, the full model beside them; then the tasks, cell by cell."""
     started = time.monotonic()
-    found = evaluate(
-        table.structure(job.model), {cell.id: plans[cell.id] for cell in group if cell.variant is not None},
-        model=table.model(job.model), texts=table.work.subjects[job.model].texts, batch_size=table.work.config.batch_size,
-        full=any(cell.variant is None for cell in group),
-    )  # fmt: skip
-    wall_s = (time.monotonic() - started) / len(group)
-    rows = {row.name: row for row in found.rows}
+    structure, model, texts = table.structure(job.model), table.model(job.model), table.work.subjects[job.model].texts
+    batch_size, tasks = table.work.config.batch_size, table.tasks(job.model)
+    read: Evaluation | None = None
+    if texts:
+        chosen = {cell.id: plans[cell.id] for cell in group if cell.variant is not None}
+        read = evaluate(structure, chosen, model=model, texts=texts, batch_size=batch_size)
+    shared = (time.monotonic() - started) / len(group)
     for cell in group:
-        name = cell.id if cell.variant is not None else "full"
-        one = Evaluation(found.model, found.texts, found.tasks, [rows[name]], {name: found.items.get(name, {})}, {name: found.windows.get(name, {})})  # fmt: skip
+        started = time.monotonic()
+        name, parts = cell.id if cell.variant is not None else FULL, [part_of(read, cell)] if read is not None else []
+        if tasks is not None:
+            alone = {} if cell.variant is None else {name: plans[name]}
+            parts.append(evaluate(structure, alone, model=model, tasks=tasks, full=cell.variant is None, batch_size=batch_size))  # fmt: skip
+        one = functools.reduce(both, parts)
+        wall_s = shared + time.monotonic() - started
         write_cell(table.work.run, cell, job.fingerprints[cell.id], evaluation=one, wall_s=wall_s)
         yield Finished(cell, wall_s, summary(one))
+
+
+def part_of(found: Evaluation, cell: Cell) -> Evaluation:
+    """A cell's row of an evaluation, by itself."""
+    name = cell.id if cell.variant is not None else FULL
+    (row,) = [row for row in found.rows if row.name == name]
+    items, windows = {name: found.items.get(name, {})}, {name: found.windows.get(name, {})}
+    return Evaluation(found.model, found.texts, found.tasks, [row], items, windows)
+
+
+def both(one: Evaluation, two: Evaluation) -> Evaluation:
+    """Texts of the first and tasks of the second evaluation of the same row."""
+    row = dataclasses.replace(one.rows[0], tasks=two.rows[0].tasks)
+    return Evaluation(one.model, one.texts, two.tasks, [row], two.items, one.windows)
 
 
 def write_cell(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter, deque
@@ -33,6 +35,7 @@ from moecover.comparing import (
     Work,
     bench,
     options_of,
+    tasks_of,
     write_cell,
 )
 from moecover.corpora import parse_corpora
@@ -40,7 +43,6 @@ from moecover.corpus import Corpus, load_corpus
 from moecover.crew import Died, work
 from moecover.demo import shipped_model
 from moecover.errors import InputError, MoecoverError
-from moecover.evaluation import load_text
 from moecover.files import PARTIAL, canonical_json, locked, write_text
 from moecover.fitting import Cost, available_memory, cost, duration, parse_size, seconds_of
 from moecover.grid import SHIPPED, Asked, Cell, Config, ModelEntry, cells, check_sources, corpora_of
@@ -51,6 +53,7 @@ from moecover.registry import load_plugin
 from moecover.results import write_results
 from moecover.source import open_checkpoint
 from moecover.topology import Structure, read_structure
+from moecover.windows import load_windows
 
 CONFIG, MODELS = "config.yaml", "models.json"
 GROUP = 8  # cells of a model in memory that are measured together: the full model's logits are computed once for them
@@ -152,7 +155,9 @@ def _prepare(asked: Asked, model: _Model) -> None:
         for number, (name, path) in enumerate(texts.items()):
             at = ("perplexity", number)
             with progress.spinner(f"{entry.name}: reading text {name}"):
-                text = load_text(name, path or None, structure=structure, length=config.window, windows=config.windows)
+                text = load_windows(
+                    name, path or None, structure=structure, length=config.window, windows=config.windows
+                )
                 model.texts += (text,)
         for calibration, sample in wanted:
             at = ("calibration", [tuple(corpora_of(c)) for c in config.calibration].index(calibration))
@@ -163,9 +168,10 @@ def _prepare(asked: Asked, model: _Model) -> None:
                 )  # fmt: skip
     except InputError as error:
         raise asked.wrong(InputError(f"{entry.name}: {error}"), *at) from error
+    tasks = _tasks_fingerprint(asked, structure) if config.tasks else None
     weights, versions = weights_fingerprint(structure), _versions()
     for cell in model.cells:
-        model.fingerprints[cell.id] = _fingerprint(config, model, cell, weights, versions)
+        model.fingerprints[cell.id] = _fingerprint(config, model, cell, weights, tasks, versions)
 
 
 def weights_fingerprint(structure: Structure) -> str:
@@ -183,6 +189,28 @@ def weights_fingerprint(structure: Structure) -> str:
     return digest.hexdigest()
 
 
+def _tasks_fingerprint(asked: Asked, structure: Structure) -> str:
+    """Hash of the tasks: their definitions, every document, how many are scored, and the harness.
+
+    Raises:
+        InputError: a task that is unknown or whose documents are missing, with the line.
+    """
+    from importlib.metadata import version
+
+    try:
+        with progress.spinner("reading the tasks"):
+            tasks = tasks_of(asked.config, structure)
+    except InputError as error:
+        raise asked.wrong(InputError(str(error).removeprefix("--tasks ")), "tasks") from error
+    digest = hashlib.sha256(json.dumps([version("lm_eval"), tasks.parts, asked.config.limit]).encode())
+    for name, task in sorted(tasks.loaded["tasks"].items()):
+        about = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(task.dump_config(), default=str, sort_keys=True))
+        digest.update(f"{name} {about}".encode())
+        for document in itertools.islice(task.eval_docs, asked.config.limit):
+            digest.update(json.dumps(document, default=str, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def _versions() -> dict[str, str]:
     import torch
     import transformers
@@ -192,7 +220,7 @@ def _versions() -> dict[str, str]:
     return {"moecover": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _fingerprint(config: Config, model: _Model, cell: Cell, weights: str, versions: Mapping[str, str]) -> str:
+def _fingerprint(config: Config, model: _Model, cell: Cell, weights: str, tasks: str | None, versions: Mapping[str, str]) -> str:  # fmt: skip
     """Hash of everything that a cell depends on."""
     plan: Any = None
     if cell.variant is not None:
@@ -210,7 +238,7 @@ def _fingerprint(config: Config, model: _Model, cell: Cell, weights: str, versio
     corpora = [c.record for c in model.samples[cell.calibration, cell.sample]] if cell.calibration else []
     texts = {text.name: text.record for text in model.texts}
     plugins = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in config.plugins]
-    value = [weights, plan, corpora, texts, config.batch_size, config.dtype, check_device(config.dtype, config.device), versions, plugins]  # fmt: skip
+    value = [weights, plan, corpora, texts, tasks, config.batch_size, config.dtype, check_device(config.dtype, config.device), versions, plugins]  # fmt: skip
     return hashlib.sha256(canonical_json(json.loads(json.dumps(value))).encode()).hexdigest()
 
 
@@ -358,7 +386,7 @@ def compare(asked: Asked, run: Path, *, jobs: int = 1, command: str = "") -> Out
                 _run(run, asked.config, models, subjects, jobs, machine)
         finally:
             write_text(run / MODELS, json.dumps(_about_models(models, machine), indent=1) + "\n")
-        results = write_results(run, asked.config, [cell for m in models for cell in m.cells], command=command)
+        results = write_results(run, [cell for m in models for cell in m.cells], command=command)
     return Outcome(results, {c["id"]: c["reason"] for c in results["cells"] if c["status"] != DONE}, made)
 
 

@@ -23,6 +23,7 @@ from moecover.errors import InputError
 from moecover.planning import DEFAULT_SALIENCY, METHODS, check_options
 from moecover.plans import resolve_keep
 from moecover.topology import Topology
+from moecover.windows import WINDOWS, check_text
 
 FULL = "full"  # the method of the cell that removes nothing
 SHIPPED = "shipped:"  # before the name of a model that comes with the package
@@ -101,8 +102,8 @@ class Config(BaseModel):
     retain: Annotated[list[float], BeforeValidator(_listed), Field(min_length=1)] | None = None
     keep: Numbers | None = None
     perplexity: Texts = []
-    windows: Count | None = None
     window: Count | None = None
+    windows: Count = WINDOWS
     tasks: Texts = []
     limit: Count | None = None
     data_dir: str | None = None
@@ -472,7 +473,10 @@ def check_sources(asked: Asked) -> None:
     config = asked.config
     for way, arguments in [*((("calibration", i), c) for i, c in enumerate(config.calibration)), (("perplexity",), config.perplexity)]:  # fmt: skip
         try:
-            if arguments:
-                parse_corpora(arguments)
+            for name, path in parse_corpora(arguments).items() if arguments else ():
+                if way == ("perplexity",) and not path:
+                    check_text(name)
         except InputError as error:
-            raise asked.wrong(InputError(str(error).replace("--corpus ", "")), *way) from error
+            raise asked.wrong(
+                InputError(str(error).replace("--corpus ", "").replace("--perplexity ", "")), *way
+            ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -19,7 +18,8 @@ from typing import Any
 from moecover.comparing import CELL, DONE, SCHEMA
 from moecover.evaluations import Evaluation, Row
 from moecover.files import write_text
-from moecover.grid import FULL, Cell, Config
+from moecover.grid import FULL, Cell
+from moecover.significance import comparisons, mean_of_tasks
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 COLUMNS = (
@@ -41,14 +41,17 @@ def read_cells(run: Path, cells: Sequence[Cell]) -> list[tuple[dict[str, Any], E
 
 
 def mean_of(evaluation: Evaluation) -> tuple[float, float | None] | None:
-    """Mean over the tasks of the metric that each is known by, with the standard error of independent tasks."""
+    """Mean over the tasks of the metric that each is known by, and its standard error."""
     (row,) = evaluation.rows
-    scores = [row.tasks[task][about["metric"]] for task, about in evaluation.tasks.items()]
-    if not scores:
-        return None
-    errors = [s.stderr for s in scores]
-    stderr = math.sqrt(sum(e * e for e in errors if e is not None)) / len(scores) if None not in errors else None
-    return statistics.fmean(s.value for s in scores), stderr
+    items = evaluation.items.get(row.name, {})
+    return mean_of_tasks({t: items[t][about["metric"]] for t, about in evaluation.tasks.items()}) if items else None
+
+
+def compared(about: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """A cell as `significance.comparisons` takes it."""
+    (row,) = evaluation.rows
+    items = {t: metrics[evaluation.tasks[t]["metric"]] for t, metrics in evaluation.items.get(row.name, {}).items()}
+    return {**about, "items": items, "windows": evaluation.windows.get(row.name, {})}
 
 
 def tidy(cells: Iterable[tuple[dict[str, Any], Evaluation | None]]) -> Iterator[Tidy]:
@@ -81,7 +84,7 @@ def csv_text(rows: Iterable[Tidy]) -> str:
     return out.getvalue()
 
 
-def write_results(run: Path, config: Config, cells: Sequence[Cell], *, command: str) -> dict[str, Any]:
+def write_results(run: Path, cells: Sequence[Cell], *, command: str) -> dict[str, Any]:
     """Write the three files of results from the cells that are there.
 
     Returns:
@@ -97,7 +100,7 @@ def write_results(run: Path, config: Config, cells: Sequence[Cell], *, command: 
         "texts": _first(e.texts for e in done),
         "tasks": _first(e.tasks for e in done),
         "cells": [{**about, "row": asdict(evaluation.rows[0]) if evaluation else None} for about, evaluation in found],
-        "comparisons": [],
+        "comparisons": comparisons([compared(about, e) for about, e in found if e is not None]),
         "failed": [about["id"] for about, evaluation in found if evaluation is None],
     }
     write_text(run / CSV, csv_text(tidy(found)))
@@ -179,6 +182,8 @@ def markdown(results: dict[str, Any], found: Sequence[tuple[dict[str, Any], Eval
         mine = [(about, e) for about, e in found if about["model"] == model["name"] and e is not None]
         if mine:
             parts.append(_chapter(model, mine, results))
+            sentences = [f"- {c['words']}\n" for c in results["comparisons"] if c["model"] == model["name"]]
+            parts += [f"### Comparisons, {model['name']}\n\n{''.join(sentences)}"] if sentences else []
     if failed := [(a["id"], a["reason"]) for a, e in found if e is None]:
         parts.append("## Failed\n\n" + "".join(f"- {name}: {reason}\n" for name, reason in failed))
     return "\n".join(parts)
