@@ -19,7 +19,7 @@ FLAGS: tuple[tuple[str, str, Any, str, str], ...] = (
     ("data-dir", "data_dir", None, "DIR", "local files of the tasks instead of the hub"),
     ("include-path", "include_path", None, "DIR", "folder with task definitions of your own"),
     ("window", "window", int, "N", "tokens per window of a perplexity text (default: 2048, or the model's positions if fewer)"),
-    ("windows", "windows", int, "N", "windows of a perplexity text, from its beginning (default: all)"),
+    ("windows", "windows", int, "N", "windows of a perplexity text, from its beginning (default: 256)"),
     ("method", "methods", None, "NAME", "moecover ls methods; repeat it (default: random, pooled with saliency reap, expert-sparsity, tb-coverage)"),
     ("saliency", "saliencies", None, "NAME", "for methods that take one; repeat it (default: contribution)"),
     ("retain", "retain", float, "R,R", "fractions of the experts that are kept (default: 0.25,0.5,0.75)"),

@@ -108,7 +108,6 @@ class Config(BaseModel):
     limit: Count | None = None
     data_dir: str | None = None
     include_path: str | None = None
-    usage: bool = True
     dtype: str = "auto"
     device: str = "auto"
     memory_limit: str | None = None
