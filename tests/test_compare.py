@@ -415,6 +415,15 @@ def test_a_model_that_cannot_be_loaded_fails_by_itself(grid: Callable[..., Path]
     assert asked.count("mixtral") == 1
 
 
+def test_samples_of_nearly_all_the_text_are_said(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    """Their spread is not that of new text."""
+    most = 120
+    for sequences, said in ((6, False), (most, True)):
+        path = grid(samples=[0, 1], sequences=sequences, methods=["tb-coverage"])
+        assert main(["compare", str(path), "-o", str(tmp_path / f"run{sequences}")]) == 0
+        assert ("so the samples overlap" in capsys.readouterr().err) == said
+
+
 # ----------------------------------------------------------------------------------------------------------------- tasks
 def write_arc(folder: Path, seed: int = 0, questions: int = 8) -> Path:
     """Documents in the layout of ``--data-dir``."""

@@ -168,10 +168,23 @@ def _prepare(asked: Asked, model: _Model) -> None:
                 )  # fmt: skip
     except InputError as error:
         raise asked.wrong(InputError(f"{entry.name}: {error}"), *at) from error
+    _warn_of_overlap(model)
     tasks = _tasks_fingerprint(asked, structure) if config.tasks else None
     weights, versions = weights_fingerprint(structure), _versions()
     for cell in model.cells:
         model.fingerprints[cell.id] = _fingerprint(config, model, cell, weights, tasks, versions)
+
+
+def _warn_of_overlap(model: _Model) -> None:
+    """Say where the calibration samples are mostly the same text: their spread is then less than that of new text."""
+    by_corpus: dict[str, list[dict[str, Any]]] = {}
+    for corpora in model.samples.values():
+        for corpus in corpora:
+            by_corpus.setdefault(corpus.name, []).append(corpus.record)
+    for name, records in by_corpus.items():
+        share = max(r["sequences"] / r["blocks_available"] for r in records)
+        if len({r["sha256"] for r in records}) > 1 and share > 0.5:
+            progress.say(f"note: {model.name}: every sample of {name} is {share:.0%} of the text that is there, so the samples overlap and their spread is too small. Give fewer sequences or more text")  # fmt: skip
 
 
 def weights_fingerprint(structure: Structure) -> str:
