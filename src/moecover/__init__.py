@@ -1,6 +1,6 @@
 """Makes a sparse Mixture-of-Experts language model smaller by removing whole routed experts.
 
-The data flow is corpus -> profile -> plan -> checkpoint -> evaluation:
+The data flow is corpus -> profile -> plan -> checkpoint -> evaluation -> report:
 
     import moecover
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from moecover.profiles import Profile
     from moecover.profiling import profile
     from moecover.registry import load_plugin
+    from moecover.reporting import report
     from moecover.saliency import SALIENCIES
     from moecover.source import open_checkpoint
     from moecover.topology import Structure, Topology, read_structure
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "inspect": "inspection", "PROVEN_FAMILIES": "families", "Profile": "profiles", "load_model": "model",
     "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "plans", "plan": "planning", "plan_budgets": "planning", "super_experts": "planning", "load_plugin": "registry", "LayerPlan": "plans",
     "prune": "checkpoint", "masked": "masking", "perplexity": "evaluation", "verify": "verification",
+    "report": "reporting",
     "MoecoverError": "errors", "InputError": "errors",
 }  # fmt: skip
 
@@ -79,6 +81,7 @@ __all__ = [
     "profile",
     "prune",
     "read_structure",
+    "report",
     "super_experts",
     "verify",
 ]

@@ -202,6 +202,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_evaluate(verb, _add_device)
     add_compare(verb)
+    p = verb("report", "write a run of `compare` as one page to read, and its figures as files")
+    p.add_argument("run", type=Path, metavar="RUN_DIR", help="folder that `moecover compare` wrote")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE", help="report.html to write: one file that needs no network")  # fmt: skip
+    p.add_argument("--figures", type=Path, metavar="DIR", help="folder for the figures, PNG and SVG (default: the page's name with _files)")  # fmt: skip
+    p.add_argument("--overwrite", action="store_true", help="replace a page and figures that are there")
 
     p = verb("demo", "prune the shipped model and show what each method leaves of it")
     p.add_argument("-o", "--output", type=Path, default=Path("demo-out"), metavar="DIR", help="folder to write (default: demo-out)")  # fmt: skip

@@ -471,6 +471,15 @@ def _explain(args: argparse.Namespace) -> tuple[Any, str, int]:
     return facts, text, 0
 
 
+def _report(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from moecover.reporting import report
+
+    with progress.spinner("drawing the page"):
+        made = report(args.run, args.output, figures=args.figures, overwrite=args.overwrite)
+    folder = f", {len(made['pictures'])} pictures in {made['figures']}" if made["pictures"] else ""
+    return made, f"{made['page']}: {_size(made['bytes'])}{folder}", 0
+
+
 def _ls(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.listing import listing
 
@@ -499,7 +508,7 @@ def _merge(args: argparse.Namespace) -> tuple[Any, str, int]:
 
 VERBS = {
     "inspect": _inspect, "profile": _profile, "merge": _merge, "plan": _plan, "explain": _explain, "prune": _prune, "verify": _verify,
-    "evaluate": evaluate_verb, "compare": compare_verb, "demo": _demo, "ls": _ls,
+    "evaluate": evaluate_verb, "compare": compare_verb, "report": _report, "demo": _demo, "ls": _ls,
 }  # fmt: skip
 
 
