@@ -30,6 +30,7 @@ from moecover.grid import Cell, cells, label_of, read, slug, variants
 from moecover.masking import masked
 from moecover.model import load_model
 from moecover.plans import Plan
+from moecover.profiles import Profile
 from moecover.topology import Topology, read_structure
 from moecover.windows import load_windows
 from tests.tiny import TEXT, make_checkpoint
@@ -462,9 +463,25 @@ def test_tasks(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
     kinds = {(c["b"], c["kind"]) for c in results["comparisons"]}
     assert kinds == {("random", "tasks"), ("random", "perplexity")}
     assert all(c["words"] in (out / "results.md").read_text() for c in results["comparisons"])
+    (facts,) = json.loads((out / "usage.json").read_text())
+    assert facts["tasks"] == ["arc_easy"]
+    assert facts["plans"].keys() == {c["id"] for c in results["cells"] if c["method"] != "full"}
+    routed = Profile.load(out / "profiles" / "qwen" / "tasks").statistics["arc_easy"]
+    plan = Plan.load(out / "plans" / f"{results['cells'][-1]['id']}.json")
+    weight = routed["weight_sum"]
+    kept = [weight[i][list(layer.kept)].sum() / weight[i].sum() for i, layer in enumerate(plan.layers)]
+    assert facts["plans"][results["cells"][-1]["id"]]["arc_easy"]["kept_weight"] == pytest.approx(kept)
+    assert "### Which experts the tasks use, qwen" in (out / "results.md").read_text()
+    assert "### Routing weight of the tasks on kept experts, qwen" in (out / "results.md").read_text()
+    made = (out / "profiles" / "qwen" / "tasks" / "profile.safetensors").stat().st_ino
+    (out / "usage.json").unlink()
+    assert run(path, out) == 0
+    assert json.loads((out / "usage.json").read_text()) == [facts]
+    assert (out / "profiles" / "qwen" / "tasks" / "profile.safetensors").stat().st_ino == made
     before = written(out)
     write_arc(tmp_path / "data", seed=1)  # other questions
     assert run(path, out) == 0
+    assert json.loads((out / "usage.json").read_text()) != [facts]
     assert all(written(out)[name] != before[name] for name in before)
     capsys.readouterr()
     assert run(path, out, "--tasks", "arc_esy") == 2

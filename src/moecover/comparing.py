@@ -1,7 +1,7 @@
 """The work of a comparison: takes jobs, writes profiles, plans and evaluated cells into the run folder.
 
-A job is either planning (one profile, from which all methods and budgets plan) or the evaluation of some cells of one
-model. What a worker needs is in `Work`; it loads a model once and keeps it until a job asks for another. Nothing here knows
+A job is planning (one profile, from which all methods and budgets plan), the evaluation of some cells of one model, or the
+profile of what its tasks have it read. What a worker needs is in `Work`; it loads a model once and keeps it until a job asks for another. Nothing here knows
 the grid: `comparison` says what is to be done.
 """
 
@@ -15,7 +15,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,22 +36,25 @@ from moecover.states import kept_for_later, remove
 from moecover.streaming import Streamed
 from moecover.tasks import Tasks, resolve
 from moecover.topology import Structure, read_structure
+from moecover.usage import task_corpora
 
 if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
 CELL, MADE_FROM = "cell.json", "made-from.json"
+USAGE_TEXTS = 256  # of every task, a seeded sample, tell which experts it uses
 DONE, FAILED = "done", "failed"
 
 
 # ----------------------------------------------------------------------------------------------------- jobs and reports
 @dataclass(frozen=True)
 class Subject:
-    """A model on this machine with the texts that its cells are measured on."""
+    """A model on this machine with the texts that its cells are measured on; ``weights`` is a hash of them."""
 
     name: str
     folder: Path
+    weights: str
     limit: int
     batch_tokens: int
     tokens: int
@@ -100,6 +103,18 @@ class Evaluating:
 
 
 @dataclass(frozen=True)
+class Using:
+    """Profile a model on the texts of its tasks, to tell afterwards which experts they use."""
+
+    model: str
+
+    @property
+    def folder(self) -> str:
+        """Of the profile, within the run."""
+        return f"profiles/{self.model}/tasks"
+
+
+@dataclass(frozen=True)
 class Finished:
     """A cell is on the disk."""
 
@@ -141,7 +156,7 @@ def why(error: BaseException) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- the bench
 @contextlib.contextmanager
-def bench(work: Work) -> Iterator[Callable[[Planning | Evaluating], Iterator[Any]]]:
+def bench(work: Work) -> Iterator[Callable[[Planning | Evaluating | Using], Iterator[Any]]]:
     """A handler of jobs that keeps the model of the last one open."""
     if work.threads is not None:
         import torch
@@ -151,7 +166,9 @@ def bench(work: Work) -> Iterator[Callable[[Planning | Evaluating], Iterator[Any
         load_plugin(path)
     with contextlib.closing(_Table(work)) as table:
 
-        def handle(job: Planning | Evaluating) -> Iterator[Any]:
+        def handle(job: Planning | Evaluating | Using) -> Iterator[Any]:
+            if isinstance(job, Using):
+                return _using(table, job)
             return _planning(table, job) if isinstance(job, Planning) else _evaluating(table, job)
 
         yield handle
@@ -241,7 +258,8 @@ def plan_path(cell: Cell) -> str:
 def _planning(table: _Table, job: Planning) -> Iterator[Any]:
     """One profile, then the plans of every method and seed, all budgets of it at once."""
     try:
-        made = _profiled(table, job)
+        searches = any(cell.variant is not None and cell.variant.searches for cell in job.cells)
+        made = _profiled(table, job.model, job.folder, job.corpora, searches=searches)
     except Exception as error:
         for cell in job.cells:
             yield Failure(cell, f"profiling {', '.join(c.name for c in job.corpora)}: {why(error)}")
@@ -258,13 +276,12 @@ def _planning(table: _Table, job: Planning) -> Iterator[Any]:
                 yield Failure(cell, f"planning: {why(error)}")
 
 
-def _profiled(table: _Table, job: Planning) -> Profile:
-    """The profile of a calibration sample, from the run folder where it is there already."""
-    config, structure = table.work.config, table.structure(job.model)
-    folder = table.work.run / job.folder
-    searches = any(cell.variant is not None and cell.variant.searches for cell in job.cells)
+def _profiled(table: _Table, model: str, name: str, corpora: Sequence[Corpus], *, searches: bool = False) -> Profile:
+    """A profile by its name within the run folder, from there where it is there already."""
+    config, structure = table.work.config, table.structure(model)
+    folder = table.work.run / name
     asked = {
-        "model": structure.model_fingerprint, "corpora": [c.record for c in job.corpora], "batch_size": config.batch_size,
+        "model": table.work.subjects[model].weights, "corpora": [c.record for c in corpora], "batch_size": config.batch_size,
         "dtype": config.dtype, "device": config.device,
     }  # fmt: skip
     asked = json.loads(json.dumps(asked))
@@ -277,7 +294,7 @@ def _profiled(table: _Table, job: Planning) -> Profile:
     state = folder.with_name(f".{folder.name}{PARTIAL}")
     with kept_for_later(state):
         made = profile(
-            structure, job.corpora, model=table.model(job.model), batch_size=config.batch_size, state=state,
+            structure, corpora, model=table.model(model), batch_size=config.batch_size, state=state,
             keep_inputs=(config.search_tokens, folder) if searches else None,
         )  # fmt: skip
         made.save(folder)
@@ -298,6 +315,18 @@ def _planned(table: _Table, job: Planning, made: Profile, group: list[Cell]) -> 
         plans = plan_budgets(made, method=first.variant.method, keeps=[cell.keep for cell in group], **options)
         for cell, plan in zip(group, plans, strict=True):
             plan.save(run / plan_path(cell))
+
+
+def _using(table: _Table, job: Using) -> Iterator[Any]:
+    """The profile of the texts of the tasks: for analysis, no plan is made from it."""
+    try:
+        tasks = table.tasks(job.model)
+        assert tasks is not None
+        structure = table.structure(job.model)
+        corpora = task_corpora(tasks.documents(), structure=structure, tokenizer=tasks.tokenizer, limit=USAGE_TEXTS)
+        _profiled(table, job.model, job.folder, corpora)
+    except Exception as error:
+        yield Said(f"{job.model}: not known which experts the tasks use: {why(error)}")
 
 
 def _searched(path: Path, cell: Cell, made: Profile, options: dict[str, Any]) -> bool:

@@ -26,15 +26,19 @@ from moecover import progress
 from moecover.comparing import (
     CELL,
     DONE,
+    MADE_FROM,
     Evaluating,
     Failure,
     Finished,
     Planning,
     Ran,
+    Said,
     Subject,
+    Using,
     Work,
     bench,
     options_of,
+    plan_path,
     tasks_of,
     write_cell,
 )
@@ -49,10 +53,14 @@ from moecover.grid import SHIPPED, Asked, Cell, Config, ModelEntry, cells, check
 from moecover.interrupts import held
 from moecover.model import check_device, check_loadable
 from moecover.planning import check_options
+from moecover.plans import Plan
+from moecover.profiles import Profile
 from moecover.registry import load_plugin
 from moecover.results import write_results
 from moecover.source import open_checkpoint
 from moecover.topology import Structure, read_structure
+from moecover.usage import FILE as USAGE
+from moecover.usage import save, usage
 from moecover.windows import load_windows
 
 CONFIG, MODELS = "config.yaml", "models.json"
@@ -84,6 +92,8 @@ class _Model:
     cells: list[Cell]
     samples: dict[tuple[tuple[str, ...], int], tuple[Corpus, ...]] = field(default_factory=dict)
     texts: tuple[Corpus, ...] = ()
+    weights: str = ""
+    task_tokens: int = 0
     fingerprints: dict[str, str] = field(default_factory=dict)
     pending: list[Cell] = field(default_factory=list)
     walls: list[float] = field(default_factory=list)
@@ -169,10 +179,12 @@ def _prepare(asked: Asked, model: _Model) -> None:
     except InputError as error:
         raise asked.wrong(InputError(f"{entry.name}: {error}"), *at) from error
     _warn_of_overlap(model)
-    tasks = _tasks_fingerprint(asked, structure) if config.tasks else None
-    weights, versions = weights_fingerprint(structure), _versions()
+    tasks = None
+    if config.tasks:
+        tasks, model.task_tokens = _tasks_fingerprint(asked, structure)
+    model.weights, versions = weights_fingerprint(structure), _versions()
     for cell in model.cells:
-        model.fingerprints[cell.id] = _fingerprint(config, model, cell, weights, tasks, versions)
+        model.fingerprints[cell.id] = _fingerprint(config, model, cell, tasks, versions)
 
 
 def _warn_of_overlap(model: _Model) -> None:
@@ -202,8 +214,8 @@ def weights_fingerprint(structure: Structure) -> str:
     return digest.hexdigest()
 
 
-def _tasks_fingerprint(asked: Asked, structure: Structure) -> str:
-    """Hash of the tasks: their definitions, every document, how many are scored, and the harness.
+def _tasks_fingerprint(asked: Asked, structure: Structure) -> tuple[str, int]:
+    """Hash of the tasks (their definitions, every document, how many are scored, and the harness), and about their tokens.
 
     Raises:
         InputError: a task that is unknown or whose documents are missing, with the line.
@@ -221,7 +233,7 @@ def _tasks_fingerprint(asked: Asked, structure: Structure) -> str:
         digest.update(f"{name} {about}".encode())
         for document in itertools.islice(task.eval_docs, asked.config.limit):
             digest.update(json.dumps(document, default=str, sort_keys=True).encode())
-    return digest.hexdigest()
+    return digest.hexdigest(), tasks.num_tokens()
 
 
 def _versions() -> dict[str, str]:
@@ -233,7 +245,7 @@ def _versions() -> dict[str, str]:
     return {"moecover": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _fingerprint(config: Config, model: _Model, cell: Cell, weights: str, tasks: str | None, versions: Mapping[str, str]) -> str:  # fmt: skip
+def _fingerprint(config: Config, model: _Model, cell: Cell, tasks: str | None, versions: Mapping[str, str]) -> str:
     """Hash of everything that a cell depends on."""
     plan: Any = None
     if cell.variant is not None:
@@ -251,7 +263,7 @@ def _fingerprint(config: Config, model: _Model, cell: Cell, weights: str, tasks:
     corpora = [c.record for c in model.samples[cell.calibration, cell.sample]] if cell.calibration else []
     texts = {text.name: text.record for text in model.texts}
     plugins = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in config.plugins]
-    value = [weights, plan, corpora, texts, tasks, config.batch_size, config.dtype, check_device(config.dtype, config.device), versions, plugins]  # fmt: skip
+    value = [model.weights, plan, corpora, texts, tasks, config.batch_size, config.dtype, check_device(config.dtype, config.device), versions, plugins]  # fmt: skip
     return hashlib.sha256(canonical_json(json.loads(json.dumps(value))).encode()).hexdigest()
 
 
@@ -278,7 +290,9 @@ def _subject(model: _Model, config: Config, limit: int) -> Subject:
     longest = max((corpus.tokens.shape[1] for corpus in texts), default=0)
     passes = [model.texts, *model.samples.values()]
     tokens = max(sum(corpus.num_tokens for corpus in corpora) for corpora in passes)
-    return Subject(model.name, model.structure.checkpoint.path, limit, config.batch_size * longest, tokens, model.texts)
+    return Subject(
+        model.name, model.structure.checkpoint.path, model.weights, limit, config.batch_size * longest, tokens, model.texts
+    )  # fmt: skip
 
 
 def _cost(model: _Model, subject: Subject, config: Config, tokens: int) -> Cost:
@@ -314,7 +328,9 @@ class _Schedule:
     evaluated when all its plans are there, as many at once as memory takes: they share a read of its weights.
     """
 
-    def __init__(self, models: Sequence[_Model], subjects: Mapping[str, Subject], config: Config, jobs: int) -> None:
+    def __init__(
+        self, models: Sequence[_Model], subjects: Mapping[str, Subject], uses: Sequence[Using], config: Config, jobs: int
+    ) -> None:  # fmt: skip
         self.queue: deque[Any] = deque()
         self._jobs, self._lost = jobs, set[str]()
         self._by_layer = {m.name: _share(m, subjects[m.name], config) for m in models}
@@ -334,6 +350,7 @@ class _Schedule:
                 self.queue.extend(plannings)
             else:
                 self.queue.extend([*self._evaluations(model.name, free), *plannings])
+        self.queue.extend(uses)
 
     def _evaluations(self, name: str, found: Sequence[Cell]) -> list[Evaluating]:
         size = self._by_layer[name] or min(GROUP, -(-len(found) // self._jobs))
@@ -393,12 +410,15 @@ def compare(asked: Asked, run: Path, *, jobs: int = 1, command: str = "") -> Out
             _check_fits(asked, model, subjects[model.name])
         progress.say(_plan_line(run, models, subjects, asked.config, jobs))
         made = sum(len(m.pending) for m in models)
+        uses = [Using(m.name) for m in models if asked.config.tasks and m.samples]
+        uses = [job for job in uses if made or not (run / job.folder / MADE_FROM).is_file()]
         machine = _stored_models(run)
         try:
-            if made:
-                _run(run, asked.config, models, subjects, jobs, machine)
+            if made or uses:
+                _run(run, asked.config, models, subjects, uses, jobs, machine)
         finally:
             write_text(run / MODELS, json.dumps(_about_models(models, machine), indent=1) + "\n")
+        _write_usage(run, models, asked.config)
         results = write_results(run, [cell for m in models for cell in m.cells], command=command)
     return Outcome(results, {c["id"]: c["reason"] for c in results["cells"] if c["status"] != DONE}, made)
 
@@ -450,19 +470,20 @@ def _plan_line(run: Path, models: Sequence[_Model], subjects: Mapping[str, Subje
             continue
         subject = subjects[model.name]
         device = check_device(config.dtype, config.device)
-
-        passes = [model.texts] * len(model.pending) + list(model.samples.values())
-        for tokens, times in Counter(sum(c.num_tokens for c in corpora) for corpora in passes).items():
+        cells_read = sum(text.num_tokens for text in model.texts) + model.task_tokens
+        passes = [cells_read] * len(model.pending) + [sum(c.num_tokens for c in s) for s in model.samples.values()]
+        for tokens, times in Counter(passes).items():
             one = _cost(model, subject, config, tokens)
             seconds += times * seconds_of(one, model.structure, dtype=config.dtype, device=device)
     return f"{run}: {total} cells, {total - pending} are there, {pending} to go: about {duration(seconds / jobs)} on this machine"  # fmt: skip
 
 
 def _run(
-    run: Path, config: Config, models: Sequence[_Model], subjects: Mapping[str, Subject], jobs: int, machine: dict[str, Any]
+    run: Path, config: Config, models: Sequence[_Model], subjects: Mapping[str, Subject], uses: Sequence[Using], jobs: int,
+    machine: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Work through all pending cells."""
-    schedule = _Schedule(models, subjects, config, jobs)
+    """Work through all pending cells, and profile the tasks."""
+    schedule = _Schedule(models, subjects, uses, config, jobs)
     prints = {cell_id: p for m in models for cell_id, p in m.fingerprints.items()}
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     total = sum(len(m.pending) for m in models)
@@ -487,11 +508,38 @@ def _run(
                 before = machine.get(report.model, {})
                 machine[report.model] = {**report.facts, **{k: max(v, before.get(k) or 0) for k, v in report.facts.items() if k.startswith("peak_") and v is not None}}  # fmt: skip
             else:
-                if isinstance(report, Died):
+                if isinstance(report, Said):
+                    progress.say(report.line)
+                    continue
+                if isinstance(report, Died) and isinstance(job, Using):
+                    progress.say(f"{job.model}: not known which experts the tasks use: {report.reason}")
+                elif isinstance(report, Died):
                     for cell in job.cells:
                         if cell.id not in settled:
                             failed(cell, report.reason)
                 schedule.ended(job)
+
+
+def _write_usage(run: Path, models: Sequence[_Model], config: Config) -> None:
+    """usage.json: which experts the tasks use and what every plan left of them, from the profiles that are there.
+
+    The utility is that of the first calibration sample.
+    """
+    found = []
+    for model in models:
+        calibrated = next(iter(model.samples.items()), None)
+        if calibrated is None or not (run / (folder := Using(model.name).folder) / MADE_FROM).is_file():
+            continue
+        (_, sample), corpora = calibrated
+        generic = run / Planning(model.name, corpora, sample, ()).folder
+        done = [c for c in model.cells if c.variant is not None and (stored(run, c) or {}).get("status") == DONE]
+        if (generic / MADE_FROM).is_file():
+            plans = {cell.id: Plan.load(run / plan_path(cell)) for cell in done}
+            found.append(usage(Profile.load(generic), Profile.load(run / folder), plans, saliency=config.saliencies[0]))
+    if found and config.tasks:
+        save(found, run / USAGE)
+    else:
+        (run / USAGE).unlink(missing_ok=True)
 
 
 class _Count:

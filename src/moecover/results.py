@@ -20,6 +20,7 @@ from moecover.evaluations import Evaluation, Row
 from moecover.files import write_text
 from moecover.grid import FULL, Cell
 from moecover.significance import comparisons, mean_of_tasks
+from moecover.usage import FILE as USAGE
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 COLUMNS = (
@@ -27,11 +28,12 @@ COLUMNS = (
     "stderr", "n",
 )  # fmt: skip
 Tidy = dict[str, Any]
+Read = tuple[dict[str, Any], Evaluation | None]
 
 
-def read_cells(run: Path, cells: Sequence[Cell]) -> list[tuple[dict[str, Any], Evaluation | None]]:
+def read_cells(run: Path, cells: Sequence[Cell]) -> list[Read]:
     """cell.json of every cell with its evaluation, None where the cell failed or is not there yet."""
-    found: list[tuple[dict[str, Any], Evaluation | None]] = []
+    found: list[Read] = []
     for cell in cells:
         folder = run / "cells" / cell.id
         if (folder / CELL).is_file():
@@ -54,7 +56,7 @@ def compared(about: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]:
     return {**about, "items": items, "windows": evaluation.windows.get(row.name, {})}
 
 
-def tidy(cells: Iterable[tuple[dict[str, Any], Evaluation | None]]) -> Iterator[Tidy]:
+def tidy(cells: Iterable[Read]) -> Iterator[Tidy]:
     """One row a number, as results.csv has it."""
     for about, evaluation in cells:
         if evaluation is None:
@@ -104,7 +106,8 @@ def write_results(run: Path, cells: Sequence[Cell], *, command: str) -> dict[str
         "failed": [about["id"] for about, evaluation in found if evaluation is None],
     }
     write_text(run / CSV, csv_text(tidy(found)))
-    write_text(run / MARKDOWN, markdown(results, found))
+    usages = json.loads((run / USAGE).read_text(encoding="utf-8")) if (run / USAGE).is_file() else []
+    write_text(run / MARKDOWN, markdown(results, found, usages))
     write_text(run / JSON, json.dumps(results, indent=1) + "\n")
     return results
 
@@ -172,7 +175,7 @@ def _measures(texts: Iterable[str], tasks: dict[str, Any]) -> dict[str, list[Mea
     return found
 
 
-def markdown(results: dict[str, Any], found: Sequence[tuple[dict[str, Any], Evaluation | None]]) -> str:
+def markdown(results: dict[str, Any], found: Sequence[Read], usages: Sequence[dict[str, Any]] = ()) -> str:
     """The tables of every model: a line a method and budget, cells of several seeds and samples taken together."""
     parts = ["# Results\n"]
     if results["command"]:
@@ -182,6 +185,9 @@ def markdown(results: dict[str, Any], found: Sequence[tuple[dict[str, Any], Eval
         mine = [(about, e) for about, e in found if about["model"] == model["name"] and e is not None]
         if mine:
             parts.append(_chapter(model, mine, results))
+            parts += [
+                _mechanism(model["name"], u, mine) for u in usages if u["plans"].keys() & {a["id"] for a, _ in mine}
+            ]
             sentences = [f"- {c['words']}\n" for c in results["comparisons"] if c["model"] == model["name"]]
             parts += [f"### Comparisons, {model['name']}\n\n{''.join(sentences)}"] if sentences else []
     if failed := [(a["id"], a["reason"]) for a, e in found if e is None]:
@@ -211,4 +217,26 @@ def _chapter(model: dict[str, Any], mine: Sequence[tuple[dict[str, Any], Evaluat
             body.append([label, *([calibration or "–"] if several else []), share, size, str(len(group)), *columns])
         if body:
             parts.append(f"### {title}, {model['name']}\n\n{_table(heads, body)}")
+    return "\n".join(parts)
+
+
+def _mechanism(name: str, facts: dict[str, Any], mine: Sequence[tuple[dict[str, Any], Evaluation]]) -> str:
+    """Which experts the tasks use, and what every plan left of them; means over the layers."""
+    tasks, chance = facts["tasks"], facts["keep"] / (2 * facts["experts"] - facts["keep"])
+    body = []
+    for corpus, by_task in facts["corpora"].items():
+        for what, heading in (("jaccard", "overlap"), ("spearman", "rank correlation")):
+            values = [[v for v in by_task[task][what] if v is not None] for task in tasks]
+            body.append([corpus, heading, *(f"{statistics.fmean(v):.3f}" if v else "–" for v in values)])
+    said = f"Overlap (Jaccard) of the {facts['keep']} of {facts['experts']} experts with the most {facts['saliency']} on a corpus and the {facts['keep']} that a task routes to most, and rank correlation over all; random choice overlaps by about {chance:.2f}."  # fmt: skip
+    parts = [f"### Which experts the tasks use, {name}\n\n{said} Task texts are for analysis only, no plan is made from them.\n", _table(["corpus", "", *tasks], body)]  # fmt: skip
+    groups: dict[tuple[int, str], list[str]] = {}
+    for about, _ in mine:
+        if about["id"] in facts["plans"]:
+            groups.setdefault((about["keep"], about["label"]), []).append(about["id"])
+    body = []
+    for (keep, label), ids in groups.items():
+        shares = [[statistics.fmean(facts["plans"][i][task]["kept_weight"]) for i in ids] for task in tasks]
+        body.append([label, f"{keep}", *(_estimate([100 * v for v in one], [], ".1f") for one in shares)])
+    parts += [f"### Routing weight of the tasks on kept experts, {name}, %\n", _table(["method", "experts", *tasks], body)] if body else []  # fmt: skip
     return "\n".join(parts)

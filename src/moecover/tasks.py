@@ -52,6 +52,7 @@ LOCAL: dict[str, Local] = {
     "winogrande": Local({"validation": "winogrande/validation.jsonl"}),
 }
 BLIMP, BLIMP_FILE = "blimp", "blimp/blimp.jsonl"  # one file for its 67 parts: `uid`, `good`, `bad`
+SAMPLE = 16  # documents of a task that tell how long its texts are
 SIX = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande")
 
 
@@ -111,6 +112,31 @@ class Tasks:
                 results.append(self._run(model, advance))
         return results
 
+    def documents(self) -> dict[str, list[str]]:
+        """What every task has a model read at its best: the context and the right answer of every document that is scored.
+
+        Of a document with several right answers the first, of a task that scores whole texts the text. For analysis only.
+        """
+        found: dict[str, list[str]] = {}
+        with _quiet():
+            for name, parts in self.parts.items():
+                found[name] = [text for part in parts for text in _answered(self.loaded["tasks"][part], self.limit)]
+        return found
+
+    def num_tokens(self) -> int:
+        """Tokens that one variant reads, about: of the first `SAMPLE` documents of every task, times their number."""
+        total = 0.0
+        with _quiet():
+            for task in self.loaded["tasks"].values():
+                documents = len(task.eval_docs) if self.limit is None else min(self.limit, len(task.eval_docs))
+                task.build_all_requests(limit=min(SAMPLE, documents))
+                texts = ["".join(part for part in one.args if isinstance(part, str)) for one in task.instances]
+                lengths = [
+                    len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+                ]
+                total += documents * sum(lengths) / min(SAMPLE, documents)
+        return round(total)
+
     def _run(self, model: Any, advance: Callable[[int], None]) -> Scored:
         from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
@@ -153,6 +179,24 @@ class Tasks:
                 "harness": _version(),
             }
         return scores, items
+
+
+def _answered(task: Any, limit: int | None) -> Iterator[str]:
+    """Context and right answer of the documents of one task of the harness."""
+    task.build_all_requests(limit=limit)
+    by_document: dict[int, list[Any]] = {}
+    for one in task.instances:
+        by_document.setdefault(one.doc_id, []).append(one)
+    for requests in by_document.values():
+        document, (context, *rest) = requests[0].doc, requests[0].args
+        if task.OUTPUT_TYPE == "multiple_choice":
+            gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+            gold = gold[0] if isinstance(gold, list) else gold
+            gold = task.doc_to_choice(document).index(gold) if isinstance(gold, str) else gold
+            context, *rest = requests[gold].args
+        elif task.OUTPUT_TYPE == "generate_until":
+            rest = [f"{task.config.target_delimiter}{task.doc_to_target(document)}"]
+        yield "".join([context, *rest])
 
 
 def _version() -> str:
