@@ -493,6 +493,14 @@ def test_tasks(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
     assert "test.jsonl is missing" in error
 
 
+def test_calibration_text_in_a_test_text_is_said(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    path = grid(perplexity=["again=a.jsonl", "test=test.jsonl"], methods=["random"], seeds=[0], sequences=120)
+    assert main(["compare", str(path), "-o", str(tmp_path / "run"), "--method", "tb-coverage"]) == 0
+    err = capsys.readouterr().err
+    assert "of the text again is in the calibration text too" in err
+    assert "of the text test is in" not in err
+
+
 # ------------------------------------------------------------------------------------------------- processes and memory
 def test_two_jobs_give_what_one_gives(grid: Callable[..., Path], tmp_path: Path, checkpoints: Any) -> None:
     models = [{"model": str(checkpoints(f)), "name": f} for f in ("qwen2_moe", "olmoe")]

@@ -12,7 +12,7 @@ import torch
 
 from moecover import cli
 from moecover.checkpoint import prune
-from moecover.corpus import Corpus
+from moecover.corpus import Corpus, load_corpus
 from moecover.demo import shipped_model
 from moecover.errors import InputError
 from moecover.evaluation import evaluate, score
@@ -201,3 +201,56 @@ def test_a_plan_of_another_model(structure: Structure, tmp_path: Path) -> None:
     random_plan(structure, 4).save(tmp_path / "p.json")
     command = ["evaluate", str(shipped_model()), "--plan", str(tmp_path / "p.json"), "--perplexity", "web-heldout", "-o", str(tmp_path / "e")]  # fmt: skip
     assert cli.main(command) == 2
+
+
+# ---------------------------------------------------------------------------------------------- overlap, and the model card
+def test_calibration_text_in_the_test_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, random = read_structure(shipped_model()), np.random.default_rng(0)
+    words = ["river", "stone", "a", "the", "of", "bright", "seven", "bridge", "under", "walks", "slow", "cloud"]
+    for name in ("seen", "unseen"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(random.choice(words, 900)))
+    record = load_corpus("mine", tmp_path / "seen.txt", structure=made, length=128).record
+    plan = random_plan(made, 30).model_copy(update={"calibration": {"mine": [record]}})
+    plan.save(tmp_path / "half.json")
+    texts = [f"--perplexity={name}={tmp_path / name}.txt" for name in ("seen", "unseen")]
+    assert cli.main(["evaluate", str(shipped_model()), "--plan", str(tmp_path / "half.json"), *texts, "--length", "128", "-o", str(tmp_path / "e")]) == 0  # fmt: skip
+    err = capsys.readouterr().err
+    found = Evaluation.load(tmp_path / "e").texts
+    assert found["seen"]["overlap"]["half"] > 0.8  # but for what does not fill a block
+    assert found["unseen"]["overlap"] == {}
+    assert f"{found['seen']['overlap']['half']:.0%} of the text seen is in the calibration text of half too" in err
+    assert "text unseen" not in err
+    prune(made, plan, tmp_path / "half")
+    assert cli.main(["evaluate", str(tmp_path / "half"), *texts[:1], "--length", "128", "-o", str(tmp_path / "e2")]) == 0  # fmt: skip
+    assert f"is in the calibration text of {tmp_path / 'half'} too" in capsys.readouterr().err
+    assert Evaluation.load(tmp_path / "e2").texts["seen"]["overlap"] == {"full": found["seen"]["overlap"]["half"]}
+
+
+def test_the_card_takes_its_numbers_from_the_evaluation(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = read_structure(shipped_model())
+    for seed in (0, 1):
+        random_plan(made, 30, seed).save(tmp_path / f"p{seed}.json")
+    common = ["evaluate", str(shipped_model()), "--perplexity", "web-heldout", "--windows", "2", "--length", "64", "-q"]
+    assert cli.main([*common, "--plan", str(tmp_path / "p0.json"), "--tasks", "arc_easy", "--data-dir", str(data), "-o", str(tmp_path / "e")]) == 0  # fmt: skip
+    cut = ["prune", str(shipped_model()), "--plan", str(tmp_path / "p0.json"), "-o", str(tmp_path / "cut"), "-q"]
+    assert cli.main([*cut, "--evaluation", str(tmp_path / "e")]) == 0
+    card = (tmp_path / "cut" / "README.md").read_text()
+    full, half = Evaluation.load(tmp_path / "e").rows
+    ours = half.perplexity["web-heldout"]
+    assert f"| perplexity, web-heldout, 128 tokens in windows of 64 | {full.perplexity['web-heldout'].perplexity:.3f} | {ours.perplexity:.3f} |" in card  # fmt: skip
+    assert f"| KL divergence from the original, web-heldout, nats per token | 0 | {ours.kl:.4f} |" in card
+    cells = [f"{100 * s.value:.1f} ± {100 * (s.stderr or 0):.1f}" for s in (row.tasks["arc_easy"]["acc_norm"] for row in (full, half))]  # fmt: skip
+    assert f"| arc_easy, acc_norm, 0-shot, 7 items | {cells[0]} | {cells[1]} |" in card
+    assert cli.main(["verify", str(shipped_model()), str(tmp_path / "cut"), "-q"]) == 0
+    capsys.readouterr()
+    other = [*cut[:2], "--plan", str(tmp_path / "p1.json"), "-o", str(tmp_path / "other"), "-q"]
+    assert cli.main([*other, "--evaluation", str(tmp_path / "e")]) == 2
+    assert "holds no row of this plan" in capsys.readouterr().err
+    assert cli.main([*common, "--windows", "3", "--plan", str(tmp_path / "p1.json"), "-o", str(tmp_path / "e3")]) == 0
+    assert cli.main([*other, "--evaluation", str(tmp_path / "e"), "--evaluation", str(tmp_path / "e3")]) == 2
+    assert "they do not compare" in capsys.readouterr().err
+    assert cli.main(["prune", str(shipped_model()), "--corpus", "web", "--keep", "30", "-o", str(tmp_path / "other"), "--evaluation", str(tmp_path / "e")]) == 2  # fmt: skip
+    assert "--evaluation goes with --plan" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

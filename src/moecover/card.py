@@ -20,7 +20,7 @@ def _front_matter(card: str, key: str) -> str | None:
     return entry[1].strip() if entry else None
 
 
-def model_card(structure: Structure, plan: Plan, *, command: str, original_card: str) -> str:
+def model_card(structure: Structure, plan: Plan, *, command: str, original_card: str, measured: str = "") -> str:
     """Text of README.md.
 
     Args:
@@ -28,6 +28,7 @@ def model_card(structure: Structure, plan: Plan, *, command: str, original_card:
         plan: what was kept.
         command: what made the checkpoint.
         original_card: card of the source; its licence is carried over.
+        measured: what evaluations say of the plan, see `measured`.
     """
     topology, checkpoint = structure.topology, structure.checkpoint
     before, after = checkpoint.num_bytes, structure.num_bytes(plan.keep)
@@ -58,6 +59,8 @@ def model_card(structure: Structure, plan: Plan, *, command: str, original_card:
         "original id of every expert, and a hash of every file.",
         "",
     ]
+    if measured:
+        lines += [measured]
     if command:
         lines += ["Made by:", "", "```", command, "```", ""]
     lines += [

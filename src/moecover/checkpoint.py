@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from moecover.config_json import QUANTISATION_FILES, NewId, edited_config, edite
 from moecover.copying import HASH, file_hash, followed, write_ranges
 from moecover.errors import InputError, MoecoverError
 from moecover.files import canonical_json, check_output, explained, locked
+from moecover.measured import measured
 from moecover.plans import Plan, check_plan
 from moecover.registry import unknown_name
 from moecover.resuming import Partial, restore, resumable_folder
@@ -310,6 +311,7 @@ def prune(
     other_weights: bool = False,
     mtp: str = "drop",
     command: str = "",
+    evaluations: Sequence[Path] = (),
     advance: Callable[[int], None] = lambda num_bytes: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -327,6 +329,7 @@ def prune(
         mtp: what becomes of multi-token-prediction layers that have experts of their own, which no forward pass of the
             model runs: ``drop`` leaves them out (config.json says so), ``prune`` keeps the ids of the last MoE layer.
         command: what the user typed, for the model card.
+        evaluations: folders of evaluations of the plan, whose numbers go on the card.
         advance: called with the bytes of every chunk written, and of every shard that an earlier run wrote.
         say: called with a line on what is there from an earlier run.
 
@@ -342,6 +345,7 @@ def prune(
     check_plan(plan, structure, other_weights=other_weights)
     if mtp not in MTP_CHOICES:
         raise unknown_name("--mtp", mtp, MTP_CHOICES)
+    figures = measured(structure, plan, evaluations) if evaluations else ""
     checkpoint = structure.checkpoint
     shards = pieces_by_shard(structure, plan, mtp=mtp)
     new_id = new_ids(structure, plan, mtp=mtp)
@@ -368,12 +372,12 @@ def prune(
             if free < needed:
                 raise MoecoverError(f"{output} needs {needed / 1e9:.2f} GB, {path.parent} has {free / 1e9:.2f} GB free. Free some space or choose another folder")  # fmt: skip
             _write_shards(structure, shards, partial, advance)
-            _write_rest(structure, plan, partial, small, mtp=mtp, command=command)
+            _write_rest(structure, plan, partial, small, mtp=mtp, command=command, figures=figures)
     return path
 
 
 def _write_rest(
-    structure: Structure, plan: Plan, partial: Partial, small: dict[str, bytes], *, mtp: str, command: str
+    structure: Structure, plan: Plan, partial: Partial, small: dict[str, bytes], *, mtp: str, command: str, figures: str
 ) -> None:
     """Write everything but the shards: given contents, files copied as they are, the card, the manifest."""
     from moecover import __version__
@@ -395,7 +399,7 @@ def _write_rest(
         put(name, content)
     original_card = folder / ORIGINAL_CARD
     card = original_card.read_text(encoding="utf-8", errors="replace") if original_card.is_file() else ""
-    put(CARD, model_card(structure, plan, command=command, original_card=card).encode())
+    put(CARD, model_card(structure, plan, command=command, original_card=card, measured=figures).encode())
     manifest = {
         "schema": 1,
         "created_by": f"moecover {__version__}",

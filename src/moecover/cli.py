@@ -191,6 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_keep_inputs(p, f"one shot with expert-sparsity; default {KEEP_INPUTS}")
     p.add_argument("--other-weights", action="store_true", help="accept a plan made on other weights of the same shape")
+    p.add_argument("--evaluation", action="append", default=[], type=Path, metavar="DIR", help="an evaluation of PLAN, or a cell of `compare`, whose numbers go on the model card; repeat it")  # fmt: skip
     p.add_argument("--mtp", choices=("drop", "prune"), default="drop", help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of the last MoE layer in them (default: drop)")  # fmt: skip
 
     p = verb("verify", "prove a pruned checkpoint against the masked original on real text")

@@ -52,6 +52,7 @@ from moecover.fitting import Cost, available_memory, cost, duration, parse_size,
 from moecover.grid import SHIPPED, Asked, Cell, Config, ModelEntry, cells, check_sources, corpora_of
 from moecover.interrupts import held
 from moecover.model import check_device, check_loadable
+from moecover.overlap import WORTH_SAYING, overlap
 from moecover.planning import check_options
 from moecover.plans import Plan
 from moecover.profiles import Profile
@@ -188,7 +189,11 @@ def _prepare(asked: Asked, model: _Model) -> None:
 
 
 def _warn_of_overlap(model: _Model) -> None:
-    """Say where the calibration samples are mostly the same text: their spread is then less than that of new text."""
+    """Say where what is measured on is calibration text too, and where the calibration samples are mostly the same text."""
+    for text in model.texts:
+        share = max((overlap(text, [c.record for c in corpora]) for corpora in model.samples.values()), default=0.0)
+        if share >= WORTH_SAYING:
+            progress.say(f"note: {model.name}: {share:.0%} of the text {text.name} is in the calibration text too: that perplexity says little of other text")  # fmt: skip
     by_corpus: dict[str, list[dict[str, Any]]] = {}
     for corpora in model.samples.values():
         for corpus in corpora:

@@ -18,6 +18,7 @@ import numpy as np
 from moecover.corpora import CORPORA, HubCorpus, file_rows
 from moecover.errors import InputError
 from moecover.interrupts import held
+from moecover.overlap import sketch
 from moecover.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Corpus:
         name: what the profile calls it.
         tokens: int64 ``[sequence, position]``.
         mask: bool ``[sequence, position]``, True where there is a token and False where there is padding.
-        record: JSON-ready origin: source, sha256 of tokens and mask, sizes, seed, documents.
+        record: JSON-ready origin: source, sha256 of tokens and mask, sizes, seed, documents; the sketch of `overlap`.
     """
 
     name: str
@@ -58,11 +59,12 @@ class Corpus:
 
 
 def make_corpus(name: str, tokens: NDArray[np.int64], mask: NDArray[np.bool_], origin: dict[str, Any]) -> Corpus:
-    """A corpus with its hash and sizes; the hash covers token ids and mask, padding excluded."""
+    """A corpus with its hash, sizes and sketch; the hash covers token ids and mask, padding excluded."""
     digest = hashlib.sha256()
     for row, keep in zip(tokens, mask, strict=True):
         digest.update(len(row[keep]).to_bytes(8, "little") + row[keep].astype("<i8").tobytes())
     sizes = {"sequences": len(tokens), "tokens": int(mask.sum()), "sha256": digest.hexdigest()}
+    sizes["sketch"] = sketch(tokens, mask)
     return Corpus(name, tokens, mask, {**origin, **sizes})
 
 

@@ -40,8 +40,8 @@ def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     """Run the verb: result, text to print, exit status."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; ours has an estimate
     from moecover.corpus import load_tokenizer
-    from moecover.evaluation import evaluate
-    from moecover.evaluations import FILE
+    from moecover.evaluation import evaluate, overlaps
+    from moecover.evaluations import FILE, FULL
     from moecover.files import check_output
     from moecover.fitting import opened, parse_size
     from moecover.model import check_device, check_loadable
@@ -73,6 +73,8 @@ def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     for name, path in texts.items():
         with progress.spinner(f"reading {name}"):
             loaded.append(load_windows(name, path, structure=structure, length=args.length, windows=args.windows or WINDOWS))  # fmt: skip
+        for row, share in overlaps(loaded[-1], plans, structure).items():
+            progress.say(f"note: {share:.0%} of the text {name} is in the calibration text of {args.model if row == FULL else row} too: that perplexity says little of other text")  # fmt: skip
     tasks = None
     if names:
         with progress.spinner("reading the tasks"):

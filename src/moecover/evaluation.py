@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,13 @@ import numpy as np
 from moecover.corpus import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluations import FULL, Evaluation, Row, TextResult
-from moecover.files import canonical_json
 from moecover.masking import masked_layers
 from moecover.model import batches, dtype_of
-from moecover.plans import Plan, check_plan
+from moecover.overlap import WORTH_SAYING, overlap
+from moecover.plans import Plan, check_plan, kept_hash
 from moecover.streaming import Streamed, Within, run_all, unmasked
 from moecover.topology import Structure
+from moecover.verification import plan_of
 
 if TYPE_CHECKING:
     import torch
@@ -144,9 +145,24 @@ def _result(name: str, sums: NDArray[np.float64], *, close: bool) -> TextResult:
 
 
 def _plan_record(plan: Plan) -> dict[str, Any]:
-    kept = [[layer.decoder_layer, layer.kept] for layer in plan.layers]
-    digest = hashlib.sha256(canonical_json(kept).encode()).hexdigest()
-    return {"method": plan.method, "options": plan.options, "keep": plan.keep, "fingerprint": digest}
+    return {"method": plan.method, "options": plan.options, "keep": plan.keep, "fingerprint": kept_hash(plan)}
+
+
+def overlaps(text: Corpus, plans: Mapping[str, Plan], structure: Structure) -> dict[str, float]:
+    """The share of a text that calibration text holds too, where that is worth saying.
+
+    Args:
+        text: what is measured on.
+        plans: by the name of their row.
+        structure: the checkpoint; that of a pruned one says what its plan was made from.
+
+    Returns:
+        By row, see `overlap.overlap`.
+    """
+    made = {FULL: own.calibration} if (own := plan_of(structure.checkpoint)) is not None else {}
+    by_row = {**made, **{name: plan.calibration for name, plan in plans.items()}}
+    found = {name: overlap(text, itertools.chain.from_iterable(c.values())) for name, c in by_row.items()}
+    return {name: round(share, 4) for name, share in found.items() if share >= WORTH_SAYING}
 
 
 def evaluate(
@@ -218,7 +234,7 @@ def evaluate(
     }  # fmt: skip
     return Evaluation(
         about,
-        {text.name: text.record for text in texts},
+        {text.name: {**text.record, "overlap": overlaps(text, plans, structure)} for text in texts},
         {} if tasks is None else tasks.record,
         rows,
         {name: scored[number][1] for number, name in enumerate(variants) if scored[number][1]},

@@ -249,6 +249,7 @@ def plan_budgets(
             model_fingerprint=profile.model["fingerprint"],
             profile_fingerprint=profile.fingerprint,
             model=profile.model["name"],
+            calibration={} if METHODS.facts[method].get("blind") and not required else profile.corpora,
         )
         for budget, rows in zip(budgets, layers, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moecover.errors import InputError
-from moecover.files import write_text
+from moecover.files import canonical_json, write_text
 from moecover.topology import Structure, Topology
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Plan(BaseModel):
         model_fingerprint: the same with the routers' weights.
         profile_fingerprint: of the profile that it was made from.
         model: name of that model.
+        calibration: by corpus, the records of the text that was looked at; empty where none had a say.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
@@ -79,6 +81,7 @@ class Plan(BaseModel):
     model_fingerprint: str | None = None
     profile_fingerprint: str | None = None
     model: str | None = None
+    calibration: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """What plan.json holds; empty parts of a layer are left out."""
@@ -131,6 +134,12 @@ class Plan(BaseModel):
         for row, layer in zip(mask, self.layers, strict=True):
             row[layer.kept] = True
         return mask
+
+
+def kept_hash(plan: Plan) -> str:
+    """Hash of the kept sets alone: plans that keep the same experts leave the same checkpoint."""
+    kept = [[layer.decoder_layer, layer.kept] for layer in plan.layers]
+    return hashlib.sha256(canonical_json(kept).encode()).hexdigest()
 
 
 def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False) -> None:

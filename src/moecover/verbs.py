@@ -338,6 +338,8 @@ def _check_prune(args: argparse.Namespace) -> None:
             raise InputError("give --plan PLAN, or --corpus with --keep or --retain for one shot")
         if (args.keep is None) == (args.retain is None):
             raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
+        if args.evaluation:
+            raise InputError("--evaluation goes with --plan: in one shot there is no plan yet that was evaluated")
         return
     given = [
         name for name in ONE_SHOT if (value := getattr(args, name)) is not None and value is not False and value != []
@@ -403,7 +405,7 @@ def _prune_held(args: argparse.Namespace, structure: Any, chosen: Any, one_shot:
     with progress.bar("writing", after, unit="bytes") as advance:
         out = prune(
             structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights, mtp=args.mtp,
-            command=shlex.join(["moecover", *args.argv]), advance=advance, say=progress.say,
+            command=shlex.join(["moecover", *args.argv]), evaluations=args.evaluation, advance=advance, say=progress.say,
         )  # fmt: skip
     if servers := [s for s in SERVERS if unmet(structure.topology, chosen.keep, s)]:
         progress.say(f"note: {chosen.keep} experts are not what {', '.join(servers)} ask for: moecover inspect {shlex.quote(args.model)} --for {servers[0]}")  # fmt: skip

@@ -80,6 +80,15 @@ def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
+def plan_of(checkpoint: Checkpoint) -> Plan | None:
+    """The plan that a checkpoint was cut by, None where this program did not cut it."""
+    if not (checkpoint.path / MANIFEST).is_file():
+        return None
+    return Plan.from_json(
+        json.dumps(read_manifest(checkpoint)["plan"]), name=f"the plan in {checkpoint.path / MANIFEST}"
+    )
+
+
 def changed_files(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
     """Names of the files whose hash is not the manifest's, or that are missing."""
     files = {name: checkpoint.path / name for name in manifest["files"]}
