@@ -166,7 +166,14 @@ def test_numbers_are_those_of_the_results(paper: Any) -> None:
                 values = [c["row"]["perplexity"][name]["perplexity"] for c in cells]
                 np.testing.assert_allclose(float(str(row[column][0]["data-value"])), np.exp(np.mean(np.log(values))), rtol=1e-12)  # fmt: skip
         verdicts = [row[-1][1] for row in page.tables[f"{anchor}-comparisons"][1:]]
-        assert verdicts == [c["verdict"] for c in results["comparisons"] if c["model"] == model]
+        mine = [c for c in results["comparisons"] if c["model"] == model]
+        assert verdicts == [c["verdict"] for c in mine]
+        for row, c in zip(page.tables[f"{anchor}-comparisons"][1:], mine, strict=True):
+            assert float(str(row[-3][0]["data-value"])) == c["over_runs"]["p"]
+            assert row[-2][1] == ("0.031 Wilcoxon's signed-rank test over tasks" if c["kind"] == "tasks" else "–")
+        tested = [c for c in mine if c["kind"] == "tasks"]
+        for row, c in zip(page.tables[f"{anchor}-by-task"][1:], tested, strict=True):
+            assert [float(str(cell[0]["data-value"])) for cell in row[2:]] == [c["by_task"][t]["value"] for t in TASKS]
     assert seen == 2 * (1 + 3 * 4 - 1)
 
 

@@ -17,7 +17,7 @@ from scipy import stats
 from moecover.corpus import load_tokenizer
 from moecover.drawing import STYLE
 from moecover.errors import InputError
-from moecover.kept_weight import kept_weight_picture
+from moecover.kept_weight import kept_by_layer_picture
 from moecover.model import load_model
 from moecover.planning import plan
 from moecover.plans import LayerPlan, Plan
@@ -172,7 +172,7 @@ def test_the_picture_shows_the_facts() -> None:
     facts = usage(CORPORA, TASKS, {name: by_hand(rows) for name, rows in kept.items()})
     with warnings.catch_warnings(), style.context(STYLE, after_reset=True):
         warnings.simplefilter("error")
-        figure = kept_weight_picture(facts, {"TB-Coverage": ["tb"], "random": ["r0", "r1"]}, keep=2)
+        figure = kept_by_layer_picture(facts, {"TB-Coverage": ["tb"], "random": ["r0", "r1"]}, keep=2)
         figure.canvas.draw()
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["arc", "piqa"]
     ours, random, chance = figure.axes[0].get_lines()
@@ -187,7 +187,7 @@ def test_the_picture_shows_the_facts() -> None:
 def test_nothing_to_draw_is_said() -> None:
     facts = usage(CORPORA, TASKS, {"tb": by_hand([[0, 1], [2, 3]])})
     with pytest.raises(InputError, match="no plan other"):
-        kept_weight_picture(facts, {"TB-Coverage": ["other"]}, keep=2)
+        kept_by_layer_picture(facts, {"TB-Coverage": ["other"]}, keep=2)
     for methods in ({}, {"TB-Coverage": []}):
         with pytest.raises(InputError, match="a method has no plan"):
-            kept_weight_picture(facts, methods, keep=2)
+            kept_by_layer_picture(facts, methods, keep=2)

@@ -74,6 +74,22 @@ class Cell(_Lenient):
     row: Row | None = None
 
 
+class Tested(_Lenient):
+    """A further test of a comparison, with other units; uncorrected."""
+
+    p: float | None = None
+    effect: float | None = None
+    test: str = ""
+
+
+class TaskDifference(_Lenient):
+    """The difference on one task alone, with its interval; no verdict."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
 class Comparison(_Lenient):
     """What `significance` says of two methods on one measure at one budget.
 
@@ -98,6 +114,9 @@ class Comparison(_Lenient):
     verdict: str
     words: str = ""
     family: str = ""  # of comparisons, that p_holm was corrected for
+    over_runs: Tested | None = None
+    over_tasks: Tested | None = None
+    by_task: dict[str, TaskDifference] = Field(default_factory=dict)
 
     @property
     def of_accuracy(self) -> bool:

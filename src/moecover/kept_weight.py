@@ -18,7 +18,7 @@ PANEL, PANEL_HIGH = 3.2, 2.1  # inches
 COLUMNS = 3
 
 
-def kept_weight_picture(facts: Mapping[str, Any], methods: Mapping[str, Sequence[str]], keep: int) -> Figure:
+def kept_by_layer_picture(facts: Mapping[str, Any], methods: Mapping[str, Sequence[str]], keep: int) -> Figure:
     """By task and decoder layer, the share of routing weight that every method kept.
 
     Args:

@@ -206,6 +206,8 @@ def _chapter(number: int, model: ModelFindings, folder: Path, profiles: Mapping[
         *album.add(f"shared-{place}", usage_by_layer_picture(model, usage), f"Overlap between each corpus's best experts and those that the tasks use most, by decoder layer of {name}", f"Line: mean of the tasks; band: least to greatest task{'; dashed: expected of random choice' if usage.keep and usage.experts else ''}."),
         *album.add(f"kept-weight-{place}", kept_weight_picture(model, usage), f"Share of the tasks' routing weight that goes to kept experts against the share of experts kept, a line a method, {name}; the numbers are in the table of kept routing weight", "The higher, the less the tasks' own routing is disturbed."),
     ]  # fmt: skip
+    if (layers := _kept_by_layer(model, usage)) is not None:
+        mechanism += album.add(f"kept-by-layer-{place}", layers, f"The same by task and decoder layer of {name} at one budget, a panel a task; the means over layers are in the table of kept routing weight", "Band: least to greatest run.", wide=True)  # fmt: skip
     lead, rest = (accuracy, perplexity) if accuracy else (perplexity[:1], perplexity[1:])
     return Chapter(
         place,
@@ -221,6 +223,22 @@ def _chapter(number: int, model: ModelFindings, folder: Path, profiles: Mapping[
         memory_words(model),
         usage_words(usage),
     )
+
+
+def _kept_by_layer(model: ModelFindings, usage: Usage) -> Figure | None:
+    """What every method kept of the tasks' routing, layer by layer, at the middle budget."""
+    from moecover.kept_weight import kept_by_layer_picture
+
+    budgets = sorted({p.retain for s in model.series for p in s.points})
+    if not budgets or not usage.plans or usage.experts is None:
+        return None
+    points = {s.name: p for s in model.series for p in s.points if p.retain == budgets[len(budgets) // 2]}
+    methods = {name: cells for name, p in points.items() if (cells := [c for c in p.cells if c in usage.plans])}
+    keep = next((p.keep for name, p in points.items() if name in methods), None)
+    if keep is None:
+        return None
+    tasks = list(usage.plans[next(iter(methods.values()))[0]])
+    return kept_by_layer_picture({**usage.model_dump(), "tasks": tasks}, methods, keep)
 
 
 def _asset(name: str) -> str:

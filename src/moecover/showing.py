@@ -12,7 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moecover.findings import Cell, Comparison, Estimate, ModelFindings, Point, Run, Usage, failed
+from moecover.findings import (
+    Cell,
+    Comparison,
+    Estimate,
+    ModelFindings,
+    Point,
+    Run,
+    TaskDifference,
+    Tested,
+    Usage,
+    failed,
+)
 
 NONE_FOUND = "no significant difference"
 
@@ -229,17 +240,22 @@ def others_table(model: ModelFindings) -> Table | None:
     return Table("others", f"Other metrics on {model.name}, %", (*COORDINATES, *columns), body)
 
 
-def _difference(c: Comparison) -> Value:
-    """The difference of a comparison with its interval: points of accuracy, or per cent of perplexity."""
+def _difference(c: Comparison | TaskDifference, *, of_accuracy: bool) -> Value:
+    """A difference with its interval: points of accuracy, or per cent of perplexity."""
     if c.value is None:
         return MISSING
 
     def text(number: float) -> str:
-        shown = f"{100 * number:+.2f}" if c.of_accuracy else f"{100 * math.expm1(number):+.2f}%"
+        shown = f"{100 * number:+.2f}" if of_accuracy else f"{100 * math.expm1(number):+.2f}%"
         return shown.replace("-", "−")
 
     interval = "" if c.low is None or c.high is None else f"[{text(c.low)}, {text(c.high)}]"
     return Value(text(c.value), c.value, interval)
+
+
+def _tested(found: Tested | None) -> Value:
+    """The p of a further test, and which it is."""
+    return MISSING if found is None or found.p is None else Value(p_text(found.p), found.p, found.test)
 
 
 @dataclass(frozen=True)
@@ -283,7 +299,7 @@ def verdict_table(model: ModelFindings) -> Table | None:
             if not found:
                 row.append(MISSING)
                 continue
-            shown, verdict = _difference(found[0]), found[0].verdict
+            shown, verdict = _difference(found[0], of_accuracy=found[0].of_accuracy), found[0].verdict
             row.append(Value(verdict, shown.sort, f"{shown.text} {shown.note}", mark_of(verdict)))
         body.append(tuple(row))
     heading = Column("against" if names.alone else "comparison", number=False, first="ascending")
@@ -297,6 +313,8 @@ def comparison_table(model: ModelFindings) -> Table | None:
     if not model.comparisons:
         return None
     names = _names(model)
+    further = {"over_runs": "p over runs alone", "over_tasks": "p over tasks"}
+    further = {name: heading for name, heading in further.items() if any(getattr(c, name) for c in model.comparisons)}
     body = []
     for c in model.comparisons:
         p = c.p if c.p_holm is None else c.p_holm
@@ -304,23 +322,47 @@ def comparison_table(model: ModelFindings) -> Table | None:
             names.against(c),
             Value(share_text(c.retain), c.retain),
             Value(measure(c), measure(c)),
-            _difference(c),
+            _difference(c, of_accuracy=c.of_accuracy),
             MISSING if p is None else Value(p_text(p), p),
             MISSING if c.effect is None else Value(f"{c.effect:.2f}".replace("-", "−"), c.effect),
             MISSING if c.n is None else Value(f"{c.n:,}", c.n),
             Value(c.test, c.test),
+            *(_tested(getattr(c, name)) for name in further),
             Value(c.verdict, c.verdict, mark=mark_of(c.verdict)),
         ))  # fmt: skip
     columns = (
         Column("against" if names.alone else "comparison", number=False, first="ascending"), Column("experts kept"),
         Column("measure", number=False, first="ascending"), Column("difference [95%]"), Column("p, adjusted", first="ascending"),
-        Column("effect"), Column("pairs"), Column("test", number=False, first="ascending"), Column("verdict", number=False, first="ascending"),
+        Column("effect"), Column("pairs"), Column("test", number=False, first="ascending"),
+        *(Column(heading, first="ascending") for heading in further.values()), Column("verdict", number=False, first="ascending"),
     )  # fmt: skip
     families = dict.fromkeys(c.family for c in model.comparisons if c.family and c.p_holm is not None)
     corrected = f"p after Holm's correction over {words_of(list(families))}." if families else ""
+    corrected += " The other p are of each test alone." if further else ""
     return Table(
         "comparisons", f"Comparisons{f' of {names.first}' if names.alone else ''} on {model.name}", columns, tuple(body),
         f"{UNITS.format(first=names.first)} {corrected}",
+    )  # fmt: skip
+
+
+def by_task_table(model: ModelFindings) -> Table | None:
+    """Where the differences of mean accuracy come from: a column a task."""
+    found = [c for c in model.comparisons if c.by_task]
+    if not found:
+        return None
+    names, tasks = _names(model), list(dict.fromkeys(task for c in found for task in c.by_task))
+    body = tuple(
+        (
+            names.against(c),
+            Value(share_text(c.retain), c.retain),
+            *(_difference(c.by_task[t], of_accuracy=True) if t in c.by_task else MISSING for t in tasks),
+        )
+        for c in found
+    )
+    columns = (Column("against" if names.alone else "comparison", number=False, first="ascending"), Column("experts kept"), *(Column(t) for t in tasks))  # fmt: skip
+    return Table(
+        "by-task", f"Difference of accuracy task by task{f', {names.first} against the others' if names.alone else ''} on {model.name}", columns, body,
+        "Points, each with its own 95% interval, not corrected for their number: they show where a difference comes from and are no verdicts.",
     )  # fmt: skip
 
 
@@ -436,6 +478,7 @@ def model_tables(model: ModelFindings) -> dict[str, Table]:
         others_table,
         verdict_table,
         comparison_table,
+        by_task_table,
         size_table,
     )
     found = [make(model) for make in makers]
