@@ -12,14 +12,15 @@ import torch
 
 from moecover import cli
 from moecover.checkpoint import prune
-from moecover.corpus import Corpus, load_corpus
+from moecover.corpus import Corpus, load_corpus, load_tokenizer
 from moecover.demo import shipped_model
 from moecover.errors import InputError
 from moecover.evaluation import evaluate, score
 from moecover.evaluations import Evaluation
 from moecover.model import load_model
 from moecover.plans import LayerPlan, Plan
-from moecover.streaming import streamed
+from moecover.streaming import streamed, unmasked
+from moecover.tasks import resolve
 from moecover.topology import Structure, read_structure
 from moecover.windows import load_windows
 from tests import zoo
@@ -135,6 +136,12 @@ ARC = [
 BLIMP = [{"uid": uid, "good": f"the cats {i} sleep", "bad": f"the cats {i} sleeps"} for uid in ("adjunct_island", "drop_argument") for i in range(3)]  # fmt: skip
 
 
+def write_rows(folder: Path, **splits: list[dict[str, object]]) -> None:
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `tasks`)")
@@ -180,6 +187,44 @@ dataset_kwargs: {{data_files: {{validation: {data}/arc_easy/validation.jsonl, te
         assert ours.stderr == theirs["results"]["local_arc"][f"{metric}_stderr,none"]
         items = [float(one[metric]) for one in sorted(theirs["samples"]["local_arc"], key=lambda one: one["doc_id"])]
         assert found.items["half"]["arc_easy"][metric].tolist() == items
+
+
+def test_tasks_with_parts_of_their_own_weights(data: Path) -> None:
+    """mmlu: the harness weighs its parts by their sizes, which is the mean of all items."""
+    rows = [{"subject": s, "question": f"Which is {i}?", "choices": ["one", "two", "red", f"{i}"], "answer": i % 4} for s, n in (("anatomy", 2), ("astronomy", 7)) for i in range(n)]  # fmt: skip
+    write_rows(data / "mmlu", test=rows, dev=rows[:1])
+    made = read_structure(shipped_model())
+    tasks = resolve(["mmlu"], tokenizer=load_tokenizer(made.checkpoint.path), data_dir=data, batch_size=4)
+    assert tasks.parts["mmlu"] == ["mmlu_anatomy", "mmlu_astronomy"]
+    ((scores, items),) = tasks.score(load_model(made), [unmasked])
+    assert len(items["mmlu"]["acc"]) == 9
+    assert scores["mmlu"]["acc"].value == pytest.approx(items["mmlu"]["acc"].mean())
+    assert scores["mmlu"]["acc"].stderr is not None
+    assert tasks.record["mmlu"]["items"] == 9
+    assert tasks.documents()["mmlu"][3].endswith("Which is 1?\nA. one\nB. two\nC. red\nD. 1\nAnswer: B")
+
+
+def test_tasks_that_generate(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gsm8k: five examples before every question, and two ways to find the answer in what was generated."""
+    from lm_eval.models.huggingface import HFLM
+
+    rows = [{"question": f"What is {i} and 2?", "answer": f"It is easy.\n#### {i + 2}"} for i in range(8)]
+    write_rows(data / "gsm8k", train=rows[:6], test=rows[6:])
+    made = read_structure(shipped_model())
+    tasks = resolve(["gsm8k"], tokenizer=load_tokenizer(made.checkpoint.path), data_dir=data, limit=1)
+    ((scores, items),) = tasks.score(load_model(made), [unmasked])
+    assert scores["gsm8k"].keys() == items["gsm8k"].keys() == {"exact_match,strict-match", "exact_match,flexible-extract"}  # fmt: skip
+    assert tasks.record["gsm8k"] | {"items": 1, "num_fewshot": 5, "metric": "exact_match,strict-match"} == tasks.record["gsm8k"]  # fmt: skip
+    (text,) = tasks.documents()["gsm8k"]
+    assert text.count("Question: ") == 6
+    assert text.endswith("Question: What is 6 and 2?\nAnswer: It is easy.\n#### 8")
+    said = ["I think so.\n#### 8", "It may be 9"]  # the second one has no mark before its answer
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **kwargs: said[: len(requests)])
+    tasks = resolve(["gsm8k"], tokenizer=load_tokenizer(made.checkpoint.path), data_dir=data)
+    ((scores, items),) = tasks.score(load_model(made), [unmasked])
+    assert items["gsm8k"]["exact_match,strict-match"].tolist() == [1, 0]
+    assert items["gsm8k"]["exact_match,flexible-extract"].tolist() == [1, 1]
+    assert scores["gsm8k"]["exact_match,strict-match"].value == 0.5
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -35,12 +35,25 @@ def _gold_as_label(rows: Any) -> Any:
     return rows.rename_column("gold", "label")
 
 
+def _pairs_as_sentences(rows: Any) -> Any:
+    return rows.rename_columns({"good": "sentence_good", "bad": "sentence_bad"})
+
+
 @dataclass(frozen=True)
 class Local:
-    """A task's documents in a folder: files by split of the harness, and what gives their rows the names that it knows."""
+    """A task's documents in a folder.
+
+    Attributes:
+        files: by split of the harness.
+        process: gives the rows the names that the harness knows.
+        part: of a task with parts, the field that names a row's part, as in the harness's names behind the task's own.
+        metrics: how the parts are taken together where that is not their plain mean, in the harness's words.
+    """
 
     files: Mapping[str, str]
     process: Callable[[Any], Any] | None = None
+    part: str | None = None
+    metrics: Sequence[Mapping[str, Any]] = ()
 
 
 LOCAL: dict[str, Local] = {
@@ -50,8 +63,11 @@ LOCAL: dict[str, Local] = {
     "hellaswag": Local({"validation": "hellaswag/validation.jsonl"}, _gold_as_label),
     "piqa": Local({"validation": "piqa/validation.jsonl"}),
     "winogrande": Local({"validation": "winogrande/validation.jsonl"}),
-}
-BLIMP, BLIMP_FILE = "blimp", "blimp/blimp.jsonl"  # one file for its 67 parts: `uid`, `good`, `bad`
+    "gsm8k": Local({"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}),
+    "mmlu": Local({"dev": "mmlu/dev.jsonl", "test": "mmlu/test.jsonl"}, part="subject", metrics=({"metric": "acc", "weight_by_size": True},)),
+    "blimp": Local({"train": "blimp/blimp.jsonl"}, _pairs_as_sentences, part="uid"),
+}  # fmt: skip
+OF_FILES = "files of "  # before a task's name: the group of the harness that its local parts are
 SAMPLE = 16  # documents of a task that tell how long its texts are
 SIX = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande")
 
@@ -158,20 +174,23 @@ class Tasks:
         items: dict[str, dict[str, NDArray[np.float64]]] = {}
         for name, parts in self.parts.items():
             samples = [sorted(found["samples"][part], key=lambda one: one["doc_id"]) for part in parts]
-            metrics = sorted({metric for one in samples[0] for metric in one["metrics"]})
+            keys = _keys(samples[0])
+            metrics = list(keys)
             items[name] = {
-                metric: np.array([float(one[metric]) for part in samples for one in part if metric in one])
-                for metric in metrics
-                if all(isinstance(one.get(metric), (int, float, np.floating, np.bool_)) for one in samples[0])
+                shown: np.array([float(one[metric]) for part in samples for one in part if one["filter"] == by])
+                for shown, (metric, by) in keys.items()
+                if all(isinstance(one[metric], (int, float, np.floating, np.bool_)) for one in samples[0])
             }
-            whole = found["results"].get(name) if name in found.get("groups", {}) or len(parts) == 1 else None
+            group = next((g for g in (name, OF_FILES + name) if g in found.get("groups", {})), None)
+            whole = found["results"].get(name if group is None and len(parts) == 1 else group)
             scores[name] = {
-                metric: _score(whole or {}, [found["results"][part] for part in parts], metric) for metric in metrics
+                shown: _score(whole or {}, [found["results"][part] for part in parts], *key)
+                for shown, key in keys.items()
             }
             self.record[name] = {
                 "version": sorted({found["versions"][part] for part in parts}, key=str),
                 "num_fewshot": max(found["n-shot"][part] for part in parts),
-                "items": sum(map(len, samples)),
+                "items": sum(len({one["doc_id"] for one in part}) for part in samples),
                 "metrics": metrics,
                 "metric": "acc" if "acc" in metrics else metrics[0],
                 "parts": len(parts),
@@ -205,11 +224,21 @@ def _version() -> str:
     return f"lm_eval {version('lm_eval')}"
 
 
-def _score(whole: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], metric: str) -> Score:
+def _keys(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Metric and filter (what takes the answer out of a generated text) by the name that both have in results.
+
+    Where there are several filters the name is the harness's, ``exact_match,strict-match``.
+    """
+    filters = list(dict.fromkeys(one["filter"] for one in samples))
+    metrics = sorted({metric for one in samples for metric in one["metrics"]})
+    return {m if len(filters) == 1 else f"{m},{by}": (m, by) for m in metrics for by in filters}
+
+
+def _score(whole: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], metric: str, by: str) -> Score:
     """A metric of a task; of a task with parts the harness's own aggregate, or the mean of the parts."""
 
     def value(row: Mapping[str, Any], name: str) -> float | None:
-        found = next((v for key, v in row.items() if key.partition(",")[0] == name), None)
+        found = row.get(f"{name},{by}")
         return float(found) if isinstance(found, (int, float)) else None
 
     aggregated = value(whole, metric)
@@ -256,6 +285,7 @@ def resolve(
         InputError: no harness, an unknown task, a file that is missing, or documents that cannot be read.
     """
     _harness()
+    from lm_eval.config.group import AggMetricConfig
     from lm_eval.tasks import TaskManager
 
     if tokenizer is None:
@@ -269,7 +299,7 @@ def resolve(
                 raise InputError(f"--tasks {name}: there is no such task.{f' Did you mean {near[0]}?' if near else ''} `lm_eval ls tasks` lists them")  # fmt: skip
         wanted: list[Any] = []
         for name in names:
-            if data_dir is None or (name not in LOCAL and name != BLIMP):
+            if data_dir is None or name not in LOCAL:
                 wanted.append(name)
                 continue
             wanted += [_from_files(name, data_dir, known)]
@@ -279,9 +309,13 @@ def resolve(
                 found = manager.load([one])
                 parts[name] = list(found["tasks"])
                 loaded["tasks"] |= found["tasks"]
-                if isinstance(one, str):
-                    loaded["groups"] |= found["groups"]
-                    loaded["group_map"] |= found["group_map"]
+                if not isinstance(one, str):
+                    if not LOCAL[name].metrics:
+                        continue
+                    metrics = [AggMetricConfig(**metric) for metric in LOCAL[name].metrics]
+                    found["groups"][OF_FILES + name].aggregate_metric_list = metrics
+                loaded["groups"] |= found["groups"]
+                loaded["group_map"] |= found["group_map"]
         except InputError:
             raise
         except Exception as error:  # the clients below raise many unrelated types
@@ -298,18 +332,16 @@ def _from_files(name: str, folder: Path, known: set[str]) -> dict[str, Any]:
             raise InputError(f"--tasks {name}: {folder / relative} is missing. docs/evaluation.md says what --data-dir holds")  # fmt: skip
         return str(folder / relative)
 
-    def config(files: dict[str, str], process: Callable[[Any], Any] | None) -> dict[str, Any]:
-        found = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "training_split": None}  # fmt: skip
-        return {**found, "process_docs": process} if process is not None else found
-
-    if name == BLIMP:
-        files = {"train": there(BLIMP_FILE)}
-        uids = {row["uid"] for row in _rows(Path(files["train"]))}
-        parts = [{"task": f"blimp_{uid}", **config(files, _paradigm(uid))} for uid in sorted(uids) if f"blimp_{uid}" in known]  # fmt: skip
-        return {"group": "files of blimp", "task": parts}
     local = LOCAL[name]
     files = {split: there(relative) for split, relative in local.files.items()}
-    return {"group": f"files of {name}", "task": [{"task": name, **config(files, local.process)}]}
+    common = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    if "test" not in files or "train" not in files:
+        common["training_split"] = None  # the harness's own has one, which is not scored
+    if local.part is None:
+        return {"group": OF_FILES + name, "task": [{"task": name, **common, **_processing(local.process)}]}
+    named = dict.fromkeys(row[local.part] for path in files.values() for row in _rows(Path(path)))
+    parts = [{"task": f"{name}_{part}", **common, **_processing(local.process, local.part, part)} for part in sorted(named) if f"{name}_{part}" in known]  # fmt: skip
+    return {"group": OF_FILES + name, "task": parts}
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -317,9 +349,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def _paradigm(uid: str) -> Callable[[Any], Any]:
-    def process(rows: Any) -> Any:
-        chosen = rows.select(np.flatnonzero(rows.data.column("uid").to_pandas().to_numpy() == uid))
-        return chosen.rename_columns({"good": "sentence_good", "bad": "sentence_bad"})
+def _processing(process: Callable[[Any], Any] | None, field: str = "", value: str = "") -> dict[str, Any]:
+    """The harness's entry for what is done to documents: those of one part, with the names that it knows."""
 
-    return process
+    def processed(rows: Any) -> Any:
+        if field:
+            rows = rows.select(np.flatnonzero(rows.data.column(field).to_pandas().to_numpy() == value))
+        return rows if process is None else process(rows)
+
+    return {} if process is None and not field else {"process_docs": processed}
