@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from moecover import cli
+from moecover import cli, fitting
 from moecover.checkpoint import prune
 from moecover.corpus import Corpus, load_corpus, load_tokenizer
 from moecover.demo import shipped_model
-from moecover.errors import InputError
+from moecover.errors import InputError, MoecoverError
 from moecover.evaluation import evaluate, score
 from moecover.evaluations import Evaluation
+from moecover.masking import masked, masked_layers
 from moecover.model import load_model
 from moecover.plans import LayerPlan, Plan
-from moecover.streaming import streamed, unmasked
-from moecover.tasks import resolve
+from moecover.streaming import Streamed, streamed, unmasked
+from moecover.tasks import Tasks, resolve
 from moecover.topology import Structure, read_structure
 from moecover.windows import load_windows
 from tests import zoo
@@ -299,3 +302,126 @@ def test_the_card_takes_its_numbers_from_the_evaluation(
     assert cli.main(["prune", str(shipped_model()), "--corpus", "web", "--keep", "30", "-o", str(tmp_path / "other"), "--evaluation", str(tmp_path / "e")]) == 2  # fmt: skip
     assert "--evaluation goes with --plan" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ tasks layer by layer
+LETTERS = """task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}/arc_easy/test.jsonl}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}\n{{% for one in choices.text %}}{{{{choices.label[loop.index0]}}}}. {{{{one}}}}\n{{% endfor %}}Answer:"
+doc_to_target: "{{{{choices.label.index(answerKey)}}}}"
+doc_to_choice: ["A", "B", "C"]
+metric_list: [{{metric: {metric}}}]
+"""
+
+
+def own_task(data: Path, kind: str = "multiple_choice", metric: str = "acc") -> Path:
+    """A folder with a task whose choices are one token each, of one context."""
+    folder = data.parent / f"own-{kind}"
+    folder.mkdir()
+    (folder / "letters.yaml").write_text(LETTERS.format(data=data, kind=kind, metric=metric))
+    return folder
+
+
+def found_tasks(structure: Structure, names: list[str], data: Path, *, batch_size: int = 1, include_path: Path | None = None) -> Tasks:  # fmt: skip
+    tokenizer = load_tokenizer(structure.checkpoint.path)
+    return resolve(names, tokenizer=tokenizer, data_dir=data, include_path=include_path, batch_size=batch_size)
+
+
+def counted(stream: Streamed, calls: list[str]) -> Streamed:
+    load = stream.weights.load
+    stream.weights.load = lambda prefix: (calls.append(prefix), load(prefix))[1]  # type: ignore[method-assign,func-returns-value]
+    return stream
+
+
+@pytest.mark.parametrize("family, batch_size, tied", [("qwen2_moe", 1, False), ("qwen2_moe", 3, True), ("mixtral", 2, False)])  # fmt: skip
+def test_tasks_layer_by_layer(
+    data: Path, checkpoints: Callable[..., Path], family: str, batch_size: int, tied: bool
+) -> None:
+    """To the last bit what the harness finds in memory, with one read of the weights for all plans and tasks."""
+    structure = read_structure(checkpoints(family, tie_word_embeddings=True) if tied else checkpoints(family))
+    plans = {"one": random_plan(structure, 4), "two": random_plan(structure, 5, 1)}
+    names, given = ["arc_easy", "blimp", "letters"], {"batch_size": batch_size, "include_path": own_task(data)}
+    in_memory = evaluate(
+        structure, plans, model=load_model(structure), tasks=found_tasks(structure, names, data, **given)
+    )  # type: ignore[arg-type]
+    tasks, loads, answered = found_tasks(structure, names, data, **given), list[str](), list[int]()  # type: ignore[arg-type]
+    with streamed(structure) as stream:
+        variants = [unmasked, *(masked_layers(stream.model, structure, plan) for plan in plans.values())]
+        scored = tasks.score(counted(stream, loads), variants, advance=answered.append)
+    assert len(loads) == len(set(loads)) >= structure.topology.num_layers
+    assert len(answered) == 3 * tasks.num_requests == 3 * (7 * 3 + 6 * 2 + 7 * 3)
+    assert tasks.record == in_memory.tasks
+    for row, (scores, items) in zip(in_memory.rows, scored, strict=True):
+        assert scores == row.tasks
+        for name in names:
+            assert items[name].keys() == in_memory.items[row.name][name].keys()
+            for metric, values in items[name].items():
+                np.testing.assert_array_equal(values, in_memory.items[row.name][name][metric])
+    # A part after the other gives the same, with a read of the weights for each.
+    with streamed(structure, room=400) as stream:
+        parts = list[str]()
+        again = evaluate(structure, plans, model=counted(stream, parts), tasks=tasks)
+    assert len(parts) > 3 * len(loads)
+    assert again.rows == in_memory.rows
+
+
+def test_answers_are_to_the_last_bit(data: Path, checkpoints: Callable[..., Path]) -> None:
+    """Log-likelihoods too, from which the scores are: of texts longer than the model's positions, and of one context."""
+    structure = read_structure(checkpoints("qwen2_moe", max_position_embeddings=32))
+    from lm_eval.models.huggingface import HFLM
+
+    from moecover.replay import Replay
+
+    tasks = found_tasks(structure, ["arc_easy", "letters"], data, batch_size=2, include_path=own_task(data))
+    assert tasks.longest > 32
+    plan = random_plan(structure, 4)
+    requests = [one for task in tasks.loaded["tasks"].values() for one in task.instances]
+    model = load_model(structure)
+    with masked(model, structure, plan):
+        expected = HFLM(pretrained=model, tokenizer=tasks.tokenizer, batch_size=2, backend="causal").loglikelihood(requests)  # fmt: skip
+    with streamed(structure) as stream:
+        variants = [unmasked, masked_layers(stream.model, structure, plan)]
+        replay = Replay(stream, variants, tokenizer=tasks.tokenizer, batch_size=2)
+        replay.variant = 1
+        assert replay.loglikelihood(requests) == expected
+        replay.variant = 0
+        assert replay.loglikelihood(requests) != expected
+        with pytest.raises(MoecoverError, match="not deterministic"):
+            replay.loglikelihood(requests[1:])
+
+
+@pytest.mark.parametrize("kind, metric", [("generate_until", "exact_match"), ("loglikelihood_rolling", "word_perplexity")])  # fmt: skip
+def test_tasks_that_do_not_run_layer_by_layer(data: Path, checkpoints: Callable[..., Path], kind: str, metric: str) -> None:  # fmt: skip
+    structure = read_structure(checkpoints("mixtral"))
+    tasks = found_tasks(structure, ["arc_easy", "letters"], data, include_path=own_task(data, kind, metric))
+    loads: list[str] = []
+    with (
+        streamed(structure) as stream,
+        pytest.raises(InputError, match="--tasks letters: .* needs the model in memory"),
+    ):
+        evaluate(structure, {}, model=counted(stream, loads), tasks=tasks)
+    assert loads == []
+
+
+def test_the_command_layer_by_layer(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = read_structure(shipped_model())
+    random_plan(made, 30).save(tmp_path / "half.json")
+    command = ["evaluate", str(shipped_model()), "--plan", str(tmp_path / "half.json"), "--tasks", "arc_easy,blimp", "--data-dir", str(data), "--perplexity", "web-heldout", "--windows", "2", "--length", "64"]  # fmt: skip
+    assert cli.main([*command, "-o", str(tmp_path / "whole")]) == 0
+    err = capsys.readouterr().err
+    assert "scoring tasks: 66 requests in" in err
+    assert not re.search(r"\d+%|it/s|Tokenizing", err)  # no bar but ours
+    monkeypatch.setattr(fitting, "OVERHEAD", 0)
+    bare = fitting.cost(made, tokens=256, batch_tokens=64, limit=0, head=True)
+    limit = (bare.streamed + bare.whole) // 2
+    assert cli.main([*command, "--memory-limit", str(limit), "-o", str(tmp_path / "parts")]) == 0
+    err = capsys.readouterr().err
+    assert "running layer by layer" in err
+    assert "scoring tasks: 66 requests in" in err
+    whole, parts = Evaluation.load(tmp_path / "whole"), Evaluation.load(tmp_path / "parts")
+    assert (parts.rows, parts.tasks) == (whole.rows, whole.tasks)

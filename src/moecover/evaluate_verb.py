@@ -47,7 +47,6 @@ def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.model import check_device, check_loadable
     from moecover.plans import Plan, check_plan
     from moecover.source import open_checkpoint
-    from moecover.streaming import Streamed
     from moecover.tasks import resolve
     from moecover.topology import read_structure
     from moecover.windows import WINDOWS, load_windows
@@ -75,24 +74,22 @@ def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
             loaded.append(load_windows(name, path, structure=structure, length=args.length, windows=args.windows or WINDOWS))  # fmt: skip
         for row, share in overlaps(loaded[-1], plans, structure).items():
             progress.say(f"note: {share:.0%} of the text {name} is in the calibration text of {args.model if row == FULL else row} too: that perplexity says little of other text")  # fmt: skip
-    tasks = None
+    tasks, in_parts = None, (0, 0)
     if names:
         with progress.spinner("reading the tasks"):
             tasks = resolve(
                 names, tokenizer=load_tokenizer(structure.checkpoint.path), data_dir=args.data_dir,
                 include_path=args.include_path, limit=args.limit, batch_size=args.batch_size,
             )  # fmt: skip
+            in_parts = (tasks.num_tokens(), -(-tasks.num_requests // args.batch_size))
     variants = 1 + len(plans)
-    tokens = sum(text.num_tokens for text in loaded) * variants
-    longest = max((text.tokens.shape[1] for text in loaded), default=2048)
+    longest = max([text.tokens.shape[1] for text in loaded] + ([tasks.longest] if tasks is not None else []))
     with opened(
-        structure, tokens=max(tokens, longest), batch_tokens=args.batch_size * longest, dtype=args.dtype or "auto",
+        structure, tokens=sum(text.num_tokens for text in loaded) * variants, batch_tokens=args.batch_size * longest,
+        in_parts=(in_parts[0] * variants, in_parts[1] * variants), dtype=args.dtype or "auto",
         device=args.device or "auto", memory_limit=limit, head=True, say=progress.say,
     ) as model:  # fmt: skip
-        if tasks is not None and isinstance(model, Streamed):
-            raise InputError("--tasks needs the model in memory: give a larger --memory-limit, or evaluate a pruned checkpoint that fits")  # fmt: skip
-        with progress.bar("measuring perplexity", max(tokens, 1)) as advance:
-            found = evaluate(structure, plans, model=model, texts=loaded, tasks=tasks, batch_size=args.batch_size, advance=advance)  # fmt: skip
+        found = evaluate(structure, plans, model=model, texts=loaded, tasks=tasks, batch_size=args.batch_size, bar=progress.bar)  # fmt: skip
     found.save(args.output)
     return found.to_dict(), f"{table(found)}\n\n{args.output / FILE}: {len(found.rows)} rows", 0
 

@@ -23,6 +23,7 @@ from moecover.masking import masked_layers
 from moecover.model import batches, dtype_of
 from moecover.overlap import WORTH_SAYING, overlap
 from moecover.plans import Plan, check_plan, kept_hash
+from moecover.progress import Bar
 from moecover.streaming import Streamed, Within, run_all, unmasked
 from moecover.topology import Structure
 from moecover.verification import plan_of
@@ -128,6 +129,10 @@ def _sums(
     return [np.concatenate(found[number :: len(variants)]) for number in range(len(variants))]
 
 
+def _nothing(amount: int) -> None:
+    """What is advanced where no bar is shown."""
+
+
 def _decoder_layers(model: Any) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
@@ -174,7 +179,7 @@ def evaluate(
     tasks: Any = None,
     full: bool = True,
     batch_size: int = 1,
-    advance: Callable[[int], None] = lambda tokens: None,
+    bar: Bar | None = None,
 ) -> Evaluation:
     """Perplexity, closeness to the model itself, and tasks, of a model and of plans of it.
 
@@ -186,7 +191,7 @@ def evaluate(
         tasks: from `tasks.resolve`; None for none.
         full: have a row for the model itself too; without it nothing is compared with it.
         batch_size: sequences per forward pass.
-        advance: called with the tokens of every finished pass.
+        bar: shows how far the texts and the tasks are, see `progress.bar`.
 
     Returns:
         A row for each, in order, the model itself first.
@@ -208,10 +213,18 @@ def evaluate(
     live = model.model if isinstance(model, Streamed) else model
     within = [unmasked if plan is None else masked_layers(live, structure, plan) for plan in variants.values()]
     close = full and len(variants) > 1
+    if tasks is not None:
+        tasks.check(model)
     by_text: dict[str, list[NDArray[np.float64]]] = {}
-    for text in texts:
-        by_text[text.name] = _sums(model, within, text, batch_size, advance, close=close)
-    scored = tasks.score(model, within) if tasks is not None else [({}, {})] * len(variants)
+    total = sum(text.num_tokens for text in texts) * len(variants)
+    with bar("measuring perplexity", total) if bar and texts else contextlib.nullcontext(_nothing) as advance:
+        for text in texts:
+            by_text[text.name] = _sums(model, within, text, batch_size, advance, close=close)
+    scored: list[Any] = [({}, {})] * len(variants)
+    if tasks is not None:
+        total = tasks.num_requests * len(variants) if bar else 0
+        with bar("scoring tasks", total, unit="requests") if bar else contextlib.nullcontext(_nothing) as advance:
+            scored = tasks.score(model, within, advance=advance)
     topology, checkpoint = structure.topology, structure.checkpoint
     rows = [
         Row(

@@ -6,6 +6,7 @@ Everything is said before the long job starts. The formulas are in docs/scale.md
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shutil
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from moecover.config_json import first_number
 from moecover.errors import InputError
 from moecover.model import check_device, load_model
-from moecover.streaming import Streamed, streamed
+from moecover.streaming import PASSES, Streamed, streamed
 from moecover.topology import Structure
 from moecover.weights import lean
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 OVERHEAD = 900_000_000  # bytes: interpreter, torch, transformers with a model class, prepared matrix products
 COPIES = 4  # of the hidden states: before the first layer, now, and as much again in masks and what allocators hold (measured)
+THREAD = 100_000  # bytes that a pass takes beside its hidden states (measured)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 ITEMSIZE = {"float32": 4, "float64": 8, "F32": 4, "F64": 8}
 
@@ -70,6 +72,7 @@ class Cost:
         read: bytes that are read from disk.
         flops: floating-point operations of the pass.
         by_layer: whether it runs layer by layer.
+        room: tokens whose hidden states fit into the limit, for passes that can be made in parts.
     """
 
     limit: int
@@ -79,6 +82,7 @@ class Cost:
     read: int
     flops: float
     by_layer: bool
+    room: int
 
     @property
     def spill(self) -> bool:
@@ -117,14 +121,16 @@ def duration(seconds: float) -> str:
 
 
 def cost(
-    structure: Structure, *, tokens: int, batch_tokens: int, dtype: str = "auto", limit: int, head: bool = False
-) -> Cost:
-    """What a pass over calibration text takes.
+    structure: Structure, *, tokens: int, batch_tokens: int, in_parts: tuple[int, int] = (0, 0), dtype: str = "auto",
+    limit: int, head: bool = False,
+) -> Cost:  # fmt: skip
+    """What a pass over text takes.
 
     Args:
         structure: the checkpoint; its headers are enough.
         tokens: of all corpora.
         batch_tokens: of one forward pass.
+        in_parts: tokens and forward passes beside them that need not be side by side, see `streaming.run_in_parts`.
         dtype: torch dtype by name, ``auto`` for the checkpoint's.
         limit: bytes of memory that may be used.
         head: whether the language-model head runs.
@@ -146,14 +152,20 @@ def cost(
     slots = topology.top_k + max(1, first_number(checkpoint.config, ("n_shared_experts", "num_shared_experts")) or 0)
     working = batch_tokens * (slots * (3 * width + 2 * topology.hidden_size) + 8 * topology.hidden_size) * itemsize
     working += batch_tokens * vocabulary / topology.hidden_size * 2 if head else 0  # logits, and in float32
-    hidden = int(tokens * topology.hidden_size * itemsize)
+    streamed = OVERHEAD + ends + largest + working
+    state, apart = topology.hidden_size * itemsize, THREAD * in_parts[1] / max(in_parts[0], 1)  # bytes a token
+    room = max(int((limit - streamed) // (COPIES * state + apart)), batch_tokens, 1)
+    held = min(in_parts[0], room)
+    hidden = max(tokens, held) * state
+    streamed += COPIES * hidden + held * apart
     idle = structure.expert_total_bytes * (1 - topology.top_k / topology.num_experts)
     active = (checkpoint.num_bytes - idle) / on_disk - (0 if head else 2) * vocabulary / itemsize
     whole = int(OVERHEAD + checkpoint.num_bytes * scale + working)
     by_layer = whole > limit
+    reads = (tokens > 0) + math.ceil(max(in_parts[0] / room, in_parts[1] / PASSES)) if by_layer else 1
     return Cost(
-        limit, whole, int(OVERHEAD + ends + largest + COPIES * hidden + working), hidden, checkpoint.num_bytes,
-        2.0 * tokens * max(active, 0.0), by_layer,
+        limit, whole, int(streamed), hidden, max(1, reads) * checkpoint.num_bytes,
+        2.0 * (tokens + in_parts[0]) * max(active, 0.0), by_layer, room,
     )  # fmt: skip
 
 
@@ -182,8 +194,8 @@ def seconds_of(estimate: Cost, structure: Structure, *, dtype: str, device: str)
 
 @contextlib.contextmanager
 def opened(
-    structure: Structure, *, tokens: int, batch_tokens: int, dtype: str = "auto", device: str = "auto",
-    memory_limit: int | None = None, head: bool = False, processes: int = 1, scratch: Path | None = None,
+    structure: Structure, *, tokens: int, batch_tokens: int, in_parts: tuple[int, int] = (0, 0), dtype: str = "auto",
+    device: str = "auto", memory_limit: int | None = None, head: bool = False, processes: int = 1, scratch: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[torch.nn.Module | Streamed]:  # fmt: skip
     """The model in memory where it fits, else layer by layer; says which, and what it will cost, before it starts.
@@ -192,6 +204,7 @@ def opened(
         structure: the checkpoint.
         tokens: of all passes.
         batch_tokens: of one pass.
+        in_parts: see `cost`.
         dtype: torch dtype by name, ``auto`` for the checkpoint's.
         device: torch device by name.
         memory_limit: bytes of memory that may be used; default: nine tenths of what is free.
@@ -209,7 +222,7 @@ def opened(
         if memory_limit is not None
         else int(0.9 * available_memory(device) / (1 if device.startswith("cuda") else processes))
     )
-    estimate = cost(structure, tokens=tokens, batch_tokens=batch_tokens, dtype=dtype, limit=limit, head=head)
+    estimate = cost(structure, tokens=tokens, batch_tokens=batch_tokens, in_parts=in_parts, dtype=dtype, limit=limit, head=head)  # fmt: skip
     least = estimate.memory if scratch is not None else estimate.streamed
     if estimate.by_layer and least > limit:
         raise InputError(f"{structure.checkpoint.name}: one layer at a time still needs {_gb(least)} of memory, {_gb(limit)} may be used. Give a smaller --batch-size or --length, or a larger --memory-limit")  # fmt: skip
@@ -222,7 +235,7 @@ def opened(
     if estimate.by_layer or estimate.read > 10**9:
         say(estimate.line(seconds_of(estimate, structure, dtype=dtype, device=device)))
     if estimate.by_layer:
-        with streamed(structure, dtype=dtype, device=device, spill=estimate.spill) as stream:
+        with streamed(structure, dtype=dtype, device=device, spill=estimate.spill, room=estimate.room) as stream:
             yield stream
         return
     say(f"loading {structure.checkpoint.name}")

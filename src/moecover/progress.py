@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 quiet = False
+Bar = Callable[..., contextlib.AbstractContextManager[Callable[[int], None]]]  # `bar`, or what takes its place
 
 
 def say(line: str) -> None:
@@ -18,7 +19,7 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def bar(label: str, total: int, *, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
-    """A progress bar; yields the function that advances it. ``unit`` is tokens or bytes.
+    """A progress bar; yields the function that advances it. ``unit`` is bytes, or what is counted.
 
     Where stderr is no terminal, one line says what is done and, at the end, how long it took.
     """

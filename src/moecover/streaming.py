@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 Within = Callable[[int], contextlib.AbstractContextManager[None]]
+PASSES = 2048  # side by side, where they can be made in parts: each takes a thread, of which a system gives so many
 
 
 def unmasked(number: int) -> contextlib.AbstractContextManager[None]:
@@ -43,6 +45,7 @@ class Streamed:
         weights: fills and empties them.
         device: where they run.
         spill: keep the hidden states between layers in files, where a state is kept, instead of memory.
+        room: tokens whose hidden states may be held between two layers, where passes can be made in parts.
     """
 
     model: torch.nn.Module
@@ -51,6 +54,7 @@ class Streamed:
     weights: Weights
     device: torch.device
     spill: bool = False
+    room: float = math.inf
 
     @contextlib.contextmanager
     def loaded(self, number: int) -> Iterator[None]:
@@ -95,7 +99,7 @@ def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
 
 @contextlib.contextmanager
 def streamed(
-    structure: Structure, *, dtype: str = "auto", device: str = "auto", spill: bool = False
+    structure: Structure, *, dtype: str = "auto", device: str = "auto", spill: bool = False, room: float = math.inf
 ) -> Iterator[Streamed]:
     """A model that runs layer by layer; the block's end frees it.
 
@@ -104,6 +108,7 @@ def streamed(
         dtype: torch dtype by name, ``auto`` for the checkpoint's.
         device: torch device by name.
         spill: see `Streamed`.
+        room: see `Streamed`.
 
     Raises:
         InputError: unknown dtype or device, or tensors that are missing in the files.
@@ -124,7 +129,7 @@ def streamed(
         if ends is None:
             empty = {name for name, value in model.state_dict().items() if value.is_meta}
             model.tie_weights(missing_keys=empty, recompute_mapping=False)  # type: ignore[operator]
-        yield Streamed(model, layers, ends, weights, torch.device(device), spill)
+        yield Streamed(model, layers, ends, weights, torch.device(device), spill, room)
 
 
 def _ends(model: Any) -> tuple[str, str] | None:
@@ -208,6 +213,27 @@ def run(
         weights.free(f"{stream.layers[-1]}.")
         weights.free(f"{last}.")
     return here.results
+
+
+def run_in_parts(
+    stream: Streamed, calls: Sequence[Callable[[], Any]], tokens: Sequence[int], *, within: Sequence[Within]
+) -> list[Any]:
+    """As `run`, as many passes at a time as may be held (`Streamed.room`, `PASSES`), with one read of the weights each time.
+
+    Args:
+        stream: the model.
+        calls: see `run`.
+        tokens: of every call.
+        within: see `run`.
+    """
+    results: list[Any] = []
+    while (start := len(results)) < len(calls):
+        end, held = start, 0
+        while end < min(len(calls), start + PASSES) and (end == start or held + tokens[end] <= stream.room):
+            held += tokens[end]
+            end += 1
+        results += run(stream, calls[start:end], within=within[start:end])
+    return results
 
 
 def arrivals(

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moecover.errors import InputError
 from moecover.evaluations import Score
+from moecover.streaming import Streamed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,6 +72,7 @@ LOCAL: dict[str, Local] = {
 }  # fmt: skip
 OF_FILES = "files of "  # before a task's name: the group of the harness that its local parts are
 SAMPLE = 16  # documents of a task that tell how long its texts are
+CHOOSING = ("loglikelihood", "multiple_choice")  # kinds of tasks whose forward passes do not depend on each other
 SIX = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande")
 
 
@@ -102,31 +106,54 @@ class Tasks:
     record: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def score(self, model: Any, within: Sequence[Callable[[int], contextlib.AbstractContextManager[None]]], *, advance: Callable[[int], None] = lambda requests: None) -> list[Scored]:  # fmt: skip
-        """Run every task on every variant of a model in memory.
+        """Run every task on every variant of a model.
 
         Args:
-            model: from `load_model`.
+            model: from `load_model`, or from `streamed`: then one read of the weights serves as many forward passes as may be
+                held, of all variants.
             within: of every variant, the context of a decoder layer, see `masking.masked_layers`.
-            advance: called with the requests of every finished forward pass.
+            advance: called with 1 for every request that is answered, of every variant `num_requests` times.
 
         Returns:
             Of every variant the scores by task and metric, and the same of every document.
 
         Raises:
-            InputError: the model does not fit into memory.
+            InputError: see `check`.
         """
-        from moecover.streaming import Streamed
+        from lm_eval.models.huggingface import HFLM
 
+        self.check(model)
+        results, hook = list[Scored](), SimpleNamespace(add_partial=lambda kind, request, answer: advance(1))
         if isinstance(model, Streamed):
-            raise InputError("--tasks needs the model in memory: give a larger --memory-limit, or evaluate a pruned checkpoint that fits")  # fmt: skip
+            from moecover.replay import Replay
+
+            with _quiet():
+                replay = Replay(model, within, tokenizer=self.tokenizer, batch_size=self.batch_size)
+            replay.set_cache_hook(hook)
+            for number in range(len(within)):
+                replay.variant = number
+                results.append(self._run(replay))
+            return results
+        with _quiet():
+            lm = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size, backend="causal")
+        lm.set_cache_hook(hook)
         layers = range(int(model.config.get_text_config().num_hidden_layers))
-        results = []
         for context in within:
             with contextlib.ExitStack() as stack:
                 for layer in layers:
                     stack.enter_context(context(layer))
-                results.append(self._run(model, advance))
+                results.append(self._run(lm))
         return results
+
+    def check(self, model: Any) -> None:
+        """Refuse a model that cannot answer all tasks.
+
+        Raises:
+            InputError: a model that runs layer by layer, and a task that generates text or scores whole texts.
+        """
+        wrong = [name for name, parts in self.parts.items() if any(self.loaded["tasks"][part].OUTPUT_TYPE not in CHOOSING for part in parts)]  # fmt: skip
+        if isinstance(model, Streamed) and wrong:
+            raise InputError(f"--tasks {','.join(wrong)}: text that is generated or scored in pieces needs the model in memory, it runs layer by layer. Give a larger --memory-limit, evaluate a pruned checkpoint that fits, or leave the task out")  # fmt: skip
 
     def documents(self) -> dict[str, list[str]]:
         """What every task has a model read at its best: the context and the right answer of every document that is scored.
@@ -139,6 +166,27 @@ class Tasks:
                 found[name] = [text for part in parts for text in _answered(self.loaded["tasks"][part], self.limit)]
         return found
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that one variant answers."""
+        return self._requests[0]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, about: the longest of the `SAMPLE` of every task with the most characters."""
+        return self._requests[1]
+
+    @functools.cached_property
+    def _requests(self) -> tuple[int, int]:
+        longest = 0
+        with _quiet():
+            for task in self.loaded["tasks"].values():
+                task.build_all_requests(limit=self.limit)
+                texts = sorted((_text(one) for one in task.instances), key=len)[-SAMPLE:]
+                longest = max(longest, *map(len, self._ids(texts)))
+            number = sum(one.repeats for task in self.loaded["tasks"].values() for one in task.instances)
+        return number, longest
+
     def num_tokens(self) -> int:
         """Tokens that one variant reads, about: of the first `SAMPLE` documents of every task, times their number."""
         total = 0.0
@@ -146,28 +194,18 @@ class Tasks:
             for task in self.loaded["tasks"].values():
                 documents = len(task.eval_docs) if self.limit is None else min(self.limit, len(task.eval_docs))
                 task.build_all_requests(limit=min(SAMPLE, documents))
-                texts = ["".join(part for part in one.args if isinstance(part, str)) for one in task.instances]
-                lengths = [
-                    len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-                ]
+                lengths = map(len, self._ids([_text(one) for one in task.instances]))
                 total += documents * sum(lengths) / min(SAMPLE, documents)
         return round(total)
 
-    def _run(self, model: Any, advance: Callable[[int], None]) -> Scored:
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    def _run(self, lm: Any) -> Scored:
         from lm_eval import evaluator
-        from lm_eval.models.huggingface import HFLM
-
-        class Live(HFLM):  # type: ignore[misc]
-            def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **kwargs: Any) -> Any:
-                return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
-
-            def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-                found = super()._model_call(inps, *args, **kwargs)
-                advance(len(inps))
-                return found
 
         with _quiet():
-            lm = Live(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size, backend="causal")
             found = evaluator.evaluate(lm, self.loaded, limit=self.limit, log_samples=True)
         assert found is not None
         scores: dict[str, dict[str, Score]] = {}
@@ -198,6 +236,10 @@ class Tasks:
                 "harness": _version(),
             }
         return scores, items
+
+
+def _text(request: Any) -> str:
+    return "".join(part for part in request.args if isinstance(part, str))
 
 
 def _answered(task: Any, limit: int | None) -> Iterator[str]:
@@ -253,13 +295,21 @@ def _score(whole: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], metric:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the harness's advice and bars out of the log."""
+    import tqdm  # type: ignore[import-untyped]
+
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    level, start = logger.level, tqdm.tqdm.__init__
+
+    def silent(bar: Any, *args: Any, **kwargs: Any) -> None:
+        start(bar, *args, **{**kwargs, "disable": True})
+
     logger.setLevel(logging.ERROR)
+    setattr(tqdm.tqdm, "__init__", silent)  # noqa: B010  some bars of the harness cannot be turned off by its caller
     try:
         yield
     finally:
-        logger.setLevel(before)
+        setattr(tqdm.tqdm, "__init__", start)  # noqa: B010
+        logger.setLevel(level)
 
 
 def resolve(
