@@ -34,7 +34,7 @@ from moecover.profiles import Profile
 from moecover.profiling import profile
 from moecover.source import TensorEntry
 from moecover.states import FILE, State
-from moecover.streaming import Streamed, run, streamed
+from moecover.streaming import Streamed, run, run_in_parts, streamed, unmasked
 from moecover.topology import Structure, read_structure
 from moecover.verification import verify
 from moecover.weights import Files, Weights
@@ -283,6 +283,31 @@ def test_hidden_states_that_do_not_fit_lie_in_files(
         opened(structure, **given, memory_limit=limit, scratch=tmp_path / "s"),
     ):
         pass
+
+
+@pytest.mark.parametrize("passes", [1, 7, 50])
+def test_passes_in_parts(structure: Structure, monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
+    """As many at a time as the limit leaves room for, with as many reads of the weights as the estimate says."""
+    monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
+    monkeypatch.setattr(fitting_module, "THREAD", 1000)
+    given = {"tokens": 0, "batch_tokens": 8, "in_parts": (8 * passes, passes)}
+    limit = cost(structure, tokens=160, batch_tokens=8, limit=0).streamed
+    made = cost(structure, **given, limit=limit)
+    assert made.by_layer
+    assert made.streamed <= limit
+    ids = torch.arange(8).reshape(1, 8)
+    loads: list[str] = []
+    with opened(structure, **given, memory_limit=limit) as stream:
+        assert isinstance(stream, Streamed)
+        load = stream.weights.load
+        stream.weights.load = lambda prefix: (loads.append(prefix), load(prefix))[1]  # type: ignore[method-assign,func-returns-value]
+        calls = [lambda: stream.model(ids, use_cache=False).logits] * passes
+        found = run_in_parts(stream, calls, [8] * passes, within=[unmasked] * passes)
+    assert len(found) == passes
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    reads = loads.count(f"{stream.layers[0]}.")
+    assert (reads == 1) == (passes <= 7)
+    assert made.read == reads * structure.checkpoint.num_bytes
 
 
 def test_what_fits_runs_in_memory(structure: Structure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,6 @@ def add_verb(verb: Callable[[str, str], argparse.ArgumentParser], add_device: Ca
 
 def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     """Run the verb: result, text to print, exit status."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; ours has an estimate
     from moecover.corpus import load_tokenizer
     from moecover.evaluation import evaluate, overlaps
     from moecover.evaluations import FILE, FULL

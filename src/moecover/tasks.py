@@ -1,6 +1,6 @@
 """Zero-shot tasks: reads a live model, gives the scores that lm-evaluation-harness gives, document by document.
 
-The task definitions, their versions and the scoring are the harness's own. `LOCAL` says where a folder holds the documents
+The task definitions, their versions and the scoring are the harness's own, layer by layer too (`replay`). `LOCAL` says where a folder holds the documents
 of a task for machines that do not reach the hub; only the place that they are read from differs then.
 """
 
