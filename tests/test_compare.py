@@ -519,12 +519,15 @@ def test_layer_by_layer(grid: Callable[..., Path], tmp_path: Path, checkpoints: 
     from moecover.fitting import cost
 
     model = checkpoints("qwen2_moe", num_hidden_layers=6, moe_intermediate_size=256)
-    path = grid(models=[{"model": str(model), "name": "qwen"}], methods=["random", "expert-sparsity", "tb-coverage"])
+    write_arc(tmp_path / "data")
+    path = grid(models=[{"model": str(model), "name": "qwen"}], methods=["random", "expert-sparsity", "tb-coverage"], tasks=["arc_easy"], data_dir="data")  # fmt: skip
     assert run(path, tmp_path / "whole") == 0
     found = cost(read_structure(model), tokens=400, batch_tokens=128, limit=0, head=True)
     assert run(path, tmp_path / "layers", "--memory-limit", str((found.whole + found.streamed) // 2)) == 0
     (about,) = json.loads((tmp_path / "layers" / "models.json").read_text())
     assert about["layer_by_layer"]
+    assert len(json.loads((tmp_path / "layers" / "usage.json").read_text())) == 1
+    assert {row["kind"] for row in rows(tmp_path / "layers")} == {"size", "perplexity", "kl", "top1", "task", "mean"}
     for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "layers"), strict=True):
         assert a["name"] == b["name"]
         assert float(a["value"]) == pytest.approx(float(b["value"]), rel=1e-4, abs=1e-6)

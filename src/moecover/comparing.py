@@ -50,7 +50,18 @@ DONE, FAILED = "done", "failed"
 # ----------------------------------------------------------------------------------------------------- jobs and reports
 @dataclass(frozen=True)
 class Subject:
-    """A model on this machine with the texts that its cells are measured on; ``weights`` is a hash of them."""
+    """A model on this machine with the texts that its cells are measured on.
+
+    Attributes:
+        name: of the model.
+        folder: of its checkpoint.
+        weights: a hash of them.
+        limit: bytes of memory that it may use.
+        batch_tokens: tokens of the largest forward pass.
+        tokens: of the largest set of texts that is read at once.
+        in_parts: tokens and forward passes of one variant in the tasks, see `fitting.cost`.
+        texts: for perplexity.
+    """
 
     name: str
     folder: Path
@@ -58,6 +69,7 @@ class Subject:
     limit: int
     batch_tokens: int
     tokens: int
+    in_parts: tuple[int, int]
     texts: tuple[Corpus, ...]
 
 
@@ -208,8 +220,8 @@ class _Table:
             try:
                 self._model = self._open.enter_context(
                     opened(
-                        structure, tokens=subject.tokens, batch_tokens=subject.batch_tokens, dtype=config.dtype,
-                        device=config.device, memory_limit=subject.limit, head=True,
+                        structure, tokens=subject.tokens, batch_tokens=subject.batch_tokens, in_parts=subject.in_parts,
+                        dtype=config.dtype, device=config.device, memory_limit=subject.limit, head=True,
                     )
                 )  # fmt: skip
             except Exception as error:
@@ -395,19 +407,28 @@ def _plan_of(table: _Table, cell: Cell) -> Plan:
 
 
 def _measured(table: _Table, job: Evaluating, group: list[Cell], plans: Mapping[str, Plan]) -> Iterator[Finished]:
-    """The texts for all cells together, the full model beside them; then the tasks, cell by cell."""
+    """The texts for all cells together, the full model beside them; then the tasks, cell by cell.
+
+    Layer by layer the tasks are for all cells together too: they share reads of the weights.
+    """
     started = time.monotonic()
     structure, model, texts = table.structure(job.model), table.model(job.model), table.work.subjects[job.model].texts
     batch_size, tasks = table.work.config.batch_size, table.tasks(job.model)
+    chosen = {cell.id: plans[cell.id] for cell in group if cell.variant is not None}
     read: Evaluation | None = None
+    answered: Evaluation | None = None
     if texts:
-        chosen = {cell.id: plans[cell.id] for cell in group if cell.variant is not None}
         read = evaluate(structure, chosen, model=model, texts=texts, batch_size=batch_size)
+    if tasks is not None and isinstance(model, Streamed):
+        full = len(chosen) < len(group)
+        answered = evaluate(structure, chosen, model=model, tasks=tasks, full=full, batch_size=batch_size)
     shared = (time.monotonic() - started) / len(group)
     for cell in group:
         started = time.monotonic()
         name, parts = cell.id if cell.variant is not None else FULL, [part_of(read, cell)] if read is not None else []
-        if tasks is not None:
+        if answered is not None:
+            parts.append(part_of(answered, cell))
+        elif tasks is not None:
             alone = {} if cell.variant is None else {name: plans[name]}
             parts.append(evaluate(structure, alone, model=model, tasks=tasks, full=cell.variant is None, batch_size=batch_size))  # fmt: skip
         one = functools.reduce(both, parts)

@@ -94,7 +94,8 @@ class _Model:
     samples: dict[tuple[tuple[str, ...], int], tuple[Corpus, ...]] = field(default_factory=dict)
     texts: tuple[Corpus, ...] = ()
     weights: str = ""
-    task_tokens: int = 0
+    in_tasks: tuple[int, int] = (0, 0)  # tokens and forward passes of one variant
+    longest: int = 0  # tokens of a request of its tasks
     fingerprints: dict[str, str] = field(default_factory=dict)
     pending: list[Cell] = field(default_factory=list)
     walls: list[float] = field(default_factory=list)
@@ -182,7 +183,7 @@ def _prepare(asked: Asked, model: _Model) -> None:
     _warn_of_overlap(model)
     tasks = None
     if config.tasks:
-        tasks, model.task_tokens = _tasks_fingerprint(asked, structure)
+        tasks = _tasks_fingerprint(asked, model)
     model.weights, versions = weights_fingerprint(structure), _versions()
     for cell in model.cells:
         model.fingerprints[cell.id] = _fingerprint(config, model, cell, tasks, versions)
@@ -219,8 +220,8 @@ def weights_fingerprint(structure: Structure) -> str:
     return digest.hexdigest()
 
 
-def _tasks_fingerprint(asked: Asked, structure: Structure) -> tuple[str, int]:
-    """Hash of the tasks (their definitions, every document, how many are scored, and the harness), and about their tokens.
+def _tasks_fingerprint(asked: Asked, model: _Model) -> str:
+    """Hash of the tasks: their definitions, every document, how many are scored, and the harness; notes their sizes.
 
     Raises:
         InputError: a task that is unknown or whose documents are missing, with the line.
@@ -229,7 +230,9 @@ def _tasks_fingerprint(asked: Asked, structure: Structure) -> tuple[str, int]:
 
     try:
         with progress.spinner("reading the tasks"):
-            tasks = tasks_of(asked.config, structure)
+            tasks = tasks_of(asked.config, model.structure)
+            passes = -(-tasks.num_requests // asked.config.batch_size)
+            model.in_tasks, model.longest = (tasks.num_tokens(), passes), tasks.longest
     except InputError as error:
         raise asked.wrong(InputError(str(error).removeprefix("--tasks ")), "tasks") from error
     digest = hashlib.sha256(json.dumps([version("lm_eval"), tasks.parts, asked.config.limit]).encode())
@@ -238,7 +241,7 @@ def _tasks_fingerprint(asked: Asked, structure: Structure) -> tuple[str, int]:
         digest.update(f"{name} {about}".encode())
         for document in itertools.islice(task.eval_docs, asked.config.limit):
             digest.update(json.dumps(document, default=str, sort_keys=True).encode())
-    return digest.hexdigest(), tasks.num_tokens()
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -292,16 +295,20 @@ def _limit(config: Config, jobs: int) -> int:
 
 def _subject(model: _Model, config: Config, limit: int) -> Subject:
     texts = [*model.texts, *(corpus for sample in model.samples.values() for corpus in sample)]
-    longest = max((corpus.tokens.shape[1] for corpus in texts), default=0)
+    longest = max([corpus.tokens.shape[1] for corpus in texts] + [model.longest])
     passes = [model.texts, *model.samples.values()]
     tokens = max(sum(corpus.num_tokens for corpus in corpora) for corpora in passes)
     return Subject(
-        model.name, model.structure.checkpoint.path, model.weights, limit, config.batch_size * longest, tokens, model.texts
+        model.name, model.structure.checkpoint.path, model.weights, limit, config.batch_size * longest, tokens, model.in_tasks,
+        model.texts,
     )  # fmt: skip
 
 
-def _cost(model: _Model, subject: Subject, config: Config, tokens: int) -> Cost:
-    return cost(model.structure, tokens=tokens, batch_tokens=subject.batch_tokens, dtype=config.dtype, limit=subject.limit, head=True)  # fmt: skip
+def _cost(model: _Model, subject: Subject, config: Config, tokens: int, in_parts: tuple[int, int] = (0, 0)) -> Cost:
+    return cost(
+        model.structure, tokens=tokens, batch_tokens=subject.batch_tokens, in_parts=in_parts, dtype=config.dtype,
+        limit=subject.limit, head=True,
+    )  # fmt: skip
 
 
 def _check_fits(asked: Asked, model: _Model, subject: Subject) -> None:
@@ -475,10 +482,10 @@ def _plan_line(run: Path, models: Sequence[_Model], subjects: Mapping[str, Subje
             continue
         subject = subjects[model.name]
         device = check_device(config.dtype, config.device)
-        cells_read = sum(text.num_tokens for text in model.texts) + model.task_tokens
-        passes = [cells_read] * len(model.pending) + [sum(c.num_tokens for c in s) for s in model.samples.values()]
-        for tokens, times in Counter(passes).items():
-            one = _cost(model, subject, config, tokens)
+        passes = [(sum(text.num_tokens for text in model.texts), model.in_tasks)] * len(model.pending)
+        passes += [(sum(c.num_tokens for c in sample), (0, 0)) for sample in model.samples.values()]
+        for (tokens, in_parts), times in Counter(passes).items():
+            one = _cost(model, subject, config, tokens, in_parts)
             seconds += times * seconds_of(one, model.structure, dtype=config.dtype, device=device)
     return f"{run}: {total} cells, {total - pending} are there, {pending} to go: about {duration(seconds / jobs)} on this machine"  # fmt: skip
 

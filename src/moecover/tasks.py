@@ -1,7 +1,7 @@
 """Zero-shot tasks: reads a live model, gives the scores that lm-evaluation-harness gives, document by document.
 
-The task definitions, their versions and the scoring are the harness's own, layer by layer too (`replay`). `LOCAL` says where a folder holds the documents
-of a task for machines that do not reach the hub; only the place that they are read from differs then.
+The task definitions, their versions and the scoring are the harness's own, layer by layer too (`replay`). `LOCAL` says where a
+folder holds the documents of a task for machines that do not reach the hub; only the place that they are read from differs then.
 """
 
 from __future__ import annotations
@@ -312,6 +312,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@functools.cache
+def _all_tasks() -> Any:
+    """The harness's own index of tasks, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def resolve(
     names: Sequence[str],
     *,
@@ -341,7 +349,7 @@ def resolve(
     if tokenizer is None:
         raise InputError("--tasks needs the model's tokenizer, it has none")
     with _quiet():
-        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+        manager = _all_tasks() if include_path is None else TaskManager(include_path=str(include_path))
         known, parts = set(manager.all_tasks), dict[str, list[str]]()
         for name in names:
             if name not in known:
