@@ -309,6 +309,8 @@ LETTERS = """task: letters
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}/arc_easy/test.jsonl}}}}
 test_split: test
+fewshot_split: test
+num_fewshot: 2
 output_type: {kind}
 doc_to_text: "{{{{question}}}}\n{{% for one in choices.text %}}{{{{choices.label[loop.index0]}}}}. {{{{one}}}}\n{{% endfor %}}Answer:"
 doc_to_target: "{{{{choices.label.index(answerKey)}}}}"
@@ -318,7 +320,7 @@ metric_list: [{{metric: {metric}}}]
 
 
 def own_task(data: Path, kind: str = "multiple_choice", metric: str = "acc") -> Path:
-    """A folder with a task whose choices are one token each, of one context."""
+    """A folder with a task whose choices are one token each, of one context with two examples drawn by chance."""
     folder = data.parent / f"own-{kind}"
     folder.mkdir()
     (folder / "letters.yaml").write_text(LETTERS.format(data=data, kind=kind, metric=metric))

@@ -204,7 +204,10 @@ class Tasks:
 
     def _run(self, lm: Any) -> Scored:
         from lm_eval import evaluator
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
 
+        for task in self.loaded["tasks"].values():  # as the command does: all variants see the same examples
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         with _quiet():
             found = evaluator.evaluate(lm, self.loaded, limit=self.limit, log_samples=True)
         assert found is not None
