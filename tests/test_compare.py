@@ -533,6 +533,19 @@ def test_layer_by_layer(grid: Callable[..., Path], tmp_path: Path, checkpoints: 
         assert float(a["value"]) == pytest.approx(float(b["value"]), rel=1e-4, abs=1e-6)
 
 
+def test_tasks_that_need_the_model_in_memory(grid: Callable[..., Path], tmp_path: Path, checkpoints: Any, capsys: Any) -> None:  # fmt: skip
+    """They are refused before the first cell where it does not fit."""
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    for split in ("train", "test"):
+        lines = [json.dumps({"question": f"What is {i} and 2?", "answer": f"#### {i + 2}"}) + "\n" for i in range(6)]
+        (tmp_path / "data" / "gsm8k" / f"{split}.jsonl").write_text("".join(lines))
+    path = grid(tasks=["gsm8k"], data_dir="data", methods=["random"], limit=2)
+    assert run(path, tmp_path / "run", "--memory-limit", "901MB") == 2
+    assert f"{path}, line " in (error := capsys.readouterr().err)
+    assert "qwen: gsm8k needs the model in memory" in error
+    assert not (tmp_path / "run" / "cells").exists()
+
+
 def _echo() -> Any:
     from contextlib import contextmanager
 

@@ -96,6 +96,7 @@ class _Model:
     weights: str = ""
     in_tasks: tuple[int, int] = (0, 0)  # tokens and forward passes of one variant
     longest: int = 0  # tokens of a request of its tasks
+    in_memory: tuple[str, ...] = ()  # tasks that do not run layer by layer
     fingerprints: dict[str, str] = field(default_factory=dict)
     pending: list[Cell] = field(default_factory=list)
     walls: list[float] = field(default_factory=list)
@@ -233,6 +234,7 @@ def _tasks_fingerprint(asked: Asked, model: _Model) -> str:
             tasks = tasks_of(asked.config, model.structure)
             passes = -(-tasks.num_requests // asked.config.batch_size)
             model.in_tasks, model.longest = (tasks.num_tokens(), passes), tasks.longest
+            model.in_memory = tasks.in_memory()
     except InputError as error:
         raise asked.wrong(InputError(str(error).removeprefix("--tasks ")), "tasks") from error
     digest = hashlib.sha256(json.dumps([version("lm_eval"), tasks.parts, asked.config.limit]).encode())
@@ -299,8 +301,8 @@ def _subject(model: _Model, config: Config, limit: int) -> Subject:
     passes = [model.texts, *model.samples.values()]
     tokens = max(sum(corpus.num_tokens for corpus in corpora) for corpora in passes)
     return Subject(
-        model.name, model.structure.checkpoint.path, model.weights, limit, config.batch_size * longest, tokens, model.in_tasks,
-        model.texts,
+        model.name, model.structure.checkpoint.path, model.weights, limit, config.batch_size * longest, tokens,
+        (model.in_tasks[0] * len(model.cells), model.in_tasks[1] * len(model.cells)), model.texts,
     )  # fmt: skip
 
 
@@ -312,12 +314,14 @@ def _cost(model: _Model, subject: Subject, config: Config, tokens: int, in_parts
 
 
 def _check_fits(asked: Asked, model: _Model, subject: Subject) -> None:
-    """Refuse a model of which not even one layer fits.
+    """Refuse a model of which not even one layer fits, and tasks that need a model in memory which does not fit.
 
     Raises:
-        InputError: with the line of the limit.
+        InputError: with the line of the limit, or of the tasks.
     """
-    found = _cost(model, subject, asked.config, subject.tokens)
+    found = _cost(model, subject, asked.config, subject.tokens, subject.in_parts)
+    if found.by_layer and model.in_memory:
+        raise asked.wrong(InputError(f"{model.name}: {', '.join(model.in_memory)} needs the model in memory, which does not fit: {found.whole / 1e9:.1f} GB of memory are needed, {subject.limit / 1e9:.1f} GB may be used. Leave the task out, or give a larger memory_limit"), "tasks")  # fmt: skip
     if found.by_layer and found.streamed > subject.limit:
         raise asked.wrong(InputError(f"{model.name}: one layer at a time still needs {found.streamed / 1e9:.1f} GB of memory, {subject.limit / 1e9:.1f} GB may be used. Give a smaller batch_size or length, fewer --jobs, or a larger memory_limit"), "memory_limit")  # fmt: skip
 

@@ -151,9 +151,13 @@ class Tasks:
         Raises:
             InputError: a model that runs layer by layer, and a task that generates text or scores whole texts.
         """
-        wrong = [name for name, parts in self.parts.items() if any(self.loaded["tasks"][part].OUTPUT_TYPE not in CHOOSING for part in parts)]  # fmt: skip
-        if isinstance(model, Streamed) and wrong:
+        if isinstance(model, Streamed) and (wrong := self.in_memory()):
             raise InputError(f"--tasks {','.join(wrong)}: text that is generated or scored in pieces needs the model in memory, it runs layer by layer. Give a larger --memory-limit, evaluate a pruned checkpoint that fits, or leave the task out")  # fmt: skip
+
+    def in_memory(self) -> tuple[str, ...]:
+        """The tasks that need a model in memory: those that generate text or score whole texts."""
+        tasks = self.loaded["tasks"]
+        return tuple(name for name, parts in self.parts.items() if any(tasks[part].OUTPUT_TYPE not in CHOOSING for part in parts))  # fmt: skip
 
     def documents(self) -> dict[str, list[str]]:
         """What every task has a model read at its best: the context and the right answer of every document that is scored.
