@@ -1,0 +1,187 @@
+"""The repair of one layer on layers whose answer is known, and against dense least squares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moecover.errors import InputError
+from moecover.repair import KINDS, Block, Fit, fit
+
+HIDDEN, WIDTH, TOKENS = 12, 6, 400
+EXACT = {"penalties": (1e-13,), "held_share": 0.0, "sweeps": 5000, "tolerance": 0.0}
+
+
+def expert(
+    seed: int, *, tokens: torch.Tensor | None = None, width: int = WIDTH, dtype: torch.dtype = torch.float64
+) -> Block:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.arange(TOKENS) if tokens is None else tokens
+    weight = torch.randn(HIDDEN, width, generator=generator, dtype=torch.float64).to(dtype)
+    features = torch.randn(len(tokens), width, generator=generator, dtype=torch.float64)
+    return Block(f"expert {seed}", weight, tokens, features)
+
+
+def output(blocks: list[Block], weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    total = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
+    for block in blocks:
+        weight = (weights or {}).get(block.name, block.weight).double()
+        total[block.tokens] += block.features.double() @ weight.T
+    return total
+
+
+def corpora() -> torch.Tensor:
+    return (torch.arange(TOKENS) >= 300).long()  # 300 and 100 tokens
+
+
+def fitted(blocks: list[Block], target: torch.Tensor, **options: object) -> Fit:
+    return fit(blocks, target, corpora(), **{"kind": "ridge", **EXACT, **options})
+
+
+def test_a_removed_duplicate_is_taken_over() -> None:
+    kept, other = expert(1), expert(2)
+    twin = Block("twin", kept.weight, kept.tokens, kept.features)
+    for kind in KINDS:
+        found = fitted([kept, other], output([kept, other, twin]), kind=kind)
+        torch.testing.assert_close(found.weights["expert 1"], 2 * kept.weight, rtol=1e-9, atol=1e-9)
+        assert max(found.after) < 1e-18 < 1e-3 < min(found.before)
+
+
+def test_a_removed_mixture_of_others_is_taken_over() -> None:
+    first, second = expert(1), expert(2)
+    # The removed expert's output is linear in both others' activations.
+    mixed = torch.randn(HIDDEN, WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    target = output([first, second]) + first.features @ mixed.T + 0.5 * second.features @ second.weight.T
+    found = fitted([first, second], target)
+    torch.testing.assert_close(found.weights["expert 1"], first.weight + mixed, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.weights["expert 2"], 1.5 * second.weight, rtol=1e-9, atol=1e-9)
+
+
+def test_a_removed_expert_without_effect_changes_nothing() -> None:
+    blocks = [expert(1), expert(2)]
+    for kind in KINDS:
+        found = fitted(blocks, output(blocks), kind=kind)
+        for name, weight in found.weights.items():  # what rounding leaves may be fitted
+            torch.testing.assert_close(weight, {b.name: b.weight for b in blocks}[name], rtol=1e-12, atol=1e-12)
+        assert max(found.before) < 1e-30
+        assert sum(found.after) <= sum(found.before)
+
+
+def test_the_shared_expert_takes_over_what_every_token_lost() -> None:
+    shared, routed = expert(1, width=9), expert(2, tokens=torch.arange(0, TOKENS, 2))
+    lost = torch.randn(HIDDEN, 9, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    found = fitted([routed, shared], output([routed, shared]) + shared.features @ lost.T)
+    torch.testing.assert_close(found.weights["expert 1"], shared.weight + lost, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1.0])
+def test_blocks_in_turn_end_at_the_dense_solution(penalty: float) -> None:
+    blocks = [expert(1, tokens=torch.arange(0, 250)), expert(2, tokens=torch.arange(100, 400)), expert(3, width=9)]
+    target = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    found = fitted(blocks, target, penalties=(penalty,))
+    # Dense: all blocks' features side by side, rows weighted by corpus, the penalty as further rows.
+    energy = torch.stack([target[corpora() == c].square().sum() for c in (0, 1)])
+    share = (1 / (2 * energy))[corpora()].sqrt()[:, None]
+    columns, ridge = [], []
+    for block in blocks:
+        wide = torch.zeros(TOKENS, block.weight.shape[1], dtype=torch.float64)
+        wide[block.tokens] = block.features
+        columns.append(wide * share)
+        ridge += [float(columns[-1].square().sum()) / wide.shape[1]] * wide.shape[1]
+    system = torch.cat(
+        [torch.cat(columns, 1), torch.diag(torch.tensor(ridge, dtype=torch.float64).mul(penalty).sqrt())]
+    )
+    right = torch.cat([(target - output(blocks)) * share, torch.zeros(len(ridge), HIDDEN, dtype=torch.float64)])
+    dense = torch.linalg.lstsq(system, right).solution
+    parts = dense.split([block.weight.shape[1] for block in blocks])
+    for block, part in zip(blocks, parts, strict=True):
+        torch.testing.assert_close(found.weights[block.name], block.weight + part.T, rtol=1e-8, atol=1e-8)
+
+
+def test_scalars_end_at_the_dense_solution() -> None:
+    blocks = [expert(1, tokens=torch.arange(0, 250)), expert(2, tokens=torch.arange(100, 400))]
+    target = output(blocks) + output([expert(3)])
+    found = fitted(blocks, target, kind="scale", penalties=(0.1,))
+    energy = torch.stack([target[corpora() == c].square().sum() for c in (0, 1)])
+    share = (1 / (2 * energy))[corpora()].sqrt()[:, None]
+    outputs = torch.stack([(output([block]) * share).flatten() for block in blocks], 1)
+    penalty = torch.diag(outputs.square().sum(0) * 0.1)
+    change = torch.linalg.solve(
+        outputs.T @ outputs + penalty, outputs.T @ ((target - output(blocks)) * share).flatten()
+    )
+    for block, factor in zip(blocks, change, strict=True):
+        torch.testing.assert_close(found.weights[block.name], (1 + factor) * block.weight, rtol=1e-9, atol=1e-9)
+
+
+def test_corpora_weigh_the_same_whatever_their_length_and_size() -> None:
+    block = expert(1)
+    target = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    once = fitted([block], target)
+    louder = torch.where(corpora() == 1, 7.0, 1.0)[:, None]
+    # The same corpus at seven times the size, three times over.
+    again = torch.cat([torch.arange(TOKENS), *[torch.arange(300, 400)] * 2])
+    repeated = Block("expert 1", block.weight, torch.arange(len(again)), (block.features * louder)[again])
+    found = fit([repeated], (target * louder)[again], corpora()[again], kind="ridge", **EXACT)
+    torch.testing.assert_close(found.weights["expert 1"], once.weights["expert 1"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [0, WIDTH - 1])
+def test_an_expert_with_too_few_tokens_keeps_its_weights(count: int) -> None:
+    blocks = [expert(1), expert(2, tokens=torch.arange(count))]
+    found = fitted(blocks, output([expert(1), expert(2), expert(3)]) * 1.1)
+    assert found.kept == {"expert 2": f"{count} tokens to fit, {WIDTH} are needed"}
+    assert set(found.weights) == {"expert 1"}
+
+
+@pytest.mark.parametrize("where", ["weight", "features", "target"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_layer_with_a_value_that_is_not_finite_stays(where: str, value: float) -> None:
+    block, target = expert(1), output([expert(1), expert(2)])
+    {"weight": block.weight, "features": block.features, "target": target}[where][3, 2] = value
+    found = fitted([block], target)
+    assert found.weights == {}
+    assert found.kept == {"expert 1": "a weight, an activation or a target is not finite"}
+
+
+def test_equal_activations_of_all_tokens_are_solved_too() -> None:
+    block = expert(1)
+    block.features[:] = block.features[0]  # a Gram matrix of rank 1
+    target = output([block]) + 1.0
+    found = fitted([block], target, penalties=(0.0,))
+    assert max(found.after) < 1e-18
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(4))
+def test_never_worse_on_the_calibration_text_in_the_dtype_of_the_file(kind: str, dtype: torch.dtype, seed: int) -> None:
+    blocks = [expert(seed, dtype=dtype), expert(seed + 10, tokens=torch.arange(seed, 400, 3), dtype=dtype)]
+    rounding = 1e-3 * torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for target in (output(blocks) + rounding, output([*blocks, expert(seed + 20)])):
+        found = fit(blocks, target, corpora(), kind=kind)
+        assert sum(found.after) <= sum(found.before)
+        assert all(weight.dtype == dtype for weight in found.weights.values())
+        residual = target - output(blocks, found.weights)
+        for number in (0, 1):
+            part = corpora() == number
+            error = float(residual[part].square().sum() / target[part].square().sum())
+            assert error == pytest.approx(found.after[number], rel=1e-9)
+
+
+def test_the_penalty_comes_from_the_held_out_tokens() -> None:
+    block = expert(1)
+    lost = expert(2).weight
+    target = output([block]) + block.features @ lost.T
+    kept = fit([block], target, corpora(), kind="ridge", penalties=(1.0, 1e-6))
+    assert kept.penalty == 1e-6  # what holds everywhere asks for the weakest
+    # What the first tokens show and the last ones contradict is not learnt at all.
+    held = torch.cat([torch.arange(300) >= 240, torch.arange(100) >= 80])
+    against = output([block]) + torch.where(held, -1.0, 1.0)[:, None] * (block.features @ lost.T)
+    assert fit([block], against, corpora(), kind="ridge").kept == {
+        "expert 1": "the held-out calibration text is not fitted better"
+    }
+
+
+def test_unknown_kinds_are_named() -> None:
+    with pytest.raises(InputError, match="unknown repair 'rigde'. Did you mean ridge"):
+        fitted([expert(1)], output([expert(1)]), kind="rigde")
