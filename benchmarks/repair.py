@@ -70,7 +70,7 @@ def main() -> None:
                             measure(label=saliency, **about)
                         for kind in KINDS if saliency == DEFAULT_SALIENCY else ():
                             before = time.monotonic()
-                            repairs = repair_layers(model, structure, chosen, loaded, kind=kind)
+                            repairs = [*repair_layers(model, structure, chosen, loaded, kind=kind)]
                             wall_s = round(time.monotonic() - before, 1)
                             fits = [[r.fit.penalty, r.fit.before, r.fit.after, len(r.fit.kept)] for r in repairs]
                             with masked(model, structure, chosen), repaired(model, structure, repairs):

@@ -14,7 +14,8 @@ from moecover.masking import masked
 from moecover.model import load_model
 from moecover.plans import Plan
 from moecover.repair import KINDS
-from moecover.repairing import repair_layers, repaired
+from moecover.repairing import LayerRepair, repaired
+from moecover.repairing import repair_layers as layer_after_layer
 from moecover.streaming import streamed
 from moecover.topology import Structure, read_structure
 from tests import zoo
@@ -22,6 +23,10 @@ from tests.conftest import hand_plan, random_corpus
 
 # sequences enough that most experts see more tokens than their width of 16 to 24
 CORPORA = [random_corpus("a", seed=1, sequences=12), random_corpus("b", seed=2, sequences=8)]
+
+
+def repair_layers(*args: object, **options: object) -> list[LayerRepair]:
+    return [*layer_after_layer(*args, **options)]
 
 
 def half(structure: Structure) -> Plan:

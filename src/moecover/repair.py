@@ -2,9 +2,12 @@
 
 Pure: tensors in, tensors out. A layer's output is linear in the down projections of its experts, so what is lost with
 the removed ones is fitted by regularised least squares towards the original weights: docs/repair.md derives it. Blocks
-(experts, and the shared one) are solved exactly in turn; what ties them is the residual over all tokens. Memory for T
-tokens of hidden size d and blocks of width w_b: up to 24 T d + sum(8 w_b^2 + 24 d w_b) + 8 w^2 + 24 d w of the widest
-block + `CHUNK` rows in float64, beside the caller's features and target.
+(experts, and the shared one) are solved exactly in turn; what ties them is the residual over all tokens. The penalty is
+chosen on a random projection of the outputs, at a fraction of the cost.
+
+Memory (`peak_bytes`), for T tokens of hidden size d and blocks of width w_b, beside the caller's features and target:
+8 T d for residuals, 16 sum(w_b^2) for Gram matrices and factors, 16 d sum(w_b) for changes and new weights, and for one
+block at a time 24 w^2 + 24 d w of the widest. No matrix over all blocks or all tokens is made.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from moecover.registry import unknown_name
 if TYPE_CHECKING:
     import torch
 
-PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)  # strongest first; each fit starts where the one before ended
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # strongest first; each fit starts where the one before ended
 HELD_SHARE = 0.2  # of every corpus's tokens, the last ones: what the penalty is chosen on
-SWEEPS = 8
-TOLERANCE = 3e-3  # a sweep that lowers the objective by a smaller share is the last one
-CHUNK = 4096  # rows in float64 at a time
+SWEEPS = 4
+TOLERANCE = 1e-2  # a sweep that lowers the objective by a smaller share is the last one
+SKETCH = 32  # directions of the output that the penalty is chosen on
+CHUNK = 4096  # rows at a time, whose products are added up in float64
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Block:
         name: for messages and results.
         weight: original down projection ``[hidden, width]``, in the dtype in which it is stored.
         tokens: int64 ``[row]``, no token twice.
-        features: intermediate activations times routing weight, floating point ``[row, width]``.
+        features: intermediate activations times routing weight ``[row, width]``, float32 or float64: what products are
+            made in, `CHUNK` rows of them; their sums are float64.
     """
 
     name: str
@@ -61,83 +66,125 @@ class Fit:
     kept: dict[str, str]
 
 
-def _ridge(gram: torch.Tensor, right: torch.Tensor, weight: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Change of the weights ``[width, hidden]`` that solves the normal equations of one block."""
+def peak_bytes(*, tokens: int, hidden_size: int, widths: Sequence[int]) -> int:
+    """Bytes that `fit` takes at most beside its arguments, of float32 features; see the module."""
+    total, squares, widest = sum(widths), sum(w * w for w in widths), max(widths)
+    return 8 * tokens * hidden_size + 16 * squares + 16 * hidden_size * total + 24 * widest * (widest + hidden_size)
+
+
+# How far a block's change goes from where it is, given how the error falls there; and what the penalty says of a change.
+Solver = tuple["Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", "Callable[[torch.Tensor], float]"]
+
+
+def _ridge(gram: torch.Tensor, weight: torch.Tensor, penalty: float) -> Solver:
+    """Any change of a block's weights, ``[width, hidden]``; its square is penalised."""
     import torch
 
+    pull = float(penalty * gram.diagonal().mean())
     system = gram.clone()
-    system.diagonal().add_(penalty * gram.diagonal().mean())
+    system.diagonal().add_(pull)
     factor, failed = torch.linalg.cholesky_ex(system)
-    if bool(failed):  # a penalty below the rounding of a singular Gram matrix
+    if not bool(failed):
+        del system
+
+    def step(slope: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        right = slope - pull * change
+        if not bool(failed):
+            return torch.cholesky_solve(right, factor)
+        # A penalty below the rounding of a singular Gram matrix.
         solution: torch.Tensor = torch.linalg.lstsq(system.cpu(), right.cpu(), driver="gelsd").solution
         return solution.to(right.device)
-    return torch.cholesky_solve(right, factor)
+
+    return step, lambda change: float(pull * change.square().sum())
 
 
-def _scale(gram: torch.Tensor, right: torch.Tensor, weight: torch.Tensor, penalty: float) -> torch.Tensor:
-    """The same for a multiple of the original weights."""
+def _scale(gram: torch.Tensor, weight: torch.Tensor, penalty: float) -> Solver:
+    """A multiple of the original weights; the square of the output that it adds is penalised."""
     original = weight.double().T
-    energy = ((gram @ original) * original).sum() * (1 + penalty)
-    return original * ((right * original).sum() / energy if float(energy) > 0 else 0.0)
+    energy, square = float(((gram @ original) * original).sum()), float(original.square().sum())
+
+    def factor(change: torch.Tensor) -> float:
+        return float((change * original).sum()) / square if square > 0 else 0.0
+
+    def step(slope: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        right = float((slope * original).sum()) - penalty * energy * factor(change)
+        return original * (right / (energy * (1 + penalty)) if energy > 0 else 0.0)
+
+    return step, lambda change: penalty * energy * factor(change) ** 2
 
 
-KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]] = {"scale": _scale, "ridge": _ridge}  # fmt: skip
+KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], Solver]] = {"scale": _scale, "ridge": _ridge}
 
 
 def _chunks(block: Block) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and float64 features of a block, `CHUNK` rows at a time."""
-    for start in range(0, len(block.tokens), CHUNK):
-        yield block.tokens[start : start + CHUNK], block.features[start : start + CHUNK].double()
+    """Tokens and features of a block, `CHUNK` rows at a time."""
+    return zip(block.tokens.split(CHUNK), block.features.split(CHUNK), strict=True)
 
 
-def _gram(block: Block, share: torch.Tensor) -> torch.Tensor:
-    """Weighted second moments of the features, float64 ``[width, width]``; ``share`` is the tokens' weight ``[token]``."""
+def _gram(block: Block, share: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Weighted second moments of the features of some tokens, float64 ``[width, width]``.
+
+    Args:
+        block: the features.
+        share: the tokens' weight ``[token]``.
+        part: which tokens, bool ``[token]``.
+    """
     import torch
 
     width = block.features.shape[1]
     gram = torch.zeros(width, width, dtype=torch.float64, device=block.features.device)
-    for tokens, features in _chunks(block):
-        gram.addmm_((features * share[tokens, None]).T, features)
+    strip = -(-width // 4)  # of a symmetric matrix the strips from the diagonal on: ten sixteenths of the products
+    for rows in part[block.tokens].nonzero()[:, 0].split(CHUNK):
+        features = block.features[rows]
+        weighted = features * share[block.tokens[rows], None].to(features.dtype)
+        for at in range(0, width, strip):
+            gram[at : at + strip, at:] += weighted[:, at : at + strip].T @ features[:, at:]
+    gram.triu_()
+    gram += gram.triu(1).T
     return gram
 
 
 def _residual(blocks: Sequence[Block], weights: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-    """Target less the output of the blocks with some weights ``[hidden, width]``, float64 ``[token, hidden]``."""
-    residual = target.double().clone()
+    """Target less the output of the blocks with some weights ``[hidden, width]``, ``[token, hidden]`` in the features' dtype."""
+    residual = target.to(blocks[0].features.dtype, copy=True)
     for block, weight in zip(blocks, weights, strict=True):
+        matrix = weight.to(residual.dtype).T
         for tokens, features in _chunks(block):
-            residual[tokens] -= features @ weight.double().T
+            residual.index_add_(0, tokens, features @ matrix, alpha=-1)
     return residual
 
 
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    """Squared norm of every row, float64."""
+    import torch
+
+    return torch.cat([part.double().square().sum(1) for part in values.split(CHUNK)])
+
+
 def _descend(
-    kind: str, blocks: Sequence[Block], grams: Sequence[torch.Tensor], share: torch.Tensor, penalty: float,
-    residual: torch.Tensor, deltas: list[torch.Tensor], *, sweeps: int, tolerance: float,
+    blocks: Sequence[Block], solvers: Sequence[Solver], share: torch.Tensor,
+    residual: torch.Tensor, changes: list[torch.Tensor], *, sweeps: int, tolerance: float,
 ) -> None:  # fmt: skip
-    """Solve block after block until the objective rests; ``residual`` and ``deltas`` are brought up to date in place."""
+    """Solve block after block until the objective rests; ``residual`` and ``changes`` are brought up to date in place."""
     import torch
 
     def objective() -> float:
-        error = float((residual.square().sum(1) * share).sum())
-        if kind == "scale":
-            norms = [float(((g @ d) * d).sum()) for g, d in zip(grams, deltas, strict=True)]
-        else:
-            norms = [float(g.diagonal().mean() * d.square().sum()) for g, d in zip(grams, deltas, strict=True)]
-        return error + penalty * sum(norms)
+        costs = sum(cost(change) for (_, cost), change in zip(solvers, changes, strict=True))
+        return float((_squares(residual) * share).sum()) + costs
 
-    last = objective()
+    last, parts = objective(), share.to(residual.dtype)
     for _ in range(sweeps):
-        for at, (block, gram) in enumerate(zip(blocks, grams, strict=True)):
-            right = gram @ deltas[at]
+        for at, (block, (solve, _)) in enumerate(zip(blocks, solvers, strict=True)):
+            slope = torch.zeros_like(changes[at])
             for tokens, features in _chunks(block):
-                right.addmm_((features * share[tokens, None]).T, residual[tokens])
-            change = KINDS[kind](gram, right, block.weight, penalty)
-            if not bool(torch.isfinite(change).all()):
+                slope += features.T @ (residual[tokens] * parts[tokens, None])
+            step = solve(slope, changes[at])
+            if not bool(torch.isfinite(step).all()):
                 continue
-            step = change - deltas[at]
+            changes[at] += step
+            small = step.to(residual.dtype)
             for tokens, features in _chunks(block):
-                residual[tokens] -= features @ step
-            deltas[at] = change
+                residual.index_add_(0, tokens, features @ small, alpha=-1)
         now = objective()
         if last - now <= tolerance * last:
             break
@@ -150,6 +197,7 @@ def fit(
     corpus: torch.Tensor,
     *,
     kind: str,
+    weights: Sequence[float] | None = None,
     penalties: Sequence[float] = PENALTIES,
     held_share: float = HELD_SHARE,
     sweeps: int = SWEEPS,
@@ -165,6 +213,7 @@ def fit(
         target: the original's output, ``[token, hidden]``.
         corpus: int64 ``[token]``, from 0 on; the tokens of a corpus in their order.
         kind: a name in `KINDS`.
+        weights: of every corpus; all the same where it is None. One of weight 0 is not fitted.
         penalties: strongest first; one of them is chosen on the last tokens of every corpus.
         held_share: how many of them, 0 to take the last penalty as it is.
         sweeps: at most so many turns of all blocks for a penalty.
@@ -177,76 +226,91 @@ def fit(
 
     if kind not in KINDS:
         raise unknown_name("repair", kind, KINDS)
-    number = int(corpus.max()) + 1
-    counts = torch.bincount(corpus, minlength=number)
+    counts = torch.bincount(corpus)
+    number = len(counts)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
     place = torch.empty_like(corpus)
     place[torch.argsort(corpus, stable=True)] = torch.arange(len(corpus), device=corpus.device)
     held = (place - first[corpus]) >= (counts - (counts * held_share).long())[corpus]
 
-    finite = bool(torch.isfinite(target).all()) and all(
-        bool(torch.isfinite(values).all()) for block in blocks for values in (block.weight, block.features)
-    )
-    originals = [block.weight for block in blocks]
-    residual = _residual(blocks, originals, target)
-    energies = target.double().square().sum(1)
+    def by_corpus(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(number, dtype=torch.float64, device=corpus.device).index_add_(0, corpus, values)
 
-    def sums(values: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        zeros = torch.zeros(number, dtype=torch.float64, device=corpus.device)
-        return zeros.index_add_(0, corpus, values * part)
+    norms = by_corpus(_squares(target))
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)  # 0 for a corpus without any
+    of_corpus = torch.tensor([1.0] * number if weights is None else list(weights), device=corpus.device).double()
+    of_corpus /= of_corpus.sum()
 
-    def inverse_energy(part: torch.Tensor) -> torch.Tensor:  # 0 for a corpus without any
-        norms = sums(energies, part)
-        return torch.where(norms > 0, 1 / norms, 0.0)
+    def losses(residual: torch.Tensor) -> torch.Tensor:
+        return by_corpus(_squares(residual)) * inverse
 
-    def losses(residual: torch.Tensor, part: torch.Tensor) -> list[float]:
-        found: list[float] = (sums(residual.square().sum(1), part) * inverse_energy(part)).tolist()
-        return found
-
-    def shares(part: torch.Tensor) -> torch.Tensor:
-        return part.double() * inverse_energy(part)[corpus] / number
-
-    everything = torch.ones_like(held)
-    before = losses(residual, everything)
+    residual = _residual(blocks, [block.weight for block in blocks], target)
+    before = losses(residual)
 
     def unchanged(reason: str) -> Fit:
-        return Fit({}, before, before, None, {block.name: reason for block in blocks})
+        return Fit({}, before.tolist(), before.tolist(), None, {block.name: reason for block in blocks})
 
-    if not finite:
+    arrays = [target, *(values for block in blocks for values in (block.weight, block.features))]
+    if not all(bool(torch.isfinite(part).all()) for values in arrays for part in values.split(CHUNK)):
         return unchanged("a weight, an activation or a target is not finite")
     kept = {}
+    fitted = ~held & (of_corpus > 0)[corpus]
     for block in blocks:
-        rows, unknowns = int((~held[block.tokens]).sum()), block.weight.shape[1] if kind == "ridge" else 1
+        rows, unknowns = int(fitted[block.tokens].sum()), block.weight.shape[1] if kind == "ridge" else 1
         if rows < unknowns:
             kept[block.name] = f"{rows} tokens to fit, {unknowns} are needed"
     solved = [block for block in blocks if block.name not in kept]
-    if not solved:
-        return Fit({}, before, before, None, kept)
+    if not solved or not bool((inverse > 0).any()):
+        return Fit({}, before.tolist(), before.tolist(), None, kept or {b.name: "the target is zero" for b in blocks})
 
-    deltas = [torch.zeros(b.weight.shape[::-1], dtype=torch.float64, device=residual.device) for b in solved]
+    share = (of_corpus * inverse)[corpus]
+    share /= share.mean()  # so that no product leaves the range of its dtype
+    grams = [_gram(block, share, ~held) for block in solved]
     chosen = penalties[-1]
     if bool(held.any()):
-        grams, share = [_gram(block, shares(~held)) for block in solved], shares(~held)
-        best, chosen = sum(losses(residual, held)), float("inf")
-        best_deltas = [d.clone() for d in deltas]
-        for penalty in penalties:
-            _descend(kind, solved, grams, share, penalty, residual, deltas, sweeps=sweeps, tolerance=tolerance)
-            if (loss := sum(losses(residual, held))) < best:
-                best, chosen, best_deltas = loss, penalty, [d.clone() for d in deltas]
-            elif chosen < float("inf"):
-                break  # beyond the best one
-        del grams
-        if chosen == float("inf"):
+        found = _chosen(kind, solved, grams, share, held, residual, penalties, sweeps=sweeps, tolerance=tolerance)
+        if found is None:
             return unchanged("the held-out calibration text is not fitted better")
-        deltas = best_deltas
-        changed = {b.name: b.weight.double() + d.T for b, d in zip(solved, deltas, strict=True)}
-        residual = _residual(blocks, [changed.get(b.name, b.weight) for b in blocks], target)
-        del changed
-    share = shares(everything)
-    grams = [_gram(block, share) for block in solved]
-    _descend(kind, solved, grams, share, chosen, residual, deltas, sweeps=sweeps, tolerance=tolerance)
-    weights = {b.name: (b.weight.double() + d.T).to(b.weight.dtype) for b, d in zip(solved, deltas, strict=True)}
-    after = losses(_residual(blocks, [weights.get(b.name, b.weight) for b in blocks], target), everything)
-    if not sum(after) < sum(before):
+        chosen = found
+        for gram, block in zip(grams, solved, strict=True):
+            gram += _gram(block, share, held)
+    solvers = [KINDS[kind](gram, block.weight, chosen) for gram, block in zip(grams, solved, strict=True)]
+    changes = [torch.zeros(b.weight.shape[::-1], dtype=torch.float64, device=residual.device) for b in solved]
+    _descend(solved, solvers, share, residual, changes, sweeps=sweeps, tolerance=tolerance)
+    new = {b.name: (b.weight.double() + d.T).to(b.weight.dtype) for b, d in zip(solved, changes, strict=True)}
+    del residual, changes, solvers, grams
+    after = losses(_residual(blocks, [new.get(b.name, b.weight) for b in blocks], target))
+    if not float((after * of_corpus).sum()) < float((before * of_corpus).sum()):
         return unchanged("the calibration text is not fitted better in the dtype of the weights")
-    return Fit(weights, before, after, chosen, kept)
+    return Fit(new, before.tolist(), after.tolist(), chosen, kept)
+
+
+def _chosen(
+    kind: str, blocks: Sequence[Block], grams: Sequence[torch.Tensor], share: torch.Tensor, held: torch.Tensor,
+    residual: torch.Tensor, penalties: Sequence[float], *, sweeps: int, tolerance: float,
+) -> float | None:  # fmt: skip
+    """The penalty whose fit on the other tokens is best on the held ones; None where none is better than no change.
+
+    Every column of the output is a problem of its own with the same matrices, so random projections of the columns say
+    how large the error of all of them is.
+    """
+    import torch
+
+    hidden, device = residual.shape[1], residual.device
+    if hidden > SKETCH:
+        generator = torch.Generator().manual_seed(0)
+        sketch = torch.randn(hidden, SKETCH, generator=generator, dtype=torch.float64).to(device) / SKETCH**0.5
+    else:
+        sketch = torch.eye(hidden, dtype=torch.float64, device=device)
+    weights = [sketch.T @ block.weight.double() for block in blocks]
+    small = residual @ sketch.to(residual.dtype)
+    changes = [torch.zeros(w.shape[::-1], dtype=torch.float64, device=device) for w in weights]
+    best, chosen = float((_squares(small) * share * held).sum()), None
+    for penalty in penalties:
+        solvers = [KINDS[kind](gram, weight, penalty) for gram, weight in zip(grams, weights, strict=True)]
+        _descend(blocks, solvers, share * ~held, small, changes, sweeps=sweeps, tolerance=tolerance)
+        if (loss := float((_squares(small) * share * held).sum())) < best:
+            best, chosen = loss, penalty
+        elif chosen is not None:
+            break  # beyond the best one
+    return chosen

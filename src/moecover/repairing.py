@@ -5,9 +5,9 @@ block its output is taken here, for both: the original's is the target, the prun
 it goes on. So every layer is fitted on what the repaired layers before it give, its weights are read once for both,
 and the passes between the blocks stay the model's own. Nothing stays changed in the model.
 
-No table of families: routing weights are what the experts are called with, the shared expert is the one linear module of
-the block that ends at the hidden size, its factor is what the block's own output says. The linear form that comes of it
-is compared with the block's output; a family that it does not fit is refused.
+No table of families: routing weights are what the experts are called with, the shared expert's factor is what the block's
+own output says (`repairable` says which module it is). The linear form that comes of it is compared with the block's
+output; a family that it does not fit is refused.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from moecover.corpus import Corpus
 from moecover.errors import InputError
 from moecover.lockstep import current_call, lockstep
 from moecover.masking import masked_layer
-from moecover.model import backbone_of, batches, routers
+from moecover.model import backbone_of, batches, dtype_of, routers
 from moecover.plans import Plan, check_plan
-from moecover.repair import Block, Fit, fit
+from moecover.repair import Block, Fit, fit, peak_bytes
+from moecover.repairable import Place, places, refused
 from moecover.streaming import Streamed, arrivals
 from moecover.topology import Structure
 
@@ -86,40 +87,6 @@ def repaired(model: torch.nn.Module, structure: Structure, repairs: Sequence[Lay
         yield model
 
 
-def _refused(structure: Structure, reason: str) -> InputError:
-    return InputError(f"--repair does not run on {structure.topology.family}: {reason}. Use --repair none")
-
-
-def check_repairable(model: torch.nn.Module, structure: Structure) -> list[str | None]:
-    """The name of the shared expert's down projection in every MoE layer, None where there is none.
-
-    Raises:
-        InputError: quantised experts, or experts of another form than down projection x activation.
-    """
-    import torch
-
-    if structure.quantised:
-        raise _refused(structure, f"its experts are quantised ({structure.quantised}), a refitted weight would have to be quantised anew; repair the original that it was made from")  # fmt: skip
-    found: list[str | None] = []
-    for module in structure.experts_modules:
-        experts: Any = model.get_submodule(module)
-        name = module.rpartition(".")[0]
-        block, down = model.get_submodule(name), getattr(experts, "down_proj", None)
-        if not isinstance(down, torch.nn.Parameter) or not hasattr(experts, "has_post_expert_norm"):
-            raise _refused(structure, "its experts hold no stacked down projection")
-        if experts.has_bias or experts.is_transposed or experts.has_post_expert_norm:
-            raise _refused(structure, "its experts have biases, a norm or transposed weights")
-        inside = {id(m) for m in experts.modules()}
-        linear = [
-            f"{name}.{k}" for k, m in block.named_modules()
-            if isinstance(m, torch.nn.Linear) and id(m) not in inside and m.out_features == down.shape[1]
-        ]  # fmt: skip
-        if len(linear) > 1:
-            raise _refused(structure, f"{len(linear)} modules beside the experts end at the hidden size, one shared expert is known here")  # fmt: skip
-        found.append(linear[0] if linear else None)
-    return found
-
-
 def _activations(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
     """What enters an expert's down projection, ``[row, width]``, by the experts module's own functions."""
     import torch
@@ -132,10 +99,12 @@ def _activations(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tenso
 
 
 def _blocks(
-    model: torch.nn.Module, structure: Structure, layer: int, shared: str | None, forward: Callable[[Any], Any],
+    model: torch.nn.Module, structure: Structure, layer: int, place: Place, forward: Callable[[Any], Any],
     arrived: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], kept: Sequence[int],
 ) -> list[Block]:  # fmt: skip
     """All that adds to a masked layer's output, over the tokens of all batches that are no padding.
+
+    The experts themselves run on the first batch only, for the comparison; beyond it their place is taken by zeros.
 
     Raises:
         InputError: the block's output is something else than their sum.
@@ -143,6 +112,8 @@ def _blocks(
     import torch
 
     experts: Any = model.get_submodule(structure.experts_modules[layer])
+    stored = getattr(torch, place.dtype)
+    total = sum(int(mask.sum()) for mask in masks)
     seen: dict[str, Any] = {}
 
     def before_experts(module: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -155,41 +126,50 @@ def _blocks(
         seen["shared"] = args[0].flatten(0, -2), output.flatten(0, -2)
 
     handles = [experts.register_forward_pre_hook(before_experts), experts.register_forward_hook(after_experts)]
-    if shared is not None:
-        handles.append(model.get_submodule(shared).register_forward_hook(after_shared))
+    if place.shared is not None:
+        handles.append(model.get_submodule(place.shared[0].removesuffix(".weight")).register_forward_hook(after_shared))
     called: tuple[list[torch.Tensor], ...] = [], [], []  # what the experts are called with
-    beside = []
-    missed, norm = 0.0, 0.0
+    beside = torch.empty(total, place.widths[1], device=experts.down_proj.device)
+    at, missed, norm, first = 0, 0.0, 0.0, torch.empty(0)
     try:
         for batch, mask in zip(arrived, masks, strict=True):
             output = _output(structure, forward(batch))[mask].double()
-            if len(seen["experts"]) != 3:
-                raise _refused(structure, "its experts are not called with hidden states, experts and weights")
+            if len(seen["experts"]) != 3 or seen["routed"].shape != seen["experts"][0].shape:
+                raise refused(structure, "its experts are not called with hidden states, experts and weights")
             for values, given in zip(called, seen["experts"], strict=True):
                 values.append(given[mask])
             rest = output - seen["routed"].reshape(-1, output.shape[-1])[mask].double()
-            if shared is not None:
+            if place.shared is not None:
                 activated, added = (part[mask] for part in seen["shared"])
                 added = added.double()
                 factor = (rest * added).sum(-1) / added.square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
-                beside.append(activated.float() * factor.float()[:, None])
-                rest = rest - factor[:, None] * added
+                beside[at : at + len(output)] = activated.float() * factor.float()[:, None]
+                rest -= factor[:, None] * added
             missed, norm = missed + float(rest.square().sum()), norm + float(output.square().sum())
+            at += len(output)
+            if "forward" not in experts.__dict__:
+                first = output
+                experts.forward = lambda hidden, *others: torch.zeros_like(hidden)
     finally:
+        experts.__dict__.pop("forward", None)
         for handle in handles:
             handle.remove()
-    if missed**0.5 > ROUNDING[str(experts.down_proj.dtype).removeprefix("torch.")] * norm**0.5:
-        raise _refused(structure, "its block adds something else than its experts' outputs and one shared expert's")
     tokens, experts_of, weight_of = (torch.cat(part) for part in called)
     blocks = []
     for expert in kept:
         token, slot = (experts_of == expert).nonzero(as_tuple=True)
         features = _activations(experts, expert, tokens[token]).float() * weight_of[token, slot].float()[:, None]
-        blocks.append(Block(str(expert), experts.down_proj.data[expert].clone(), token, features))
-    if shared is not None:
+        blocks.append(Block(str(expert), experts.down_proj.data[expert].to(stored), token, features))
+    if place.shared is not None:
         everyone = torch.arange(len(tokens), device=tokens.device)
-        weight = model.get_submodule(shared).weight.data.clone()  # type: ignore[operator]
-        blocks.append(Block(SHARED, weight, everyone, torch.cat(beside)))
+        blocks.append(Block(SHARED, model.get_parameter(place.shared[0]).data.to(stored), everyone, beside))
+    squared = float(first.square().sum())
+    for block in blocks:
+        rows = block.tokens < len(first)
+        first.index_add_(0, block.tokens[rows], (block.features[rows] @ block.weight.float().T).double(), alpha=-1)
+    allowed = ROUNDING[str(experts.down_proj.dtype).removeprefix("torch.")]
+    if missed**0.5 > allowed * norm**0.5 or float(first.square().sum()) ** 0.5 > allowed * squared**0.5:
+        raise refused(structure, "its block adds something else than its experts' outputs and one shared expert's")
     return blocks
 
 
@@ -198,8 +178,30 @@ def _output(structure: Structure, output: Any) -> torch.Tensor:
     import torch
 
     if not torch.is_tensor(output):
-        raise _refused(structure, "its block gives more than the hidden states")
+        raise refused(structure, "its block gives more than the hidden states")
     return output.reshape(-1, output.shape[-1])
+
+
+def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that the repair of the largest layer takes beside the model and the hidden states of its passes.
+
+    Args:
+        structure: the checkpoint.
+        where: from `places`.
+        keep: experts kept per layer.
+        tokens: of all corpora.
+        dtype: of the model.
+    """
+    hidden, slots = structure.topology.hidden_size, structure.topology.top_k
+
+    def of_layer(place: Place) -> int:
+        width, shared = place.widths
+        features = 4 * tokens * (slots * width + shared)
+        held = 3 * tokens * hidden * dtype.itemsize  # the target, what the experts are called with, what comes behind
+        widths = [width] * keep + [shared] * (shared > 0)
+        return features + held + peak_bytes(tokens=tokens, hidden_size=hidden, widths=widths)
+
+    return max(map(of_layer, where))
 
 
 def repair_layers(
@@ -210,29 +212,37 @@ def repair_layers(
     *,
     kind: str,
     batch_size: int = 4,
-    advance: Callable[[int], None] = lambda layers: None,
+    done: Callable[[int], LayerRepair | None] = lambda layer: None,
     **options: Any,
-) -> list[LayerRepair]:
-    """Refitted down projections of a plan's kept experts and of the shared one, layer by layer.
+) -> Iterator[LayerRepair]:
+    """Refitted down projections of a plan's kept experts and of the shared one, layer after layer.
 
     Args:
         model: from `load_model` or `streamed`; it is left as it was.
         structure: its checkpoint.
-        plan: which experts stay.
-        corpora: calibration text; every corpus counts the same.
+        plan: which experts stay; corpora count by its weights, the same where it has none.
+        corpora: calibration text.
         kind: ``scale`` or ``ridge``, see `repair.fit`.
         batch_size: sequences per forward pass.
-        advance: called with 1 behind every layer.
+        done: the repair of a MoE layer that an earlier run has made, which is not made again; None where there is none.
         options: of `repair.fit`.
 
     Raises:
-        InputError: the plan does not fit, or the family cannot be repaired; says why.
+        InputError: the plan does not fit, every corpus has weight 0, the model runs in a dtype narrower than the stored
+            one, or the family cannot be repaired; says why.
     """
     import torch
 
     check_plan(plan, structure, other_weights=True)
     live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
-    shared, modules = check_repairable(live, structure), routers(live, structure)
+    where, modules = places(structure, live), routers(live, structure)
+    for place in where:
+        if torch.promote_types(kind_of := dtype_of(model), getattr(torch, place.dtype)) != kind_of:
+            raise InputError(f"--repair refits weights that are stored in {place.dtype}, which a model in {str(kind_of).removeprefix('torch.')} does not hold. Give --dtype float32")  # fmt: skip
+    said = plan.options.get("weights", {})
+    weights = [float(said.get(corpus.name, 1.0)) for corpus in corpora]
+    if not sum(weights) > 0:
+        raise InputError("every corpus has weight 0 in the plan: there is nothing to repair on")
     passes, masks, numbers = [], [], []
     for number, corpus in enumerate(corpora):
         for one in batches(corpus, batch_size):
@@ -247,36 +257,38 @@ def repair_layers(
 
     def taken(hidden: torch.Tensor, *others: Any, **more: Any) -> Any:
         if others or more:
-            raise _refused(structure, "its block is called with more than the hidden states")
+            raise refused(structure, "its block is called with more than the hidden states")
         return given.pop(current_call())
 
-    found: list[LayerRepair] = []
+    def run(layer: int, arrived: list[Any]) -> LayerRepair:
+        """The repair of a layer that all passes have arrived at; leaves what its block gives them."""
+        forward, kept, place = forwards[layer], plan.layers[layer].kept, where[layer]
+        originals, pruned = arrived[: len(passes)], arrived[len(passes) :]
+        given.update((i, forward(batch)) for i, batch in enumerate(originals))
+        repair = done(layer)
+        with masked_layer(live, structure, modules[layer], layer, kept):
+            if repair is None:
+                target = torch.cat([_output(structure, given[i])[mask] for i, mask in enumerate(masks)])
+                parts = _blocks(live, structure, layer, place, forward, pruned, masks, kept)
+                made = fit(parts, target, corpus_of, kind=kind, weights=weights, **options)
+                del parts, target
+                experts = {int(name): weight for name, weight in made.weights.items() if name != SHARED}
+                shared = (place.shared[0], made.weights[SHARED]) if place.shared and SHARED in made.weights else None
+                repair = LayerRepair(structure.topology.decoder_layers[layer], experts, shared, made)
+            if layer < len(blocks) - 1:
+                with repaired_layer(live, structure, layer, repair):
+                    given.update((len(passes) + i, forward(batch)) for i, batch in enumerate(pruned))
+        return repair
+
     try:
         for block in blocks:
             block.forward = taken
         steps = arrivals(model, calls, blocks) if isinstance(model, Streamed) else lockstep(calls, blocks)
-        with torch.inference_mode(), contextlib.closing(steps):
+        with contextlib.closing(steps):
             for layer, arrived in enumerate(steps):
-                forward, kept = forwards[layer], plan.layers[layer].kept
-                originals, pruned = arrived[: len(passes)], arrived[len(passes) :]
-                given |= {i: forward(batch) for i, batch in enumerate(originals)}
-                target = torch.cat([_output(structure, given[i])[mask] for i, mask in enumerate(masks)])
-                with masked_layer(live, structure, modules[layer], layer, kept):
-                    parts = _blocks(live, structure, layer, shared[layer], forward, pruned, masks, kept)
-                    made = fit(parts, target, corpus_of, kind=kind, **options)
-                    del parts, target
-                    down = f"{shared[layer]}.weight"
-                    repair = LayerRepair(
-                        structure.topology.decoder_layers[layer],
-                        {int(name): weight for name, weight in made.weights.items() if name != SHARED},
-                        (down, made.weights[SHARED]) if SHARED in made.weights else None,
-                        made,
-                    )
-                    with repaired_layer(live, structure, layer, repair):
-                        given |= {len(passes) + i: forward(batch) for i, batch in enumerate(pruned)}
-                found.append(repair)
-                advance(1)
+                with torch.inference_mode():
+                    repair = run(layer, arrived)
+                yield repair
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
-    return found
