@@ -44,12 +44,12 @@ def test_every_way_copies_the_same(
     monkeypatch.setattr(copying, "_ways", lambda: [getattr(copying, way) for way in ways])
     monkeypatch.setattr(copying, "CHUNK_BYTES", 70_000)
     sizes: list[int] = []
-    write_ranges(source, tmp_path / "t", b"head", RANGES, sizes.append)
+    write_ranges(tmp_path / "t", b"head", [(source, RANGES)], sizes.append)
     assert (tmp_path / "t").read_bytes() == EXPECTED
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (4, len(EXPECTED))
     assert len(sizes) > 5
-    write_ranges(source, tmp_path / "t", b"short", [], no_write)  # replaced, not written over
+    write_ranges(tmp_path / "t", b"short", [(source, [])], no_write)  # replaced, not written over
     assert (tmp_path / "t").read_bytes() == b"short"
 
 
@@ -60,7 +60,7 @@ def test_what_the_system_cannot_do_is_done_another_way(
 ) -> None:
     for name in refused:
         monkeypatch.setattr(os, name, refusing(number))
-    write_ranges(source, tmp_path / "t", b"head", RANGES, no_write)
+    write_ranges(tmp_path / "t", b"head", [(source, RANGES)], no_write)
     assert (tmp_path / "t").read_bytes() == EXPECTED
 
 
@@ -68,7 +68,7 @@ def test_a_system_without_the_calls(source: Path, tmp_path: Path, monkeypatch: p
     for name in ("copy_file_range", "sendfile", "posix_fadvise"):
         monkeypatch.delattr(os, name)
     with followed(lambda path, digest: None) as tell:
-        write_ranges(source, tmp_path / "t", b"head", RANGES, telling(tell, tmp_path / "t"))
+        write_ranges(tmp_path / "t", b"head", [(source, RANGES)], telling(tell, tmp_path / "t"))
         tell(None)
     assert (tmp_path / "t").read_bytes() == EXPECTED
 
@@ -87,14 +87,14 @@ def test_short_copies_and_a_way_that_ends_midway(
         return real(reader, writer, min(count, 33_333), **options)
 
     monkeypatch.setattr(os, "copy_file_range", short)
-    write_ranges(source, tmp_path / "t", b"head", RANGES, no_write)
+    write_ranges(tmp_path / "t", b"head", [(source, RANGES)], no_write)
     assert (tmp_path / "t").read_bytes() == EXPECTED
     assert len(calls) == (refused_after or len(calls))
     monkeypatch.setattr(os, "copy_file_range", refusing(errno.ENOSYS))
     monkeypatch.delattr(os, "sendfile")
     written = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, content: written(descriptor, content[:1000]))
-    write_ranges(source, tmp_path / "t", b"head", RANGES, no_write)
+    write_ranges(tmp_path / "t", b"head", [(source, RANGES)], no_write)
     assert (tmp_path / "t").read_bytes() == EXPECTED
 
 
@@ -102,13 +102,13 @@ def test_short_copies_and_a_way_that_ends_midway(
 def test_an_error_names_both_files(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "copy_file_range", refusing(number))
     with pytest.raises(OSError, match=rf"{os.strerror(number)}: '.*source' -> '.*t'") as caught:
-        write_ranges(source, tmp_path / "t", b"head", RANGES, no_write)
+        write_ranges(tmp_path / "t", b"head", [(source, RANGES)], no_write)
     assert caught.value.errno == number
 
 
 def test_a_source_that_is_too_short(source: Path, tmp_path: Path) -> None:
     with pytest.raises(MoecoverError, match=r"source ended at byte 1000000, 1000001 is needed: it changed while"):
-        write_ranges(source, tmp_path / "t", b"head", [(5, 1_000_001)], no_write)
+        write_ranges(tmp_path / "t", b"head", [(source, [(5, 1_000_001)])], no_write)
 
 
 def test_the_hash_of_a_file_is_that_of_its_bytes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_files_are_hashed_while_they_grow(source: Path, tmp_path: Path, monkeypa
     found: dict[str, str] = {}
     with followed(lambda path, digest: found.update({path.name: digest})) as tell:
         for name in ("a", "b"):
-            write_ranges(source, tmp_path / name, name.encode(), RANGES, telling(tell, tmp_path / name))
+            write_ranges(tmp_path / name, name.encode(), [(source, RANGES)], telling(tell, tmp_path / name))
             tell(None)
     assert found == {name: file_hash(tmp_path / name) for name in ("a", "b")}
     assert found["a"] != found["b"]
@@ -144,9 +144,9 @@ def test_files_are_hashed_while_they_grow(source: Path, tmp_path: Path, monkeypa
 def test_a_failing_block_ends_the_thread(source: Path, tmp_path: Path, error: BaseException) -> None:
     found: list[str] = []
     with pytest.raises(type(error)), followed(lambda path, digest: found.append(path.name)) as tell:
-        write_ranges(source, tmp_path / "a", b"", RANGES, telling(tell, tmp_path / "a"))
+        write_ranges(tmp_path / "a", b"", [(source, RANGES)], telling(tell, tmp_path / "a"))
         tell(None)
-        write_ranges(source, tmp_path / "b", b"", RANGES, telling(tell, tmp_path / "b"))
+        write_ranges(tmp_path / "b", b"", [(source, RANGES)], telling(tell, tmp_path / "b"))
         raise error
     assert not any(thread.name == "follower" for thread in threading.enumerate())
     assert found == ["a"] or (found == [] and isinstance(error, KeyboardInterrupt))
@@ -158,7 +158,7 @@ def test_a_failure_in_the_thread_is_raised(
 ) -> None:
     monkeypatch.setattr(os, "fsync", refusing(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"), followed(lambda path, digest: None) as tell:
-        write_ranges(source, tmp_path / "a", b"", RANGES, telling(tell, tmp_path / "a"))
+        write_ranges(tmp_path / "a", b"", [(source, RANGES)], telling(tell, tmp_path / "a"))
         tell(None)
         while at_once:  # told while the block still runs, too
             tell(tmp_path / "a")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moecover.plans import Plan
@@ -20,12 +20,31 @@ def _front_matter(card: str, key: str) -> str | None:
     return entry[1].strip() if entry else None
 
 
-def model_card(structure: Structure, plan: Plan, *, command: str, original_card: str, measured: str = "") -> str:
+def _weights(repair: dict[str, Any] | None) -> str:
+    """A sentence on what the remaining weights are."""
+    if repair is None:
+        return "The weights that remain are those of the original, byte for byte; nothing was trained."
+    texts = ", ".join(f"{record['tokens used']:,} tokens of {record['name']}" for record in repair["corpora"])
+    before, after = repair["mean"]
+    return (
+        f"{len(repair['tensors'])} tensors, down projections of experts, were refitted in closed form (repair: "
+        f"{repair['kind']}) on {texts}, so that they take over part of what was removed: the squared error of a layer's "
+        f"output fell from {before:.3f} to {after:.3f} of the output's square on that text (mean over layers). All others "
+        "are those of the original, byte for byte; nothing was trained. `moecover.json` names every one that changed, "
+        "and the error before and after by layer and corpus."
+    )
+
+
+def model_card(
+    structure: Structure, plan: Plan, *, repair: dict[str, Any] | None, command: str, original_card: str,
+    measured: str = "",
+) -> str:  # fmt: skip
     """Text of README.md.
 
     Args:
         structure: the source.
         plan: what was kept.
+        repair: what the manifest says of it, see `repair_files.Repaired`; None where nothing was repaired.
         command: what made the checkpoint.
         original_card: card of the source; its licence is carried over.
         measured: what evaluations say of the plan, see `measured`.
@@ -46,8 +65,7 @@ def model_card(structure: Structure, plan: Plan, *, command: str, original_card:
         "",
         f"# {name}, {plan.keep} of {topology.num_experts} experts",
         "",
-        f"This is `{name}` ({topology.family}) with whole routed experts removed by moecover. The weights that remain are "
-        "those of the original, byte for byte; nothing was trained.",
+        f"This is `{name}` ({topology.family}) with whole routed experts removed by moecover. {_weights(repair)}",
         "",
         "| | original | here |",
         "|---|---|---|",
@@ -64,7 +82,8 @@ def model_card(structure: Structure, plan: Plan, *, command: str, original_card:
     if command:
         lines += ["Made by:", "", "```", command, "```", ""]
     lines += [
-        "Check it against the original (same outputs as the original with the removed experts masked):",
+        "Check it against the original (same outputs as the original with the removed experts masked"
+        f"{' and these tensors in place' if repair else ''}):",
         "",
         "```",
         f"moecover verify {checkpoint.name} . {f'--revision {checkpoint.revision}' if checkpoint.revision else ''}".strip(),

@@ -7,16 +7,18 @@ expert count in config.json is edited; tokenizer and other files are copied byte
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from moecover.card import model_card
 from moecover.config_json import QUANTISATION_FILES, NewId, edited_config, edited_settings
@@ -32,25 +34,31 @@ from moecover.tensors import MTP, ExpertTensor
 from moecover.topology import Structure
 from moecover.verification import MANIFEST
 
+if TYPE_CHECKING:
+    from moecover.repair_files import Repaired
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 MTP_CHOICES = ("drop", "prune")
 CARD, ORIGINAL_CARD = "README.md", "README.original.md"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the output: its name, shape and the byte ranges of the source shard that make it up."""
+    """One tensor of the output: its name, shape and the byte ranges that make it up, of its source shard or of a file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     ranges: tuple[tuple[int, int], ...]
+    file: Path | None = None
 
     @property
     def num_bytes(self) -> int:
         return sum(end - start for start, end in self.ranges)
 
 
-def _renamed(name: str, new_expert: int) -> str:
+def renamed(name: str, new_expert: int) -> str:
+    """The name of an expert's tensor under another id."""
     return re.sub(r"(\.experts\.)\d+(\.)", rf"\g<1>{new_expert}\2", name, count=1)
 
 
@@ -79,15 +87,24 @@ def piece(entry: TensorEntry, tensor: ExpertTensor | None, kept: list[int]) -> P
     if tensor.axis is None:
         if tensor.expert not in kept:
             return None
-        return Piece(_renamed(entry.name, kept.index(tensor.expert)), entry.dtype, entry.shape, whole)
+        return Piece(renamed(entry.name, kept.index(tensor.expert)), entry.dtype, entry.shape, whole)
     places = entry.shape[tensor.axis]
     remaining = [*kept, *range(places - tensor.tail, places)]
     shape = (*entry.shape[: tensor.axis], len(remaining), *entry.shape[tensor.axis + 1 :])
     return Piece(entry.name, entry.dtype, shape, _slices(entry, tensor.axis, remaining))
 
 
-def pieces_by_shard(structure: Structure, plan: Plan, *, mtp: str = "drop") -> dict[str, list[Piece]]:
-    """The tensors of every output shard, in the order of the source's bytes; shards that lose everything are left out."""
+def pieces_by_shard(
+    structure: Structure, plan: Plan, *, mtp: str = "drop", others: Mapping[str, Piece] = NOTHING
+) -> dict[str, list[Piece]]:
+    """The tensors of every output shard, in the order of the source's bytes; shards that lose everything are left out.
+
+    Args:
+        structure: the source.
+        plan: what is kept.
+        mtp: see `prune`.
+        others: tensors of the output, by name, that are not the source's.
+    """
     shards: dict[str, list[Piece]] = {}
     for name, entry in structure.checkpoint.tensors.items():
         if mtp == "drop" and name in structure.mtp:
@@ -96,7 +113,7 @@ def pieces_by_shard(structure: Structure, plan: Plan, *, mtp: str = "drop") -> d
         kept = plan.layers[tensor.layer].kept if tensor else []
         remaining = piece(entry, tensor, kept)
         if remaining is not None:
-            shards.setdefault(entry.shard, []).append(remaining)
+            shards.setdefault(entry.shard, []).append(others.get(remaining.name, remaining))
     return shards
 
 
@@ -116,8 +133,8 @@ def new_ids(structure: Structure, plan: Plan, *, mtp: str = "drop") -> NewId:
     return new_id
 
 
-def _coalesced(pieces: list[Piece]) -> Iterator[tuple[int, int]]:
-    """Byte ranges of consecutive pieces, adjacent ones joined."""
+def _coalesced(pieces: Iterable[Piece]) -> Iterator[tuple[int, int]]:
+    """Byte ranges of consecutive pieces of one file, adjacent ones joined."""
     current: tuple[int, int] | None = None
     for start, end in (r for p in pieces for r in p.ranges):
         if current is not None and current[1] == start:
@@ -138,10 +155,10 @@ def write_shard(
     tell: Callable[[Path | int | None], None],
     advance: Callable[[int], None],
 ) -> None:
-    """Write one safetensors file from byte ranges of another.
+    """Write one safetensors file from byte ranges of others.
 
     Args:
-        source: the shard of the source.
+        source: the shard of the source, from which pieces are that name no other file.
         target: the file to write.
         pieces: its tensors, in order.
         metadata: its ``__metadata__``.
@@ -170,7 +187,8 @@ def write_shard(
         tell(size)
         sizes.append(size)
 
-    write_ranges(source, target, head, _coalesced(pieces), written)
+    groups = itertools.groupby(pieces, key=lambda p: p.file or source)
+    write_ranges(target, head, ((file, _coalesced(of_file)) for file, of_file in groups), written)
 
 
 def _other_files(checkpoint: Checkpoint) -> Iterator[Path]:
@@ -310,6 +328,7 @@ def prune(
     overwrite: bool = False,
     other_weights: bool = False,
     mtp: str = "drop",
+    repaired: Repaired | None = None,
     command: str = "",
     evaluations: Sequence[Path] = (),
     advance: Callable[[int], None] = lambda num_bytes: None,
@@ -328,6 +347,7 @@ def prune(
         other_weights: accept a plan made on other weights of the same shape.
         mtp: what becomes of multi-token-prediction layers that have experts of their own, which no forward pass of the
             model runs: ``drop`` leaves them out (config.json says so), ``prune`` keeps the ids of the last MoE layer.
+        repaired: down projections that take the place of the source's, from `repair_files.repair` with the same plan.
         command: what the user typed, for the model card.
         evaluations: folders of evaluations of the plan, whose numbers go on the card.
         advance: called with the bytes of every chunk written, and of every shard that an earlier run wrote.
@@ -347,7 +367,7 @@ def prune(
         raise unknown_name("--mtp", mtp, MTP_CHOICES)
     figures = measured(structure, plan, evaluations) if evaluations else ""
     checkpoint = structure.checkpoint
-    shards = pieces_by_shard(structure, plan, mtp=mtp)
+    shards = pieces_by_shard(structure, plan, mtp=mtp, others=repaired.pieces if repaired else NOTHING)
     new_id = new_ids(structure, plan, mtp=mtp)
     with locked(path):
         restore(path)
@@ -355,6 +375,8 @@ def prune(
         with explained(f"reading {checkpoint.name}", left="Nothing was written"):
             config = (checkpoint.path / "config.json").read_text(encoding="utf-8")
             inputs = inputs_of(structure, plan, config, mtp=mtp)
+            if repaired is not None:
+                inputs["--repair"] = _digest(repaired.manifest())
             small = {"config.json": edited_config(
                 config, structure.count_keys, structure.topology.num_experts, plan.keep, new_id=new_id,
                 drop_mtp=bool(structure.mtp) and mtp == "drop",
@@ -372,13 +394,15 @@ def prune(
             if free < needed:
                 raise MoecoverError(f"{output} needs {needed / 1e9:.2f} GB, {path.parent} has {free / 1e9:.2f} GB free. Free some space or choose another folder")  # fmt: skip
             _write_shards(structure, shards, partial, advance)
-            _write_rest(structure, plan, partial, small, mtp=mtp, command=command, figures=figures)
+            repair = repaired.manifest() if repaired is not None else None
+            _write_rest(structure, plan, partial, small, mtp=mtp, repair=repair, command=command, figures=figures)
     return path
 
 
 def _write_rest(
-    structure: Structure, plan: Plan, partial: Partial, small: dict[str, bytes], *, mtp: str, command: str, figures: str
-) -> None:
+    structure: Structure, plan: Plan, partial: Partial, small: dict[str, bytes], *, mtp: str,
+    repair: dict[str, Any] | None, command: str, figures: str,
+) -> None:  # fmt: skip
     """Write everything but the shards: given contents, files copied as they are, the card, the manifest."""
     from moecover import __version__
 
@@ -399,7 +423,8 @@ def _write_rest(
         put(name, content)
     original_card = folder / ORIGINAL_CARD
     card = original_card.read_text(encoding="utf-8", errors="replace") if original_card.is_file() else ""
-    put(CARD, model_card(structure, plan, command=command, original_card=card, measured=figures).encode())
+    about = {"repair": repair, "command": command, "original_card": card, "measured": figures}
+    put(CARD, model_card(structure, plan, **about).encode())
     manifest = {
         "schema": 1,
         "created_by": f"moecover {__version__}",
@@ -419,6 +444,7 @@ def _write_rest(
         ],
         "plan": plan.to_dict(),
         **({"mtp": mtp} if structure.mtp else {}),
+        **({"repair": repair} if repair else {}),
         "left_out": left_out_files(checkpoint),
         "hash": HASH,
         "files": dict(sorted(hashes.items())),

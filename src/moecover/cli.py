@@ -190,6 +190,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--save-profile", type=Path, metavar="PROFILE_DIR", help="one shot: keep the profile, for other budgets"
     )
     _add_keep_inputs(p, f"one shot with expert-sparsity; default {KEEP_INPUTS}")
+    group = p.add_argument_group("repair")
+    group.add_argument("--repair", choices=("none", "scale", "ridge"), default="none", help="refit the down projections of what stays, in closed form on the text of --corpus: a factor each (scale) or all weights (ridge) (default: none)")  # fmt: skip
+    group.add_argument("--repair-tokens", type=int, metavar="TOKENS", help="run the repair on so many tokens of it, shared by the corpora, whole sequences (default: 65536)")  # fmt: skip
     p.add_argument("--other-weights", action="store_true", help="accept a plan made on other weights of the same shape")
     p.add_argument("--evaluation", action="append", default=[], type=Path, metavar="DIR", help="an evaluation of PLAN, or a cell of `compare`, whose numbers go on the model card; repeat it")  # fmt: skip
     p.add_argument("--mtp", choices=("drop", "prune"), default="drop", help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of the last MoE layer in them (default: drop)")  # fmt: skip

@@ -93,51 +93,57 @@ def _read_ahead(descriptor: int, ranges: list[tuple[int, int]]) -> Iterator[Iter
 
 
 def write_ranges(
-    source: Path, target: Path, head: bytes, ranges: Iterable[tuple[int, int]], written: Callable[[int], None]
+    target: Path, head: bytes, parts: Iterable[tuple[Path, Iterable[tuple[int, int]]]], written: Callable[[int], None]
 ) -> None:
-    """Write a file from some bytes and byte ranges of another file.
+    """Write a file from some bytes and byte ranges of other files.
 
     Args:
-        source: the other file.
         target: file to write; replaced.
         head: what comes first.
-        ranges: start and end in ``source``, in the order of the target.
+        parts: other files, each with starts and ends in it, in the order of the target.
         written: called with the size of the target, first when it is there with ``head``, then as it grows.
 
     Raises:
-        MoecoverError: the source ends before a range does.
+        MoecoverError: a source ends before a range does.
         OSError: reading or writing failed; it names both files.
     """
+    source = target
     try:
-        with (
-            source.open("rb", buffering=0) as reader,
-            target.open("wb", buffering=0) as writer,
-            contextlib.ExitStack() as stack,
-        ):
+        with target.open("wb", buffering=0) as writer:
             writer.write(head)
-            written(len(head))
-            size = told = len(head)
-            ways = _ways()
-            for start, end in stack.enter_context(_read_ahead(reader.fileno(), list(ranges))):
-                while start < end:
-                    try:
-                        count = ways[0](reader.fileno(), writer.fileno(), start, end - start)
-                    except OSError as error:
-                        if error.errno not in UNSUPPORTED or len(ways) == 1:
-                            raise
-                        count = 0
-                    if count == 0:  # the end of the file, or one that this way cannot read: reading itself tells
-                        if len(ways) == 1:
-                            raise MoecoverError(f"{source} ended at byte {start}, {end} is needed: it changed while it was read")  # fmt: skip
-                        del ways[0]
-                    start, size = start + count, size + count
-                    if size - told >= CHUNK_BYTES:
-                        written(told := size)
+            size = len(head)
             written(size)
+            for source, ranges in parts:
+                size = _append(source, writer, list(ranges), size, written)
     except OSError as error:
         if error.filename is None:
             raise OSError(error.errno, error.strerror, str(source), None, str(target)) from error
         raise
+
+
+def _append(
+    source: Path, writer: io.FileIO, ranges: list[tuple[int, int]], size: int, written: Callable[[int], None]
+) -> int:
+    """Append byte ranges of one file; the new size."""
+    told, ways = size, _ways()
+    with source.open("rb", buffering=0) as reader, _read_ahead(reader.fileno(), ranges) as chunks:
+        for start, end in chunks:
+            while start < end:
+                try:
+                    count = ways[0](reader.fileno(), writer.fileno(), start, end - start)
+                except OSError as error:
+                    if error.errno not in UNSUPPORTED or len(ways) == 1:
+                        raise
+                    count = 0
+                if count == 0:  # the end of the file, or one that this way cannot read: reading itself tells
+                    if len(ways) == 1:
+                        raise MoecoverError(f"{source} ended at byte {start}, {end} is needed: it changed while it was read")  # fmt: skip
+                    del ways[0]
+                start, size = start + count, size + count
+                if size - told >= CHUNK_BYTES:
+                    written(told := size)
+    written(size)
+    return size
 
 
 def _feed(digest: xxhash.xxh3_128, file: io.FileIO, stop: int = sys.maxsize) -> None:

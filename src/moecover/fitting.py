@@ -122,7 +122,7 @@ def duration(seconds: float) -> str:
 
 def cost(
     structure: Structure, *, tokens: int, batch_tokens: int, in_parts: tuple[int, int] = (0, 0), dtype: str = "auto",
-    limit: int, head: bool = False,
+    limit: int, head: bool = False, extra: int = 0,
 ) -> Cost:  # fmt: skip
     """What a pass over text takes.
 
@@ -134,6 +134,7 @@ def cost(
         dtype: torch dtype by name, ``auto`` for the checkpoint's.
         limit: bytes of memory that may be used.
         head: whether the language-model head runs.
+        extra: bytes of memory that the caller takes beside.
     """
     topology, checkpoint = structure.topology, structure.checkpoint
     stored = max(checkpoint.tensors.values(), key=lambda entry: entry.num_bytes).dtype
@@ -152,7 +153,7 @@ def cost(
     slots = topology.top_k + max(1, first_number(checkpoint.config, ("n_shared_experts", "num_shared_experts")) or 0)
     working = batch_tokens * (slots * (3 * width + 2 * topology.hidden_size) + 8 * topology.hidden_size) * itemsize
     working += batch_tokens * vocabulary / topology.hidden_size * 2 if head else 0  # logits, and in float32
-    streamed = OVERHEAD + ends + largest + working
+    streamed = OVERHEAD + ends + largest + working + extra
     state, apart = topology.hidden_size * itemsize, THREAD * in_parts[1] / max(in_parts[0], 1)  # bytes a token
     room = max(int((limit - streamed) // (COPIES * state + apart)), batch_tokens, 1)
     held = min(in_parts[0], room)
@@ -160,7 +161,7 @@ def cost(
     streamed += COPIES * hidden + held * apart
     idle = structure.expert_total_bytes * (1 - topology.top_k / topology.num_experts)
     active = (checkpoint.num_bytes - idle) / on_disk - (0 if head else 2) * vocabulary / itemsize
-    whole = int(OVERHEAD + checkpoint.num_bytes * scale + working)
+    whole = int(OVERHEAD + checkpoint.num_bytes * scale + working) + extra
     by_layer = whole > limit
     reads = (tokens > 0) + math.ceil(max(in_parts[0] / room, in_parts[1] / PASSES)) if by_layer else 1
     return Cost(
@@ -195,7 +196,8 @@ def seconds_of(estimate: Cost, structure: Structure, *, dtype: str, device: str)
 @contextlib.contextmanager
 def opened(
     structure: Structure, *, tokens: int, batch_tokens: int, in_parts: tuple[int, int] = (0, 0), dtype: str = "auto",
-    device: str = "auto", memory_limit: int | None = None, head: bool = False, processes: int = 1, scratch: Path | None = None,
+    device: str = "auto", memory_limit: int | None = None, head: bool = False, extra: int = 0, processes: int = 1,
+    scratch: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[torch.nn.Module | Streamed]:  # fmt: skip
     """The model in memory where it fits, else layer by layer; says which, and what it will cost, before it starts.
@@ -209,6 +211,7 @@ def opened(
         device: torch device by name.
         memory_limit: bytes of memory that may be used; default: nine tenths of what is free.
         head: whether the language-model head runs.
+        extra: bytes of memory that the caller takes beside.
         processes: that share what is free on this machine.
         scratch: folder for the hidden states, where there is one; its disk is looked at.
         say: takes the line.
@@ -222,7 +225,7 @@ def opened(
         if memory_limit is not None
         else int(0.9 * available_memory(device) / (1 if device.startswith("cuda") else processes))
     )
-    estimate = cost(structure, tokens=tokens, batch_tokens=batch_tokens, in_parts=in_parts, dtype=dtype, limit=limit, head=head)  # fmt: skip
+    estimate = cost(structure, tokens=tokens, batch_tokens=batch_tokens, in_parts=in_parts, dtype=dtype, limit=limit, head=head, extra=extra)  # fmt: skip
     least = estimate.memory if scratch is not None else estimate.streamed
     if estimate.by_layer and least > limit:
         raise InputError(f"{structure.checkpoint.name}: one layer at a time still needs {_gb(least)} of memory, {_gb(limit)} may be used. Give a smaller --batch-size or --length, or a larger --memory-limit")  # fmt: skip

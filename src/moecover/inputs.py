@@ -77,8 +77,13 @@ class Inputs:
             ]
 
 
-def sample_of(corpora: Sequence[Corpus], tokens: int) -> list[Corpus]:
+def sample_of(corpora: Sequence[Corpus], tokens: int, *, flag: str = "--keep-inputs") -> list[Corpus]:
     """The first sequences of every corpus: together at most ``tokens``, shared evenly, each at least one sequence.
+
+    Args:
+        corpora: the whole ones.
+        tokens: see above.
+        flag: what the user calls it.
 
     Raises:
         InputError: fewer tokens than one sequence of every corpus.
@@ -89,7 +94,7 @@ def sample_of(corpora: Sequence[Corpus], tokens: int) -> list[Corpus]:
         rows = int((np.cumsum(lengths) <= share).sum())
         if rows == 0:
             least = sum(int(c.mask[0].sum()) for c in corpora)
-            raise InputError(f"--keep-inputs {tokens}: {share} tokens a corpus are less than the first sequence of {corpus.name} ({lengths[0]} tokens). Give {max(least, int(lengths[0]) * len(corpora))} or more")  # fmt: skip
+            raise InputError(f"{flag} {tokens}: {share} tokens a corpus are less than the first sequence of {corpus.name} ({lengths[0]} tokens). Give {max(least, int(lengths[0]) * len(corpora))} or more")  # fmt: skip
         taken.append(Corpus(corpus.name, corpus.tokens[:rows], corpus.mask[:rows], corpus.record))
     return taken
 

@@ -182,7 +182,7 @@ def check_alone(here: World) -> None:
         raise InputError("--keep-inputs does not go together with several processes: profile the sample in one")
 
 
-def _stamps(structure: Structure) -> list[list[Any]]:
+def stamps(structure: Structure) -> list[list[Any]]:
     """Size and time of change of every shard: whether the weights are still the same."""
     checkpoint = structure.checkpoint
     found = [(shard, (checkpoint.path / shard).stat()) for shard in sorted(checkpoint.shard_metadata)]
@@ -263,7 +263,7 @@ def profile(
     if state is not None or here.size > 1:
         how = "layers" if isinstance(model, Streamed) else "batches"
         sizes = {e.name: [e.shard, e.start, e.dtype] for e in structure.checkpoint.tensors.values()}
-        inputs_of = {"model": about["fingerprint"], "weights": hashlib.sha256(canonical_json([sizes, _stamps(structure)]).encode()).hexdigest(), "corpora": [*records.items()], "batch size": batch_size, "dtype": kind, "device": where.type, "way": how, "inputs kept": keep_inputs[0] if keep_inputs else None, "version": __version__}  # fmt: skip
+        inputs_of = {"model": about["fingerprint"], "weights": hashlib.sha256(canonical_json([sizes, stamps(structure)]).encode()).hexdigest(), "corpora": [*records.items()], "batch size": batch_size, "dtype": kind, "device": where.type, "way": how, "inputs kept": keep_inputs[0] if keep_inputs else None, "version": __version__}  # fmt: skip
         check_same(here, {k: v for k, v in inputs_of.items() if k not in ("way", "weights")})
         if state is not None:
             going_on = State(state, inputs_of | {"process": [here.rank, here.size]}, say=say)

@@ -118,7 +118,9 @@ KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], Solver]] = {"scal
 
 def _chunks(block: Block) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and features of a block, `CHUNK` rows at a time."""
-    return zip(block.tokens.split(CHUNK), block.features.split(CHUNK), strict=True)
+    import torch
+
+    return zip(torch.split(block.tokens, CHUNK), torch.split(block.features, CHUNK), strict=True)
 
 
 def _gram(block: Block, share: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -134,7 +136,7 @@ def _gram(block: Block, share: torch.Tensor, part: torch.Tensor) -> torch.Tensor
     width = block.features.shape[1]
     gram = torch.zeros(width, width, dtype=torch.float64, device=block.features.device)
     strip = -(-width // 4)  # of a symmetric matrix the strips from the diagonal on: ten sixteenths of the products
-    for rows in part[block.tokens].nonzero()[:, 0].split(CHUNK):
+    for rows in torch.split(part[block.tokens].nonzero()[:, 0], CHUNK):
         features = block.features[rows]
         weighted = features * share[block.tokens[rows], None].to(features.dtype)
         for at in range(0, width, strip):
@@ -158,7 +160,7 @@ def _squares(values: torch.Tensor) -> torch.Tensor:
     """Squared norm of every row, float64."""
     import torch
 
-    return torch.cat([part.double().square().sum(1) for part in values.split(CHUNK)])
+    return torch.cat([part.double().square().sum(1) for part in torch.split(values, CHUNK)])
 
 
 def _descend(
@@ -251,7 +253,7 @@ def fit(
         return Fit({}, before.tolist(), before.tolist(), None, {block.name: reason for block in blocks})
 
     arrays = [target, *(values for block in blocks for values in (block.weight, block.features))]
-    if not all(bool(torch.isfinite(part).all()) for values in arrays for part in values.split(CHUNK)):
+    if not all(bool(torch.isfinite(part).all()) for values in arrays for part in torch.split(values, CHUNK)):
         return unchanged("a weight, an activation or a target is not finite")
     kept = {}
     fitted = ~held & (of_corpus > 0)[corpus]

@@ -7,6 +7,7 @@ refused, with the reason. The model may be on ``meta``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,28 @@ def check_stored(structure: Structure) -> None:
     """
     if structure.quantised:
         raise refused(structure, f"its experts are quantised ({structure.quantised}), a refitted weight would have to be quantised anew; repair the original that it was made from")  # fmt: skip
+
+
+def check_dtype(structure: Structure, where: Sequence[Place], dtype: str) -> None:
+    """Refuse to refit weights in a dtype that does not hold the stored ones.
+
+    Args:
+        structure: the checkpoint.
+        where: from `places`.
+        dtype: of the model, by torch's name; ``auto`` for the one that the configuration names.
+
+    Raises:
+        InputError: it is narrower than the stored one.
+    """
+    import torch
+
+    if dtype == "auto":
+        configs = structure.checkpoint.text_config, structure.checkpoint.config
+        dtype = next((c[k] for c in configs for k in ("dtype", "torch_dtype") if isinstance(c.get(k), str)), where[0].dtype)  # fmt: skip
+    for place in where:
+        kind = getattr(torch, dtype)
+        if torch.promote_types(kind, getattr(torch, place.dtype)) != kind:
+            raise InputError(f"--repair refits weights that are stored in {place.dtype}, which a model in {dtype} does not hold. Give --dtype float32")  # fmt: skip
 
 
 def places(structure: Structure, model: torch.nn.Module) -> list[Place]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,15 @@ from moecover.masking import masked_layer
 from moecover.model import backbone_of, batches, dtype_of, routers
 from moecover.plans import Plan, check_plan
 from moecover.repair import Block, Fit, fit, peak_bytes
-from moecover.repairable import Place, places, refused
-from moecover.streaming import Streamed, arrivals
+from moecover.repairable import Place, check_dtype, places, refused
+from moecover.streaming import Streamed, Within, arrivals
 from moecover.topology import Structure
 
 if TYPE_CHECKING:
     import torch
 
 SHARED = "shared"
+TOKENS = 65_536  # of calibration text that a repair runs on when nothing else is said
 ROUNDING = {
     "float32": 1e-4,
     "float16": 1e-2,
@@ -76,6 +77,23 @@ def repaired_layer(model: torch.nn.Module, structure: Structure, layer: int, rep
         with torch.inference_mode():
             for (place, _), original in zip(places, originals, strict=True):
                 place.copy_(original)
+
+
+def with_repairs(
+    model: torch.nn.Module, structure: Structure, within: Within, repair_of: Callable[[int], LayerRepair]
+) -> Within:
+    """A context for every decoder layer that adds a MoE layer's repair, made when it is entered, to another one."""
+    layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
+
+    @contextlib.contextmanager
+    def both(number: int) -> Iterator[None]:
+        with within(number), contextlib.ExitStack() as stack:
+            if number in layer_of:
+                layer = layer_of[number]
+                stack.enter_context(repaired_layer(model, structure, layer, repair_of(layer)))
+            yield
+
+    return both
 
 
 @contextlib.contextmanager
@@ -182,22 +200,25 @@ def _output(structure: Structure, output: Any) -> torch.Tensor:
     return output.reshape(-1, output.shape[-1])
 
 
-def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that the repair of the largest layer takes beside the model and the hidden states of its passes.
+def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tokens: int, dtype: str) -> int:
+    """Bytes that the repair of the largest layer takes beside the model, hidden states of both passes included.
 
     Args:
         structure: the checkpoint.
         where: from `places`.
         keep: experts kept per layer.
         tokens: of all corpora.
-        dtype: of the model.
+        dtype: of the model, by torch's name, ``auto`` for the stored one.
     """
+    import torch
+
     hidden, slots = structure.topology.hidden_size, structure.topology.top_k
 
     def of_layer(place: Place) -> int:
         width, shared = place.widths
         features = 4 * tokens * (slots * width + shared)
-        held = 3 * tokens * hidden * dtype.itemsize  # the target, what the experts are called with, what comes behind
+        # Target, inputs of the experts, outputs of both blocks; hidden states of both passes, twice as in `fitting`.
+        held = 8 * tokens * hidden * int(getattr(torch, place.dtype if dtype == "auto" else dtype).itemsize)
         widths = [width] * keep + [shared] * (shared > 0)
         return features + held + peak_bytes(tokens=tokens, hidden_size=hidden, widths=widths)
 
@@ -214,7 +235,7 @@ def repair_layers(
     batch_size: int = 4,
     done: Callable[[int], LayerRepair | None] = lambda layer: None,
     **options: Any,
-) -> Iterator[LayerRepair]:
+) -> Generator[LayerRepair]:
     """Refitted down projections of a plan's kept experts and of the shared one, layer after layer.
 
     Args:
@@ -236,10 +257,8 @@ def repair_layers(
     check_plan(plan, structure, other_weights=True)
     live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
     where, modules = places(structure, live), routers(live, structure)
-    for place in where:
-        if torch.promote_types(kind_of := dtype_of(model), getattr(torch, place.dtype)) != kind_of:
-            raise InputError(f"--repair refits weights that are stored in {place.dtype}, which a model in {str(kind_of).removeprefix('torch.')} does not hold. Give --dtype float32")  # fmt: skip
-    said = plan.options.get("weights", {})
+    check_dtype(structure, where, str(dtype_of(model)).removeprefix("torch."))
+    said = plan.options.get("weights") or {}
     weights = [float(said.get(corpus.name, 1.0)) for corpus in corpora]
     if not sum(weights) > 0:
         raise InputError("every corpus has weight 0 in the plan: there is nothing to repair on")

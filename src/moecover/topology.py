@@ -147,7 +147,7 @@ def auto_class(config_class: type) -> Any:
     return None
 
 
-def _build_on_meta(config: dict[str, Any], name: str) -> torch.nn.Module:
+def build_on_meta(config: dict[str, Any], name: str) -> torch.nn.Module:
     """The model class of a raw config without memory.
 
     Raises:
@@ -223,13 +223,13 @@ def _derived(checkpoint: Checkpoint) -> Structure:
     counts = expert_count_keys(config)
     if reason := UNSUPPORTED.get(str(config.get("model_type"))):
         raise InputError(f"{name}: {config['model_type']} is not supported: {reason}")
-    one = _build_on_meta(config, name)
+    one = build_on_meta(config, name)
     if not counts:
         raise _no_experts(name, config)
     if len(set(counts.values())) > 1:
         raise InputError(f"{name}: config.json counts experts in more than one way: { {'.'.join(k): v for k, v in counts.items()} }")  # fmt: skip
     experts = next(iter(counts.values()))
-    two = _build_on_meta(with_expert_count(config, tuple(counts), 2 * experts), name)
+    two = build_on_meta(with_expert_count(config, tuple(counts), 2 * experts), name)
     axes = _expert_axes(one, two, experts, name, tail=config["model_type"] in PROVEN_FAMILIES)
     if not axes:
         raise _no_experts(name, config)

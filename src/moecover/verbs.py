@@ -97,8 +97,13 @@ def _load_corpora(args: argparse.Namespace, structure: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> Iterator[tuple[Any, Any, Any]]:
-    """The profile, saved into ``folder`` if there is one; the model, still open; the corpora."""
+def _profiled(
+    args: argparse.Namespace, structure: Any, folder: Path | None, *, extra: int = 0
+) -> Iterator[tuple[Any, Any, Any]]:
+    """The profile, saved into ``folder`` if there is one; the model, still open; the corpora.
+
+    The memory that is looked for has room for ``extra`` bytes beside.
+    """
     from moecover.distributed import own_device, wait_for_all, world
     from moecover.files import PARTIAL
     from moecover.fitting import opened
@@ -120,7 +125,7 @@ def _profiled(args: argparse.Namespace, structure: Any, folder: Path | None) -> 
     device = own_device(here, args.device or "auto")
     with kept_for_later(state), opened(
         structure, tokens=-(-tokens // here.size), batch_tokens=batch_tokens, dtype=args.dtype or "auto", device=device,
-        memory_limit=_memory_limit(args), processes=here.local_size, scratch=state, say=progress.say,
+        memory_limit=_memory_limit(args), extra=extra, processes=here.local_size, scratch=state, say=progress.say,
     ) as model:  # fmt: skip
         if keep_inputs:
             topology, width = structure.topology, dtype_of(model).itemsize
@@ -331,8 +336,17 @@ ONE_SHOT = (
 )  # fmt: skip
 
 
+OF_REPAIR = ("corpus", "sequences", "length", "batch_size", "seed", "dtype", "device", "memory_limit")
+
+
 def _check_prune(args: argparse.Namespace) -> None:
     """Refuse a request that contradicts itself."""
+    if args.repair == "none" and args.repair_tokens is not None:
+        raise InputError("--repair-tokens says what a repair runs on: give --repair scale or --repair ridge")
+    if args.repair != "none" and args.evaluation:
+        raise InputError("--evaluation measured the plan without a repair: evaluate the repaired checkpoint itself")
+    if args.repair_tokens is not None and args.repair_tokens < 1:
+        raise InputError(f"--repair-tokens {args.repair_tokens} is out of range: 1 or more")
     if args.plan is None:
         if not args.corpus:
             raise InputError("give --plan PLAN, or --corpus with --keep or --retain for one shot")
@@ -344,8 +358,47 @@ def _check_prune(args: argparse.Namespace) -> None:
     given = [
         name for name in ONE_SHOT if (value := getattr(args, name)) is not None and value is not False and value != []
     ]
+    if args.repair != "none":
+        given = [name for name in given if name not in OF_REPAIR]
+        if not args.corpus:
+            raise InputError(f"--repair {args.repair} fits weights on calibration text: give --corpus NAME[=PATH]")
     if given:
         raise InputError(f"--plan and --{given[0].replace('_', '-')} do not go together: the plan says what is kept")
+
+
+def _repair_bytes(args: argparse.Namespace, structure: Any, keep: int) -> int:
+    """Memory that the repair takes beside the model, 0 without one; refuses a model that cannot be repaired."""
+    from moecover.repair_files import places_on_disk
+    from moecover.repairable import check_dtype
+    from moecover.repairing import TOKENS, needed_bytes
+
+    if args.repair == "none":
+        return 0
+    where, dtype = places_on_disk(structure), args.dtype or "auto"
+    check_dtype(structure, where, dtype)
+    return needed_bytes(structure, where, keep=keep, tokens=args.repair_tokens or TOKENS, dtype=dtype)
+
+
+def _repaired(
+    args: argparse.Namespace, structure: Any, chosen: Any, corpora: Any, model: Any, extra: int, state: Path
+) -> Any:
+    """The repair that was asked for; ``model`` is there already or None."""
+    from moecover.fitting import opened
+    from moecover.inputs import sample_of
+    from moecover.repair_files import repair
+    from moecover.repairing import TOKENS
+
+    sample = sample_of(corpora, args.repair_tokens or TOKENS, flag="--repair-tokens")
+    batch_size, dtype, device = args.batch_size or 4, args.dtype or "auto", args.device or "auto"
+    opening = contextlib.nullcontext(model) if model is not None else opened(
+        structure, tokens=sum(c.num_tokens for c in sample), batch_tokens=batch_size * max(c.tokens.shape[1] for c in sample),
+        dtype=dtype, device=device, memory_limit=_memory_limit(args), extra=extra, say=progress.say,
+    )  # fmt: skip
+    with progress.bar("repairing", len(chosen.layers), unit="layers") as advance:
+        return repair(
+            structure, chosen, sample, model=opening, kind=args.repair, folder=state, batch_size=batch_size,
+            dtype=dtype, device=device, advance=advance, say=progress.say,
+        )  # fmt: skip
 
 
 def _check_saved_profile(args: argparse.Namespace) -> None:
@@ -360,62 +413,89 @@ def _prune(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.checkpoint import check_target
     from moecover.corpora import parse_corpora
     from moecover.files import locked
+    from moecover.model import check_loadable
     from moecover.plans import Plan
     from moecover.registry import unknown_name
+    from moecover.repairable import check_stored
 
     _check_prune(args)
     chosen, one_shot = None, None
     if args.plan is not None:
         chosen = Plan.load(args.plan)
-    else:
+    if chosen is None or args.repair != "none":
         _check_pass(args)
+    if chosen is None:
         method, options = _method(args)
         corpora = parse_corpora(args.corpus)
         if unknown := sorted(options.get("weights", {}).keys() - corpora.keys()):
             raise unknown_name("corpus in --weight", unknown[0], corpora)
         if args.save_profile:
             _check_saved_profile(args)
-    structure = _headers(args) if chosen else _loadable(args)
+    structure = _headers(args)
+    if args.repair != "none":
+        check_stored(structure)
+    if chosen is None or args.repair != "none":
+        check_loadable(structure)
     if chosen is None:
         keep = _keep(structure.topology, keep=args.keep, retain=args.retain, multiple_of=args.multiple_of)
         one_shot = (method, keep, options)
+    extra = _repair_bytes(args, structure, chosen.keep if chosen else keep)
     with locked(check_target(structure, args.output, overwrite=args.overwrite)):
-        return _prune_held(args, structure, chosen, one_shot)
+        return _prune_held(args, structure, chosen, one_shot, extra)
 
 
-def _prune_held(args: argparse.Namespace, structure: Any, chosen: Any, one_shot: Any) -> tuple[Any, str, int]:
+def _prune_held(
+    args: argparse.Namespace, structure: Any, chosen: Any, one_shot: Any, extra: int
+) -> tuple[Any, str, int]:
     """The long part of `_prune`, while no other run can write the same output."""
     from moecover.checkpoint import prune
+    from moecover.files import PARTIAL
     from moecover.inputs import sample_of
     from moecover.planning import plan
+    from moecover.plans import check_plan
+    from moecover.repair_files import kept_for_later
     from moecover.servers import SERVERS, unmet
+    from moecover.states import remove
 
-    structure = _files(args, structure)
-    if chosen is None:
-        method, keep, options = one_shot
+    structure, repaired, model = _files(args, structure), None, None
+    state = args.output.resolve().with_name(f".{args.output.resolve().name}.repair{PARTIAL}")
+    with kept_for_later(state):
         with contextlib.ExitStack() as stack:
-            profile, model, corpora = stack.enter_context(_profiled(args, structure, args.save_profile))
-            if method == "expert-sparsity":
-                advance = stack.enter_context(_search_bar(args, structure, 1))
-                sample = sample_of(corpora, args.keep_inputs or KEEP_INPUTS)
-                options |= {"model": model, "structure": structure, "sample": sample, "advance": advance}
-            chosen = plan(profile, method=method, keep=keep, **options)
-        progress.say(_plan_line(args.output, chosen, structure.topology.num_experts))
-    before, after = structure.checkpoint.num_bytes, structure.num_bytes(chosen.keep, mtp=args.mtp)
-    with progress.bar("writing", after, unit="bytes") as advance:
-        out = prune(
-            structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights, mtp=args.mtp,
-            command=shlex.join(["moecover", *args.argv]), evaluations=args.evaluation, advance=advance, say=progress.say,
-        )  # fmt: skip
+            if chosen is None:
+                method, keep, options = one_shot
+                profile, model, corpora = stack.enter_context(_profiled(args, structure, args.save_profile, extra=extra))  # fmt: skip
+                if method == "expert-sparsity":
+                    advance = stack.enter_context(_search_bar(args, structure, 1))
+                    sample = sample_of(corpora, args.keep_inputs or KEEP_INPUTS)
+                    options |= {"model": model, "structure": structure, "sample": sample, "advance": advance}
+                chosen = plan(profile, method=method, keep=keep, **options)
+                progress.say(_plan_line(args.output, chosen, structure.topology.num_experts))
+            elif args.repair != "none":
+                check_plan(chosen, structure, other_weights=args.other_weights)
+                corpora = _load_corpora(args, structure)
+            if args.repair != "none":
+                repaired = _repaired(args, structure, chosen, corpora, model, extra, state)
+        del model
+        before, after = structure.checkpoint.num_bytes, structure.num_bytes(chosen.keep, mtp=args.mtp)
+        with progress.bar("writing", after, unit="bytes") as advance:
+            out = prune(
+                structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights, mtp=args.mtp,
+                repaired=repaired, command=shlex.join(["moecover", *args.argv]), evaluations=args.evaluation,
+                advance=advance, say=progress.say,
+            )  # fmt: skip
+    remove(state)
     if servers := [s for s in SERVERS if unmet(structure.topology, chosen.keep, s)]:
         progress.say(f"note: {chosen.keep} experts are not what {', '.join(servers)} ask for: moecover inspect {shlex.quote(args.model)} --for {servers[0]}")  # fmt: skip
     experts = structure.topology.num_experts
     revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""
-    text = (
-        f"{args.output}: {chosen.keep} of {experts} experts per layer, {_size(before)} -> {_size(after)} ({after / before:.0%})\n"
-        f"next: moecover verify {shlex.quote(args.model)} {shlex.quote(str(args.output))}{revision}"
-    )
-    return {"output": str(out), "keep": chosen.keep, "bytes_before": before, "bytes": after}, text, 0
+    result = {"output": str(out), "keep": chosen.keep, "bytes_before": before, "bytes": after}
+    text = f"{args.output}: {chosen.keep} of {experts} experts per layer, {_size(before)} -> {_size(after)} ({after / before:.0%})"
+    if repaired is not None:
+        errors = repaired.mean_errors()
+        result["repair"] = {"kind": args.repair, "tensors": len(repaired.hashes), "before": errors[0], "after": errors[1]}  # fmt: skip
+        text += f"\nrepaired ({args.repair}): {len(repaired.hashes)} down projections; squared error of a layer's output on the calibration text {errors[0]:.3f} -> {errors[1]:.3f} of its square"
+    text += f"\nnext: moecover verify {shlex.quote(args.model)} {shlex.quote(str(args.output))}{revision}"
+    return result, text, 0
 
 
 def _verify(args: argparse.Namespace) -> tuple[Any, str, int]:
@@ -433,12 +513,15 @@ def _verify(args: argparse.Namespace) -> tuple[Any, str, int]:
         )  # fmt: skip
     on = f"{result['tokens']:,} tokens of {', '.join(result['corpora'])}"
     if result["equal"]:
-        text = f"equal: {args.pruned} gives what the masked original gives, largest difference {result['max_abs_difference']:g}, on {on}"
+        repaired = f" with its {result['repaired']} repaired tensors in place, all others its own" if result["repaired"] else ""  # fmt: skip
+        text = f"equal: {args.pruned} gives what the masked original gives{repaired}, largest difference {result['max_abs_difference']:g}, on {on}"
         return result, text, 0
     if result["changed_files"]:
         text = f"NOT equal: files changed since they were written: {', '.join(result['changed_files'])}"
         if result["first_difference"]:
             text += f"; first difference at {result['first_difference']}"
+    elif result["changed_tensors"]:
+        text = f"NOT equal: {len(result['changed_tensors'])} tensors are neither the original's nor what the repair made, the first is {result['changed_tensors'][0]}"
     else:
         where = result["first_difference"]
         text = f"NOT equal: first difference at {where} ({result['layers'][where]:g}), largest {result['max_abs_difference']:g}, on {on}"

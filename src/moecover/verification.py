@@ -1,7 +1,12 @@
-"""The proof of a pruned checkpoint: holds the written files against the masked original (`masking`)."""
+"""The proof of a pruned checkpoint: holds the written files against the masked original (`masking`).
+
+Of a repaired checkpoint too: every tensor that its manifest does not name has the original's bytes, those that it names
+have the hashes that it gives, and with these in place of its own the masked original gives the same.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -13,9 +18,10 @@ from moecover.copying import HASH, file_hash
 from moecover.corpus import Corpus, load_corpus, load_tokenizer, make_corpus
 from moecover.errors import InputError
 from moecover.fitting import opened
-from moecover.masking import masked, masked_layers
+from moecover.masking import masked_layers
 from moecover.model import batches
 from moecover.plans import Plan, check_plan
+from moecover.repairing import LayerRepair, with_repairs
 from moecover.source import Checkpoint, open_checkpoint
 from moecover.streaming import Streamed, Within, layer_names, run_all, unmasked
 from moecover.topology import Structure, read_structure
@@ -143,7 +149,9 @@ def verify(
 
     Returns:
         ``equal``; ``first_difference`` (a decoder layer or the logits, None when equal); ``max_abs_difference``;
-        ``changed_files`` whose hash is not the manifest's; ``tokens``; ``corpora``; ``layers``: the difference of each.
+        ``changed_files`` whose hash is not the manifest's; ``tokens``; ``corpora``; ``layers``: the difference of each;
+        ``repaired``: how many tensors are not the original's by the manifest; ``changed_tensors`` that are not what they
+        are to be, where some are repaired.
 
     Raises:
         InputError: either checkpoint cannot be read, or they do not belong together.
@@ -162,16 +170,28 @@ def verify(
     advance("checking the hashes of the written files")
     changed = changed_files(cut_checkpoint, manifest)
     texts = verification_text(original, corpora=corpora)
-    cut = read_structure(cut_checkpoint)
+    cut, changed_tensors, hashes = read_structure(cut_checkpoint), list[str](), dict[str, str]()
+    repair_of = None
+    if "repair" in manifest:
+        hashes = manifest["repair"]["tensors"]
+        advance("comparing the tensors that were not repaired")
+        repair_of, changed_tensors = _repairs(original, plan, cut_checkpoint, manifest)
     tokens = sum(corpus.num_tokens for corpus in texts)
     fitting = {"tokens": tokens, "batch_tokens": max(c.tokens.shape[1] for c in texts), "dtype": dtype, "device": device, "memory_limit": memory_limit, "head": True}  # fmt: skip
     with opened(original, **fitting, say=advance) as live:
         advance("running the original, masked")
+        inside = live.model if isinstance(live, Streamed) else live
+        within = masked_layers(inside, original, plan)
+        if repair_of is not None:
+            within = with_repairs(inside, original, within, repair_of)
         if isinstance(live, Streamed):
-            expected = _forward_record(live, original, texts, masked_layers(live.model, original, plan))
+            expected = _forward_record(live, original, texts, within)
         else:
-            with masked(live, original, plan):
+            with contextlib.ExitStack() as stack:
+                for number in original.topology.decoder_layers:
+                    stack.enter_context(within(number))
                 expected = _forward_record(live, original, texts, unmasked)
+        del inside
     del live
     with opened(cut, **fitting, say=advance) as live:
         advance("running the pruned checkpoint")
@@ -187,11 +207,41 @@ def verify(
         largest[name] = a.abs().max().item()
     first = next((name for name, d in differences.items() if not d <= tolerance * largest[name]), None)
     return {
-        "equal": first is None and not changed,
+        "equal": first is None and not changed and not changed_tensors,
         "first_difference": first,
         "max_abs_difference": max(differences.values()),
         "changed_files": changed,
         "tokens": tokens,
         "corpora": [corpus.name for corpus in texts],
         "layers": differences,
+        "repaired": len(hashes),
+        "changed_tensors": changed_tensors,
     }
+
+
+def _repairs(
+    original: Structure, plan: Plan, cut: Checkpoint, manifest: dict[str, Any]
+) -> tuple[Callable[[int], LayerRepair], list[str]]:
+    """What gives the repair of a MoE layer, read from the checkpoint; the tensors that are not what they are to be.
+
+    Raises:
+        InputError: the manifest names other tensors than a repair can change.
+    """
+    from moecover.repair_files import changed_tensors, layer_repair, names_of, places_on_disk, stored_bytes
+
+    repair, where = manifest["repair"], places_on_disk(original)
+    kept = [layer.kept for layer in plan.layers]
+    try:
+        names = [names_of(original, *part) for part in zip(where, kept, repair["layers"], strict=True)]
+        if {name for of_layer in names for name in of_layer} != repair["tensors"].keys() or repair["hash"] != HASH:
+            raise ValueError("it names other tensors than its layers repair")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{cut.path / MANIFEST} is damaged: {error!r}. Prune again") from error
+
+    def read(name: str) -> bytes:
+        return stored_bytes(cut.path, cut.tensors[name])
+
+    def repair_of(layer: int) -> LayerRepair:
+        return layer_repair(original, where[layer], kept[layer], repair["layers"][layer], read)
+
+    return repair_of, changed_tensors(original, plan, cut, repair["tensors"], mtp=manifest.get("mtp", "drop"))
