@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from moecover import repair
 from moecover.errors import InputError
 from moecover.repair import KINDS, Block, Fit, fit
 
@@ -180,6 +185,75 @@ def test_the_penalty_comes_from_the_held_out_tokens() -> None:
     assert fit([block], against, corpora(), kind="ridge").kept == {
         "expert 1": "the held-out calibration text is not fitted better"
     }
+
+
+def test_the_sketch_chooses_what_the_whole_output_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, width, tokens = 200, 40, 600
+    blocks, target = [], torch.zeros(tokens, hidden, dtype=torch.float64)
+    for name in ("one", "two"):
+        weight = torch.randn(hidden, width, generator=generator, dtype=torch.float64)
+        features = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+        blocks.append(Block(name, weight, torch.arange(tokens), features))
+        target += features @ weight.T
+    target += 0.5 * features @ weight.T + 40 * torch.randn(
+        tokens, hidden, generator=generator, dtype=torch.float64
+    )  # asks for a strong penalty
+    penalties = (10.0, 1.0, 0.1, 0.01)
+    found = [fit(blocks, target * f, torch.zeros(tokens).long(), kind="ridge", penalties=penalties) for f in (1.0, 1.2)]
+    monkeypatch.setattr(repair, "SKETCH", hidden)
+    whole = [fit(blocks, target * f, torch.zeros(tokens).long(), kind="ridge", penalties=penalties) for f in (1.0, 1.2)]
+    assert [f.penalty for f in found] == [f.penalty for f in whole]
+    assert whole[1].penalty in (10.0, 1.0)
+
+
+def test_a_corpus_counts_by_its_weight() -> None:
+    block = expert(1)
+    target = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    alone = fit([Block("expert 1", block.weight, torch.arange(300), block.features[:300])], target[:300], torch.zeros(300).long(), kind="ridge", **EXACT)  # fmt: skip
+    without = fitted([block], target, weights=[3, 0])
+    torch.testing.assert_close(without.weights["expert 1"], alone.weights["expert 1"], rtol=1e-9, atol=1e-9)
+    assert without.after[0] == pytest.approx(alone.after[0])
+    twice = fitted([block], target, weights=[2, 2])
+    torch.testing.assert_close(twice.weights["expert 1"], fitted([block], target).weights["expert 1"])
+    assert fitted([block], target, weights=[1, 9]).after[1] < twice.after[1]
+
+
+def test_products_in_float32_end_at_the_same_weights() -> None:
+    blocks, target = [expert(1), expert(2, width=9)], output([expert(1), expert(2, width=9), expert(3)])
+    exact = fitted(blocks, target, penalties=(0.1,))
+    halves = [Block(b.name, b.weight, b.tokens, b.features.float()) for b in blocks]
+    found = fitted(halves, target, penalties=(0.1,), tolerance=1e-7)
+    for name, weight in exact.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=1e-4, atol=1e-4)
+
+
+MEMORY = """
+import resource, torch
+from moecover.repair import Block, fit, peak_bytes
+torch.set_num_threads(1)
+tokens, hidden, widths = 20_000, 512, [512] * 4 + [1024]
+blocks = [
+    Block(str(i), torch.randn(hidden, w), torch.randperm(tokens)[: tokens // 2] if i < 4 else torch.arange(tokens),
+          torch.randn(tokens // 2 if i < 4 else tokens, w))
+    for i, w in enumerate(widths)
+]
+target, corpus = torch.randn(tokens, hidden), torch.zeros(tokens).long()
+for part in (64, tokens):  # the first time libraries take memory of their own
+    small = [Block(b.name, b.weight, torch.arange(part), b.features[:part]) for b in blocks] if part < tokens else blocks
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fit(small, target[:part], corpus[:part], kind="ridge", penalties=(1.0, 0.1), sweeps=2)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(grown, peak_bytes(tokens=tokens, hidden_size=hidden, widths=widths))
+"""
+
+
+def test_memory_keeps_to_the_stated_bound() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    grown, bound = map(int, done.stdout.split())
+    assert bound // 4 < grown <= 1.1 * bound
 
 
 def test_unknown_kinds_are_named() -> None:

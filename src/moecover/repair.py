@@ -6,8 +6,9 @@ the removed ones is fitted by regularised least squares towards the original wei
 chosen on a random projection of the outputs, at a fraction of the cost.
 
 Memory (`peak_bytes`), for T tokens of hidden size d and blocks of width w_b, beside the caller's features and target:
-8 T d for residuals, 16 sum(w_b^2) for Gram matrices and factors, 16 d sum(w_b) for changes and new weights, and for one
-block at a time 24 w^2 + 24 d w of the widest. No matrix over all blocks or all tokens is made.
+8 T d for residuals, 16 sum(w_b^2) for Gram matrices and factors, 16 d sum(w_b) for changes and new weights, for one
+block at a time 24 w^2 + 24 d w of the widest, and 24 d + 8 w for every one of `CHUNK` rows. No matrix over all blocks or
+all tokens is made.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from moecover.registry import unknown_name
 if TYPE_CHECKING:
     import torch
 
-PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # strongest first; each fit starts where the one before ended
+PENALTIES = (1.0, 0.25, 0.06, 0.015, 0.004, 0.001)  # strongest first; each fit starts where the one before ended
 HELD_SHARE = 0.2  # of every corpus's tokens, the last ones: what the penalty is chosen on
 SWEEPS = 4
 TOLERANCE = 1e-2  # a sweep that lowers the objective by a smaller share is the last one
 SKETCH = 32  # directions of the output that the penalty is chosen on
+TRIAL_SWEEPS = 2  # for every penalty tried
 CHUNK = 4096  # rows at a time, whose products are added up in float64
 
 
@@ -69,10 +71,11 @@ class Fit:
 def peak_bytes(*, tokens: int, hidden_size: int, widths: Sequence[int]) -> int:
     """Bytes that `fit` takes at most beside its arguments, of float32 features; see the module."""
     total, squares, widest = sum(widths), sum(w * w for w in widths), max(widths)
-    return 8 * tokens * hidden_size + 16 * squares + 16 * hidden_size * total + 24 * widest * (widest + hidden_size)
+    rows = min(CHUNK, tokens) * (24 * hidden_size + 8 * widest)
+    return 8 * tokens * hidden_size + 16 * squares + 16 * hidden_size * total + 24 * widest * (widest + hidden_size) + rows  # fmt: skip
 
 
-# How far a block's change goes from where it is, given how the error falls there; and what the penalty says of a change.
+# How far a block's change goes from where it is, given how the error falls there (which is used up); what a change costs.
 Solver = tuple["Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", "Callable[[torch.Tensor], float]"]
 
 
@@ -88,7 +91,7 @@ def _ridge(gram: torch.Tensor, weight: torch.Tensor, penalty: float) -> Solver:
         del system
 
     def step(slope: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        right = slope - pull * change
+        right = slope.add_(change, alpha=-pull)
         if not bool(failed):
             return torch.cholesky_solve(right, factor)
         # A penalty below the rounding of a singular Gram matrix.
@@ -179,8 +182,9 @@ def _descend(
         for at, (block, (solve, _)) in enumerate(zip(blocks, solvers, strict=True)):
             slope = torch.zeros_like(changes[at])
             for tokens, features in _chunks(block):
-                slope += features.T @ (residual[tokens] * parts[tokens, None])
+                slope += features.T @ residual[tokens].mul_(parts[tokens, None])
             step = solve(slope, changes[at])
+            del slope
             if not bool(torch.isfinite(step).all()):
                 continue
             changes[at] += step
@@ -270,7 +274,7 @@ def fit(
     grams = [_gram(block, share, ~held) for block in solved]
     chosen = penalties[-1]
     if bool(held.any()):
-        found = _chosen(kind, solved, grams, share, held, residual, penalties, sweeps=sweeps, tolerance=tolerance)
+        found = _chosen(kind, solved, grams, share, held, residual, penalties)
         if found is None:
             return unchanged("the held-out calibration text is not fitted better")
         chosen = found
@@ -289,7 +293,7 @@ def fit(
 
 def _chosen(
     kind: str, blocks: Sequence[Block], grams: Sequence[torch.Tensor], share: torch.Tensor, held: torch.Tensor,
-    residual: torch.Tensor, penalties: Sequence[float], *, sweeps: int, tolerance: float,
+    residual: torch.Tensor, penalties: Sequence[float],
 ) -> float | None:  # fmt: skip
     """The penalty whose fit on the other tokens is best on the held ones; None where none is better than no change.
 
@@ -310,7 +314,8 @@ def _chosen(
     best, chosen = float((_squares(small) * share * held).sum()), None
     for penalty in penalties:
         solvers = [KINDS[kind](gram, weight, penalty) for gram, weight in zip(grams, weights, strict=True)]
-        _descend(blocks, solvers, share * ~held, small, changes, sweeps=sweeps, tolerance=tolerance)
+        _descend(blocks, solvers, share * ~held, small, changes, sweeps=TRIAL_SWEEPS, tolerance=TOLERANCE)
+        del solvers  # before the next ones are made
         if (loss := float((_squares(small) * share * held).sum())) < best:
             best, chosen = loss, penalty
         elif chosen is not None:
