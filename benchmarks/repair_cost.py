@@ -1,0 +1,90 @@
+"""What a repair costs at real size: time and memory of a layer, beside the profiling pass over the same tokens.
+
+    python -m benchmarks.repair_cost SCRATCH [--shape qwen1.5-moe-a2.7b] [--layers 2] [--tokens 32768] [--keep 30] [--kind ridge]
+
+Random weights and tokens in the real shape (`benchmarks.full_size`), few layers, in memory. Profile and repair are
+processes of their own. Prints for both the seconds of the pass (loading not counted) and the peak resident memory, for the
+repair the seconds of every layer and of its fit, and the bound that `repairing.needed_bytes` gives. All sweeps are made,
+whether they still help or not: random weights say nothing about that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.full_size import SHAPES, make
+
+PASS = """
+import json, sys, time
+import numpy as np
+import torch
+from moecover import repairing
+from moecover.corpus import make_corpus
+from moecover.model import load_model
+from moecover.planning import plan
+from moecover.plans import LayerPlan, Plan
+from moecover.profiling import profile
+from moecover.repairable import places
+from moecover.topology import read_structure
+
+what, folder, tokens, keep = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+structure, length = read_structure(folder), 2048
+rows = np.random.default_rng(0).integers(0, structure.checkpoint.config["vocab_size"], size=(tokens // length, length))
+corpora = [make_corpus(n, t, np.ones_like(t, dtype=bool), {}) for n, t in zip("ab", np.array_split(rows, 2))]
+model = load_model(structure)
+memory = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+loaded, fits, layers, found = memory("VmRSS"), [], [], {}
+started = time.perf_counter()
+if what == "profile":
+    profile(structure, corpora, model=model, batch_size=1)
+else:
+    kept = sorted(np.random.default_rng(1).permutation(structure.topology.num_experts)[:keep].tolist())
+    chosen = Plan(schema=1, keep=keep, layers=[LayerPlan(decoder_layer=d, kept=kept) for d in structure.topology.decoder_layers])
+    real = repairing.fit
+    def timed(*a, **k):
+        before = time.perf_counter()
+        try:
+            return real(*a, **k)
+        finally:
+            fits.append(round(time.perf_counter() - before, 1))
+    repairing.fit = timed
+    last = started
+    for one in repairing.repair_layers(model, structure, chosen, corpora, kind=what, batch_size=1, tolerance=0.0):
+        layers.append(round(time.perf_counter() - last, 1))
+        last = time.perf_counter()
+    found = {"penalty": one.fit.penalty, "before": one.fit.before, "after": one.fit.after, "kept": len(one.fit.kept)}
+    found["bound"] = repairing.needed_bytes(structure, places(structure, model), keep=keep, tokens=tokens, dtype="auto")
+print(json.dumps({"seconds": round(time.perf_counter() - started, 1), "loaded": loaded, "peak": memory("VmHWM"), "fits": fits, "layers": layers, **found}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen1.5-moe-a2.7b")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--keep", type=int, default=30)
+    parser.add_argument("--kind", choices=("scale", "ridge"), default="ridge")
+    args = parser.parse_args()
+    folder = make(args.shape, args.scratch / f"{args.shape}-{args.layers}", layers=args.layers)
+    seconds = {}
+    for what in ("profile", args.kind):
+        command = [sys.executable, "-c", PASS, what, str(folder), str(args.tokens), str(args.keep)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found = json.loads(done.stdout)
+        seconds[what] = found["seconds"]
+        print(f"{what}, {args.layers} layers, {args.tokens:,} tokens: {found['seconds']} s, peak {found['peak'] / 1e9:.2f} GB of which {found['loaded'] / 1e9:.2f} GB the loaded model", flush=True)  # fmt: skip
+        if "bound" in found:
+            print(f"  layers {found['layers']} s, of which the fit {found['fits']} s; bound {found['bound'] / 1e9:.2f} GB; {found}")  # fmt: skip
+    print(f"repair / profile: {seconds[args.kind] / seconds['profile']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
