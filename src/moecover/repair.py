@@ -6,7 +6,7 @@ the removed ones is fitted by regularised least squares towards the original wei
 chosen on a random projection of the outputs, at a fraction of the cost.
 
 Memory (`peak_bytes`), for T tokens of hidden size d and blocks of width w_b, beside the caller's features and target:
-8 T d for residuals, 16 sum(w_b^2) for Gram matrices and factors, 16 d sum(w_b) for changes and new weights, for one
+8 T d for residuals, 12 sum(w_b^2) for Gram matrices and factors, 16 d sum(w_b) for changes and new weights, for one
 block at a time 24 w^2 + 24 d w of the widest, and 24 d + 8 w for every one of `CHUNK` rows. No matrix over all blocks or
 all tokens is made.
 """
@@ -72,15 +72,15 @@ def peak_bytes(*, tokens: int, hidden_size: int, widths: Sequence[int]) -> int:
     """Bytes that `fit` takes at most beside its arguments, of float32 features; see the module."""
     total, squares, widest = sum(widths), sum(w * w for w in widths), max(widths)
     rows = min(CHUNK, tokens) * (24 * hidden_size + 8 * widest)
-    return 8 * tokens * hidden_size + 16 * squares + 16 * hidden_size * total + 24 * widest * (widest + hidden_size) + rows  # fmt: skip
+    return 8 * tokens * hidden_size + 12 * squares + 16 * hidden_size * total + 24 * widest * (widest + hidden_size) + rows  # fmt: skip
 
 
 # How far a block's change goes from where it is, given how the error falls there (which is used up); what a change costs.
 Solver = tuple["Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", "Callable[[torch.Tensor], float]"]
 
 
-def _ridge(gram: torch.Tensor, weight: torch.Tensor, penalty: float) -> Solver:
-    """Any change of a block's weights, ``[width, hidden]``; its square is penalised."""
+def _ridge(gram: torch.Tensor, weight: torch.Tensor, penalty: float, dtype: torch.dtype) -> Solver:
+    """Any change of a block's weights, ``[width, hidden]``; its square is penalised. Steps are solved for in ``dtype``."""
     import torch
 
     pull = float(penalty * gram.diagonal().mean())
@@ -88,12 +88,13 @@ def _ridge(gram: torch.Tensor, weight: torch.Tensor, penalty: float) -> Solver:
     system.diagonal().add_(pull)
     factor, failed = torch.linalg.cholesky_ex(system)
     if not bool(failed):
+        factor = factor.to(dtype)
         del system
 
     def step(slope: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         right = slope.add_(change, alpha=-pull)
         if not bool(failed):
-            return torch.cholesky_solve(right, factor)
+            return torch.cholesky_solve(right.to(dtype), factor)
         # A penalty below the rounding of a singular Gram matrix.
         solution: torch.Tensor = torch.linalg.lstsq(system.cpu(), right.cpu(), driver="gelsd").solution
         return solution.to(right.device)
@@ -101,7 +102,7 @@ def _ridge(gram: torch.Tensor, weight: torch.Tensor, penalty: float) -> Solver:
     return step, lambda change: float(pull * change.square().sum())
 
 
-def _scale(gram: torch.Tensor, weight: torch.Tensor, penalty: float) -> Solver:
+def _scale(gram: torch.Tensor, weight: torch.Tensor, penalty: float, dtype: torch.dtype) -> Solver:
     """A multiple of the original weights; the square of the output that it adds is penalised."""
     original = weight.double().T
     energy, square = float(((gram @ original) * original).sum()), float(original.square().sum())
@@ -116,7 +117,10 @@ def _scale(gram: torch.Tensor, weight: torch.Tensor, penalty: float) -> Solver:
     return step, lambda change: penalty * energy * factor(change) ** 2
 
 
-KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], Solver]] = {"scale": _scale, "ridge": _ridge}
+KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor, float, torch.dtype], Solver]] = {
+    "scale": _scale,
+    "ridge": _ridge,
+}
 
 
 def _chunks(block: Block) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -188,7 +192,7 @@ def _descend(
             if not bool(torch.isfinite(step).all()):
                 continue
             changes[at] += step
-            small = step.to(residual.dtype)
+            small = step.to(residual.dtype)  # of `scale`; `ridge` gives it so
             for tokens, features in _chunks(block):
                 residual.index_add_(0, tokens, features @ small, alpha=-1)
         now = objective()
@@ -280,7 +284,9 @@ def fit(
         chosen = found
         for gram, block in zip(grams, solved, strict=True):
             gram += _gram(block, share, held)
-    solvers = [KINDS[kind](gram, block.weight, chosen) for gram, block in zip(grams, solved, strict=True)]
+    solvers = [
+        KINDS[kind](gram, block.weight, chosen, residual.dtype) for gram, block in zip(grams, solved, strict=True)
+    ]
     changes = [torch.zeros(b.weight.shape[::-1], dtype=torch.float64, device=residual.device) for b in solved]
     _descend(solved, solvers, share, residual, changes, sweeps=sweeps, tolerance=tolerance)
     new = {b.name: (b.weight.double() + d.T).to(b.weight.dtype) for b, d in zip(solved, changes, strict=True)}
@@ -313,7 +319,7 @@ def _chosen(
     changes = [torch.zeros(w.shape[::-1], dtype=torch.float64, device=device) for w in weights]
     best, chosen = float((_squares(small) * share * held).sum()), None
     for penalty in penalties:
-        solvers = [KINDS[kind](gram, weight, penalty) for gram, weight in zip(grams, weights, strict=True)]
+        solvers = [KINDS[kind](gram, weight, penalty, small.dtype) for gram, weight in zip(grams, weights, strict=True)]
         _descend(blocks, solvers, share * ~held, small, changes, sweeps=TRIAL_SWEEPS, tolerance=TOLERANCE)
         del solvers  # before the next ones are made
         if (loss := float((_squares(small) * share * held).sum())) < best:

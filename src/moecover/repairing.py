@@ -28,6 +28,7 @@ from moecover.repair import Block, Fit, fit, peak_bytes
 from moecover.repairable import Place, check_dtype, places, refused
 from moecover.streaming import Streamed, Within, arrivals
 from moecover.topology import Structure
+from moecover.weights import lean
 
 if TYPE_CHECKING:
     import torch
@@ -255,6 +256,7 @@ def repair_layers(
     import torch
 
     check_plan(plan, structure, other_weights=True)
+    lean()  # every pass has a thread of its own, in memory too
     live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
     where, modules = places(structure, live), routers(live, structure)
     check_dtype(structure, where, str(dtype_of(model)).removeprefix("torch."))

@@ -36,7 +36,7 @@ VERIFY_CORPORA = ("encyclopedia-heldout", "web-heldout")
 def _forward_record(
     model: torch.nn.Module | Streamed, structure: Structure, corpora: Sequence[Corpus], within: Within
 ) -> list[tuple[str, torch.Tensor]]:
-    """Output of every decoder layer and the logits over corpora, by name, on the CPU."""
+    """Output of every decoder layer and the logits over corpora, by name, on the CPU; every layer runs in its context."""
     import torch
 
     live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
@@ -48,10 +48,13 @@ def _forward_record(
 
         return hook
 
-    handles = [
-        live.get_submodule(name).register_forward_hook(keep(f"decoder layer {i}"))
-        for i, name in enumerate(layer_names(live, structure))
-    ]
+    around, handles = contextlib.ExitStack(), []
+    for number, name in enumerate(layer_names(live, structure)):
+        layer = live.get_submodule(name)
+        handles.append(layer.register_forward_hook(keep(f"decoder layer {number}")))
+        if not isinstance(model, Streamed):  # a streamed one enters the contexts when the layer's weights are there
+            enter = functools.partial(lambda number, *_: around.enter_context(within(number)), number)
+            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(lambda *_: around.close())]
 
     def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         found: torch.Tensor = live(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).logits
@@ -59,7 +62,8 @@ def _forward_record(
 
     calls = [functools.partial(logits, inputs) for corpus in corpora for inputs in batches(corpus, 1)]
     try:
-        outputs["logits"] = run_all(model, calls, within=[within] * len(calls))
+        with around:
+            outputs["logits"] = run_all(model, calls, within=[within] * len(calls))
     finally:
         for handle in handles:
             handle.remove()
@@ -178,21 +182,15 @@ def verify(
         repair_of, changed_tensors = _repairs(original, plan, cut_checkpoint, manifest)
     tokens = sum(corpus.num_tokens for corpus in texts)
     fitting = {"tokens": tokens, "batch_tokens": max(c.tokens.shape[1] for c in texts), "dtype": dtype, "device": device, "memory_limit": memory_limit, "head": True}  # fmt: skip
-    with opened(original, **fitting, say=advance) as live:
+    extra = 2 * sum(e.num_bytes for name, e in cut_checkpoint.tensors.items() if name in hashes) // len(plan.layers)
+    with opened(original, **fitting, extra=extra, say=advance) as live:
         advance("running the original, masked")
         inside = live.model if isinstance(live, Streamed) else live
         within = masked_layers(inside, original, plan)
         if repair_of is not None:
             within = with_repairs(inside, original, within, repair_of)
-        if isinstance(live, Streamed):
-            expected = _forward_record(live, original, texts, within)
-        else:
-            with contextlib.ExitStack() as stack:
-                for number in original.topology.decoder_layers:
-                    stack.enter_context(within(number))
-                expected = _forward_record(live, original, texts, unmasked)
-        del inside
-    del live
+        expected = _forward_record(live, original, texts, within)
+    del live, inside, within
     with opened(cut, **fitting, say=advance) as live:
         advance("running the pruned checkpoint")
         found = _forward_record(live, cut, texts, unmasked)
