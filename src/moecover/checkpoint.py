@@ -423,7 +423,7 @@ def _write_rest(
         put(name, content)
     original_card = folder / ORIGINAL_CARD
     card = original_card.read_text(encoding="utf-8", errors="replace") if original_card.is_file() else ""
-    about = {"repair": repair, "command": command, "original_card": card, "measured": figures}
+    about: dict[str, Any] = {"repair": repair, "command": command, "original_card": card, "measured": figures}
     put(CARD, model_card(structure, plan, **about).encode())
     manifest = {
         "schema": 1,
