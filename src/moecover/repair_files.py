@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from moecover.checkpoint import Piece, piece, pieces_by_shard
-from moecover.copying import HASH
+from moecover.copying import CHUNK_BYTES, HASH
 from moecover.corpus import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.files import canonical_json, write_bytes
@@ -97,8 +97,9 @@ def _bytes(tensor: torch.Tensor) -> Any:
 
 def stored_bytes(folder: Path, entry: TensorEntry) -> bytes:
     """The bytes of a tensor on disk."""
-    with (folder / entry.shard).open("rb", buffering=0) as file:
-        return os.pread(file.fileno(), entry.num_bytes, entry.start)
+    with (folder / entry.shard).open("rb") as file:
+        file.seek(entry.start)
+        return file.read(entry.num_bytes)
 
 
 def _tensor(content: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
@@ -120,7 +121,8 @@ def names_of(structure: Structure, place: Place, kept: Sequence[int], row: dict[
     for expert in row["experts"]:
         name = place.experts[expert if len(place.experts) > 1 else 0]
         there = piece(structure.checkpoint.tensors[name], structure.tensors[name], list(kept))
-        assert there is not None
+        if there is None:
+            raise KeyError(f"expert {expert} of {name} is not kept")
         found.setdefault(there.name, []).append(expert)
     if row["shared"] and place.shared is not None:
         found[place.shared[1]] = []
@@ -323,14 +325,26 @@ def changed_tensors(
         mtp: see `checkpoint.prune`.
     """
     expected = {p.name: (shard, p) for shard, ps in pieces_by_shard(structure, plan, mtp=mtp).items() for p in ps}
-    found = sorted(expected.keys() ^ cut.tensors.keys() | hashes.keys() - expected.keys())
+    found = [*expected.keys() ^ cut.tensors.keys(), *hashes.keys() - expected.keys()]
     for name in expected.keys() & cut.tensors.keys():
-        content, (shard, one) = stored_bytes(cut.path, cut.tensors[name]), expected[name]
-        if name in hashes:
-            same = _hash(content) == hashes[name]
-        else:
-            with (structure.checkpoint.path / shard).open("rb", buffering=0) as file:
-                same = content == b"".join(os.pread(file.fileno(), end - start, start) for start, end in one.ranges)
-        if not same or (cut.tensors[name].dtype, cut.tensors[name].shape) != (one.dtype, one.shape):
+        there, (shard, one) = cut.tensors[name], expected[name]
+        if (there.dtype, there.shape) != (one.dtype, one.shape):
             found.append(name)
-    return sorted(found)
+        elif name in hashes:
+            found += [name] * (_hash(stored_bytes(cut.path, there)) != hashes[name])
+        elif not _same_bytes(structure.checkpoint.path / shard, one.ranges, cut.path / there.shard, there.start):
+            found.append(name)
+    return sorted(set(found))
+
+
+def _same_bytes(one: Path, ranges: Sequence[tuple[int, int]], other: Path, start: int) -> bool:
+    """Whether byte ranges of a file are what another one holds from ``start`` on."""
+    with one.open("rb") as first, other.open("rb") as second:
+        second.seek(start)
+        for begin, end in ranges:
+            first.seek(begin)
+            for at in range(begin, end, CHUNK_BYTES):
+                size = min(CHUNK_BYTES, end - at)
+                if first.read(size) != second.read(size):
+                    return False
+    return True

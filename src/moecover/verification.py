@@ -177,9 +177,8 @@ def verify(
     cut, changed_tensors, hashes = read_structure(cut_checkpoint), list[str](), dict[str, str]()
     repair_of = None
     if "repair" in manifest:
-        hashes = manifest["repair"]["tensors"]
         advance("comparing the tensors that were not repaired")
-        repair_of, changed_tensors = _repairs(original, plan, cut_checkpoint, manifest)
+        repair_of, changed_tensors, hashes = _repairs(original, plan, cut_checkpoint, manifest)
     tokens = sum(corpus.num_tokens for corpus in texts)
     fitting = {"tokens": tokens, "batch_tokens": max(c.tokens.shape[1] for c in texts), "dtype": dtype, "device": device, "memory_limit": memory_limit, "head": True}  # fmt: skip
     extra = 2 * sum(e.num_bytes for name, e in cut_checkpoint.tensors.items() if name in hashes) // len(plan.layers)
@@ -219,17 +218,17 @@ def verify(
 
 def _repairs(
     original: Structure, plan: Plan, cut: Checkpoint, manifest: dict[str, Any]
-) -> tuple[Callable[[int], LayerRepair], list[str]]:
-    """What gives the repair of a MoE layer, read from the checkpoint; the tensors that are not what they are to be.
+) -> tuple[Callable[[int], LayerRepair], list[str], dict[str, str]]:
+    """What gives the repair of a MoE layer, read from the checkpoint; the tensors that are not what they are to be; hashes of the repaired ones.
 
     Raises:
         InputError: the manifest names other tensors than a repair can change.
     """
     from moecover.repair_files import changed_tensors, layer_repair, names_of, places_on_disk, stored_bytes
 
-    repair, where = manifest["repair"], places_on_disk(original)
-    kept = [layer.kept for layer in plan.layers]
+    where, kept = places_on_disk(original), [layer.kept for layer in plan.layers]
     try:
+        repair = manifest["repair"]
         names = [names_of(original, *part) for part in zip(where, kept, repair["layers"], strict=True)]
         if {name for of_layer in names for name in of_layer} != repair["tensors"].keys() or repair["hash"] != HASH:
             raise ValueError("it names other tensors than its layers repair")
@@ -242,4 +241,5 @@ def _repairs(
     def repair_of(layer: int) -> LayerRepair:
         return layer_repair(original, where[layer], kept[layer], repair["layers"][layer], read)
 
-    return repair_of, changed_tensors(original, plan, cut, repair["tensors"], mtp=manifest.get("mtp", "drop"))
+    hashes: dict[str, str] = repair["tensors"]
+    return repair_of, changed_tensors(original, plan, cut, hashes, mtp=manifest.get("mtp", "drop")), hashes
