@@ -124,7 +124,7 @@ def test_a_layer_by_layer_repair_writes_the_same(
     cut = prune(structure, plan, tmp_path / "out", repaired=parts)
     in_memory, said = verify(structure.checkpoint.path, cut), list[str]()
     monkeypatch.setattr(fitting, "OVERHEAD", 0)
-    monkeypatch.setattr(fitting, "COPIES", 0)  # a layer of this model is no larger than its hidden states
+    monkeypatch.setattr(fitting, "COPIES", 0.01)  # a layer of this model is no larger than its hidden states
     estimate = fitting.cost(structure, tokens=256, batch_tokens=64, limit=0, head=True)
     limit = (estimate.streamed + estimate.whole) // 2
     assert verify(structure.checkpoint.path, cut, memory_limit=limit, advance=said.append) == in_memory
@@ -363,6 +363,7 @@ def test_what_contradicts_itself_is_refused(
     given = ["prune", str(model), "--plan", plan, "-o", str(tmp_path / "out")]
     for more, message in (
         (["--repair", "ridge"], "--repair ridge fits weights on calibration text: give --corpus NAME[=PATH]"),
+        (["--repair", "ridge", "--corpus", text, "--evaluation", "e"], "--evaluation measured the plan without a repair"),
         (["--repair-tokens", "100"], "--repair-tokens says what a repair runs on: give --repair scale or --repair ridge"),
         (["--repair", "scale", "--corpus", text, "--keep", "4"], "--plan and --keep do not go together"),
         (["--repair", "scale", "--corpus", text, "--repair-tokens", "0"], "--repair-tokens 0 is out of range"),

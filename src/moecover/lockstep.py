@@ -42,11 +42,13 @@ class Here:
         before: called when a call goes on into a stop's module.
         after: called when a stop's module is done with a call; what it gives, if anything, takes the output's place.
         results: takes what the calls give, in their order.
+        waiting: at a stop, what its module is about to be called with, one a call.
     """
 
     before: Callable[[Passing], None] | None = None
     after: Callable[[Passing], Any] | None = None
     results: list[Any] = field(default_factory=list)
+    waiting: list[Passing] = field(default_factory=list)
 
 
 _local = threading.local()
@@ -143,7 +145,10 @@ def lockstep(
             thread.start()
         for _ in stops:
             go()
-            yield [_first(asked) for asked in waiting]
+            arrived = [_first(asked) for asked in waiting]
+            if here is not None:
+                here.waiting[:] = [Passing(a[0], index, a[1], a[2], None) for index, a in enumerate(waiting) if a is not None]  # fmt: skip
+            yield arrived
         if here is not None:
             go()
             here.results += given

@@ -1,9 +1,10 @@
 """Repair through the layers: reads a model, a plan and calibration text, gives new down projections for every MoE layer.
 
-Two passes run side by side over the same text, the original's and the pruned model's. Where both have arrived at a MoE
-block its output is taken here, for both: the original's is the target, the pruned one's is repaired (`repair`) before
-it goes on. So every layer is fitted on what the repaired layers before it give, its weights are read once for both,
-and the passes between the blocks stay the model's own. Nothing stays changed in the model.
+Two passes run side by side over the same text, the original's and the pruned model's, a decoder layer at a time. A layer with
+experts runs twice: first up to its MoE block, whose output is then made here, for both: the original's is the target, the
+pruned one's is repaired (`repair`) before it goes on; then with these outputs in the block's place. So every layer is
+fitted on what the repaired layers before it give, its weights are read once for both, and all else stays the model's
+own. Nothing stays changed in the model.
 
 No table of families: routing weights are what the experts are called with, the shared expert's factor is what the block's
 own output says (`repairable` says which module it is). The linear form that comes of it is compared with the block's
@@ -20,15 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.corpus import Corpus
 from moecover.errors import InputError
-from moecover.lockstep import current_call, lockstep
+from moecover.lockstep import Here, Passing
 from moecover.masking import masked_layer
 from moecover.model import backbone_of, batches, dtype_of, routers
 from moecover.plans import Plan, check_plan
 from moecover.repair import Block, Fit, fit, peak_bytes
 from moecover.repairable import Place, check_dtype, places, refused
-from moecover.streaming import Streamed, Within, arrivals
+from moecover.streaming import Streamed, Within, at_layers, layer_names
 from moecover.topology import Structure
-from moecover.weights import lean
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,13 @@ ROUNDING = {
     "float16": 1e-2,
     "bfloat16": 5e-2,
 }  # share of the output's norm that the linear form may miss
+
+
+class _ArrivedError(Exception):
+    """Ends a layer's run at its MoE block, which is called with ``hidden``."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
 
 
 @dataclass(frozen=True)
@@ -256,7 +263,6 @@ def repair_layers(
     import torch
 
     check_plan(plan, structure, other_weights=True)
-    lean()  # every pass has a thread of its own, in memory too
     live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
     where, modules = places(structure, live), routers(live, structure)
     check_dtype(structure, where, str(dtype_of(model)).removeprefix("torch."))
@@ -275,17 +281,33 @@ def repair_layers(
     blocks = [live.get_submodule(name.rpartition(".")[0]) for name in structure.experts_modules]
     given: dict[int, Any] = {}
     forwards = [block.forward for block in blocks]
+    going: list[int] = []  # the pass whose layer runs
 
-    def taken(hidden: torch.Tensor, *others: Any, **more: Any) -> Any:
+    def arriving(hidden: torch.Tensor, *others: Any, **more: Any) -> Any:
         if others or more:
             raise refused(structure, "its block is called with more than the hidden states")
-        return given.pop(current_call())
+        raise _ArrivedError(hidden)
 
-    def run(layer: int, arrived: list[Any]) -> LayerRepair:
-        """The repair of a layer that all passes have arrived at; leaves what its block gives them."""
+    def taken(hidden: torch.Tensor) -> Any:
+        return given.pop(going[0])
+
+    def arrived_at(layer: int, passing: Passing) -> torch.Tensor:
+        """What a MoE block is called with in a pass."""
+        blocks[layer].forward = arriving
+        try:
+            stops[layer](*passing.args, **passing.kwargs)
+        except _ArrivedError as arrived:
+            return arrived.hidden
+        raise refused(structure, "a layer does not run its block")
+
+    def run(layer: int, waiting: Sequence[Passing]) -> LayerRepair:
+        """The repair of a layer that all passes wait at; leaves what its block gives them."""
         forward, kept, place = forwards[layer], plan.layers[layer].kept, where[layer]
-        originals, pruned = arrived[: len(passes)], arrived[len(passes) :]
+        pruned = [arrived_at(layer, passing) for passing in waiting[len(passes) :]]
+        originals = [arrived_at(layer, passing) for passing in waiting[: len(passes)]]
         given.update((i, forward(batch)) for i, batch in enumerate(originals))
+        del originals
+        blocks[layer].forward = taken
         repair = done(layer)
         with masked_layer(live, structure, modules[layer], layer, kept):
             if repair is None:
@@ -301,15 +323,20 @@ def repair_layers(
                     given.update((len(passes) + i, forward(batch)) for i, batch in enumerate(pruned))
         return repair
 
+    names = layer_names(live, structure)
+    stops = [live.get_submodule(names[number]) for number in structure.topology.decoder_layers]
+    layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
+    here = Here(before=lambda passing: going.__setitem__(slice(None), [passing.call]))
     try:
-        for block in blocks:
-            block.forward = taken
-        steps = arrivals(model, calls, blocks) if isinstance(model, Streamed) else lockstep(calls, blocks)
-        with contextlib.closing(steps):
-            for layer, arrived in enumerate(steps):
+        with contextlib.closing(at_layers(model, structure, calls, here)) as steps:
+            for number, waiting in enumerate(steps):
+                if (layer := layer_of.get(number)) is None:
+                    continue
                 with torch.inference_mode():
-                    repair = run(layer, arrived)
+                    repair = run(layer, waiting)
                 yield repair
+                if layer == len(blocks) - 1:
+                    break
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)

@@ -266,6 +266,35 @@ def arrivals(
         weights.free(f"{stream.layers[number]}.")
 
 
+def at_layers(
+    model: torch.nn.Module | Streamed, structure: Structure, calls: Sequence[Callable[[], Any]], here: Here
+) -> Generator[list[Passing]]:
+    """At every decoder layer in turn, whose weights are there, what it is called with; it runs when the next is asked for.
+
+    Args:
+        model: in memory, or a `Streamed`.
+        structure: its checkpoint.
+        calls: see `run`.
+        here: see `lockstep`; the layers run in the caller's thread.
+    """
+    live = model.model if isinstance(model, Streamed) else model
+    names = layer_names(live, structure)
+    first, reached = model.ends[0] if isinstance(model, Streamed) and model.ends else "", ""
+    try:
+        if isinstance(model, Streamed):
+            model.weights.load(f"{first}.")
+        with contextlib.closing(lockstep(calls, [live.get_submodule(name) for name in names], here=here)) as steps:
+            for name, _ in zip(names, steps, strict=True):
+                if isinstance(model, Streamed):
+                    model.weights.free(f"{reached or first}.", again=bool(reached))
+                    model.weights.load(f"{name}.")
+                reached = name
+                yield here.waiting
+    finally:
+        if isinstance(model, Streamed):
+            model.weights.free(f"{reached or first}.")
+
+
 def _skip(skipped: Callable[[int, Any], Any], number: int, *args: Any, **kwargs: Any) -> Any:
     return skipped(number, args[0] if args else kwargs["hidden_states"])
 
