@@ -40,7 +40,7 @@ memory = lambda key: next(int(line.split()[1]) for line in open("/proc/self/stat
 loaded, fits, layers, found = memory("VmRSS"), [], [], {}
 started = time.perf_counter()
 if what == "profile":
-    profile(structure, corpora, model=model, batch_size=1)
+    profile(structure, corpora, model=model)
 else:
     kept = sorted(np.random.default_rng(1).permutation(structure.topology.num_experts)[:keep].tolist())
     chosen = Plan(schema=1, keep=keep, layers=[LayerPlan(decoder_layer=d, kept=kept) for d in structure.topology.decoder_layers])
@@ -53,7 +53,7 @@ else:
             fits.append(round(time.perf_counter() - before, 1))
     repairing.fit = timed
     last = started
-    for one in repairing.repair_layers(model, structure, chosen, corpora, kind=what, batch_size=1, tolerance=0.0):
+    for one in repairing.repair_layers(model, structure, chosen, corpora, kind=what, tolerance=0.0):
         layers.append(round(time.perf_counter() - last, 1))
         last = time.perf_counter()
     found = {"penalty": one.fit.penalty, "before": one.fit.before, "after": one.fit.after, "kept": len(one.fit.kept)}
