@@ -128,12 +128,13 @@ def table(found: Evaluation) -> str:
 
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     metrics = {task: about["metric"] for task, about in found.tasks.items()}
-    headings = ["row", "experts", "GB", *found.texts, *(["KL", "top-1"] if found.texts and len(found.rows) > 1 else [])]
+    unit, scale = ("GB", 1e9) if max(row.num_bytes for row in found.rows) >= 1e9 else ("MB", 1e6)
+    headings = ["row", "experts", unit, *found.texts, *(["KL", "top-1"] if found.texts and len(found.rows) > 1 else [])]
     headings += [f"{task} {metric}" for task, metric in metrics.items()] + (["mean"] if len(metrics) > 1 else [])
     for i, heading in enumerate(headings):
         drawn.add_column(heading, justify="left" if i == 0 else "right")
     for row in found.rows:
-        cells = [row.name, str(row.keep), f"{row.num_bytes / 1e9:.2f}"]
+        cells = [row.name, str(row.keep), f"{row.num_bytes / scale:.2f}"]
         cells += [f"{row.perplexity[text].perplexity:.2f}" for text in found.texts]
         if "KL" in headings:
             kl = [one.kl for one in row.perplexity.values() if one.kl is not None]
