@@ -33,7 +33,7 @@ from moecover.verification import verify
 from tests import zoo
 from tests.conftest import random_corpus, write_rows
 from tests.test_golden import logits_of, rehash
-from tests.test_repairing import CORPORA, half
+from tests.test_repairing import CORPORA, half, outputs
 
 
 def mended(structure: Structure, plan: Plan, folder: Path, **options: Any) -> Repaired:
@@ -132,6 +132,21 @@ def test_a_layer_by_layer_repair_writes_the_same(
     assert in_memory["equal"]
 
 
+def test_a_wider_model_repairs_in_the_dtype_of_the_file(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    structure = read_structure(checkpoints("qwen2_moe", dtype=torch.bfloat16))
+    plan, wide = half(structure), load_model(structure, dtype="float32")
+    cut = written(structure, plan, tmp_path, model=contextlib.nullcontext(wide))
+    tensors = load_file(cut / "model.safetensors")
+    assert {tensors[name].dtype for name in manifest_of(cut)["tensors"]} == {torch.bfloat16}
+    assert verify(structure.checkpoint.path, cut)["equal"]
+    for number, corpus in enumerate(CORPORA):  # the stated fit is that of the rounded weights
+        whole = outputs(wide, structure, corpus)
+        found = outputs(load_model(read_structure(cut), dtype="float32"), read_structure(cut), corpus)
+        for row, a, b in zip(manifest_of(cut)["layers"], whole, found, strict=True):
+            error = float((a - b).square().sum() / a.square().sum())
+            assert error == pytest.approx(row["after"]["ab"[number]], rel=1e-3)
+
+
 # -------------------------------------------------------------------------------------------------------------- verify
 def change_another(tensors: dict[str, torch.Tensor], names: set[str]) -> str:
     name = next(k for k in tensors if k.endswith("k_proj.weight"))
@@ -197,7 +212,7 @@ def test_a_repair_goes_on_at_the_layer_it_was_at(structure: Structure, tmp_path:
     with pytest.raises(KeyboardInterrupt) as interrupt, kept_for_later(folder):
         mended(structure, plan, folder)
     assert interrupt.value.__notes__ == [
-        f"1 repaired layers are kept in {folder} and are used when the same command runs again"
+        f"The finished layers of the repair (1) are kept in {folder} and are used when the same command runs again"
     ]
     fits.clear()
     said: list[str] = []
@@ -326,13 +341,14 @@ def test_prune_repairs_from_a_plan_and_in_one_shot(
     assert run(capsys, "verify", model, str(shot))[0] == 0
 
 
+@pytest.mark.parametrize("one_shot", [False, True])
 def test_a_killed_prune_goes_on_at_the_layer_it_was_at(
-    checkpoints: Callable[..., Path], tmp_path: Path, text: str, capsys
+    checkpoints: Callable[..., Path], tmp_path: Path, text: str, capsys, one_shot: bool
 ) -> None:
     model = checkpoints("qwen2_moe")
     structure = read_structure(model)
-    plan = saved(half(structure), tmp_path / "plan.json")
-    given = ["prune", str(model), "--plan", plan, "--corpus", text, "--length", "32", "--repair", "ridge"]
+    plan = ["--retain", "0.5"] if one_shot else ["--plan", saved(half(structure), tmp_path / "plan.json")]
+    given = ["prune", str(model), *plan, "--corpus", text, "--length", "32", "--repair", "ridge"]
     code = (
         "import os, signal, sys\nfrom moecover import repair_files\n"
         "real, calls = repair_files.write_bytes, []\n"
@@ -349,6 +365,8 @@ def test_a_killed_prune_goes_on_at_the_layer_it_was_at(
     status, _, err = run(capsys, *given, "-o", str(out))
     assert status == 0, err
     assert "resuming: 1 of 2 layers are repaired" in err
+    found = [line for line in err.splitlines() if line.startswith("resuming: ")]
+    assert len(found) == 1 + one_shot  # the profile's batches are not run again either
     assert not (tmp_path / ".out.repair.partial").exists()
     assert run(capsys, *given, "-o", str(tmp_path / "once"))[0] == 0
     assert file_hash(out / "model.safetensors") == file_hash(tmp_path / "once" / "model.safetensors")

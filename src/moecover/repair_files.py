@@ -305,7 +305,7 @@ def kept_for_later(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if count := len([*folder.glob("layer-*.safetensors")]):
-            left = f"{count} repaired layers are kept in {folder} and are used when the same command runs again"
+            left = f"The finished layers of the repair ({count}) are kept in {folder} and are used when the same command runs again"
             if isinstance(error, MoecoverError):
                 raise type(error)(f"{error}. {left}") from error
             error.add_note(left)
