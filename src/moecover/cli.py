@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moecover import __version__, progress
+from moecover.budget_verb import add_options as add_bounds
 from moecover.compare_verb import add_verb as add_compare
 from moecover.distributed import ALONE, STOPPED, World, first_to_fail, world
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
@@ -146,7 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb("plan", "choose the experts to keep from a profile")
     p.add_argument("profile", type=Path, metavar="PROFILE_DIR", help="folder that `moecover profile` wrote")
     _add_plan(p, alone=True)
-    group = p.add_argument_group("expert-sparsity runs the experts")
+    add_bounds(p)
+    group = p.add_argument_group("the model, for bounds and for methods that run the experts")
     group.add_argument("--model", metavar="MODEL", help="the model that was profiled: local folder or hub id")
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     _add_device(group)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from moecover.topology import Structure
 
+    Rest = tuple[NDArray[np.int64], NDArray[np.bool_]]  # tokens and mask of the blocks or rows that a sample leaves
+
 SEQUENCES, LENGTH = 128, 2048  # the calibration set of the field: 128 blocks of 2048 tokens
 PIECE_CHARS = 20_000  # longer documents are cut at line ends, so that a sample does not come from one book
 POOL = 4  # documents are tokenised until there are this many times the blocks wanted, then the sample is drawn
@@ -100,6 +102,46 @@ def load_corpus(
     Raises:
         InputError: unknown name, unreadable file, no text, too few blocks, or ids out of range.
     """
+    return _drawn(name, path, structure, tokenizer, sequences, length, seed, vocab_size, max_length)[0]
+
+
+def load_unused(
+    name: str, path: str | Path | None, record: dict[str, Any], *, structure: Structure, blocks: int
+) -> Corpus:
+    """Blocks of a corpus that a sample of it left: of the same text, tokens and length, none of them in the sample.
+
+    The sample is drawn again from its record and held against its hash, so it is known which blocks it took. Blocks are cut
+    from the text one after the other: one that was left may continue a document of which the sample has another part.
+
+    Args:
+        name: of the corpus.
+        path: the file that it was drawn from; None for a named corpus.
+        record: of the sample, see `Corpus.record`.
+        structure: the model that the sample was drawn for.
+        blocks: at most so many, evenly over all that were left.
+
+    Raises:
+        InputError: the sample took all blocks, is not what the record says, or what `load_corpus` raises.
+    """
+    sample, (tokens, mask) = _drawn(
+        name, path, structure, None, record["sequences"], record.get("length"), record["seed"]
+    )
+    if sample.record["sha256"] != record["sha256"]:
+        raise InputError(f"corpus {name} is not what the profile read: drawn again, its sample has another hash (other text, tokenizer or version). Give held-out text as --perplexity NAME=PATH")  # fmt: skip
+    if len(tokens) == 0:
+        raise InputError(f"corpus {name}: the profile took all {record['sequences']} blocks, none is left. Give held-out text as --perplexity NAME=PATH, or make the profile with fewer --sequences")  # fmt: skip
+    taken = np.unique(np.linspace(0, len(tokens) - 1, min(blocks, len(tokens))).round().astype(np.int64))
+    origin: dict[str, Any] = {key: record[key] for key in ("source", "seed", "length") if key in record}
+    return make_corpus(
+        name, tokens[taken], mask[taken], {**origin, "left_by": record["sha256"], "blocks_left": len(tokens)}
+    )
+
+
+def _drawn(
+    name: str, path: str | Path | None, structure: Structure | None, tokenizer: PreTrainedTokenizerBase | None,
+    sequences: int | None, length: int | None, seed: int, vocab_size: int | None = None, max_length: int | None = None,
+) -> tuple[Corpus, Rest]:  # fmt: skip
+    """The sample that `load_corpus` gives, and what it leaves."""
     if path is None and name not in CORPORA:
         raise unknown_name("corpus", name, CORPORA)
     if structure is not None:
@@ -128,10 +170,10 @@ def load_corpus(
     length = length or min(LENGTH, max_length or LENGTH)
     if max_length is not None and length > max_length:
         raise InputError(f"--length {length} is above the {max_length} positions of the model. Give --length {max_length} or less")  # fmt: skip
-    packed = _pack(name, documents, tokenizer, sequences, length, seed, origin, streamed=streamed)
+    packed, rest = _pack(name, documents, tokenizer, sequences, length, seed, origin, streamed=streamed)
     if vocab_size is not None and packed.tokens.max() >= vocab_size:
         raise InputError(f"corpus {name}: the tokenizer gives id {packed.tokens.max()}, the model's vocabulary ends at {vocab_size - 1}. Tokenizer and model do not belong together")  # fmt: skip
-    return packed
+    return packed, rest
 
 
 def _text_of(row: dict[str, Any], name: str, path: str | Path) -> str:
@@ -160,7 +202,7 @@ def _pack(
     origin: dict[str, Any],
     *,
     streamed: bool,
-) -> Corpus:
+) -> tuple[Corpus, Rest]:
     wanted = sequences or SEQUENCES
     rng = np.random.default_rng(seed)
     # A stream is shuffled by its reader, so little more than is needed is read; a file is read up to a generous limit
@@ -191,9 +233,11 @@ def _pack(
     if sequences is not None and blocks < sequences:
         raise InputError(f"corpus {name} gives {blocks} blocks of {length} tokens, {sequences} are wanted. Give --sequences {blocks}, a shorter --length or more text")  # fmt: skip
     chosen = np.sort(rng.choice(blocks, size=min(blocks, wanted), replace=False))
-    tokens = np.asarray(ids[: blocks * length], dtype=np.int64).reshape(blocks, length)[chosen]
+    every = np.asarray(ids[: blocks * length], dtype=np.int64).reshape(blocks, length)
+    tokens, rest = every[chosen], np.delete(every, chosen, axis=0)
     origin = {**origin, "length": length, "blocks_available": blocks, "documents": len(texts)}
-    return make_corpus(name, tokens, np.ones_like(tokens, dtype=bool), origin)
+    sample = make_corpus(name, tokens, np.ones_like(tokens, dtype=bool), origin)
+    return sample, (rest, np.ones_like(rest, dtype=bool))
 
 
 def _take_rows(
@@ -204,7 +248,7 @@ def _take_rows(
     vocab_size: int | None,
     max_length: int | None,
     origin: dict[str, Any],
-) -> Corpus:
+) -> tuple[Corpus, Rest]:
     pairs = []
     for number, row in enumerate(rows, 1):
         where = f"corpus {name}, row {number}"
@@ -230,15 +274,22 @@ def _take_rows(
     if sequences is not None and len(pairs) < sequences:
         raise InputError(f"corpus {name} holds {len(pairs)} rows, {sequences} are wanted. Give --sequences {len(pairs)} or leave it out")  # fmt: skip
     available = len(pairs)
+    left = list[tuple["NDArray[np.int64]", "NDArray[np.bool_]"]]()
     if sequences is not None and sequences < available:
-        chosen = np.sort(np.random.default_rng(seed).choice(available, size=sequences, replace=False))
-        pairs = [pairs[i] for i in chosen]
-    width = max(len(ids) for ids, _ in pairs)
+        chosen = np.random.default_rng(seed).choice(available, size=sequences, replace=False).tolist()
+        left = [pair for i, pair in enumerate(pairs) if i not in set(chosen)]
+        pairs = [pairs[i] for i in sorted(chosen)]
+    return make_corpus(name, *_padded(pairs), {**origin, "blocks_available": available}), _padded(left)
+
+
+def _padded(pairs: list[tuple[NDArray[np.int64], NDArray[np.bool_]]]) -> Rest:
+    """Rows of different lengths as one array and its mask."""
+    width = max((len(ids) for ids, _ in pairs), default=0)
     tokens = np.zeros((len(pairs), width), dtype=np.int64)
     masks = np.zeros((len(pairs), width), dtype=bool)
     for i, (ids, mask) in enumerate(pairs):
         tokens[i, : len(ids)], masks[i, : len(ids)] = ids, mask
-    return make_corpus(name, tokens, masks, {**origin, "blocks_available": available})
+    return tokens, masks
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

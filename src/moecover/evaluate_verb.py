@@ -50,7 +50,7 @@ def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.windows import WINDOWS, load_windows
 
     names = [name for name in args.tasks.split(",") if name]
-    texts = dict(_texts(args.perplexity))
+    texts = dict(texts_of(args.perplexity))
     if not names and not texts:
         raise InputError("nothing to measure. Give --perplexity NAME[=PATH], --tasks A,B, or both")
     for option in ("limit", "windows", "length", "batch_size"):
@@ -92,7 +92,8 @@ def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     return found.to_dict(), f"{table(found)}\n\n{args.output / FILE}: {len(found.rows)} rows", 0
 
 
-def _texts(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
+def texts_of(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Names and files of ``--perplexity NAME[=PATH]``; None for the held-out part of a named corpus."""
     from moecover.corpora import SUFFIXES
     from moecover.windows import check_text
 

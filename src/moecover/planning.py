@@ -173,6 +173,11 @@ def super_experts(profile: Profile) -> tuple[frozenset[int], ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
+def runs_experts(method: str) -> bool:
+    """Whether a method needs the model, and inputs of its layers."""
+    return "model" in inspect.signature(METHODS[method]).parameters
+
+
 def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """A method's options with its defaults filled in.
 

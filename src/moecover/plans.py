@@ -68,6 +68,7 @@ class Plan(BaseModel):
         profile_fingerprint: of the profile that it was made from.
         model: name of that model.
         calibration: by corpus, the records of the text that was looked at; empty where none had a say.
+        found: how ``keep`` was found, where it was searched for, see `budgets`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
@@ -82,10 +83,13 @@ class Plan(BaseModel):
     profile_fingerprint: str | None = None
     model: str | None = None
     calibration: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
+    found: dict[str, Any] = Field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """What plan.json holds; empty parts of a layer are left out."""
+        """What plan.json holds; empty parts of a layer are left out, and how ``keep`` was found where it was given."""
         value = self.model_dump(by_alias=True)
+        if not self.found:
+            del value["found"]
         value["layers"] = [{k: v for k, v in row.items() if v not in (None, [], {})} for row in value["layers"]]
         return value
 
@@ -190,8 +194,17 @@ def _least(topology: Topology) -> int:
     return max(2, -(-topology.top_k // topology.top_groups))
 
 
-def _nearest_multiple(topology: Topology, keep: int, multiple_of: int) -> int:
-    """The allowed count nearest to ``keep`` (the larger of two) that is a multiple of a number."""
+def allowed_keeps(topology: Topology, multiple_of: int | None = None) -> list[int]:
+    """All numbers of experts that a layer may keep, ascending: what `resolve_keep` accepts.
+
+    Args:
+        topology: of the model.
+        multiple_of: only multiples of this number.
+
+    Raises:
+        InputError: there is none.
+    """
+    multiple_of = 1 if multiple_of is None else multiple_of
     if multiple_of < 1:
         raise InputError(f"--multiple-of {multiple_of} is out of range: 1 or more")
     groups = topology.num_groups
@@ -200,6 +213,12 @@ def _nearest_multiple(topology: Topology, keep: int, multiple_of: int) -> int:
     counts = [count for count in range(step, topology.num_experts + 1, step) if count >= least]
     if not counts:
         raise InputError(f"no count from {least} to {topology.num_experts} experts is a multiple of {step}. Give a smaller --multiple-of")  # fmt: skip
+    return counts
+
+
+def _nearest_multiple(topology: Topology, keep: int, multiple_of: int) -> int:
+    """The allowed count nearest to ``keep`` (the larger of two) that is a multiple of a number."""
+    counts = allowed_keeps(topology, multiple_of)
     return min(counts, key=lambda count: (abs(count - keep), -count))
 
 

@@ -261,37 +261,49 @@ def _keep(topology: Any, *, keep: int | None, retain: float | None, multiple_of:
 
 
 def _plan(args: argparse.Namespace) -> tuple[Any, str, int]:
-    from moecover.planning import plan_budgets
+    from moecover.budget_verb import check_bounds, curve_table, found_plan, keep_of_size
+    from moecover.planning import plan_budgets, runs_experts
     from moecover.profiles import Profile
 
     method, options = _method(args)
-    searches = method == "expert-sparsity"
-    if args.model and not searches:
+    bound, searches = check_bounds(args), runs_experts(method)
+    if args.model and not searches and bound in ("keep", "retain"):
         raise InputError(f"--model is no option of method {method}: it plans from the profile alone")
     profile = Profile.load(args.profile)
-    if (args.keep is None) == (args.retain is None):
-        raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
-    budgets = [{"keep": k, "retain": None} for k in args.keep or ()] + [{"keep": None, "retain": r} for r in args.retain or ()]  # fmt: skip
-    keeps = [_keep(profile.topology, **budget, multiple_of=args.multiple_of) for budget in budgets]
-    if len(set(keeps)) < len(keeps):
-        raise InputError(f"the budgets keep {', '.join(map(str, keeps))} experts: give every one once")
-    several = len(keeps) > 1
-    if several and args.output.is_file():
-        raise InputError(f"{args.output} is a file, a folder for {len(keeps)} plans is to be written there")
-    with contextlib.ExitStack() as stack:
-        if searches:
-            options |= stack.enter_context(_searching(args, profile, len(keeps)))
-        made = plan_budgets(profile, method=method, keeps=keeps, **options)
+    if searches:
+        _check_search(args, method, profile)
+    several = len(getattr(args, bound)) > 1 if bound in ("keep", "retain") else False
+    if bound == "max_perplexity_increase":
+        made = [found_plan(args, profile, method, options)]
+    else:
+        keeps = _keeps(args, profile) if bound != "max_size" else [keep_of_size(args, profile, _headers(args))]
+        if several and args.output.is_file():
+            raise InputError(f"{args.output} is a file, a folder for {len(keeps)} plans is to be written there")
+        with contextlib.ExitStack() as stack:
+            if searches:
+                options |= stack.enter_context(_searching(args, profile, len(keeps)))
+            made = plan_budgets(profile, method=method, keeps=keeps, **options)
     experts, lines, results = profile.topology.num_experts, [], list[dict[str, Any]]()
     for one in made:
         path = args.output / f"keep-{one.keep}.json" if several else args.output
         one.save(path)
         lines.append(_plan_line(path, one, experts))
-        results.append(
-            {"plan": str(path), "method": method, "options": one.options, "keep": one.keep, "experts": experts}
-        )
+        result = {"plan": str(path), "method": method, "options": one.options, "keep": one.keep, "experts": experts}
+        if one.found:
+            lines.insert(0, curve_table(one.found, one.keep) + "\n")
+            result["found"] = one.found
+        results.append(result)
     lines.append(f"next: moecover explain {shlex.quote(results[0]['plan'])} --profile {shlex.quote(str(args.profile))}")
     return results if several else results[0], "\n".join(lines), 0
+
+
+def _keeps(args: argparse.Namespace, profile: Any) -> list[int]:
+    """Experts per layer of ``--keep`` or ``--retain``."""
+    budgets = [{"keep": k, "retain": None} for k in args.keep or ()] + [{"keep": None, "retain": r} for r in args.retain or ()]  # fmt: skip
+    keeps = [_keep(profile.topology, **budget, multiple_of=args.multiple_of) for budget in budgets]
+    if len(set(keeps)) < len(keeps):
+        raise InputError(f"the budgets keep {', '.join(map(str, keeps))} experts: give every one once")
+    return keeps
 
 
 def _plan_line(path: Path, made: Any, experts: int) -> str:
@@ -307,15 +319,18 @@ def _plan_line(path: Path, made: Any, experts: int) -> str:
     return text
 
 
+def _check_search(args: argparse.Namespace, method: str, profile: Any) -> None:
+    if not args.model:
+        raise InputError(f"--method {method} runs the experts: give --model MODEL, the model of the profile")
+    if profile.inputs is None:
+        raise InputError(f"{args.profile} keeps no inputs of the layers, which {method} needs. Make it with `moecover profile ... --keep-inputs {KEEP_INPUTS}`")  # fmt: skip
+
+
 @contextlib.contextmanager
 def _searching(args: argparse.Namespace, profile: Any, budgets: int) -> Iterator[dict[str, Any]]:
     """The model of a profile, loaded for a search, and a bar."""
     from moecover.model import check_device, load_model
 
-    if not args.model:
-        raise InputError("--method expert-sparsity runs the experts: give --model MODEL, the model of the profile")
-    if profile.inputs is None:
-        raise InputError(f"{args.profile} keeps no inputs of the layers, which expert-sparsity needs. Make it with `moecover profile ... --keep-inputs {KEEP_INPUTS}`")  # fmt: skip
     dtype = args.dtype or profile.settings["dtype"]
     check_device(dtype, args.device or "auto")
     structure = _files(args, _loadable(args))
@@ -451,7 +466,7 @@ def _prune_held(
     from moecover.checkpoint import prune
     from moecover.files import PARTIAL
     from moecover.inputs import sample_of
-    from moecover.planning import plan
+    from moecover.planning import plan, runs_experts
     from moecover.plans import check_plan
     from moecover.repair_files import kept_for_later
     from moecover.servers import SERVERS, unmet
@@ -464,7 +479,7 @@ def _prune_held(
             if chosen is None:
                 method, keep, options = one_shot
                 profile, model, corpora = stack.enter_context(_profiled(args, structure, args.save_profile, extra=extra))  # fmt: skip
-                if method == "expert-sparsity":
+                if runs_experts(method):
                     advance = stack.enter_context(_search_bar(args, structure, 1))
                     sample = sample_of(corpora, args.keep_inputs or KEEP_INPUTS)
                     options |= {"model": model, "structure": structure, "sample": sample, "advance": advance}
