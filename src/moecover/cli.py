@@ -76,8 +76,8 @@ def _add_plan(parser: argparse.ArgumentParser, *, alone: bool) -> None:
     group.add_argument("--protect", type=float, default=None, metavar="P", help="share of the kept experts that corpora protect in turn, 0 to 1 (default: 0.5)")  # fmt: skip
     group.add_argument("--weight", action="append", default=[], metavar="NAME=N", help="turns of a corpus per round and its weight in the fill (default: 1 each; 0 leaves it out); repeat it")  # fmt: skip
     group.add_argument("--protect-super-experts", action="store_true", help="keep the experts with extreme outputs (arXiv 2507.23279), whatever the method says")  # fmt: skip
-    group.add_argument("--mode", help="expert-sparsity: layerwise (inputs of the full model, default) or progressive (of the pruned prefix)")  # fmt: skip
-    group.add_argument("--search", help="expert-sparsity: auto (default: exhaustive up to 100,000 subsets), exhaustive or greedy")  # fmt: skip
+    group.add_argument("--mode", help="expert-sparsity, worst-corpus: layerwise (inputs of the full model, default) or progressive (of the pruned prefix)")  # fmt: skip
+    group.add_argument("--search", help="expert-sparsity, worst-corpus: auto (default: exhaustive up to 100,000 subsets), exhaustive or greedy")  # fmt: skip
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of a plugin's method; repeat it")  # fmt: skip
     several = "; several with commas give several plans" if alone else ""
     group.add_argument(
@@ -142,7 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="PROFILE_DIR", help="folder for profile.safetensors"
     )
     p.add_argument("--overwrite", action="store_true", help="replace a profile that is there")
-    _add_keep_inputs(p, "for method expert-sparsity")
+    _add_keep_inputs(p, "for methods expert-sparsity and worst-corpus")
 
     p = verb("plan", "choose the experts to keep from a profile")
     p.add_argument("profile", type=Path, metavar="PROFILE_DIR", help="folder that `moecover profile` wrote")
@@ -191,7 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--save-profile", type=Path, metavar="PROFILE_DIR", help="one shot: keep the profile, for other budgets"
     )
-    _add_keep_inputs(p, f"one shot with expert-sparsity; default {KEEP_INPUTS}")
+    _add_keep_inputs(p, f"one shot with expert-sparsity or worst-corpus; default {KEEP_INPUTS}")
     group = p.add_argument_group("repair")
     group.add_argument("--repair", choices=("none", "scale", "ridge"), default="none", help="refit the down projections of what stays, in closed form on the text of --corpus: a factor each (scale) or all weights (ridge) (default: none)")  # fmt: skip
     group.add_argument("--repair-tokens", type=int, metavar="TOKENS", help="run the repair on so many tokens of it, shared by the corpora, whole sequences (default: 65536)")  # fmt: skip

@@ -28,7 +28,7 @@ FLAGS: tuple[tuple[str, str, Any, str, str], ...] = (
     ("samples", "samples", int, "N,N", "seeds of the calibration samples (default: 0)"),
     ("sequences", "sequences", int, "N", "calibration blocks per corpus (default: up to 128)"),
     ("length", "length", int, "N", "tokens per calibration block (default: 2048, or the model's positions if fewer)"),
-    ("search-tokens", "search_tokens", int, "N", "tokens that expert-sparsity searches on (default: 8192)"),
+    ("search-tokens", "search_tokens", int, "N", "tokens that expert-sparsity and worst-corpus search on (default: 8192)"),
     ("batch-size", "batch_size", int, "N", "sequences per forward pass (default: 4)"),
     ("dtype", "dtype", None, "DTYPE", "auto (the checkpoint's), bfloat16, float16 or float32"),
     ("device", "device", None, "DEVICE", "auto (a GPU where there is one), cpu, cuda, cuda:1 ..."),

@@ -7,6 +7,9 @@ computed once per token; their Gram matrices turn the loss of any subset into sm
 where there are at most 100,000; else experts are eliminated one by one, each time the one whose loss after is least.
 The loss that a plan states is measured on the chosen subset by forward passes in the model's dtype, differences in
 float64.
+
+The same search with another loss is the method worst-corpus: the largest over the corpora of ||Z - Z_S||_F / ||Z||_F, each
+over all tokens of the corpus. After the elimination, a kept expert is exchanged for one that is not as long as that helps.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 EXHAUSTIVE = 100_000  # subsets; above it the search is greedy
 CHUNK_BYTES = 2**28  # of expert outputs held at a time
+LEAST_GAIN = 1e-9  # an exchange that lowers the loss by a smaller share is rounding
 
 
 class Products:
@@ -167,6 +171,61 @@ class Products:
         return self._summed(after)
 
 
+class Corpora(Products):
+    """The same with the loss of the worst corpus: its batches are the corpora, each weighed by the size of its output."""
+
+    def __init__(
+        self, experts: torch.nn.Module, routing: Routing, hidden: Sequence[torch.Tensor], logits: torch.Tensor
+    ) -> None:
+        import torch
+
+        super().__init__(experts, routing, hidden, logits)
+        token = torch.arange(len(self.gram), device=self.gram.device)[:, None, None]
+        own = self.gram[token, self.index[:, :, None], self.index[:, None, :]]
+        squares = torch.einsum("ti,tij,tj->t", self.weights, own, self.weights)
+        self.output = torch.zeros(self.num_batches, dtype=torch.float64, device=squares.device)
+        self.output.index_add_(0, self.batch, squares).clamp_(min=torch.finfo(torch.float64).tiny)
+
+    def _summed(self, distances: torch.Tensor) -> torch.Tensor:
+        """The largest over corpora of the normalised errors, from squared distances ``[token, column]``."""
+        import torch
+
+        sums = torch.zeros(self.num_batches, distances.shape[1], dtype=torch.float64, device=distances.device)
+        squares = sums.index_add_(0, self.batch, distances).clamp_(min=0)
+        return (squares / self.output[:, None]).sqrt_().amax(0)
+
+
+def exchange(products: Products, kept: Sequence[int], budget: Budget, required: frozenset[int]) -> list[int]:
+    """A set after exchanges, each of which lowers the loss; ends when no single exchange does.
+
+    Experts from outside are tried in order, each for the kept expert whose place it takes best (of its own router group,
+    none of the required); among equals the highest id goes.
+    """
+    import torch
+
+    size = budget.num_experts // budget.num_groups
+    alive = torch.zeros(budget.num_experts, dtype=torch.bool, device=products.gram.device)
+    alive[list(kept)] = True
+    loss, since = float(products.losses(alive[None])[0]), 0
+    for enters in itertools.cycle(range(budget.num_experts)):
+        if since == budget.num_experts:  # every one was tried since the last exchange
+            return [int(e) for e in alive.nonzero().flatten()]
+        since += 1
+        places = [
+            e for e in range(budget.num_experts) if alive[e] and e // size == enters // size and e not in required
+        ]
+        if alive[enters] or not places:
+            continue
+        alive[enters] = True
+        losses = products.losses_without(alive).tolist()
+        leaves = min(places, key=lambda e: (losses[e], -e))
+        better = losses[leaves] < loss * (1 - LEAST_GAIN)
+        alive[leaves if better else enters] = False
+        if better:
+            loss, since = losses[leaves], 0
+    raise AssertionError("unreachable")
+
+
 def eliminate(products: Products, budgets: Sequence[Budget], required: frozenset[int]) -> list[list[int]]:
     """Kept experts of every budget by greedy elimination, nested; among equals the highest id goes first.
 
@@ -221,11 +280,11 @@ def exhaust(products: Products, budget: Budget, required: frozenset[int]) -> lis
     return list(best[1])
 
 
-def true_loss(
+def true_squares(
     model: torch.nn.Module, structure: Structure, router: torch.nn.Module, ask: Callable[[torch.Tensor], Any],
     layer: int, kept: Sequence[int], hidden: Sequence[torch.Tensor],
-) -> float:  # fmt: skip
-    """Sum over calibration batches of ||Z - Z_S||_F: forwards in the model's dtype, differences in float64."""
+) -> list[tuple[float, float]]:  # fmt: skip
+    """||Z - Z_S||^2 and ||Z||^2 of every batch: forwards in the model's dtype, differences in float64."""
     experts = model.get_submodule(structure.experts_modules[layer])
 
     def routed() -> list[torch.Tensor]:
@@ -238,12 +297,15 @@ def true_loss(
     whole = routed()
     with masked_layer(model, structure, router, layer, kept):
         cut = routed()
-    return sum(float((a.double() - b.double()).norm()) for a, b in zip(whole, cut, strict=True))
+    return [
+        (float((a.double() - b.double()).square().sum()), float(a.double().square().sum()))
+        for a, b in zip(whole, cut, strict=True)
+    ]
 
 
 def search_layer(
     model: torch.nn.Module, structure: Structure, router: torch.nn.Module, ask: Callable[[torch.Tensor], Any], layer: int,
-    hidden: Sequence[torch.Tensor], budgets: Sequence[Budget], search: str,
+    hidden: Sequence[torch.Tensor], budgets: Sequence[Budget], search: str, corpus_of: Sequence[int] | None = None,
 ) -> list[LayerPlan]:  # fmt: skip
     """The best subset of one MoE layer for every budget.
 
@@ -256,6 +318,7 @@ def search_layer(
         hidden: what enters the layer, calibration batches of ``[token, hidden]``.
         budgets: experts to keep.
         search: ``auto``, ``exhaustive`` or ``greedy``.
+        corpus_of: number of every batch's corpus, for the loss of the worst corpus; None for ExpertSparsity's.
 
     Raises:
         InputError: the router cannot be re-routed, or an exhaustive search was asked for that would never end.
@@ -267,13 +330,22 @@ def search_layer(
     for budget in budgets:
         budget.room(layer)  # the required experts fit
     routing = recognise(model, structure, router, ask, layer, torch.cat(list(hidden))[:256])
-    products = Products(experts, routing, hidden, torch.cat([ask(batch)[0] for batch in hidden]))
+    logits, text, kind = torch.cat([ask(batch)[0] for batch in hidden]), list(hidden), Products
+    if corpus_of is not None:
+        sizes = [0] * (1 + max(corpus_of))
+        for batch, corpus in zip(hidden, corpus_of, strict=True):
+            sizes[corpus] += len(batch)
+        text, kind = list(torch.split(torch.cat(text), sizes)), Corpora
+    products = kind(experts, routing, text, logits)
     ways = [kind_of_search(budget, search) for budget in budgets]
     by_elimination = [b for b, way in zip(budgets, ways, strict=True) if way == "greedy"]
     eliminated = iter(eliminate(products, by_elimination, required) if by_elimination else [])
     found = []
     for budget, way in zip(budgets, ways, strict=True):
         kept = next(eliminated) if way == "greedy" else exhaust(products, budget, required)
+        if way == "greedy" and corpus_of is not None:
+            kept, way = exchange(products, kept, budget, required), "greedy with exchanges"
+        squares = true_squares(model, structure, router, ask, layer, kept, hidden)
         found.append(
             LayerPlan(
                 decoder_layer=structure.topology.decoder_layers[layer],
@@ -282,10 +354,19 @@ def search_layer(
                 filled=[e for e in kept if e not in required],
                 search=way,
                 tokens=sum(map(len, hidden)),
-                loss=true_loss(model, structure, router, ask, layer, kept, hidden),
+                loss=sum(math.sqrt(d) for d, _ in squares) if corpus_of is None else worst_error(squares, corpus_of),
             )
         )
     return found
+
+
+def worst_error(squares: Sequence[tuple[float, float]], corpus_of: Sequence[int]) -> float:
+    """The largest over corpora of ||Z - Z_S||_F / ||Z||_F, from the squares of every batch."""
+    sums = [[0.0, 0.0] for _ in range(1 + max(corpus_of))]
+    for (difference, whole), corpus in zip(squares, corpus_of, strict=True):
+        sums[corpus][0] += difference
+        sums[corpus][1] += whole
+    return max(math.sqrt(difference / whole) if whole else 0.0 for difference, whole in sums)
 
 
 def kind_of_search(budget: Budget, search: str) -> str:
@@ -310,10 +391,13 @@ def search_layers(
     *,
     mode: str,
     search: str,
+    worst: bool = False,
     sample: Sequence[Corpus] | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[list[LayerPlan]]:
     """The best subsets of all MoE layers, a list of layers for every budget; see `planning.expert_sparsity`.
+
+    With ``worst``, by the loss of the worst corpus; see `planning.worst_corpus`.
 
     Raises:
         InputError: another model than the profile's, no sample, or what `search_layer` raises.
@@ -324,7 +408,7 @@ def search_layers(
         raise InputError(f"the profile is of another model ({profile.model['name']}), not of {structure.checkpoint.name}: topology or routers differ. Give the --model that was profiled")  # fmt: skip
     inputs = profile.inputs
     if sample is None and inputs is None:
-        raise InputError("expert-sparsity needs the inputs of the layers, which this profile does not hold. Make it with `moecover profile ... --keep-inputs 8192`")  # fmt: skip
+        raise InputError("the search needs the inputs of the layers, which this profile does not hold. Make it with `moecover profile ... --keep-inputs 8192`")  # fmt: skip
     for budget in budgets:
         kind_of_search(budget, search)
     batch_size = inputs.batch_size if sample is None and inputs is not None else profile.settings["batch_size"]
@@ -333,6 +417,7 @@ def search_layers(
     modules = routers(live, structure)
     texts = sample if sample is not None else (inputs.sequences() if inputs is not None else [])
     found: list[list[LayerPlan]] = [[] for _ in budgets]
+    corpus_of = [i for i, corpus in enumerate(texts) for _ in range(0, len(corpus.tokens), batch_size)]
     passes = [
         {key: value.to(device) for key, value in one.items()} for corpus in texts for one in batches(corpus, batch_size)
     ]
@@ -365,8 +450,9 @@ def search_layers(
         with torch.inference_mode(), contextlib.closing(source), contextlib.ExitStack() as stack:
             for layer, hidden in enumerate(source):
                 rows = search_layer(
-                    live, structure, modules[layer], calls[layer], layer, hidden, [budgets[i] for i in chosen], search
-                )
+                    live, structure, modules[layer], calls[layer], layer, hidden, [budgets[i] for i in chosen], search,
+                    corpus_of if worst else None,
+                )  # fmt: skip
                 for i, row in zip(chosen, rows, strict=True):
                     found[i].append(row)
                 if mode == "progressive":

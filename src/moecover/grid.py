@@ -319,7 +319,7 @@ class Variant:
     searches: bool
 
 
-NAMES = {"tb-coverage": "TB-Coverage", "expert-sparsity": "ExpertSparsity"}
+NAMES = {"tb-coverage": "TB-Coverage", "expert-sparsity": "ExpertSparsity", "worst-corpus": "worst corpus"}
 
 
 def label_of(method: str, saliency: str | None, options: Mapping[str, Any]) -> str:

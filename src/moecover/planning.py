@@ -157,6 +157,37 @@ def expert_sparsity(
     return search_layers(profile, budgets, model, structure, mode=mode, search=search, sample=sample, advance=advance)
 
 
+@METHODS("worst-corpus", paper="this project", together=True)
+def worst_corpus(
+    profile: Profile,
+    budgets: Sequence[Budget],
+    *,
+    mode: str = "layerwise",
+    search: str = "auto",
+    model: torch.nn.Module | None = None,
+    structure: Structure | None = None,
+    sample: Sequence[Corpus] | None = None,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> list[list[LayerPlan]]:
+    """The subset whose routed output, re-routed, is nearest on the corpus where it is farthest, as a share of that output.
+
+    Args:
+        profile: of the model.
+        budgets: experts to keep; a greedy layerwise search serves all of them at once, then each has its own exchanges.
+        mode: as in `expert_sparsity`.
+        search: as there; greedy means elimination, then single exchanges until none helps.
+        model: the live model, from `load_model`.
+        structure: its checkpoint.
+        sample: token ids to search on instead of the sample that the profile keeps.
+        advance: called with 1 after every layer.
+    """
+    from moecover.expert_sparsity import search_layers
+
+    if model is None or structure is None:
+        raise InputError("worst-corpus runs the experts: give --model MODEL, the model of the profile")
+    return search_layers(profile, budgets, model, structure, mode=mode, search=search, worst=True, sample=sample, advance=advance)  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------- super experts
 SUPER_QUANTILE, SUPER_SHARE = 0.995, 0.1
 

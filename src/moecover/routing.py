@@ -137,7 +137,7 @@ def recognise(
         again = None if scale is None else _fits(cut, reduced[0], reduced[1], position[reduced[2]])
         if scale is not None and again is not None and abs(again / scale - 1) < 0.01:
             return Routing(scoring, renormalise, scale, topology.top_k, bias, topology.num_groups, topology.top_groups, best)  # fmt: skip
-    raise InputError(f"the router of decoder layer {topology.decoder_layers[layer]} of {topology.family} is of a kind that expert-sparsity cannot re-route. Use another --method")  # fmt: skip
+    raise InputError(f"the router of decoder layer {topology.decoder_layers[layer]} of {topology.family} is of a kind that a search cannot re-route. Use another --method")  # fmt: skip
 
 
 def observe_calls(
@@ -203,5 +203,5 @@ def observe_calls(
         alike = bool(block_args) and block_args[0].numel() == router.numel() and torch.equal(block_args[0].reshape(router.shape), router)  # fmt: skip
         stops.append(model.get_submodule(structure.experts_modules[layer].rpartition(".")[0]) if alike else module)
         if router.numel() != experts.numel() or not torch.equal(router.reshape(experts.shape), experts):
-            raise InputError(f"the routers of {structure.topology.family} see something else than its experts: expert-sparsity does not run on it. Use another --method")  # fmt: skip
+            raise InputError(f"the routers of {structure.topology.family} see something else than its experts: a search does not run on it. Use another --method")  # fmt: skip
     return [functools.partial(call, layer) for layer in range(len(modules))], stops
