@@ -31,8 +31,11 @@ from moecover.masking import masked
 from moecover.model import load_model
 from moecover.plans import Plan
 from moecover.profiles import Profile
+from moecover.repair_files import places_on_disk
+from moecover.repairing import needed_bytes
 from moecover.topology import Topology, read_structure
 from moecover.windows import load_windows
+from tests import zoo
 from tests.tiny import TEXT, make_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -520,9 +523,11 @@ def test_layer_by_layer(grid: Callable[..., Path], tmp_path: Path, checkpoints: 
 
     model = checkpoints("qwen2_moe", num_hidden_layers=6, moe_intermediate_size=256)
     write_arc(tmp_path / "data")
-    path = grid(models=[{"model": str(model), "name": "qwen"}], methods=["random", "expert-sparsity", "tb-coverage"], tasks=["arc_easy"], data_dir="data")  # fmt: skip
+    path = grid(models=[{"model": str(model), "name": "qwen"}], methods=["random", "expert-sparsity", {"method": "tb-coverage", "repair": ["none", "scale"]}], tasks=["arc_easy"], data_dir="data")  # fmt: skip
     assert run(path, tmp_path / "whole") == 0
-    found = cost(read_structure(model), tokens=400, batch_tokens=128, limit=0, head=True)
+    structure = read_structure(model)
+    extra = needed_bytes(structure, places_on_disk(structure), keep=6, tokens=384, dtype="auto")
+    found = cost(structure, tokens=400, batch_tokens=128, limit=0, head=True, extra=extra)
     assert run(path, tmp_path / "layers", "--memory-limit", str((found.whole + found.streamed) // 2)) == 0
     (about,) = json.loads((tmp_path / "layers" / "models.json").read_text())
     assert about["layer_by_layer"]
@@ -531,6 +536,106 @@ def test_layer_by_layer(grid: Callable[..., Path], tmp_path: Path, checkpoints: 
     for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "layers"), strict=True):
         assert a["name"] == b["name"]
         assert float(a["value"]) == pytest.approx(float(b["value"]), rel=1e-4, abs=1e-6)
+
+
+REPAIRED: list[Any] = [{"method": "random", "seeds": 0}, {"method": "tb-coverage", "repair": ["none", "ridge"]}]
+
+
+def test_repaired_cells(grid: Callable[..., Path], tmp_path: Path) -> None:
+    """A repaired cell has the perplexity of the checkpoint that `prune --repair` writes, and the plan of the unrepaired one."""
+    from moecover.corpora import parse_corpora
+
+    out, path = tmp_path / "run", grid(methods=REPAIRED, repairs=["none", "scale"])
+    assert run(path, out) == 0
+    found = {p.name: json.loads((p / "cell.json").read_text()) for p in (out / "cells").iterdir()}
+    assert {c["label"]: c["repair"] for c in found.values()} == {
+        "full model": "none", "random": "none", "random + scale": "scale", "TB-Coverage (contribution)": "none",
+        "TB-Coverage (contribution) + ridge": "ridge",
+    }  # fmt: skip
+    assert {c["calibration"][0] if c["calibration"] else "" for c in found.values() if c["label"].startswith("random")} == {"", "a"}  # fmt: skip
+    assert {row["repair"] for row in rows(out)} == {"none", "scale", "ridge"}
+    assert not any((out / "repairs").iterdir())
+    plain, name = "qwen-tb-coverage-contribution-a+b-0-keep6", "qwen-tb-coverage-contribution-+-ridge-a+b-0-keep6"
+    assert Plan.load(out / "plans" / f"{plain}.json") == Plan.load(out / "plans" / f"{name}.json")
+    plan = out / "plans" / f"{name}.json"
+    (row,) = Evaluation.load(out / "cells" / name).rows
+    assert row.plan["repair"] == "ridge"
+    assert found[name]["repaired"]["tokens"] == 2 * 6 * 32
+    assert found[name]["repaired"]["error_after"] < found[name]["repaired"]["error_before"]
+    (model,) = yaml.safe_load(path.read_text())["models"]
+    corpora = [f"{n}={tmp_path / f'{n}.jsonl'}" for n in ("a", "b")]
+    assert list(parse_corpora(corpora)) == ["a", "b"]
+    command = ["prune", model["model"], "--plan", str(plan), "--repair", "ridge", "--sequences", "6", "--length", "32"]
+    assert main([*command, *(f"--corpus={c}" for c in corpora), "-o", str(tmp_path / "cut"), "-q"]) == 0
+    structure = read_structure(tmp_path / "cut")
+    text = load_windows("test", str(tmp_path / "test.jsonl"), structure=structure, length=32, windows=6)
+    assert perplexity(load_model(structure), text, batch_size=4) == row.perplexity["test"].perplexity
+    (other,) = Evaluation.load(out / "cells" / plain).rows
+    assert other.perplexity["test"].perplexity != row.perplexity["test"].perplexity
+    # A card of the checkpoint without a repair does not take these numbers.
+    command = ["prune", model["model"], "--plan", str(plan), "-o", str(tmp_path / "plain"), "-q"]
+    assert main([*command, "--evaluation", str(out / "cells" / name)]) == 2
+    assert main([*command, "--evaluation", str(out / "cells" / plain)]) == 0
+
+
+def test_other_text_for_the_repair_makes_repaired_cells_anew(grid: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(grid(methods=REPAIRED), out) == 0
+    before = written(out)
+    assert run(grid(methods=REPAIRED, repair_tokens=200), out) == 0
+    after = written(out)
+    assert {name for name in before if after[name] != before[name]} == {
+        "qwen-tb-coverage-contribution-+-ridge-a+b-0-keep6"
+    }
+
+
+def test_a_repair_goes_on_where_it_was(
+    grid: Callable[..., Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """What was repaired before the measuring was interrupted is not repaired again; one that fails fails its cell alone."""
+    from moecover import comparing
+
+    out, path = tmp_path / "run", grid(methods=[REPAIRED[1]], repairs=["scale"])
+    evaluate, repair, fits = comparing.evaluate, comparing.repair, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["repairs"]:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(comparing, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(read(path, {}), out)
+    kept = sorted(p.name for p in (out / "repairs" / "qwen-tb-coverage-contribution-+-ridge-a+b-0-keep6").iterdir())
+    assert len(kept) == len(Plan.load(next((out / "plans").iterdir())).layers)
+
+    def failing(*args: Any, kind: str, **kwargs: Any) -> Any:
+        if kind == "scale":
+            raise InputError("no scale here")
+        return repair(*args, kind=kind, **kwargs)
+
+    monkeypatch.setattr(comparing, "evaluate", evaluate)
+    monkeypatch.setattr(comparing, "repair", failing)
+    monkeypatch.setattr("moecover.repair_files.repair_layers", lambda *args, **kwargs: fits.append(args))
+    both = grid(methods=[{"method": "tb-coverage", "repair": ["none", "ridge", "scale"]}])
+    assert run(both, out) == 1
+    assert not fits
+    assert "repairing: no scale here" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert {c["label"]: c["status"] for c in results["cells"]} == {
+        "full model": "done", "TB-Coverage (contribution)": "done", "TB-Coverage (contribution) + ridge": "done",
+        "TB-Coverage (contribution) + scale": "failed",
+    }  # fmt: skip
+
+
+def test_a_family_that_cannot_be_repaired(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    zoo.make_model("gpt_oss").save_pretrained(tmp_path / "gpt", save_original_format=True)
+    path = grid(models=[{"model": str(tmp_path / "gpt"), "name": "gpt"}], methods=[{"method": "tb-coverage", "repair": "ridge"}])  # fmt: skip
+    assert run(path, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ": gpt: repair does not run on gpt_oss: its experts have biases" in error
+    assert f"{path}, line " in error
 
 
 def test_tasks_that_need_the_model_in_memory(grid: Callable[..., Path], tmp_path: Path, checkpoints: Any, capsys: Any) -> None:  # fmt: skip
@@ -693,6 +798,9 @@ perplexity: [test=test.jsonl]
         ("retain: [0.5]", "retain: [0.5]\nretain: [0.75]", 9, "retain is given twice, first in line 8"),
         ("retain: [0.5]", "retain: [0.5]\nmemory_limit: much", 9, "'much' is no size"),
         ("retain: [0.5]", "retain: [0.5]\ndtype: int3", 9, "int3"),
+        ("retain: [0.5]", "retain: [0.5]\nrepairs: [rigde]", 9, "unknown repair 'rigde'. Did you mean ridge?"),
+        ("    protect: 0.5", "    repair: some", 7, "unknown repair 'some'. Known: none, ridge, scale"),
+        ("retain: [0.5]", "retain: [0.5]\nrepairs: [ridge]\nrepair_tokens: 3", 10, "repair_tokens 3: 1 tokens a corpus are less than the first sequence of a"),
         ("retain: [0.5]", "retain: [0.5", 9, "not YAML"),
         ("  - random", "  - rndom", 5, "unknown method 'rndom'. Did you mean random?"),
         ("    protect: 0.5", "    protcet: 0.5", 6, "--protcet is no option of method tb-coverage"),

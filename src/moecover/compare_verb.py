@@ -24,6 +24,8 @@ FLAGS: tuple[tuple[str, str, Any, str, str], ...] = (
     ("saliency", "saliencies", None, "NAME", "for methods that take one; repeat it (default: contribution)"),
     ("retain", "retain", float, "R,R", "fractions of the experts that are kept (default: 0.25,0.5,0.75)"),
     ("keep", "keep", int, "K,K", "experts kept per layer, instead of --retain"),
+    ("repair", "repairs", str, "KIND,KIND", "none, scale, ridge: every plan also so repaired (default: none)"),
+    ("repair-tokens", "repair_tokens", int, "N", "calibration tokens that a repair runs on (default: 65536)"),
     ("seeds", "seeds", int, "N,N", "of random plans (default: 0,1,2,3,4)"),
     ("samples", "samples", int, "N,N", "seeds of the calibration samples (default: 0)"),
     ("sequences", "sequences", int, "N", "calibration blocks per corpus (default: up to 128)"),
@@ -36,7 +38,7 @@ FLAGS: tuple[tuple[str, str, Any, str, str], ...] = (
     ("plugin", "plugins", None, "FILE.py", "your own saliencies and methods: a Python file, which is run; repeat it"),
 )  # fmt: skip
 REPEATED = ("perplexity", "method", "saliency", "plugin")
-LISTS = ("tasks", "retain", "keep", "seeds", "samples")
+LISTS = ("tasks", "repairs", "retain", "keep", "seeds", "samples")
 
 
 def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

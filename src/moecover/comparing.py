@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,14 @@ from moecover.evaluation import evaluate
 from moecover.evaluations import FULL, Evaluation
 from moecover.files import PARTIAL, canonical_json, new_folder, write_text
 from moecover.fitting import opened
-from moecover.grid import Cell, Config
+from moecover.grid import UNREPAIRED, Cell, Config
 from moecover.planning import check_options, plan_budgets
 from moecover.plans import Plan
 from moecover.profiles import Profile
 from moecover.profiling import profile
 from moecover.registry import load_plugin
+from moecover.repair_files import repair
+from moecover.repairing import LayerRepair
 from moecover.states import kept_for_later, remove
 from moecover.streaming import Streamed
 from moecover.tasks import Tasks, resolve
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
+Sample = tuple[tuple[str, ...], int]  # of calibration text: names of its corpora, and its seed
 CELL, MADE_FROM = "cell.json", "made-from.json"
 USAGE_TEXTS = 256  # of every task, a seeded sample, tell which experts it uses
 DONE, FAILED = "done", "failed"
@@ -60,6 +63,7 @@ class Subject:
         batch_tokens: tokens of the largest forward pass.
         tokens: of the largest set of texts that is read at once.
         in_parts: tokens and forward passes of one variant in the tasks, see `fitting.cost`.
+        extra: bytes of memory that repairs take beside the model.
         texts: for perplexity.
     """
 
@@ -70,6 +74,7 @@ class Subject:
     batch_tokens: int
     tokens: int
     in_parts: tuple[int, int]
+    extra: int
     texts: tuple[Corpus, ...]
 
 
@@ -107,11 +112,12 @@ class Planning:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """Evaluate some cells of a model; the plans of those that have one are there."""
+    """Evaluate some cells of a model; the plans of those that have one are there, and text for those that are repaired."""
 
     model: str
     cells: tuple[Cell, ...]
     fingerprints: Mapping[str, str]
+    repaired_on: Mapping[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ class _Table:
                 self._model = self._open.enter_context(
                     opened(
                         structure, tokens=subject.tokens, batch_tokens=subject.batch_tokens, in_parts=subject.in_parts,
-                        dtype=config.dtype, device=config.device, memory_limit=subject.limit, head=True,
+                        dtype=config.dtype, device=config.device, memory_limit=subject.limit, head=True, extra=subject.extra,
                     )
                 )  # fmt: skip
             except Exception as error:
@@ -265,6 +271,11 @@ def options_of(cell: Cell) -> dict[str, Any]:
 def plan_path(cell: Cell) -> str:
     """Of a cell's plan, within the run."""
     return f"plans/{cell.id}.json"
+
+
+def repair_path(cell: Cell) -> str:
+    """Of the finished layers of a cell's repair, within the run; gone when the cell is there."""
+    return f"repairs/{cell.id}"
 
 
 def _planning(table: _Table, job: Planning) -> Iterator[Any]:
@@ -316,7 +327,10 @@ def _profiled(table: _Table, model: str, name: str, corpora: Sequence[Corpus], *
 
 
 def _planned(table: _Table, job: Planning, made: Profile, group: list[Cell]) -> None:
-    """Write the plans of one method at several budgets; what was searched for before is not searched again."""
+    """Write the plans of one method at several budgets, of one budget the same for every repair.
+
+    What was searched for before is not searched again.
+    """
     first = group[0]
     assert first.variant is not None
     options, run = options_of(first), table.work.run
@@ -324,9 +338,10 @@ def _planned(table: _Table, job: Planning, made: Profile, group: list[Cell]) -> 
         group = [cell for cell in group if not _searched(run / plan_path(cell), cell, made, options)]
         options |= {"model": table.model(job.model), "structure": table.structure(job.model)}
     if group:
-        plans = plan_budgets(made, method=first.variant.method, keeps=[cell.keep for cell in group], **options)
-        for cell, plan in zip(group, plans, strict=True):
-            plan.save(run / plan_path(cell))
+        keeps = sorted({cell.keep for cell in group})
+        plans = dict(zip(keeps, plan_budgets(made, method=first.variant.method, keeps=keeps, **options), strict=True))
+        for cell in group:
+            plans[cell.keep].save(run / plan_path(cell))
 
 
 def _using(table: _Table, job: Using) -> Iterator[Any]:
@@ -375,20 +390,25 @@ def blind_plan(structure: Structure, cell: Cell) -> Plan:
 def _evaluating(table: _Table, job: Evaluating) -> Iterator[Any]:
     """Evaluate cells together; where that fails and it is not known whose fault it is, one by one."""
     plans: dict[str, Plan] = {}
+    repairs: dict[str, _Repair] = {}
     cells: list[Cell] = []
     for cell in job.cells:
+        doing = "planning"
         try:
             if cell.variant is not None:
                 plans[cell.id] = _plan_of(table, cell)
+            if cell.repair != UNREPAIRED:
+                doing = "repairing"
+                repairs[cell.id] = _repaired(table, job, cell, plans[cell.id])
             cells.append(cell)
         except Exception as error:
-            yield Failure(cell, f"planning: {why(error)}")
+            yield Failure(cell, f"{doing}: {why(error)}")
     groups = [cells] if cells else []
     while groups:
         group = groups.pop(0)
         try:
             model = table.model(job.model)
-            yield from _measured(table, job, group, plans)
+            yield from _measured(table, job, group, plans, repairs)
         except Exception as error:
             if len(group) > 1 and not isinstance(table._model, (Streamed, type(None))):
                 groups[:0] = [[cell] for cell in group]
@@ -406,7 +426,33 @@ def _plan_of(table: _Table, cell: Cell) -> Plan:
     return Plan.load(path)
 
 
-def _measured(table: _Table, job: Evaluating, group: list[Cell], plans: Mapping[str, Plan]) -> Iterator[Finished]:
+@dataclass(frozen=True)
+class _Repair:
+    """The repair of a cell: what gives it, layer by layer, what is said of it, and the seconds that it took."""
+
+    of_layer: Callable[[int], LayerRepair]
+    facts: dict[str, Any]
+    wall_s: float
+
+
+def _repaired(table: _Table, job: Evaluating, cell: Cell, plan: Plan) -> _Repair:
+    """The repair of a cell, from the finished layers that are there."""
+    started, config, structure = time.monotonic(), table.work.config, table.structure(job.model)
+    corpora, model = job.repaired_on[cell.calibration, cell.sample], table.model(job.model)
+    found = repair(
+        structure, plan, corpora, model=contextlib.nullcontext(model), kind=cell.repair,
+        folder=table.work.run / repair_path(cell), batch_size=config.batch_size, dtype=config.dtype, device=config.device,
+    )  # fmt: skip
+    before, after = found.mean_errors()
+    facts = {"kind": cell.repair, "tokens": sum(c.num_tokens for c in corpora), "error_before": before, "error_after": after}  # fmt: skip
+    # In memory all layers of a variant are in use at once, layer by layer only one is.
+    of_layer = functools.lru_cache(1 if isinstance(model, Streamed) else None)(found.of_layer(structure, plan))
+    return _Repair(of_layer, facts, time.monotonic() - started)
+
+
+def _measured(
+    table: _Table, job: Evaluating, group: list[Cell], plans: Mapping[str, Plan], repairs: Mapping[str, _Repair]
+) -> Iterator[Finished]:
     """The texts for all cells together, the full model beside them; then the tasks, cell by cell.
 
     Layer by layer the tasks are for all cells together too: they share reads of the weights.
@@ -415,13 +461,16 @@ def _measured(table: _Table, job: Evaluating, group: list[Cell], plans: Mapping[
     structure, model, texts = table.structure(job.model), table.model(job.model), table.work.subjects[job.model].texts
     batch_size, tasks = table.work.config.batch_size, table.tasks(job.model)
     chosen = {cell.id: plans[cell.id] for cell in group if cell.variant is not None}
+    mended = {name: repair.of_layer for name, repair in repairs.items()}
     read: Evaluation | None = None
     answered: Evaluation | None = None
     if texts:
-        read = evaluate(structure, chosen, model=model, texts=texts, batch_size=batch_size)
+        read = evaluate(structure, chosen, model=model, texts=texts, repairs=mended, batch_size=batch_size)
     if tasks is not None and isinstance(model, Streamed):
         full = len(chosen) < len(group)
-        answered = evaluate(structure, chosen, model=model, tasks=tasks, full=full, batch_size=batch_size)
+        answered = evaluate(
+            structure, chosen, model=model, tasks=tasks, full=full, repairs=mended, batch_size=batch_size
+        )
     shared = (time.monotonic() - started) / len(group)
     for cell in group:
         started = time.monotonic()
@@ -430,10 +479,12 @@ def _measured(table: _Table, job: Evaluating, group: list[Cell], plans: Mapping[
             parts.append(part_of(answered, cell))
         elif tasks is not None:
             alone = {} if cell.variant is None else {name: plans[name]}
-            parts.append(evaluate(structure, alone, model=model, tasks=tasks, full=cell.variant is None, batch_size=batch_size))  # fmt: skip
+            parts.append(evaluate(structure, alone, model=model, tasks=tasks, full=cell.variant is None, repairs=mended, batch_size=batch_size))  # fmt: skip
         one = functools.reduce(both, parts)
-        wall_s = shared + time.monotonic() - started
-        write_cell(table.work.run, cell, job.fingerprints[cell.id], evaluation=one, wall_s=wall_s)
+        wall_s = shared + time.monotonic() - started + (repairs[cell.id].wall_s if cell.id in repairs else 0)
+        facts = repairs[cell.id].facts if cell.id in repairs else None
+        write_cell(table.work.run, cell, job.fingerprints[cell.id], evaluation=one, wall_s=wall_s, repair=facts)
+        remove(table.work.run / repair_path(cell))
         yield Finished(cell, wall_s, summary(one))
 
 
@@ -441,6 +492,8 @@ def part_of(found: Evaluation, cell: Cell) -> Evaluation:
     """A cell's row of an evaluation, by itself."""
     name = cell.id if cell.variant is not None else FULL
     (row,) = [row for row in found.rows if row.name == name]
+    if row.plan is not None and cell.repair != UNREPAIRED:
+        row = dataclasses.replace(row, plan={**row.plan, "repair": cell.repair})
     items, windows = {name: found.items.get(name, {})}, {name: found.windows.get(name, {})}
     return Evaluation(found.model, found.texts, found.tasks, [row], items, windows)
 
@@ -453,13 +506,14 @@ def both(one: Evaluation, two: Evaluation) -> Evaluation:
 
 def write_cell(
     run: Path, cell: Cell, fingerprint: str, *, evaluation: Evaluation | None = None, reason: str | None = None,
-    wall_s: float | None = None,
+    wall_s: float | None = None, repair: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write a cell's folder; it appears only when complete."""
     planned = cell.variant is not None and (run / plan_path(cell)).is_file()
     about = {
         "schema": SCHEMA, **cell.to_json(), "fingerprint": fingerprint, "status": DONE if evaluation is not None else FAILED,
         "reason": reason, "wall_s": None if wall_s is None else round(wall_s, 2), "plan": plan_path(cell) if planned else None,
+        "repaired": repair,
     }  # fmt: skip
     with new_folder(run / "cells" / cell.id) as folder:
         if evaluation is not None:

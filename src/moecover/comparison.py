@@ -33,6 +33,7 @@ from moecover.comparing import (
     Planning,
     Ran,
     Said,
+    Sample,
     Subject,
     Using,
     Work,
@@ -49,7 +50,8 @@ from moecover.demo import shipped_model
 from moecover.errors import InputError, MoecoverError
 from moecover.files import PARTIAL, canonical_json, locked, write_text
 from moecover.fitting import Cost, available_memory, cost, duration, parse_size, seconds_of
-from moecover.grid import SHIPPED, Asked, Cell, Config, ModelEntry, cells, check_sources, corpora_of
+from moecover.grid import SHIPPED, UNREPAIRED, Asked, Cell, Config, ModelEntry, cells, check_sources, corpora_of
+from moecover.inputs import sample_of
 from moecover.interrupts import held
 from moecover.model import check_device, check_loadable
 from moecover.overlap import WORTH_SAYING, overlap
@@ -57,6 +59,9 @@ from moecover.planning import check_options
 from moecover.plans import Plan
 from moecover.profiles import Profile
 from moecover.registry import load_plugin
+from moecover.repair_files import places_on_disk
+from moecover.repairable import Place, check_dtype
+from moecover.repairing import needed_bytes
 from moecover.results import write_results
 from moecover.source import open_checkpoint
 from moecover.topology import Structure, read_structure
@@ -66,6 +71,7 @@ from moecover.windows import load_windows
 
 CONFIG, MODELS = "config.yaml", "models.json"
 GROUP = 8  # cells of a model in memory that are measured together: the full model's logits are computed once for them
+REPAIR = 10  # passes over its text that the repair of a cell is reckoned as, before one was timed
 HEAD_BYTES = 4096  # of every tensor, that enter the fingerprint of the weights
 
 
@@ -91,7 +97,9 @@ class _Model:
     entry: ModelEntry
     structure: Structure
     cells: list[Cell]
-    samples: dict[tuple[tuple[str, ...], int], tuple[Corpus, ...]] = field(default_factory=dict)
+    samples: dict[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
+    repaired_on: dict[Sample, tuple[Corpus, ...]] = field(default_factory=dict)  # what of a sample a repair runs on
+    places: list[Place] = field(default_factory=list)  # of what is repaired, where something is
     texts: tuple[Corpus, ...] = ()
     weights: str = ""
     in_tasks: tuple[int, int] = (0, 0)  # tokens and forward passes of one variant
@@ -150,7 +158,26 @@ def _checked(asked: Asked) -> list[_Model]:
     found = []
     for entry, structure in zip(config.models, structures, strict=True):
         found.append(_Model(entry, structure, cells(asked, entry, structure.topology)))
+        if any(cell.repair != UNREPAIRED for cell in found[-1].cells):
+            found[-1].places = _repairable(asked, entry.name, structure)
     return found
+
+
+def _repairable(asked: Asked, name: str, structure: Structure) -> list[Place]:
+    """What a repair refits in a model.
+
+    Raises:
+        InputError: the model cannot be repaired, with the line.
+    """
+    try:
+        where = places_on_disk(structure)
+        check_dtype(structure, where, asked.config.dtype)
+    except InputError as error:
+        text = str(error).replace("--repair none", f"repair: {UNREPAIRED}").replace("--repair", "repair").replace("--dtype", "dtype:")  # fmt: skip
+        raise asked.wrong(
+            InputError(f"{name}: {text}"), "methods" if asked.config.repairs == [UNREPAIRED] else "repairs"
+        ) from error
+    return where
 
 
 def _prepare(asked: Asked, model: _Model) -> None:
@@ -175,12 +202,19 @@ def _prepare(asked: Asked, model: _Model) -> None:
         for calibration, sample in wanted:
             at = ("calibration", [tuple(corpora_of(c)) for c in config.calibration].index(calibration))
             with progress.spinner(f"{entry.name}: reading corpora {' and '.join(calibration)}, sample {sample}"):
-                model.samples[calibration, sample] = tuple(
+                corpora = tuple(
                     load_corpus(n, p or None, structure=structure, sequences=config.sequences, length=config.length, seed=sample)
                     for n, p in sources[calibration].items()
                 )  # fmt: skip
+                model.samples[calibration, sample] = corpora
     except InputError as error:
         raise asked.wrong(InputError(f"{entry.name}: {error}"), *at) from error
+    try:
+        for which in dict.fromkeys((c.calibration, c.sample) for c in model.cells if c.repair != UNREPAIRED):
+            taken = sample_of(model.samples[which], config.repair_tokens, flag="repair_tokens")
+            model.repaired_on[which] = tuple(taken)
+    except InputError as error:
+        raise asked.wrong(InputError(f"{entry.name}: {error}"), "repair_tokens") from error
     _warn_of_overlap(model)
     tasks = None
     if config.tasks:
@@ -270,6 +304,8 @@ def _fingerprint(config: Config, model: _Model, cell: Cell, tasks: str | None, v
             cell.keep,
             config.search_tokens if cell.variant.searches else None,
         ]
+        if cell.repair != UNREPAIRED:
+            plan += [cell.repair, sum(c.num_tokens for c in model.repaired_on[cell.calibration, cell.sample])]
     corpora = [c.record for c in model.samples[cell.calibration, cell.sample]] if cell.calibration else []
     texts = {text.name: text.record for text in model.texts}
     plugins = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in config.plugins]
@@ -300,16 +336,21 @@ def _subject(model: _Model, config: Config, limit: int) -> Subject:
     longest = max([corpus.tokens.shape[1] for corpus in texts] + [model.longest])
     passes = [model.texts, *model.samples.values()]
     tokens = max(sum(corpus.num_tokens for corpus in corpora) for corpora in passes)
+    extra = 0
+    if model.places:
+        keep = max(cell.keep for cell in model.cells if cell.repair != UNREPAIRED)
+        repaired = max(sum(c.num_tokens for c in corpora) for corpora in model.repaired_on.values())
+        extra = needed_bytes(model.structure, model.places, keep=keep, tokens=repaired, dtype=config.dtype)
     return Subject(
         model.name, model.structure.checkpoint.path, model.weights, limit, config.batch_size * longest, tokens,
-        (model.in_tasks[0] * len(model.cells), model.in_tasks[1] * len(model.cells)), model.texts,
+        (model.in_tasks[0] * len(model.cells), model.in_tasks[1] * len(model.cells)), extra, model.texts,
     )  # fmt: skip
 
 
 def _cost(model: _Model, subject: Subject, config: Config, tokens: int, in_parts: tuple[int, int] = (0, 0)) -> Cost:
     return cost(
         model.structure, tokens=tokens, batch_tokens=subject.batch_tokens, in_parts=in_parts, dtype=config.dtype,
-        limit=subject.limit, head=True,
+        limit=subject.limit, head=True, extra=subject.extra,
     )  # fmt: skip
 
 
@@ -329,12 +370,19 @@ def _check_fits(asked: Asked, model: _Model, subject: Subject) -> None:
 def _share(model: _Model, subject: Subject, config: Config) -> int | None:
     """How many cells of a model that runs layer by layer share one read; None where the model is in memory.
 
-    Every cell has hidden states of its own for all texts, twice.
+    Every cell has hidden states of its own for all texts, twice, and one layer's repair.
     """
     found = _cost(model, subject, config, sum(text.num_tokens for text in model.texts))
     if not found.by_layer:
         return None
-    return max(1, int((subject.limit - found.streamed + 2 * found.hidden) // max(2 * found.hidden, 1)))
+    layer = sum(e.num_bytes for n, e in model.structure.checkpoint.tensors.items() if n in _refitted(model))
+    each = 2 * found.hidden + layer // max(len(model.places), 1)
+    return max(1, int((subject.limit - found.streamed + each) // max(each, 1)))
+
+
+def _refitted(model: _Model) -> set[str]:
+    """Names of the tensors that a repair changes."""
+    return {name for p in model.places for name in (*p.experts, *(p.shared or ())[1:])}
 
 
 class _Schedule:
@@ -370,9 +418,14 @@ class _Schedule:
 
     def _evaluations(self, name: str, found: Sequence[Cell]) -> list[Evaluating]:
         size = self._by_layer[name] or min(GROUP, -(-len(found) // self._jobs))
-        prints = self._models[name].fingerprints
+        model = self._models[name]
+
+        def text_of(part: Sequence[Cell]) -> dict[Sample, tuple[Corpus, ...]]:
+            samples = dict.fromkeys((c.calibration, c.sample) for c in part if c.repair != UNREPAIRED)
+            return {sample: model.repaired_on[sample] for sample in samples}
+
         return [
-            Evaluating(name, tuple(part), {c.id: prints[c.id] for c in part})
+            Evaluating(name, tuple(part), {c.id: model.fingerprints[c.id] for c in part}, text_of(part))
             for i in range(0, len(found), max(size, 1))
             if (part := found[i : i + size])
         ]
@@ -488,6 +541,8 @@ def _plan_line(run: Path, models: Sequence[_Model], subjects: Mapping[str, Subje
         device = check_device(config.dtype, config.device)
         passes = [(sum(text.num_tokens for text in model.texts), model.in_tasks)] * len(model.pending)
         passes += [(sum(c.num_tokens for c in sample), (0, 0)) for sample in model.samples.values()]
+        repaired = [model.repaired_on[c.calibration, c.sample] for c in model.pending if c.repair != UNREPAIRED]
+        passes += [(REPAIR * sum(c.num_tokens for c in sample), (0, 0)) for sample in repaired]
         for (tokens, in_parts), times in Counter(passes).items():
             one = _cost(model, subject, config, tokens, in_parts)
             seconds += times * seconds_of(one, model.structure, dtype=config.dtype, device=device)

@@ -24,6 +24,7 @@ from moecover.model import batches, dtype_of
 from moecover.overlap import WORTH_SAYING, overlap
 from moecover.plans import Plan, check_plan, kept_hash
 from moecover.progress import Bar
+from moecover.repairing import LayerRepair, with_repairs
 from moecover.streaming import Streamed, Within, run_all, unmasked
 from moecover.topology import Structure
 from moecover.verification import plan_of
@@ -178,6 +179,7 @@ def evaluate(
     texts: Sequence[Corpus] = (),
     tasks: Any = None,
     full: bool = True,
+    repairs: Mapping[str, Callable[[int], LayerRepair]] | None = None,
     batch_size: int = 1,
     bar: Bar | None = None,
 ) -> Evaluation:
@@ -190,6 +192,7 @@ def evaluate(
         texts: held-out text, from `load_windows`.
         tasks: from `tasks.resolve`; None for none.
         full: have a row for the model itself too; without it nothing is compared with it.
+        repairs: of plans that are repaired, by their name: what gives a MoE layer's repair, see `repairing.with_repairs`.
         batch_size: sequences per forward pass.
         bar: shows how far the texts and the tasks are, see `progress.bar`.
 
@@ -212,6 +215,9 @@ def evaluate(
         check_plan(plan, structure, other_weights=True)
     live = model.model if isinstance(model, Streamed) else model
     within = [unmasked if plan is None else masked_layers(live, structure, plan) for plan in variants.values()]
+    for number, name in enumerate(variants):
+        if repairs and name in repairs:
+            within[number] = with_repairs(live, structure, within[number], repairs[name])
     close = full and len(variants) > 1
     if tasks is not None:
         tasks.check(model)

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from moecover.corpora import parse_corpora
 from moecover.errors import InputError
 from moecover.planning import DEFAULT_SALIENCY, METHODS, check_options
 from moecover.plans import resolve_keep
+from moecover.registry import unknown_name
+from moecover.repair import KINDS
 from moecover.topology import Topology
 from moecover.windows import WINDOWS, check_text
 
 FULL = "full"  # the method of the cell that removes nothing
+UNREPAIRED = "none"
 SHIPPED = "shipped:"  # before the name of a model that comes with the package
 Way = tuple[str | int, ...]  # keys and positions that lead to a value in the file
 
@@ -47,9 +50,22 @@ def _entry(key: str) -> Any:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
+def _repair(name: str) -> str:
+    """The name of a repair, or ``none``."""
+    if name != UNREPAIRED and name not in KINDS:
+        raise unknown_name("repair", name, [UNREPAIRED, *KINDS])
+    return name
+
+
 Count = Annotated[int, Field(ge=1)]
 Texts = Annotated[list[str], BeforeValidator(_listed)]
 Numbers = Annotated[list[int], BeforeValidator(_listed), Field(min_length=1)]
+Repairs = Annotated[
+    list[str],
+    BeforeValidator(_listed),
+    AfterValidator(lambda names: [_repair(name) for name in names]),
+    Field(min_length=1),
+]
 
 
 class ModelEntry(BaseModel):
@@ -77,6 +93,7 @@ class MethodEntry(BaseModel):
     method: str
     saliency: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] | None = None
     seeds: Numbers | None = None
+    repair: Repairs | None = None
     label: str | None = None
     protect_super_experts: bool = False
 
@@ -99,6 +116,8 @@ class Config(BaseModel):
     ]  # fmt: skip
     saliencies: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = [DEFAULT_SALIENCY]
     seeds: Numbers = [0, 1, 2, 3, 4]
+    repairs: Repairs = [UNREPAIRED]
+    repair_tokens: Count = 65_536
     retain: Annotated[list[float], BeforeValidator(_listed), Field(min_length=1)] | None = None
     keep: Numbers | None = None
     perplexity: Texts = []
@@ -131,7 +150,10 @@ class Config(BaseModel):
         return {
             "`models`": [m.name for m in self.models],
             "`calibration`": ["+".join(corpora_of(c)) for c in self.calibration],
-            **{f"`{n}`": getattr(self, n) or [] for n in ("samples", "seeds", "saliencies", "retain", "keep", "tasks")},
+            **{
+                f"`{n}`": getattr(self, n) or []
+                for n in ("samples", "seeds", "saliencies", "repairs", "retain", "keep", "tasks")
+            },
         }
 
     def text(self) -> str:
@@ -298,7 +320,7 @@ def _absolute(value: dict[str, Any], folder: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- variants
 @dataclass(frozen=True)
 class Variant:
-    """One way to choose experts: a method with its saliency and options, without budget and seed.
+    """One way to choose experts, and what is done to those that stay: without budget and seed.
 
     Attributes:
         method: name in `METHODS`.
@@ -306,8 +328,9 @@ class Variant:
         options: what else goes to the method, and ``protect_super_experts``.
         seeds: one plan each; empty for a method that chooses nothing by chance.
         label: what a reader calls it.
-        blind: it looks at no statistics, so that it needs no calibration.
+        blind: it looks at no statistics and repairs nothing, so that it needs no calibration.
         searches: it needs the model and a sample of the layers' inputs.
+        repair: of what stays, see `repair.KINDS`, or ``none``.
     """
 
     method: str
@@ -317,6 +340,7 @@ class Variant:
     label: str
     blind: bool
     searches: bool
+    repair: str = UNREPAIRED
 
 
 NAMES = {"tb-coverage": "TB-Coverage", "expert-sparsity": "ExpertSparsity", "worst-corpus": "worst corpus"}
@@ -354,8 +378,12 @@ def variants(asked: Asked) -> list[Variant]:
                 label = entry.label or label_of(entry.method, saliency, options)
                 if entry.label and len(entry.saliency or [0]) > 1:
                     label = f"{label} ({saliency})"
-                seeds = tuple(entry.seeds or config.seeds) if seeded else ()
-                found.append(Variant(entry.method, saliency, options, seeds, label, blind, "model" in parameters))
+                seeds, searches = tuple(entry.seeds or config.seeds) if seeded else (), "model" in parameters
+                for repair in entry.repair or config.repairs:
+                    whole, name = repair == UNREPAIRED, label if repair == UNREPAIRED else f"{label} + {repair}"
+                    found.append(
+                        Variant(entry.method, saliency, options, seeds, name, blind and whole, searches, repair)
+                    )
         except InputError as error:
             raise asked.wrong(error, "methods", number) from error
         slugs = [slug(v.label) for v in found]
@@ -397,6 +425,10 @@ class Cell:
         return self.variant.label if self.variant else "full model"
 
     @property
+    def repair(self) -> str:
+        return self.variant.repair if self.variant else UNREPAIRED
+
+    @property
     def id(self) -> str:
         """Name of the cell's folder: the same in every grid that has the cell."""
         if self.variant is None:
@@ -421,7 +453,7 @@ class Cell:
             "id": self.id, "model": self.model, "method": variant.method if variant else FULL,
             "saliency": variant.saliency if variant else None, "options": variant.options if variant else {},
             "calibration": list(self.calibration), "sample": self.sample, "retain": self.retain, "keep": self.keep,
-            "seed": self.seed, "label": self.label,
+            "seed": self.seed, "repair": self.repair, "label": self.label,
         }  # fmt: skip
 
 

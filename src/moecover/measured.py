@@ -38,7 +38,8 @@ def measured(structure: Structure, plan: Plan, folders: Sequence[Path]) -> str:
             raise InputError(f"--evaluation {folder} was measured on other texts or tasks than {folders[0]}: they do not compare")  # fmt: skip
         about = one
         original = next((row for row in one.rows if row.name == FULL), original)
-        found = next((row for row in one.rows if row.plan and row.plan["fingerprint"] == kept_hash(plan)), found)
+        unrepaired = [row for row in one.rows if row.plan is not None and "repair" not in row.plan]
+        found = next((row for row in unrepaired if (row.plan or {})["fingerprint"] == kept_hash(plan)), found)
     if found is None or about is None:
         raise InputError(f"--evaluation {', '.join(map(str, folders))} holds no row of this plan. Make one with `moecover evaluate {structure.checkpoint.name} --plan ...`")  # fmt: skip
     return "\n".join(_lines(about, original, found))

@@ -59,6 +59,17 @@ class Repaired:
     hashes: dict[str, str]
     pieces: dict[str, Piece]
 
+    def of_layer(self, structure: Structure, plan: Plan) -> Callable[[int], LayerRepair]:
+        """What reads the repair of a MoE layer from its file, as `repairing.with_repairs` takes it."""
+        where, shards = places_on_disk(structure), dict[Path, dict[str, TensorEntry]]()
+
+        def read(name: str) -> bytes:
+            path = self.pieces[name].file
+            assert path is not None
+            return stored_bytes(path.parent, shards.setdefault(path, read_header(path)[0])[name])
+
+        return lambda layer: layer_repair(structure, where[layer], plan.layers[layer].kept, self.layers[layer], read)
+
     def mean_errors(self) -> tuple[float, float]:
         """Squared error as a share of the squared output before and after, mean over corpora and layers."""
         return mean_errors(self.layers)

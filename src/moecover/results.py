@@ -24,7 +24,7 @@ from moecover.usage import FILE as USAGE
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 COLUMNS = (
-    "model", "method", "label", "saliency", "calibration", "sample", "seed", "retain", "keep", "kind", "name", "metric", "value",
+    "model", "method", "label", "saliency", "calibration", "sample", "seed", "repair", "retain", "keep", "kind", "name", "metric", "value",
     "stderr", "n",
 )  # fmt: skip
 Tidy = dict[str, Any]
