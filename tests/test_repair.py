@@ -70,7 +70,7 @@ def test_a_removed_expert_without_effect_changes_nothing() -> None:
         for name, weight in found.weights.items():  # what rounding leaves may be fitted
             torch.testing.assert_close(weight, {b.name: b.weight for b in blocks}[name], rtol=1e-12, atol=1e-12)
         assert max(found.before) < 1e-30
-        assert sum(found.after) <= sum(found.before)
+        assert all(after <= before for after, before in zip(found.after, found.before, strict=True))
 
 
 def test_the_shared_expert_takes_over_what_every_token_lost() -> None:
@@ -106,7 +106,7 @@ def test_blocks_in_turn_end_at_the_dense_solution(penalty: float) -> None:
 
 def test_scalars_end_at_the_dense_solution() -> None:
     blocks = [expert(1, tokens=torch.arange(0, 250)), expert(2, tokens=torch.arange(100, 400))]
-    target = output(blocks) + output([expert(3)])
+    target = 1.4 * output(blocks[:1]) + 0.8 * output(blocks[1:]) + 0.1 * output([expert(3)])
     found = fitted(blocks, target, kind="scale", penalties=(0.1,))
     energy = torch.stack([target[corpora() == c].square().sum() for c in (0, 1)])
     share = (1 / (2 * energy))[corpora()].sqrt()[:, None]
@@ -165,7 +165,7 @@ def test_never_worse_on_the_calibration_text_in_the_dtype_of_the_file(kind: str,
     rounding = 1e-3 * torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for target in (output(blocks) + rounding, output([*blocks, expert(seed + 20)])):
         found = fit(blocks, target, corpora(), kind=kind)
-        assert sum(found.after) <= sum(found.before)
+        assert all(after <= before for after, before in zip(found.after, found.before, strict=True))
         assert all(weight.dtype == dtype for weight in found.weights.values())
         residual = target - output(blocks, found.weights)
         for number in (0, 1):
@@ -218,6 +218,25 @@ def test_a_corpus_counts_by_its_weight() -> None:
     twice = fitted([block], target, weights=[2, 2])
     torch.testing.assert_close(twice.weights["expert 1"], fitted([block], target).weights["expert 1"])
     assert fitted([block], target, weights=[1, 9]).after[1] < twice.after[1]
+
+
+def test_no_corpus_pays_for_another() -> None:
+    """Two corpora that want opposite changes: the one that counts more would win, so the layer stays."""
+    block = expert(1)
+    other, first = (
+        torch.randn(HIDDEN, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
+        corpora() == 0,
+    )
+    target = output([block])
+    for rows, sign in ((first, 1), (~first, -1)):
+        target[rows] += sign * block.features[rows] @ other.T
+    stays = fitted([block], target, weights=[9, 1])
+    assert not stays.weights
+    assert "some corpus" in stays.kept["expert 1"]
+    # Without a say of the second, the first has what it wants.
+    alone = fitted([block], target, weights=[1, 0])
+    assert alone.after[0] < 1e-9 < alone.before[0]
+    assert alone.after[1] > alone.before[1]
 
 
 def test_products_in_float32_end_at_the_same_weights() -> None:

@@ -215,8 +215,8 @@ def fit(
 ) -> Fit:
     """New down projections of one layer's kept experts, and the shared one's.
 
-    Never worse on the given tokens than the original weights, in the dtype in which they are stored: where it would be,
-    the layer keeps them.
+    On no corpus (of a weight above 0) worse than the original weights, on the given tokens and in the dtype in which they are
+    stored: where it would be, the layer keeps them.
 
     Args:
         blocks: all that adds to the layer's output.
@@ -292,8 +292,9 @@ def fit(
     new = {b.name: (b.weight.double() + d.T).to(b.weight.dtype) for b, d in zip(solved, changes, strict=True)}
     del residual, changes, solvers, grams
     after = losses(_residual(blocks, [new.get(b.name, b.weight) for b in blocks], target))
-    if not float((after * of_corpus).sum()) < float((before * of_corpus).sum()):
-        return unchanged("the calibration text is not fitted better in the dtype of the weights")
+    counting = of_corpus > 0
+    if not bool((after[counting] <= before[counting]).all()) or torch.equal(after[counting], before[counting]):
+        return unchanged("some corpus of the calibration text is not fitted better in the dtype of the weights")
     return Fit(new, before.tolist(), after.tolist(), chosen, kept)
 
 
