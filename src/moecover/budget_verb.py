@@ -115,12 +115,13 @@ def curve_table(found: dict[str, Any], keep: int) -> str:
     from rich.table import Table
 
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("experts", "GB", *found["full"], "worst", ""):
+    unit, bytes_of, digits = ("GB", 1e9, 2) if found["curve"][-1]["num_bytes"] >= 1e9 else ("MB", 1e6, 1)
+    for heading in ("experts", unit, *found["full"], "worst", ""):
         drawn.add_column(heading, justify="right")
     for point in found["curve"]:
         cells = [f"{point['perplexity'][text]:.2f} ({point['increase'][text]:+.1%})" for text in found["full"]]
         mark = "chosen" if point["keep"] == keep else "holds" if point["holds"] else ""
-        drawn.add_row(str(point["keep"]), f"{point['num_bytes'] / 1e9:.2f}", *cells, f"{max(point['increase'].values()):+.1%}", mark)  # fmt: skip
+        drawn.add_row(str(point["keep"]), f"{point['num_bytes'] / bytes_of:.{digits}f}", *cells, f"{max(point['increase'].values()):+.1%}", mark)  # fmt: skip
     drawn.add_row("all", "", *(f"{value:.2f}" for value in found["full"].values()), "", "")
     out = io.StringIO()
     Console(file=out, width=max(110, 40 + 22 * len(found["full"]))).print(drawn)
