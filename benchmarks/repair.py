@@ -1,13 +1,13 @@
 """Repair and selection judged on text that nothing was fitted on: `moecover compare` on the shipped models, then one table.
 
-    python -m benchmarks.repair RUN_DIR --data DIR [--models NAME ...] [--samples 5] [--jobs 2]
+    python -m benchmarks.repair RUN_DIR --data DIR [--models NAME ...] [--samples 5] [--jobs 2] [--picture FILE.png]
 
 Calibrates on WikiText2 and C4 (DIR holds wikitext2/, c4/, gutenberg/ and gsm8k/, see `benchmarks.methods`), plans and repairs
 with every calibration sample at 25, 50 and 75 % of the experts. Measures on held-out text of the two corpora (near) and on
 three domains that neither plan nor repair saw (far). RUN_DIR is a run of `compare`: the same command goes on where it
 was interrupted, and `moecover report` draws it.
 
-Prints for every method and budget the log-perplexity gap to the full model, mean over texts and samples, as a share of that
+Prints, in markdown, for every method and budget the log-perplexity gap to the full model, mean over texts and samples, as a share of that
 of TB-Coverage (reap), the spread of that share over samples, and the difference of the first method from every other: its
 95 % interval from a paired bootstrap over windows, of which every text has as many, and the p of a paired t-test over
 calibration samples, both after Holm's correction over the table of one model.
@@ -20,6 +20,7 @@ import json
 import math
 import statistics
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ import yaml
 
 from benchmarks.methods import FAR, NEAR, sources
 from moecover.comparison import compare
+from moecover.drawing import COLOURS, DPI, FAINT, MARKERS, STYLE, page
 from moecover.evaluations import Evaluation
 from moecover.grid import read
-from moecover.significance import holm, over_seeds, paired_bootstrap
+from moecover.significance import Difference, holm, over_seeds, paired_bootstrap
 
 MODELS = ("qwen2-moe-tiny", "deepseek-moe-tiny")
+GROUPS = {"near": NEAR["wikitext2+c4"], "far": FAR}
+GOAL = 0.4  # wanted on the far texts
 BASE = "TB-Coverage (reap)"
 METHODS: list[dict[str, Any]] = [
     {"method": "tb-coverage", "saliency": "contribution", "repair": ["ridge", "scale", "none"]},
@@ -47,7 +51,7 @@ METHODS: list[dict[str, Any]] = [
 def grid(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """The configuration of the comparison."""
     calibrations, held_out = sources(args.data, scratch)
-    texts = [n for where in (NEAR["wikitext2+c4"], FAR) for n in where]
+    texts = [name for group in GROUPS.values() for name in group]
     return {
         "models": [f"shipped:{name}" for name in args.models],
         "calibration": [[f"{n}={path}" for n, path in calibrations["wikitext2+c4"].items()]],
@@ -57,8 +61,29 @@ def grid(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(run: Path, model: str) -> list[str]:
-    """The lines of one model."""
+@dataclass(frozen=True)
+class Found:
+    """A method at a budget on one group of texts: the gap to the full model, and how it compares.
+
+    Attributes:
+        label: of the method.
+        perplexity: geometric mean over texts and runs.
+        gap: mean log perplexity less the full model's.
+        shares: of every run, its gap as a share of TB-Coverage (reap)'s on the same sample (random plans: of the mean one).
+        boot: difference of the first method from this one over windows; None for the first itself.
+        paired: the same over calibration samples.
+    """
+
+    label: str
+    perplexity: float
+    gap: float
+    shares: list[float]
+    boot: Difference | None
+    paired: Difference | None
+
+
+def found_on(run: Path, model: str) -> dict[tuple[float, str], list[Found]]:
+    """By budget and ``near`` or ``far``, every method of a model, the first one first; p after Holm's correction."""
     results = json.loads((run / "results.json").read_text())
     cells = [c for c in results["cells"] if c["model"] == model and c["status"] == "done"]
     nll: dict[str, dict[str, Any]] = {}
@@ -67,34 +92,81 @@ def table(run: Path, model: str) -> list[str]:
         nll[cell["id"]] = {text: sums[:, 0] / sums[:, 1] for text, sums in windows.items()}
     (full,) = (nll[c["id"]] for c in cells if c["method"] == "full")
     labels = [label for label in dict.fromkeys(c["label"] for c in cells) if label != "full model"]
-    lines, tests = [], list[tuple[int, Any, Any]]()
+    found: dict[tuple[float, str], list[Found]] = {}
     for retain in sorted({c["retain"] for c in cells if c["method"] != "full"}):
-        for where, texts in (("near", NEAR["wikitext2+c4"]), ("far", FAR)):
+        for where, texts in GROUPS.items():
             mean_full = statistics.fmean(float(full[t].mean()) for t in texts)
             runs: dict[str, dict[Any, float]] = {}
             items: dict[str, dict[str, Any]] = {}
             for label in labels:
                 mine = [c for c in cells if c["label"] == label and c["retain"] == retain]
-                gaps = {(c["sample"], c["seed"]): statistics.fmean(float(nll[c["id"]][t].mean()) for t in texts) - mean_full for c in mine}  # fmt: skip
-                runs[label] = gaps
+                runs[label] = {(c["sample"], c["seed"]): statistics.fmean(float(nll[c["id"]][t].mean()) for t in texts) - mean_full for c in mine}  # fmt: skip
                 items[label] = {t: np.mean([nll[c["id"]][t] for c in mine], axis=0) for t in texts}
-            base = statistics.fmean(runs[BASE].values())
+            base, rows = statistics.fmean(runs[BASE].values()), []
             for label in labels:
                 gap = statistics.fmean(runs[label].values())
-                # Of every sample its own share; random plans look at no sample and are held against the mean.
-                shares = [g / runs[BASE].get((sample, None), base) if seed is None else g / base for (sample, seed), g in runs[label].items()]  # fmt: skip
-                spread = f" ± {statistics.stdev(shares):.3f}" if len(shares) > 1 else ""
-                lines.append(f"{model}, {retain:.0%}, {where} | {label} | {math.exp(mean_full + gap):.2f} | {gap:.3f} | {gap / base:.3f}{spread}")  # fmt: skip
+                shares = [g / (runs[BASE][sample, None] if seed is None else base) for (sample, seed), g in runs[label].items()]  # fmt: skip
+                boot = paired = None
                 if label != labels[0]:
-                    boot = paired_bootstrap(items[labels[0]], items[label])
-                    paired = runs[labels[0]].keys() == runs[label].keys()
-                    first, second = (np.array([found[k] for k in found]) for found in (runs[labels[0]], runs[label]))
-                    tests.append((len(lines) - 1, boot, over_seeds(first, second, paired=paired, units="samples")))
-    corrected = [holm([t[i].p for t in tests]) for i in (1, 2)]
-    for (row, boot, _), by_window, by_sample in zip(tests, *corrected, strict=True):
-        told = [f"{p:.4f}" if p is not None else "-" for p in (by_window, by_sample)]
-        lines[row] += f" | {boot.value:+.3f} ({boot.low:+.3f} to {boot.high:+.3f}) | {told[0]} | {told[1]}"
-    return lines
+                    boot = paired_bootstrap(items[labels[0]], items[label], resamples=100_000)
+                    ours, theirs = (np.array([*runs[name].values()]) for name in (labels[0], label))
+                    paired = over_seeds(ours, theirs, paired=runs[labels[0]].keys() == runs[label].keys(), units="samples")  # fmt: skip
+                rows.append(Found(label, math.exp(mean_full + gap), gap, shares, boot, paired))
+            found[retain, where] = rows
+    for name in ("boot", "paired"):
+        tested = [(key, i) for key, rows in found.items() for i, row in enumerate(rows) if getattr(row, name)]
+        corrected = holm([getattr(found[key][i], name).p for key, i in tested])
+        for (key, i), p in zip(tested, corrected, strict=True):
+            found[key][i] = replace(found[key][i], **{name: replace(getattr(found[key][i], name), p_holm=p)})
+    return found
+
+
+def table(model: str, found: dict[tuple[float, str], list[Found]]) -> str:
+    """The rows of one model in markdown."""
+    head = "| kept | texts | method | perplexity | log gap | share of TB-Coverage (reap)'s gap | first method less this one | p, windows | p, samples |"  # fmt: skip
+    lines = [f"### {model}\n", head, "|---|---|---|---:|---:|---:|---:|---:|---:|"]
+
+    def told(difference: Difference) -> str:
+        return "-" if difference.p_holm is None else "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"  # fmt: skip
+
+    for (retain, where), rows in found.items():
+        for row in rows:
+            spread = f" ± {statistics.stdev(row.shares):.2f}" if len(row.shares) > 1 else ""
+            tests = ["", "", ""]
+            if row.boot is not None and row.paired is not None:
+                tests = [f"{row.boot.value:+.3f} ({row.boot.low:+.3f} to {row.boot.high:+.3f})", told(row.boot), told(row.paired)]  # fmt: skip
+            cells = [f"{retain:.0%}", where, row.label, f"{row.perplexity:.1f}", f"{row.gap:.3f}", f"{statistics.fmean(row.shares):.2f}{spread}"]  # fmt: skip
+            lines.append(f"| {' | '.join([*cells, *tests])} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: dict[str, dict[tuple[float, str], list[Found]]], path: Path) -> None:
+    """The shares of all methods but random choice, at the two smaller budgets of every model."""
+    from matplotlib import rc_context
+
+    budgets = sorted({retain for by in found.values() for retain, _ in by})[:2]
+    with rc_context(STYLE):
+        figure = page(9.0, 2.4 + 2.3 * len(found), "Log-perplexity gap to the full model as a share of TB-Coverage (reap)'s: what repair leaves of it")  # fmt: skip
+        for number, (model, by) in enumerate(found.items()):
+            for column, retain in enumerate(budgets):
+                axes = figure.add_subplot(len(found), len(budgets), number * len(budgets) + column + 1)
+                labels = [row.label for row in by[retain, "near"] if row.label != "random"]
+                for turn, where in enumerate(GROUPS):
+                    rows = [row for row in by[retain, where] if row.label in labels]
+                    means = [statistics.fmean(row.shares) for row in rows]
+                    spread = [statistics.stdev(row.shares) if len(row.shares) > 1 else 0.0 for row in rows]
+                    places = [y + (turn - 0.5) * 0.25 for y in range(len(rows))]
+                    axes.errorbar(means, places, xerr=spread, fmt=MARKERS[turn], color=COLOURS[turn], label=f"{where}: {', '.join(GROUPS[where])}")  # fmt: skip
+                axes.axvline(1.0, color=FAINT, linewidth=0.8)
+                axes.axvline(GOAL, color=FAINT, linewidth=0.8, linestyle=":")
+                axes.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
+                axes.invert_yaxis()
+                axes.set_xlim(left=0)
+                axes.grid(axis="x")
+                axes.set_title(f"{model}, {retain:.0%} of the experts")
+                if number == len(found) - 1 and column == 0:
+                    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1)
+        figure.savefig(path, dpi=DPI)
 
 
 def main() -> None:
@@ -106,6 +178,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=48, help="blocks of 512 tokens per corpus and sample (%(default)s)")  # fmt: skip
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens per text (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the shares")
     args = parser.parse_args()
     args.data, args.run = args.data.absolute(), args.run.absolute()
     with tempfile.TemporaryDirectory() as scratch:
@@ -114,9 +187,10 @@ def main() -> None:
         outcome = compare(read(path, {}), args.run, jobs=args.jobs)
     for cell, reason in outcome.failures.items():
         print(f"FAILED {cell}: {reason}")
-    print("where | method | perplexity | gap | share of TB-Coverage (reap)'s | first method less this one (95 %) | p, windows | p, samples")  # fmt: skip
-    for model in args.models:
-        print("\n".join(table(args.run, model)))
+    found = {model: found_on(args.run, model) for model in args.models}
+    print("\n".join(table(model, by) for model, by in found.items()))
+    if args.picture:
+        draw(found, args.picture)
 
 
 if __name__ == "__main__":
