@@ -158,7 +158,7 @@ def draw(found: dict[str, dict[tuple[float, str], list[Found]]], path: Path) -> 
                     places = [y + (turn - 0.5) * 0.25 for y in range(len(rows))]
                     axes.errorbar(means, places, xerr=spread, fmt=MARKERS[turn], color=COLOURS[turn], label=f"{where}: {', '.join(GROUPS[where])}")  # fmt: skip
                 axes.axvline(1.0, color=FAINT, linewidth=0.8)
-                axes.axvline(GOAL, color=FAINT, linewidth=0.8, linestyle=":")
+                axes.axvline(GOAL, color=FAINT, linewidth=0.8, linestyle=":", label=f"wanted on the far texts: {GOAL}")
                 axes.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
                 axes.invert_yaxis()
                 axes.set_xlim(left=0)
