@@ -35,7 +35,6 @@ from moecover.repair_files import places_on_disk
 from moecover.repairing import needed_bytes
 from moecover.topology import Topology, read_structure
 from moecover.windows import load_windows
-from tests import zoo
 from tests.tiny import TEXT, make_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -629,6 +628,8 @@ def test_a_repair_goes_on_where_it_was(
 
 
 def test_a_family_that_cannot_be_repaired(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    from tests import zoo
+
     zoo.make_model("gpt_oss").save_pretrained(tmp_path / "gpt", save_original_format=True)
     path = grid(models=[{"model": str(tmp_path / "gpt"), "name": "gpt"}], methods=[{"method": "tb-coverage", "repair": "ridge"}])  # fmt: skip
     assert run(path, tmp_path / "run") == 2

@@ -421,7 +421,9 @@ def test_corpora_count_by_the_weights_of_the_plan(checkpoints: Callable[..., Pat
 
     def fitted(**weights: int) -> LayerRepair:
         plan = even.model_copy(update={"options": {"weights": weights}})
-        return next(iter([*repair_layers(model, structure, plan, CORPORA, kind="ridge", held_share=0.0, penalties=(0.1,))]))
+        return next(
+            iter([*repair_layers(model, structure, plan, CORPORA, kind="ridge", held_share=0.0, penalties=(0.1,))])
+        )
 
     one, more, alone = fitted(a=1, b=1), fitted(a=2, b=1), fitted(a=1, b=0)
     assert alone.fit.after[0] < more.fit.after[0] < one.fit.after[0]
