@@ -339,7 +339,7 @@ def test_an_interrupt_keeps_what_is_done(
     assert process.returncode == status, errors.decode()
     if number == signal.SIGINT:
         assert b"cells are done and stay; the same command goes on from there" in errors
-    assert b"Traceback" not in errors
+    assert b"Traceback" not in errors, errors.decode()
     assert 2 <= cells_of(out) < 41
     assert not list((out / "cells").glob(".*"))
     assert start(path, out).wait() == 0
@@ -678,6 +678,38 @@ def test_a_worker_that_dies_costs_its_job_alone() -> None:
     assert died.code == -signal.SIGKILL
     assert "memory" in died.reason
     assert [m for m, r in found if r == END] == [m for m, r in found if isinstance(r, str) and r.endswith("ends")]
+
+
+class Dying:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(50):
+            time.sleep(0.001)
+
+
+def _told_while_dying() -> Any:
+    """A handler that is told to end while a destructor runs, where Python drops the exception."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def bench() -> Any:
+        def handle(job: Any) -> Any:
+            Dying()
+            time.sleep(20)
+            yield "went on"
+
+        yield handle
+
+    return bench()
+
+
+def test_a_worker_that_is_told_to_end_in_a_destructor_ends() -> None:
+    from collections import deque
+
+    jobs = deque([Evaluating("a", (), {})])
+    ((_, report),) = work(jobs, _told_while_dying, jobs=2)
+    assert isinstance(report, Died)
+    assert report.code == 143
 
 
 def test_a_dead_worker_fails_its_cells(grid: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:

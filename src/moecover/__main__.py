@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import sys
-import threading
-from typing import Any
 
-
-def _deliver_again(unraisable: Any) -> None:
-    """Send a signal once more that Python had to drop, because it came while a destructor ran."""
-    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(unraisable.exc_type)
-    if number is None:
-        sys.__unraisablehook__(unraisable)
-    else:
-        threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
+from moecover.interrupts import deliver_again
 
 
 def run() -> int:
@@ -26,7 +16,7 @@ def run() -> int:
     once more at exit: a fifth of a short run. It is called less often here, and the last walk is left out.
     """
     gc.set_threshold(100_000, 50, 100)
-    sys.unraisablehook = _deliver_again
+    sys.unraisablehook = deliver_again
     try:
         from moecover.cli import main
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from moecover.interrupts import deliver_again
+
 
 class Job(Protocol):
     """What a worker handles."""
@@ -68,6 +70,7 @@ def _work(bench: Bench, pipe: Connection) -> None:
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the first process says when to end
+    sys.unraisablehook = deliver_again
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with bench() as handle:
         while (job := pipe.recv()) is not None:
