@@ -14,7 +14,7 @@ import pytest
 from moecover.cli import main
 from moecover.errors import InputError
 from moecover.explaining import covered_rank, explain, text_of
-from moecover.planning import METHODS, plan
+from moecover.planning import METHODS, plan, runs_experts
 from moecover.plans import LayerPlan, Plan
 from moecover.profiles import MAXIMA, STATISTICS, Profile
 from moecover.profiling import profile
@@ -247,7 +247,7 @@ def test_another_profile_tells_shares_but_no_stability(checkpoints: Callable[...
     assert "stability" not in facts
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "expert-sparsity"])
+@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])
 def test_every_method_can_be_explained(small_profile: Profile, method: str) -> None:
     keep = small_profile.topology.num_experts - 1
     facts = explain(plan(small_profile, method=method, keep=keep, protect_super_experts=True), profile=small_profile)

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moecover.errors import InputError
-from moecover.planning import METHODS, plan, plan_budgets, super_experts
+from moecover.planning import METHODS, plan, plan_budgets, runs_experts, super_experts
 from moecover.plans import Plan, check_plan, keep_all, resolve_keep
 from moecover.profiles import STATISTICS, Profile
 from moecover.saliency import SALIENCIES
@@ -215,7 +215,7 @@ def test_required_experts_that_do_not_fit_are_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "expert-sparsity"])  # it has a file of its own
+@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])  # those have files of their own
 def test_every_method_is_deterministic_and_keeps_exactly_k(small_profile: Profile, method: str) -> None:
     topology = small_profile.topology
     for keep in range(topology.top_k, topology.num_experts + 1):
@@ -287,7 +287,7 @@ def random_statistics(topology: Topology, seed: int) -> dict[str, np.ndarray]:
     return found | {"count": rng.integers(0, 9, shape), "num_tokens": np.full(shape, 99)}
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "expert-sparsity"])
+@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])
 @pytest.mark.parametrize("extreme", [False, True])
 def test_group_limited_routers_keep_the_same_number_in_every_group(method: str, extreme: bool) -> None:
     topology = Topology("deepseek_v3", (3, 4, 5), 32, 4, 8, 6, num_groups=4, top_groups=2)
@@ -355,7 +355,7 @@ def test_the_quantile_limits_super_experts_too() -> None:
     assert super_experts(profile_of({"a": s}, SPARSE)) == (frozenset(), frozenset({198, 199}))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "expert-sparsity"])
+@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])
 @pytest.mark.parametrize("saliency", ["frequency", "reap"])
 def test_every_method_keeps_the_super_experts(method: str, saliency: str) -> None:
     """Also with the score `frequency`, where a rival's protection has no effect."""

@@ -26,7 +26,7 @@ from moecover.cli import main
 from moecover.corpus import load_corpus, make_corpus
 from moecover.errors import InputError
 from moecover.model import load_model, routers
-from moecover.planning import METHODS, plan
+from moecover.planning import METHODS, plan, runs_experts
 from moecover.profiling import profile
 from moecover.saliency import SALIENCIES
 from moecover.topology import read_structure
@@ -290,7 +290,7 @@ def test_code_of_a_known_type_is_not_run(checkpoints: Callable[..., Path], tmp_p
     assert (out / "code.py").read_bytes() == (folder / "code.py").read_bytes()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "expert-sparsity"])
+@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])
 def test_no_method_depends_on_an_unseeded_choice(checkpoints: Callable[..., Path], method: str) -> None:
     """llm-compressor B8: keep-sets differ between runs."""
     structure = read_structure(checkpoints("qwen2_moe"))
