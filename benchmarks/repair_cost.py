@@ -56,7 +56,7 @@ else:
     for one in repairing.repair_layers(model, structure, chosen, corpora, kind=what, tolerance=0.0):
         layers.append(round(time.perf_counter() - last, 1))
         last = time.perf_counter()
-    found = {"penalty": one.fit.penalty, "before": one.fit.before, "after": one.fit.after, "kept": len(one.fit.kept)}
+    found = {"penalties": one.fit.penalties, "before": one.fit.before, "after": one.fit.after, "kept": len(one.fit.kept)}
     found["bound"] = repairing.needed_bytes(structure, places(structure, model), keep=keep, tokens=tokens, dtype="auto")
 print(json.dumps({"seconds": round(time.perf_counter() - started, 1), "loaded": loaded, "peak": memory("VmHWM"), "fits": fits, "layers": layers, **found}))
 """

@@ -13,7 +13,7 @@ all tokens is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,8 @@ TOLERANCE = 1e-2  # a sweep that lowers the objective by a smaller share is the 
 SKETCH = 32  # directions of the output that the penalty is chosen on
 TRIAL_SWEEPS = 2  # for every penalty tried
 CHUNK = 4096  # rows at a time, whose products are added up in float64
+PRODUCTS = 2**24  # numbers of all blocks' outputs that are held at a time
+KINDS = ("scale", "ridge")  # a factor for every block; any weights
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,14 @@ class Fit:
         weights: new down projections by block, in the original's dtype; blocks that stay are left out.
         before: squared error of every corpus as a share of the squared target, without repair.
         after: the same with ``weights``; ``before`` where nothing changed.
-        penalty: the regularisation chosen, None where nothing changed.
+        penalties: the regularisation chosen, by ``scale`` (of the factors) and ``ridge``; empty where nothing changed.
         kept: why a block, or every one, keeps its weights, by name.
     """
 
     weights: dict[str, torch.Tensor]
     before: list[float]
     after: list[float]
-    penalty: float | None
+    penalties: dict[str, float]
     kept: dict[str, str]
 
 
@@ -79,7 +81,7 @@ def peak_bytes(*, tokens: int, hidden_size: int, widths: Sequence[int]) -> int:
 Solver = tuple["Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", "Callable[[torch.Tensor], float]"]
 
 
-def _ridge(gram: torch.Tensor, weight: torch.Tensor, penalty: float, dtype: torch.dtype) -> Solver:
+def _ridge(gram: torch.Tensor, penalty: float, dtype: torch.dtype) -> Solver:
     """Any change of a block's weights, ``[width, hidden]``; its square is penalised. Steps are solved for in ``dtype``."""
     import torch
 
@@ -102,25 +104,60 @@ def _ridge(gram: torch.Tensor, weight: torch.Tensor, penalty: float, dtype: torc
     return step, lambda change: float(pull * change.square().sum())
 
 
-def _scale(gram: torch.Tensor, weight: torch.Tensor, penalty: float, dtype: torch.dtype) -> Solver:
-    """A multiple of the original weights; the square of the output that it adds is penalised."""
-    original = weight.double().T
-    energy, square = float(((gram @ original) * original).sum()), float(original.square().sum())
+def _factors(
+    blocks: Sequence[Block], residual: torch.Tensor, share: torch.Tensor, held: torch.Tensor, penalties: Sequence[float]
+) -> tuple[torch.Tensor, float] | None:
+    """What every block's output is best multiplied by, less 1, float64 ``[block]``, and the penalty.
 
-    def factor(change: torch.Tensor) -> float:
-        return float((change * original).sum()) / square if square > 0 else 0.0
+    Jointly for all blocks: their outputs' products with each other and with the residual say all, for the tokens that are
+    fitted and for those that are held out. The square of the output that a factor adds is penalised.
 
-    def step(slope: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        right = float((slope * original).sum()) - penalty * energy * factor(change)
-        return original * (right / (energy * (1 + penalty)) if energy > 0 else 0.0)
+    Returns:
+        None where no penalty is better on the held-out tokens than no change.
+    """
+    import torch
 
-    return step, lambda change: penalty * energy * factor(change) ** 2
+    number, hidden, device = len(blocks), residual.shape[1], residual.device
+    products = torch.zeros(2, number, number, dtype=torch.float64, device=device)
+    right = torch.zeros(2, number, dtype=torch.float64, device=device)
+    energy = torch.zeros(2, dtype=torch.float64, device=device)
+    orders = [torch.argsort(block.tokens) for block in blocks]
+    sorted_tokens = [block.tokens[order] for block, order in zip(blocks, orders, strict=True)]
+    weights = [block.weight.to(block.features.dtype).T for block in blocks]
+    size = min(max(1, PRODUCTS // (number * hidden)), CHUNK // 4)
+    for first in range(0, len(residual), size):
+        last = min(first + size, len(residual))
+        outputs = torch.zeros(number, last - first, hidden, dtype=residual.dtype, device=device)
+        ends = torch.tensor([first, last], device=device)
+        for at, block in enumerate(blocks):
+            begin, end = torch.searchsorted(sorted_tokens[at], ends).tolist()
+            rows = orders[at][begin:end]
+            outputs[at, sorted_tokens[at][begin:end] - first] = block.features[rows] @ weights[at]
+        for some in torch.arange(last - first, device=device).chunk(8):  # a few tokens at a time in float64
+            left, out = residual[first + some].double().flatten(), outputs[:, some].double().flatten(1)
+            for part, mask in enumerate((~held, held)):
+                row_weights = (share * mask)[first + some].repeat_interleave(hidden)
+                weighted = out * row_weights
+                products[part] += weighted @ out.T
+                right[part] += weighted @ left
+                energy[part] += (left.square() * row_weights).sum()
 
+    def solved(products: torch.Tensor, right: torch.Tensor, penalty: float) -> torch.Tensor:
+        system = (products + penalty * torch.diag(products.diagonal())).cpu()
+        found: torch.Tensor = torch.linalg.lstsq(system, right.cpu()[:, None], driver="gelsd").solution[:, 0]
+        return found.to(device)
 
-KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor, float, torch.dtype], Solver]] = {
-    "scale": _scale,
-    "ridge": _ridge,
-}
+    if not bool(held.any()):
+        return solved(products[0], right[0], penalties[-1]), penalties[-1]
+    best, chosen = float(energy[1]), None
+    for penalty in penalties:
+        found = solved(products[0], right[0], penalty)
+        loss = float(energy[1] - 2 * found @ right[1] + found @ products[1] @ found)
+        if loss < best:
+            best, chosen = loss, penalty
+        elif chosen is not None:
+            break  # beyond the best one
+    return None if chosen is None else (solved(products.sum(0), right.sum(0), chosen), chosen)
 
 
 def _chunks(block: Block) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -153,7 +190,7 @@ def _gram(block: Block, share: torch.Tensor, part: torch.Tensor) -> torch.Tensor
     return gram
 
 
-def _residual(blocks: Sequence[Block], weights: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+def _residual(blocks: Sequence[Block], weights: Iterable[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
     """Target less the output of the blocks with some weights ``[hidden, width]``, ``[token, hidden]`` in the features' dtype."""
     residual = target.to(blocks[0].features.dtype, copy=True)
     for block, weight in zip(blocks, weights, strict=True):
@@ -192,7 +229,7 @@ def _descend(
             if not bool(torch.isfinite(step).all()):
                 continue
             changes[at] += step
-            small = step.to(residual.dtype)  # of `scale`; `ridge` gives it so
+            small = step.to(residual.dtype)
             for tokens, features in _chunks(block):
                 residual.index_add_(0, tokens, features @ small, alpha=-1)
         now = objective()
@@ -258,7 +295,7 @@ def fit(
     before = losses(residual)
 
     def unchanged(reason: str) -> Fit:
-        return Fit({}, before.tolist(), before.tolist(), None, {block.name: reason for block in blocks})
+        return Fit({}, before.tolist(), before.tolist(), {}, {block.name: reason for block in blocks})
 
     arrays = [target, *(values for block in blocks for values in (block.weight, block.features))]
     if not all(bool(torch.isfinite(part).all()) for values in arrays for part in torch.split(values, CHUNK)):
@@ -271,35 +308,47 @@ def fit(
             kept[block.name] = f"{rows} tokens to fit, {unknowns} are needed"
     solved = [block for block in blocks if block.name not in kept]
     if not solved or not bool((inverse > 0).any()):
-        return Fit({}, before.tolist(), before.tolist(), None, kept or {b.name: "the target is zero" for b in blocks})
+        return Fit({}, before.tolist(), before.tolist(), {}, kept or {b.name: "the target is zero" for b in blocks})
 
     share = (of_corpus * inverse)[corpus]
     share /= share.mean()  # so that no product leaves the range of its dtype
-    grams = [_gram(block, share, ~held) for block in solved]
-    chosen = penalties[-1]
-    if bool(held.any()):
-        found = _chosen(kind, solved, grams, share, held, residual, penalties)
-        if found is None:
-            return unchanged("the held-out calibration text is not fitted better")
-        chosen = found
-        for gram, block in zip(grams, solved, strict=True):
-            gram += _gram(block, share, held)
-    solvers = [
-        KINDS[kind](gram, block.weight, chosen, residual.dtype) for gram, block in zip(grams, solved, strict=True)
-    ]
-    changes = [torch.zeros(b.weight.shape[::-1], dtype=torch.float64, device=residual.device) for b in solved]
-    _descend(solved, solvers, share, residual, changes, sweeps=sweeps, tolerance=tolerance)
-    new = {b.name: (b.weight.double() + d.T).to(b.weight.dtype) for b, d in zip(solved, changes, strict=True)}
-    del residual, changes, solvers, grams
+    used, factor_of = dict[str, float](), dict[str, float]()
+    if (factors := _factors(solved, residual, share, held, penalties)) is not None:
+        used["scale"] = factors[1]
+        factor_of = dict(zip((block.name for block in solved), factors[0].tolist(), strict=True))
+        residual = _residual(
+            blocks, (b.weight.to(residual.dtype) * (1 + factor_of.get(b.name, 0.0)) for b in blocks), target
+        )
+    changes = list[torch.Tensor]()
+    if kind == "ridge":
+        grams = [_gram(block, share, ~held) for block in solved]
+        chosen = _chosen(solved, grams, share, held, residual, penalties) if bool(held.any()) else penalties[-1]
+        if chosen is not None:
+            used["ridge"] = chosen
+            if bool(held.any()):
+                for gram, block in zip(grams, solved, strict=True):
+                    gram += _gram(block, share, held)
+            solvers = [_ridge(gram, chosen, residual.dtype) for gram in grams]
+            changes = [torch.zeros(b.weight.shape[::-1], dtype=torch.float64, device=residual.device) for b in solved]
+            _descend(solved, solvers, share, residual, changes, sweeps=sweeps, tolerance=tolerance)
+            del solvers
+        del grams
+    if not used:
+        return unchanged("the held-out calibration text is not fitted better")
+    new = {}
+    for at, block in enumerate(solved):
+        weight = block.weight.double() * (1 + factor_of.get(block.name, 0.0))
+        new[block.name] = (weight + changes[at].T if changes else weight).to(block.weight.dtype)
+    del residual, changes
     after = losses(_residual(blocks, [new.get(b.name, b.weight) for b in blocks], target))
     counting = of_corpus > 0
     if not bool((after[counting] <= before[counting]).all()) or torch.equal(after[counting], before[counting]):
         return unchanged("some corpus of the calibration text is not fitted better in the dtype of the weights")
-    return Fit(new, before.tolist(), after.tolist(), chosen, kept)
+    return Fit(new, before.tolist(), after.tolist(), used, kept)
 
 
 def _chosen(
-    kind: str, blocks: Sequence[Block], grams: Sequence[torch.Tensor], share: torch.Tensor, held: torch.Tensor,
+    blocks: Sequence[Block], grams: Sequence[torch.Tensor], share: torch.Tensor, held: torch.Tensor,
     residual: torch.Tensor, penalties: Sequence[float],
 ) -> float | None:  # fmt: skip
     """The penalty whose fit on the other tokens is best on the held ones; None where none is better than no change.
@@ -315,12 +364,11 @@ def _chosen(
         sketch = torch.randn(hidden, SKETCH, generator=generator, dtype=torch.float64).to(device) / SKETCH**0.5
     else:
         sketch = torch.eye(hidden, dtype=torch.float64, device=device)
-    weights = [sketch.T @ block.weight.double() for block in blocks]
     small = residual @ sketch.to(residual.dtype)
-    changes = [torch.zeros(w.shape[::-1], dtype=torch.float64, device=device) for w in weights]
+    changes = [torch.zeros(b.weight.shape[1], sketch.shape[1], dtype=torch.float64, device=device) for b in blocks]
     best, chosen = float((_squares(small) * share * held).sum()), None
     for penalty in penalties:
-        solvers = [KINDS[kind](gram, weight, penalty, small.dtype) for gram, weight in zip(grams, weights, strict=True)]
+        solvers = [_ridge(gram, penalty, small.dtype) for gram in grams]
         _descend(blocks, solvers, share * ~held, small, changes, sweeps=TRIAL_SWEEPS, tolerance=TOLERANCE)
         del solvers  # before the next ones are made
         if (loss := float((_squares(small) * share * held).sum())) < best:

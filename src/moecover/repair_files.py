@@ -47,7 +47,7 @@ class Repaired:
         kind: of the repair.
         corpora: the records of the calibration text, with the tokens that were used.
         layers: of every MoE layer: ``decoder_layer``; ``experts``, ids in the original of those that were refitted;
-            ``shared``, whether that one was; ``penalty``; squared error as a share of the squared output, ``before`` and
+            ``shared``, whether that one was; ``penalties``; squared error as a share of the squared output, ``before`` and
             ``after``, by corpus; ``kept``, why others were not.
         hashes: of every tensor of the output that is not the original's, by name.
         pieces: where their bytes lie, by name.
@@ -163,7 +163,7 @@ def layer_repair(
         else:
             experts[ids[0]] = _tensor(read(name), place.dtype, (hidden, place.widths[0]))
     before, after = list(row["before"].values()), list(row["after"].values())
-    return LayerRepair(row["decoder_layer"], experts, shared, Fit({}, before, after, row["penalty"], row["kept"]))
+    return LayerRepair(row["decoder_layer"], experts, shared, Fit({}, before, after, row["penalties"], row["kept"]))
 
 
 def _tensors(structure: Structure, place: Place, kept: Sequence[int], repair: LayerRepair, row: dict[str, Any]) -> dict[str, torch.Tensor]:  # fmt: skip
@@ -294,7 +294,7 @@ def repair(
             names = [c.name for c in corpora]
             row: dict[str, Any] = {
                 "decoder_layer": made.decoder_layer, "experts": sorted(made.experts), "shared": made.shared is not None,
-                "penalty": made.fit.penalty, "before": dict(zip(names, made.fit.before, strict=True)),
+                "penalties": made.fit.penalties, "before": dict(zip(names, made.fit.before, strict=True)),
                 "after": dict(zip(names, made.fit.after, strict=True)), "kept": made.fit.kept,
             }  # fmt: skip
             tensors = _tensors(structure, where[layer], layers[layer].kept, made, row)
