@@ -2,10 +2,11 @@
 
     python -m benchmarks.repair RUN_DIR --data DIR [--models NAME ...] [--samples 5] [--jobs 2] [--picture FILE.png]
 
-Calibrates on WikiText2 and C4 (DIR holds wikitext2/, c4/, gutenberg/ and gsm8k/, see `benchmarks.methods`), plans and repairs
-with every calibration sample at 25, 50 and 75 % of the experts. Measures on held-out text of the two corpora (near) and on
-three domains that neither plan nor repair saw (far). RUN_DIR is a run of `compare`: the same command goes on where it
-was interrupted, and `moecover report` draws it.
+Calibrates on WikiText2 and C4 (DIR holds wikitext2/, c4/, gutenberg/ and gsm8k/, see `benchmarks.methods`), and on as many tokens
+of text that the model itself writes (`moecover generate`); plans and repairs with every calibration sample at 25, 50 and 75 %
+of the experts. Measures on held-out text of the two corpora (near) and on three domains that neither plan nor repair saw
+(far). RUN_DIR is a run of `compare`, RUN_DIR/self/MODEL another with the model's own text: the same command goes on where
+it was interrupted, and `moecover report` draws them.
 
 Prints, in markdown, for every method and budget the log-perplexity gap to the full model, mean over texts and samples, as a share of that
 of TB-Coverage (reap), the spread of that share over samples, and the difference of the first method from every other: its
@@ -29,14 +30,19 @@ import yaml
 
 from benchmarks.methods import FAR, NEAR, sources
 from moecover.comparison import compare
+from moecover.demo import shipped_model
 from moecover.drawing import COLOURS, DPI, FAINT, MARKERS, STYLE, page
 from moecover.evaluations import Evaluation
-from moecover.grid import read
+from moecover.generation import write_generated
+from moecover.grid import FULL, read
+from moecover.model import load_model
 from moecover.significance import Difference, holm, over_seeds, paired_bootstrap
+from moecover.topology import read_structure
 
 MODELS = ("qwen2-moe-tiny", "deepseek-moe-tiny")
 GROUPS = {"near": NEAR["wikitext2+c4"], "far": FAR}
 GOAL = 0.4  # wanted on the far texts
+LENGTH = 512  # tokens of a block and of a window
 BASE = "TB-Coverage (reap)"
 METHODS: list[dict[str, Any]] = [
     {"method": "tb-coverage", "saliency": "contribution", "repair": ["ridge", "scale", "none"]},
@@ -46,19 +52,36 @@ METHODS: list[dict[str, Any]] = [
     {"method": "expert-sparsity"},
     {"method": "random"},
 ]
+OWN = ", own text"  # behind the label of a method that was calibrated on what the model writes
+OWN_METHODS = [  # of one corpus coverage is the pooled choice
+    {"method": "tb-coverage", "saliency": "contribution", "repair": ["ridge", "scale", "none"]},
+    {"method": "pooled", "saliency": "reap"},
+    {"method": "expert-sparsity"},
+]
 
 
-def grid(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """The configuration of the comparison."""
+def grid(args: argparse.Namespace, scratch: Path, own: str | None = None) -> dict[str, Any]:
+    """The configuration of the comparison; with ``own``, a model, that of this one on text that it writes."""
     calibrations, held_out = sources(args.data, scratch)
     texts = [name for group in GROUPS.values() for name in group]
+    corpora = calibrations["wikitext2+c4"]
     return {
-        "models": [f"shipped:{name}" for name in args.models],
-        "calibration": [[f"{n}={path}" for n, path in calibrations["wikitext2+c4"].items()]],
-        "samples": list(range(args.samples)), "sequences": args.sequences, "length": 512, "batch_size": 16,
-        "search_tokens": 8192, "methods": METHODS, "retain": [0.25, 0.5, 0.75],
-        "perplexity": [f"{n}={held_out[n]}" if held_out[n] else n for n in texts], "window": 512, "windows": args.windows,
+        "models": [f"shipped:{name}" for name in ([own] if own else args.models)],
+        "calibration": [[f"self={written(args, own)}"] if own else [f"{n}={path}" for n, path in corpora.items()]],
+        "samples": list(range(args.samples)), "sequences": args.sequences * (len(corpora) if own else 1), "length": LENGTH,
+        "batch_size": 16, "search_tokens": 8192, "methods": OWN_METHODS if own else METHODS, "retain": [0.25, 0.5, 0.75],
+        "perplexity": [f"{n}={held_out[n]}" if held_out[n] else n for n in texts], "window": LENGTH, "windows": args.windows,
     }  # fmt: skip
+
+
+def written(args: argparse.Namespace, model: str) -> Path:
+    """The file of text that a model writes, of which every calibration sample takes its part; made if it is not there."""
+    path: Path = args.run / "self" / f"{model}.jsonl"
+    if not path.exists():
+        structure = read_structure(shipped_model(model))
+        rows = 2 * args.sequences * max(args.samples, 1)
+        write_generated(structure, load_model(structure), path, sequences=rows, length=LENGTH, seed=0, batch_size=48)
+    return path
 
 
 @dataclass(frozen=True)
@@ -84,16 +107,18 @@ class Found:
 
 def found_on(run: Path, model: str) -> dict[tuple[float, str], list[Found]]:
     """By budget and ``near`` or ``far``, every method of a model, the first one first; p after Holm's correction."""
-    results = json.loads((run / "results.json").read_text())
-    cells = [c for c in results["cells"] if c["model"] == model and c["status"] == "done"]
+    cells: list[dict[str, Any]] = []
     nll: dict[str, dict[str, Any]] = {}
-    for cell in cells:
-        (windows,) = Evaluation.load(run / "cells" / cell["id"]).windows.values()
-        nll[cell["id"]] = {text: sums[:, 0] / sums[:, 1] for text, sums in windows.items()}
-    (full,) = (nll[c["id"]] for c in cells if c["method"] == "full")
-    labels = [label for label in dict.fromkeys(c["label"] for c in cells) if label != "full model"]
+    for folder, ending in ((run / "self" / model, OWN), (run, "")):
+        for cell in json.loads((folder / "results.json").read_text())["cells"]:
+            if cell["model"] == model and cell["status"] == "done" and cell["id"] not in nll:
+                (windows,) = Evaluation.load(folder / "cells" / cell["id"]).windows.values()
+                nll[cell["id"]] = {text: sums[:, 0] / sums[:, 1] for text, sums in windows.items()}
+                cells.append({**cell, "label": cell["label"] + ending * (cell["method"] != FULL)})
+    (full,) = (nll[c["id"]] for c in cells if c["method"] == FULL)
+    labels = list(dict.fromkeys(c["label"] for c in cells if c["method"] != FULL))
     found: dict[tuple[float, str], list[Found]] = {}
-    for retain in sorted({c["retain"] for c in cells if c["method"] != "full"}):
+    for retain in sorted({c["retain"] for c in cells if c["method"] != FULL}):
         for where, texts in GROUPS.items():
             mean_full = statistics.fmean(float(full[t].mean()) for t in texts)
             runs: dict[str, dict[Any, float]] = {}
@@ -146,7 +171,7 @@ def draw(found: dict[str, dict[tuple[float, str], list[Found]]], path: Path) -> 
 
     budgets = sorted({retain for by in found.values() for retain, _ in by})[:2]
     with rc_context(STYLE):
-        figure = page(9.0, 2.4 + 2.3 * len(found), "Log-perplexity gap to the full model as a share of TB-Coverage (reap)'s: what repair leaves of it")  # fmt: skip
+        figure = page(9.0, 2.4 + 2.8 * len(found), "Log-perplexity gap to the full model as a share of TB-Coverage (reap)'s: what repair leaves of it")  # fmt: skip
         for number, (model, by) in enumerate(found.items()):
             for column, retain in enumerate(budgets):
                 axes = figure.add_subplot(len(found), len(budgets), number * len(budgets) + column + 1)
@@ -183,10 +208,11 @@ def main() -> None:
     args.data, args.run = args.data.absolute(), args.run.absolute()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "repair.yaml"
-        path.write_text(yaml.safe_dump(grid(args, Path(scratch)), sort_keys=False))
-        outcome = compare(read(path, {}), args.run, jobs=args.jobs)
-    for cell, reason in outcome.failures.items():
-        print(f"FAILED {cell}: {reason}")
+        for own in (None, *args.models):
+            path.write_text(yaml.safe_dump(grid(args, Path(scratch), own), sort_keys=False))
+            folder = args.run / "self" / own if own else args.run
+            for cell, reason in compare(read(path, {}), folder, jobs=args.jobs).failures.items():
+                print(f"FAILED {cell}: {reason}")
     found = {model: found_on(args.run, model) for model in args.models}
     print("\n".join(table(model, by) for model, by in found.items()))
     if args.picture:

@@ -21,6 +21,7 @@ from moecover.compare_verb import add_verb as add_compare
 from moecover.distributed import ALONE, STOPPED, World, first_to_fail, world
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.evaluate_verb import add_verb as add_evaluate
+from moecover.generate_verb import add_verb as add_generate
 from moecover.interrupts import behind
 from moecover.servers import SERVERS
 from moecover.verbs import KEEP_INPUTS, VERBS
@@ -134,6 +135,8 @@ def make_parser() -> argparse.ArgumentParser:
     p = verb("inspect", "say what a model's routed experts are and weigh, and whether it can be pruned")
     model(p)
     p.add_argument("--for", dest="server", choices=SERVERS, help="also say what this server would lack at every size")
+
+    add_generate(verb, _add_device)
 
     p = verb("profile", "run corpora through a model and record the statistics of every expert")
     model(p)

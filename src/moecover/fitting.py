@@ -120,6 +120,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def itemsizes(structure: Structure, dtype: str) -> tuple[int, int]:
+    """Bytes of a number in the largest tensor on disk, and in memory with a dtype by name."""
+    stored = max(structure.checkpoint.tensors.values(), key=lambda entry: entry.num_bytes).dtype
+    on_disk = ITEMSIZE.get(stored, 2)
+    return on_disk, on_disk if dtype == "auto" else ITEMSIZE.get(dtype, 2)
+
+
 def cost(
     structure: Structure, *, tokens: int, batch_tokens: int, in_parts: tuple[int, int] = (0, 0), dtype: str = "auto",
     limit: int, head: bool = False, extra: int = 0,
@@ -137,9 +144,7 @@ def cost(
         extra: bytes of memory that the caller takes beside.
     """
     topology, checkpoint = structure.topology, structure.checkpoint
-    stored = max(checkpoint.tensors.values(), key=lambda entry: entry.num_bytes).dtype
-    on_disk = ITEMSIZE.get(stored, 2)
-    itemsize = on_disk if dtype == "auto" else ITEMSIZE.get(dtype, 2)
+    on_disk, itemsize = itemsizes(structure, dtype)
     scale = itemsize / on_disk
     layers = [0] * (topology.num_layers + 1)
     for name, entry in checkpoint.tensors.items():
