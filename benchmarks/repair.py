@@ -3,10 +3,11 @@
     python -m benchmarks.repair RUN_DIR --data DIR [--models NAME ...] [--samples 5] [--jobs 2] [--picture FILE.png]
 
 Calibrates on WikiText2 and C4 (DIR holds wikitext2/, c4/, gutenberg/ and gsm8k/, see `benchmarks.methods`), and on as many tokens
-of text that the model itself writes (`moecover generate`); plans and repairs with every calibration sample at 25, 50 and 75 %
-of the experts. Measures on held-out text of the two corpora (near) and on three domains that neither plan nor repair saw
-(far). RUN_DIR is a run of `compare`, RUN_DIR/self/MODEL another with the model's own text: the same command goes on where
-it was interrupted, and `moecover report` draws them.
+of text that the model itself writes (`moecover generate`): as one corpus, in its kinds (`moecover split`), and these beside the two
+corpora. Plans and repairs with every calibration sample at 25, 50 and 75 % of the experts. Measures on held-out text of the two
+corpora (near) and on three domains that neither plan nor repair saw (far). RUN_DIR is a run of `compare`, and so are
+RUN_DIR/own/MODEL, RUN_DIR/kinds/MODEL and RUN_DIR/all/MODEL: the same command goes on where it was interrupted, and
+`moecover report` draws them. RUN_DIR/text holds what the models wrote.
 
 Prints, in markdown, for every method and budget the log-perplexity gap to the full model, mean over texts and samples, as a share of that
 of TB-Coverage (reap), the spread of that share over samples, and the difference of the first method from every other: its
@@ -30,11 +31,13 @@ import yaml
 
 from benchmarks.methods import FAR, NEAR, sources
 from moecover.comparison import compare
+from moecover.corpus import load_corpus
 from moecover.demo import shipped_model
 from moecover.drawing import COLOURS, DPI, FAINT, MARKERS, STYLE, page
 from moecover.evaluations import Evaluation
 from moecover.generation import write_generated
 from moecover.grid import FULL, read
+from moecover.kinds import split, write_kinds
 from moecover.model import load_model
 from moecover.significance import Difference, holm, over_seeds, paired_bootstrap
 from moecover.topology import read_structure
@@ -52,36 +55,75 @@ METHODS: list[dict[str, Any]] = [
     {"method": "expert-sparsity"},
     {"method": "random"},
 ]
-OWN = ", own text"  # behind the label of a method that was calibrated on what the model writes
-OWN_METHODS = [  # of one corpus coverage is the pooled choice
-    {"method": "tb-coverage", "saliency": "contribution", "repair": ["ridge", "scale", "none"]},
-    {"method": "pooled", "saliency": "reap"},
-    {"method": "expert-sparsity"},
-]
+ROWS = 1920  # of text that a model writes, of which every calibration sample takes its part
+CONTRIBUTION: dict[str, Any] = {"saliency": "contribution"}
 
 
-def grid(args: argparse.Namespace, scratch: Path, own: str | None = None) -> dict[str, Any]:
-    """The configuration of the comparison; with ``own``, a model, that of this one on text that it writes."""
+@dataclass(frozen=True)
+class Own:
+    """A calibration with text that the model writes itself.
+
+    Attributes:
+        ending: behind the label of a method.
+        named: WikiText2 and C4 beside it.
+        by_kind: its kinds are corpora.
+        blocks: of a corpus in a sample, as a share of what WikiText2 has in its own calibration.
+        methods: what is compared on it.
+    """
+
+    ending: str
+    named: bool
+    by_kind: bool
+    blocks: float
+    methods: list[dict[str, Any]]
+
+
+OWN = {
+    "kinds": Own(", own text by kind", False, True, 1 / 4, [
+        {"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "scale", "none"]},
+        {"method": "pooled", **CONTRIBUTION, "repair": ["ridge", "none"]},
+    ]),
+    "all": Own(", all corpora", True, True, 5 / 24, [{"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "none"]}]),
+    "own": Own(", own text", False, False, 2, [  # of one corpus coverage is the pooled choice
+        {"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "scale", "none"]},
+        {"method": "pooled", "saliency": "reap"},
+        {"method": "expert-sparsity"},
+    ]),
+}  # fmt: skip
+
+
+def grid(args: argparse.Namespace, scratch: Path, own: tuple[str, str] | None = None) -> dict[str, Any]:
+    """The configuration of the comparison; with ``own``, a key of `OWN` and a model, that of this one on its own text."""
     calibrations, held_out = sources(args.data, scratch)
     texts = [name for group in GROUPS.values() for name in group]
-    corpora = calibrations["wikitext2+c4"]
+    corpora = [f"{n}={path}" for n, path in calibrations["wikitext2+c4"].items()]
+    methods, sequences, models = METHODS, args.sequences, args.models
+    if own:
+        way, models = OWN[own[0]], [own[1]]
+        file, folder = written(args, own[1])
+        corpora = [*(corpora if way.named else ()), f"self={folder if way.by_kind else file}"]
+        methods, sequences = way.methods, round(args.sequences * way.blocks)
     return {
-        "models": [f"shipped:{name}" for name in ([own] if own else args.models)],
-        "calibration": [[f"self={written(args, own)}"] if own else [f"{n}={path}" for n, path in corpora.items()]],
-        "samples": list(range(args.samples)), "sequences": args.sequences * (len(corpora) if own else 1), "length": LENGTH,
-        "batch_size": 16, "search_tokens": 8192, "methods": OWN_METHODS if own else METHODS, "retain": [0.25, 0.5, 0.75],
+        "models": [f"shipped:{name}" for name in models], "calibration": [corpora],
+        "samples": list(range(args.samples)), "sequences": sequences, "length": LENGTH,
+        "batch_size": 16, "search_tokens": 8192, "methods": methods, "retain": [0.25, 0.5, 0.75],
         "perplexity": [f"{n}={held_out[n]}" if held_out[n] else n for n in texts], "window": LENGTH, "windows": args.windows,
     }  # fmt: skip
 
 
-def written(args: argparse.Namespace, model: str) -> Path:
-    """The file of text that a model writes, of which every calibration sample takes its part; made if it is not there."""
-    path: Path = args.run / "self" / f"{model}.jsonl"
+def written(args: argparse.Namespace, model: str) -> tuple[Path, Path]:
+    """The file of text that a model writes and the folder of its kinds; made if they are not there."""
+    path: Path = args.run / "text" / f"{model}.jsonl"
+    folder = path.with_suffix("")
+    structure = read_structure(shipped_model(model))
     if not path.exists():
-        structure = read_structure(shipped_model(model))
-        rows = 2 * args.sequences * max(args.samples, 1)
-        write_generated(structure, load_model(structure), path, sequences=rows, length=LENGTH, seed=0, batch_size=48)
-    return path
+        write_generated(structure, load_model(structure), path, sequences=ROWS, length=LENGTH, seed=1, batch_size=48)
+    if not folder.exists():
+        corpus = load_corpus("self", path, structure=structure)
+        ends = [int(structure.checkpoint.text_config["eos_token_id"])]
+        kinds, typical = split(corpus, ends)
+        write_kinds(folder, corpus, kinds, [list(map(str, ids)) for ids in typical], length=LENGTH, ends=ends)
+    return path, folder
 
 
 @dataclass(frozen=True)
@@ -109,7 +151,7 @@ def found_on(run: Path, model: str) -> dict[tuple[float, str], list[Found]]:
     """By budget and ``near`` or ``far``, every method of a model, the first one first; p after Holm's correction."""
     cells: list[dict[str, Any]] = []
     nll: dict[str, dict[str, Any]] = {}
-    for folder, ending in ((run / "self" / model, OWN), (run, "")):
+    for folder, ending in [*((run / name / model, own.ending) for name, own in OWN.items()), (run, "")]:
         for cell in json.loads((folder / "results.json").read_text())["cells"]:
             if cell["model"] == model and cell["status"] == "done" and cell["id"] not in nll:
                 (windows,) = Evaluation.load(folder / "cells" / cell["id"]).windows.values()
@@ -171,7 +213,8 @@ def draw(found: dict[str, dict[tuple[float, str], list[Found]]], path: Path) -> 
 
     budgets = sorted({retain for by in found.values() for retain, _ in by})[:2]
     with rc_context(STYLE):
-        figure = page(9.0, 2.4 + 2.8 * len(found), "Log-perplexity gap to the full model as a share of TB-Coverage (reap)'s: what repair leaves of it")  # fmt: skip
+        rows = len({row.label for by in found.values() for some in by.values() for row in some})
+        figure = page(9.0, 2.2 + (0.6 + 0.21 * rows) * len(found), "Log-perplexity gap to the full model as a share of TB-Coverage (reap)'s: what repair leaves of it")  # fmt: skip
         for number, (model, by) in enumerate(found.items()):
             for column, retain in enumerate(budgets):
                 axes = figure.add_subplot(len(found), len(budgets), number * len(budgets) + column + 1)
@@ -208,9 +251,9 @@ def main() -> None:
     args.data, args.run = args.data.absolute(), args.run.absolute()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "repair.yaml"
-        for own in (None, *args.models):
+        for own in (None, *((name, model) for name in OWN for model in args.models)):
             path.write_text(yaml.safe_dump(grid(args, Path(scratch), own), sort_keys=False))
-            folder = args.run / "self" / own if own else args.run
+            folder = args.run.joinpath(*own) if own else args.run
             for cell, reason in compare(read(path, {}), folder, jobs=args.jobs).failures.items():
                 print(f"FAILED {cell}: {reason}")
     found = {model: found_on(args.run, model) for model in args.models}

@@ -24,6 +24,7 @@ from moecover.evaluate_verb import add_verb as add_evaluate
 from moecover.generate_verb import add_verb as add_generate
 from moecover.interrupts import behind
 from moecover.servers import SERVERS
+from moecover.split_verb import add_verb as add_split
 from moecover.verbs import KEEP_INPUTS, VERBS
 
 EPILOG = """examples:
@@ -52,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group = parser.add_argument_group("corpora and the pass over them")
-    group.add_argument("--corpus", action="append", default=[], metavar="NAME[=PATH]", required=required, help="a named corpus (moecover ls corpora), or NAME=PATH of a .txt, .jsonl, .jsonl.gz or .parquet file; repeat it: corpora are kept apart")  # fmt: skip
+    group.add_argument("--corpus", action="append", default=[], metavar="NAME[=PATH]", required=required, help="a named corpus (moecover ls corpora), or NAME=PATH of a .txt, .jsonl, .jsonl.gz or .parquet file, or of a folder of them, each a corpus; repeat it: corpora are kept apart")  # fmt: skip
     group.add_argument("--sequences", type=int, metavar="N", help="blocks per corpus (default: up to 128; all rows of input_ids); fewer than N is an error")  # fmt: skip
     group.add_argument("--length", type=int, metavar="N", help="tokens per block of text (default: 2048, or the model's positions if fewer)")  # fmt: skip
     group.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 4)")
@@ -137,6 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--for", dest="server", choices=SERVERS, help="also say what this server would lack at every size")
 
     add_generate(verb, _add_device)
+    add_split(verb)
 
     p = verb("profile", "run corpora through a model and record the statistics of every expert")
     model(p)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moecover.corpora import set_folder, set_name
 from moecover.corpus import Corpus, load_tokenizer
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.evaluation import evaluate
@@ -107,7 +108,7 @@ class Planning:
     @property
     def folder(self) -> str:
         """Of the profile, within the run."""
-        return f"profiles/{self.model}/{'+'.join(c.name for c in self.corpora)}-{self.sample}"
+        return f"profiles/{self.model}/{set_folder([c.name for c in self.corpora])}-{self.sample}"
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ def _planning(table: _Table, job: Planning) -> Iterator[Any]:
         made = _profiled(table, job.model, job.folder, job.corpora, searches=searches)
     except Exception as error:
         for cell in job.cells:
-            yield Failure(cell, f"profiling {', '.join(c.name for c in job.corpora)}: {why(error)}")
+            yield Failure(cell, f"profiling {set_name([c.name for c in job.corpora], ', ')}: {why(error)}")
         return
     groups: dict[str, list[Cell]] = {}
     for cell in job.cells:

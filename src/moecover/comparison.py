@@ -43,7 +43,7 @@ from moecover.comparing import (
     tasks_of,
     write_cell,
 )
-from moecover.corpora import parse_corpora
+from moecover.corpora import parse_corpora, set_name
 from moecover.corpus import Corpus, load_corpus
 from moecover.crew import Died, work
 from moecover.demo import shipped_model
@@ -201,7 +201,7 @@ def _prepare(asked: Asked, model: _Model) -> None:
                 model.texts += (text,)
         for calibration, sample in wanted:
             at = ("calibration", [tuple(corpora_of(c)) for c in config.calibration].index(calibration))
-            with progress.spinner(f"{entry.name}: reading corpora {' and '.join(calibration)}, sample {sample}"):
+            with progress.spinner(f"{entry.name}: reading corpora {set_name(calibration, ' and ')}, sample {sample}"):
                 corpora = tuple(
                     load_corpus(n, p or None, structure=structure, sequences=config.sequences, length=config.length, seed=sample)
                     for n, p in sources[calibration].items()

@@ -1,12 +1,14 @@
 """Where text comes from: reads the hub, the package, the standard library or a file, gives documents or rows.
 
-A named corpus is one row of `CORPORA`. A file is read by its ending: .txt, .jsonl, .jsonl.gz or .parquet.
+A named corpus is one row of `CORPORA`. A file is read by its ending: .txt, .jsonl, .jsonl.gz or .parquet. A folder of such files is one
+corpus a file, NAME-1, NAME-2 and so on after the files 1.jsonl, 2.jsonl.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import sysconfig
 import zlib
@@ -123,7 +125,7 @@ def stdlib_documents(*, held_out: bool) -> Iterator[str]:
 
 
 def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
-    """Names and sources from ``NAME`` and ``NAME=PATH`` arguments.
+    """Names and sources from ``NAME`` and ``NAME=PATH`` arguments; of a folder, every file of it.
 
     Raises:
         InputError: unknown name, name given twice, or a name that cannot stand in a tensor name.
@@ -133,8 +135,6 @@ def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, path = argument.partition("=")
         if not name or ("/" in name and equals):
             raise InputError(f"--corpus {argument}: give NAME=PATH for a file, or one of {', '.join(CORPORA)}")
-        if name in sources:
-            raise InputError(f"--corpus {name} is given twice. Corpora are kept apart by name: give each its own")
         if equals and not path:
             raise InputError(f"--corpus {argument}: no path after the equals sign")
         if not equals and name not in CORPORA:
@@ -143,7 +143,10 @@ def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
                     f"--corpus {name}: give the file a name, as --corpus {Path(name).name.partition('.')[0]}={name}"
                 )
             raise unknown_name("corpus", name, CORPORA)
-        sources[name] = path
+        for one, file in each_file(name, path).items():
+            if one in sources:
+                raise InputError(f"--corpus {one} is given twice. Corpora are kept apart by name: give each its own")
+            sources[one] = file
     if not sources:
         raise InputError(f"no corpus. Give at least one --corpus NAME or NAME=PATH; named ones: {', '.join(CORPORA)}")
     for path in filter(None, sources.values()):
@@ -152,6 +155,47 @@ def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
         if not path.endswith(SUFFIXES):
             raise InputError(f"corpus file {path}: unknown ending. Allowed: {', '.join(SUFFIXES)}")
     return sources
+
+
+def each_file(name: str, path: str) -> dict[str, str]:
+    """The files of a folder, each a corpus NAME-FILE in the order of numbers in their names; else the source itself.
+
+    Raises:
+        InputError: the folder has no file that can be read.
+    """
+    if not (path and Path(path).is_dir()):
+        return {name: path}
+    files = {p.name[: -len(ending)]: p for p in Path(path).iterdir() for ending in SUFFIXES if p.name.endswith(ending) and p.is_file()}  # fmt: skip
+    if not files:
+        raise InputError(f"corpus folder {path} holds no file. Allowed: {', '.join(SUFFIXES)}")
+    order = sorted(files, key=lambda stem: (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, stem))
+    return {f"{name}-{stem}": str(files[stem]) for stem in order}
+
+
+def in_rows(corpora: Sequence[str]) -> list[str]:
+    """Names of corpora, those that are numbered in a row as one: self-1..8."""
+
+    def row(placed: tuple[int, str]) -> tuple[str, int | None]:
+        place, name = placed
+        stem, _, number = name.rpartition("-")
+        return (stem, int(number) - place) if stem and number.isdecimal() else (name, None)
+
+    parts = []
+    for _, members in itertools.groupby(enumerate(corpora), key=row):
+        names = [name for _, name in members]
+        parts.append(names[0] if len(names) == 1 else f"{names[0]}..{names[-1].rpartition('-')[2]}")
+    return parts
+
+
+def set_name(corpora: Sequence[str], joint: str = "+") -> str:
+    """The corpora of a calibration set as one name, see `in_rows`."""
+    return joint.join(in_rows(corpora))
+
+
+def set_folder(corpora: Sequence[str]) -> str:
+    """The same as a part of a file name: what is too long for one ends in a hash."""
+    name = set_name(corpora)
+    return name if len(name.encode()) <= 100 else f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:

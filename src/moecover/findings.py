@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from moecover.corpora import set_name
 from moecover.errors import InputError
 
 RESULTS, USAGE, SCHEMA = "results.json", "usage.json", 1
@@ -358,7 +359,7 @@ def _names(cells: Sequence[Cell]) -> dict[str, str]:
     for cell in cells:
         calibrations.setdefault(cell.label, set()).add(tuple(cell.calibration))
     return {
-        cell.id: f"{cell.label} on {' + '.join(cell.calibration)}" if len(calibrations[cell.label]) > 1 and cell.calibration else cell.label
+        cell.id: f"{cell.label} on {set_name(cell.calibration, ' + ')}" if len(calibrations[cell.label]) > 1 and cell.calibration else cell.label
         for cell in cells
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from moecover.corpora import parse_corpora
+from moecover.corpora import each_file, parse_corpora, set_folder, set_name
 from moecover.errors import InputError
 from moecover.planning import DEFAULT_SALIENCY, METHODS, check_options
 from moecover.plans import resolve_keep
@@ -149,7 +149,7 @@ class Config(BaseModel):
         """The values that may occur only once, by what a message calls them."""
         return {
             "`models`": [m.name for m in self.models],
-            "`calibration`": ["+".join(corpora_of(c)) for c in self.calibration],
+            "`calibration`": [set_name(corpora_of(c)) for c in self.calibration],
             **{
                 f"`{n}`": getattr(self, n) or []
                 for n in ("samples", "seeds", "saliencies", "repairs", "retain", "keep", "tasks")
@@ -163,8 +163,8 @@ class Config(BaseModel):
 
 
 def corpora_of(arguments: Sequence[str]) -> list[str]:
-    """Names of ``NAME`` and ``NAME=PATH`` arguments."""
-    return [argument.partition("=")[0] for argument in arguments]
+    """Names of ``NAME`` and ``NAME=PATH`` arguments; of a folder, one of every file."""
+    return [name for argument in arguments for name in each_file(*argument.partition("=")[::2])]
 
 
 # ---------------------------------------------------------------------------------------------------------- YAML, flags
@@ -433,7 +433,7 @@ class Cell:
         """Name of the cell's folder: the same in every grid that has the cell."""
         if self.variant is None:
             return f"{self.model}-{FULL}"
-        text = f"-{'+'.join(self.calibration)}-{self.sample}" if self.calibration else ""
+        text = f"-{set_folder(self.calibration)}-{self.sample}" if self.calibration else ""
         seed = f"-seed{self.seed}" if self.seed is not None else ""
         return f"{self.model}-{slug(self.variant.label)}{text}-keep{self.keep}{seed}"
 
@@ -442,7 +442,7 @@ class Cell:
         """The cell in a line of log."""
         if self.variant is None:
             return f"{self.model}, full model"
-        parts = [self.model, self.label, f"{self.keep} experts", *(["+".join(self.calibration)] if self.calibration else [])]  # fmt: skip
+        parts = [self.model, self.label, f"{self.keep} experts", *([set_name(self.calibration)] if self.calibration else [])]  # fmt: skip
         parts += [f"sample {self.sample}"] if self.sample else []
         return ", ".join([*parts, *([f"seed {self.seed}"] if self.seed is not None else [])])
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moecover.comparing import CELL, DONE, SCHEMA
+from moecover.corpora import set_name
 from moecover.evaluations import Evaluation, Row
 from moecover.files import write_text
 from moecover.grid import FULL, Cell
@@ -61,7 +62,7 @@ def tidy(cells: Iterable[Read]) -> Iterator[Tidy]:
     for about, evaluation in cells:
         if evaluation is None:
             continue
-        at = {k: about[k] for k in COLUMNS if k in about} | {"calibration": "+".join(about["calibration"])}
+        at = {k: about[k] for k in COLUMNS if k in about} | {"calibration": set_name(about["calibration"])}
         (row,) = evaluation.rows
         yield {**at, "kind": "size", "name": "checkpoint", "metric": "bytes", "value": row.num_bytes, "stderr": None, "n": None}  # fmt: skip
         for name, text in row.perplexity.items():
@@ -198,7 +199,7 @@ def markdown(results: dict[str, Any], found: Sequence[Read], usages: Sequence[di
 def _chapter(model: dict[str, Any], mine: Sequence[tuple[dict[str, Any], Evaluation]], results: dict[str, Any]) -> str:
     groups: dict[tuple[int, str, str], list[tuple[dict[str, Any], Evaluation]]] = {}
     for about, evaluation in mine:
-        groups.setdefault((about["keep"], about["label"], " + ".join(about["calibration"])), []).append((about, evaluation))  # fmt: skip
+        groups.setdefault((about["keep"], about["label"], set_name(about["calibration"], " + ")), []).append((about, evaluation))  # fmt: skip
     several = len({calibration for _, _, calibration in groups if calibration}) > 1
     parts = [f"## {model['name']}\n\n{model['experts']} experts a layer, top-{model['top_k']}, {model['layers']} layers, {model['num_bytes'] / 1e6:,.1f} MB.\n"]  # fmt: skip
     for title, measures in _measures(results["texts"], results["tasks"]).items():

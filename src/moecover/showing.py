@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from moecover.corpora import in_rows, set_name
 from moecover.findings import (
     Cell,
     Comparison,
@@ -269,7 +270,7 @@ class _Names:
     def against(self, c: Comparison) -> Value:
         """Which methods are compared."""
         name = c.b if self.alone else f"{c.a} against {c.b}"
-        name += f", calibrated on {' + '.join(c.calibration)}" if self.calibrated else ""
+        name += f", calibrated on {set_name(c.calibration, ' + ')}" if self.calibrated else ""
         return Value(name, name.casefold())
 
 
@@ -493,7 +494,7 @@ def failed_table(run: Run) -> Table | None:
     body = tuple(
         (
             Value(c.model, c.model.casefold()), Value(c.label, c.label.casefold()), Value(share_text(c.retain), c.retain),
-            Value(" + ".join(c.calibration) or "–"), Value(c.reason or "no reason was recorded"), Value(c.id, c.id),
+            Value(set_name(c.calibration, " + ") or "–"), Value(c.reason or "no reason was recorded"), Value(c.id, c.id),
         )
         for c in cells
     )  # fmt: skip
@@ -660,5 +661,5 @@ def coordinates_in_words(cells: Sequence[Cell]) -> str:
     if not pruned:
         return "No pruned variant was asked for."
     text = f"{plural(len(labels), 'method')} at {words_of(budgets)} of the experts"
-    text += f", calibrated on {words_of(corpora)}" if corpora else ""
+    text += f", calibrated on {words_of(in_rows(corpora))}" if corpora else ""
     return f"{text}, {plural(len(samples), 'calibration sample')}." if len(samples) > 1 else f"{text}."

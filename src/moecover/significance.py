@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moecover.corpora import set_name
 from moecover.errors import InputError
 
 if TYPE_CHECKING:
@@ -434,7 +435,7 @@ def _words(
     def size(value: float) -> str:
         return f"{number(value)} {'points' if tasks else '%'}"
 
-    where = f"At {100 * at['retain']:g} % of the experts{', calibrated on ' + ' + '.join(at['calibration']) if several else ''}, "  # fmt: skip
+    where = f"At {100 * at['retain']:g} % of the experts{', calibrated on ' + set_name(at['calibration'], ' + ') if several else ''}, "  # fmt: skip
     on = f"on the {at['name']}" if at["name"].startswith("mean of") else f"on {at['name']}"
     on = on if tasks else f"in perplexity {on}"
     a, b = at["a"], at["b"]

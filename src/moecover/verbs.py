@@ -18,6 +18,7 @@ from moecover.compare_verb import compare_verb
 from moecover.errors import InputError
 from moecover.evaluate_verb import evaluate_verb
 from moecover.generate_verb import generate_verb
+from moecover.split_verb import split_verb
 
 KEEP_INPUTS = 8192  # tokens that a search runs on when nothing else is said
 
@@ -608,7 +609,7 @@ def _merge(args: argparse.Namespace) -> tuple[Any, str, int]:
 
 
 VERBS = {
-    "inspect": _inspect, "generate": generate_verb, "profile": _profile, "merge": _merge, "plan": _plan, "explain": _explain, "prune": _prune, "verify": _verify,
+    "inspect": _inspect, "generate": generate_verb, "split": split_verb, "profile": _profile, "merge": _merge, "plan": _plan, "explain": _explain, "prune": _prune, "verify": _verify,
     "evaluate": evaluate_verb, "compare": compare_verb, "report": _report, "demo": _demo, "ls": _ls,
 }  # fmt: skip
 
