@@ -282,3 +282,17 @@ def test_the_verb(small_profile: Profile, tmp_path: Path, capsys: pytest.Capture
         command = ["explain", str(tmp_path / "plan.json"), "--profile", str(tmp_path / "p"), *extra]
         assert main(command) == 2
         assert message in capsys.readouterr().err
+
+
+def test_many_corpora_are_a_matrix() -> None:
+    """Above the diagonal what is below it, and the same numbers that few corpora have a line each for."""
+    rng = np.random.default_rng(0)
+    profile = made_of({f"c{i}": rng.gamma(0.5, size=(2, 6)).tolist() for i in range(6)})
+    facts = explain(plan(profile, keep=3), profile=profile)
+    text = text_of(facts)
+    assert "Kendall" not in text
+    lines = [line.split() for line in text.split("mean over layers:\n")[1].split("\n\n")[0].splitlines()[2:]]
+    table = np.array([[float(v) for v in (*line[1 : 1 + i], "nan", *line[1 + i :])] for i, line in enumerate(lines)])
+    np.testing.assert_array_equal(table, table.T)
+    for (i, one), (j, two) in combinations(enumerate(facts["corpora"]), 2):
+        assert table[i, j] == round(facts["overall"]["agreement"][f"{one} | {two}"]["jaccard"], 2)

@@ -159,11 +159,12 @@ def test_many_pairs_are_told_apart_and_odd_names_are_drawn(tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw(facts, tmp_path)
-    figure = overlap_picture(facts)
+    few = dataclasses.replace(profile, statistics=dict(list(profile.statistics.items())[:5]))
+    figure = overlap_picture(facts_of(few, 4))
     looks = {(x.get_color(), x.get_marker(), x.get_linestyle()) for x in figure.axes[0].lines}
-    assert len(looks) == 15 + 1
+    assert len(looks) == 10 + 1
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(set(shown)) == 15 + 1
+    assert len(set(shown)) == 10 + 1
     assert "_hidden and \\u4e2d\\u6587" in shown
 
 
@@ -230,6 +231,20 @@ def test_curves_show_the_facts_and_gaps() -> None:
     never = {**facts, "stability": {**facts["stability"], "enough_tokens": None}}
     (axis,) = stability_picture(never).axes
     assert "may not be enough" in axis.figure.get_suptitle()
+
+
+def test_many_corpora_are_a_matrix() -> None:
+    """Of means over layers, each pair on both sides; a pair without a number has none."""
+    facts = facts_of(made_of(3, 8, 6), 4)
+    pairs = facts["overall"]["agreement"]
+    pairs["corpus1 | corpus4"]["spearman"] = None
+    first, second = overlap_picture(facts).axes
+    table, order = (axes.get_images()[0].get_array() for axes in (first, second))
+    for (i, one), (j, two) in combinations(enumerate(facts["corpora"]), 2):
+        assert table[i, j] == table[j, i] == pairs[f"{one} | {two}"]["jaccard"]
+    assert order.mask[1, 4]
+    assert [t.get_text() for t in second.texts].count("-") == 2
+    assert len(overlap_picture(facts_of(made_of(3, 8, 5), 4)).axes[0].lines) == 10 + 1
 
 
 @pytest.mark.parametrize("layers, experts, corpora", [(61, 256, 5), (2, 6, 1), (1, 2, 7)])

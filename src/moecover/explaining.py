@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Utility = dict[str, NDArray[np.float64]]
 
 CHANGE = 0.02  # share of the kept experts that may still change in a stable plan
+MOST_PAIRS = 10  # of corpora, that have a line each; more are a matrix
 
 
 def utility_by_corpus(plan: Plan, profile: Profile | None, saliency: str | None) -> tuple[str, Utility]:
@@ -270,6 +271,12 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def pair_of(facts: Mapping[str, Any], one: str, two: str) -> str:
+    """The key of two corpora in ``agreement``."""
+    first, second = sorted((one, two), key=facts["corpora"].index)
+    return f"{first} | {second}"
+
+
 def _span(values: Sequence[int]) -> str:
     return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
@@ -290,7 +297,11 @@ def text_of(facts: Mapping[str, Any], *, layers: bool = False) -> str:
     best = overall["guarantee"]
     holds = f"every corpus keeps its best {best} experts" if best > 1 else "every corpus keeps its best expert" if best else "nothing: somewhere a corpus loses its best expert"  # fmt: skip
     parts.append(f"Guarantee in every layer: {holds}. Places filled by the method's own order, a layer: {_span([len(row['filled']) for row in rows])}.")  # fmt: skip
-    if overall["agreement"]:
+    if len(overall["agreement"]) > MOST_PAIRS:
+        overlap = {pair: v["jaccard"] for pair, v in overall["agreement"].items()}
+        table = [[c, *("" if c == other else _number(overlap[pair_of(facts, c, other)]) for other in corpora)] for c in corpora]  # fmt: skip
+        parts.append(f"Overlap of the best {facts['keep']} experts of two corpora, mean over layers:\n{_table(['', *corpora], table)}")  # fmt: skip
+    elif overall["agreement"]:
         table = [
             [pair.replace(" | ", " and "), _number(v["jaccard"]), _number(v["spearman"]), _number(v["kendall"])]
             for pair, v in overall["agreement"].items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from moecover.drawing import (
     short,
 )
 from moecover.errors import InputError
+from moecover.explaining import MOST_PAIRS
 from moecover.files import explained, write_bytes
 from moecover.heatmap import utility_picture
 
@@ -123,10 +125,12 @@ def expected_overlap(keep: int, experts: int) -> float:
 
 
 def overlap_picture(facts: Mapping[str, Any]) -> Figure:
-    """By decoder layer, how far the corpora agree: on their best experts, and on the order of all."""
+    """By decoder layer, how far the corpora agree: on their best experts, and on the order of all; of many, mean over layers."""
     rows, keep = facts["layers"], facts["keep"]
     layers = [row["decoder_layer"] for row in rows]
     pairs = list(itertools.combinations(facts["corpora"], 2))
+    if len(pairs) > MOST_PAIRS:
+        return _agreement_of_all(facts)
     names = [f"{short(a)} and {short(b)}" for a, b in pairs]
     legend = 0.9 + 0.085 * max(len(name) for name in names)
     width = min(12.0, max(5.5, 4 + 0.12 * len(rows))) + legend
@@ -153,6 +157,30 @@ def overlap_picture(facts: Mapping[str, Any]) -> Figure:
         axes.grid(axis="y")
     layer_axis(lower, layers)
     figure.legend([*lines, reference], [*names, "expected of random choice"], loc="outside right upper")
+    return figure
+
+
+def _agreement_of_all(facts: Mapping[str, Any]) -> Figure:
+    """Two matrices of corpora against corpora, mean over the layers: overlap of the best experts, agreement on the order of all."""
+    corpora, keep = facts["corpora"], facts["keep"]
+    side = max(3.2, 0.42 * len(corpora) + 0.07 * max(map(len, corpora)))
+    title = f"How far the corpora agree on their best {keep} of {facts['experts']} experts, mean over {len(facts['layers'])} layers"  # fmt: skip
+    figure = page(2 * side + 1.0, side + 1.3, title)
+    chance = f"{expected_overlap(keep, facts['experts']):.2f}"
+    parts = {"jaccard": f"overlap of the best {keep} (Jaccard index), of random choice {chance}", "spearman": "agreement on the order of all\n(Spearman's rank correlation), of random order 0"}  # fmt: skip
+    for axes, (measure, label) in zip(figure.subplots(1, 2, sharey=True), parts.items(), strict=True):
+        table = np.full((len(corpora), len(corpora)), np.nan)
+        for (i, one), (j, two) in itertools.combinations(enumerate(corpora), 2):
+            value = facts["overall"]["agreement"][f"{one} | {two}"][measure]
+            table[i, j] = table[j, i] = np.nan if value is None else value
+        axes.imshow(table, cmap="cividis", vmin=min(0.0, np.nanmin(table, initial=0.0)), vmax=1.0)
+        for i, j in np.ndindex(table.shape):
+            if i != j:
+                known = not np.isnan(table[i, j])
+                axes.text(j, i, f"{table[i, j]:.2f}"[1 if 0 <= table[i, j] < 0.995 else 0 :] if known else "-", ha="center", va="center", fontsize=8, color="black" if known and table[i, j] > 0.5 else "white" if known else REFERENCE)  # fmt: skip
+        axes.set_xticks(range(len(corpora)), list(map(short, corpora)), rotation=90)
+        axes.set_yticks(range(len(corpora)), list(map(short, corpora)))
+        axes.set_title("\n".join(textwrap.wrap(label, 44)), fontsize=9)
     return figure
 
 
