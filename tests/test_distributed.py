@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moecover import cli, fitting
+from moecover import cli, distributed, fitting
 from moecover.errors import InputError
 from moecover.profiles import COUNTS, MAXIMA, Profile
 from moecover.topology import read_structure
@@ -148,6 +150,28 @@ def test_two_machines(job, tmp_path: Path, whole: bool) -> None:
         _, log = process.communicate(timeout=120)
         assert process.returncode == 0, log
     close(Profile.load(tmp_path / "many"), Profile.load(tmp_path / "one"))
+
+
+def test_no_thread_uses_the_store_any_more_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that exits meanwhile is aborted, and torchrun on the other machines waits for minutes."""
+
+    class Slow:
+        def add(self, key: str, amount: int) -> int:
+            if key.startswith("alive"):
+                time.sleep(0.3)
+            return 2
+
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+    monkeypatch.setattr(distributed, "_store", Slow)
+    monkeypatch.setattr(distributed, "PULSE", 0.01)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr("torch.distributed.PrefixStore", lambda prefix, store: store)
+    before = set(threading.enumerate())
+    with distributed.joined(distributed.World(1, 2, 0, 1), "cpu"):
+        assert len(set(threading.enumerate()) - before) == 1
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("arguments, message", [(["ls", "methods"], "only profile runs in several"), (["profile", "x", "--corpus", "web", "-o", "y"], "is not a number in the environment")])  # fmt: skip

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(minutes=10)  # of one operation, which starts when all are there; and to reach the store
 PULSE = 5.0  # seconds between two signs of life
 SILENCE = 300.0  # seconds without one, after which a process counts as gone
+GRACE = 30.0  # seconds for the thread to end: a process that exits while it waits for the store is aborted by the C++ runtime
 GONE = "another process of the job is gone: its own line or torchrun's report says which"
 STOPPED = "stopped with the job: another process of it is gone, or torchrun was ended"
 _lost: list[str] = []  # why the job cannot be finished, as far as the thread has seen
@@ -187,6 +188,8 @@ def joined(here: World, device: str) -> Iterator[None]:
         yield
     finally:
         over.set()
+        if watch.ident is not None:
+            watch.join(GRACE)
         with contextlib.suppress(RuntimeError):
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,4 +76,7 @@ def generate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     lines = [f"{args.output}: {sequences} sequences of {length} tokens, for --corpus self={args.output}"]
     if (tokenizer := load_tokenizer(structure.checkpoint.path)) is not None:
         lines += [f"  {' '.join(tokenizer.decode(row[:40]).split())[:100]} ..." for row in made.tokens[:SHOWN]]
+    lines.append(
+        f"next: moecover split {shlex.quote(args.model)} --corpus self={shlex.quote(str(args.output))} -o kinds"
+    )
     return {"output": str(args.output), **made.record}, "\n".join(lines), 0

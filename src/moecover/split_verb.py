@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def split_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
         facts = write_kinds(output, corpus, kinds, words, length=length, ends=ends)
     lines = [f"{args.output}: {len(facts)} kinds of text, for --corpus {name}={args.output}"]
     lines += [f"  {name}-{n}  {kind['share']:4.0%}  {kind['rows']:>5} rows  {' '.join(kind['words'][:SHOWN])}" for n, kind in enumerate(facts, 1)]  # fmt: skip
-    lines.append(f"next: moecover profile {args.model} --corpus {name}={args.output} --sequences {min(k['rows'] for k in facts)} -o profile")  # fmt: skip
+    lines.append(f"next: moecover profile {shlex.quote(args.model)} --corpus {shlex.quote(f'{name}={args.output}')} --sequences {min(k['rows'] for k in facts)} -o profile")  # fmt: skip
     return {"output": str(args.output), "kinds": facts}, "\n".join(lines), 0
 
 
