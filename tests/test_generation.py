@@ -167,7 +167,8 @@ def test_the_verb_writes_a_corpus_that_a_profile_takes(checkpoints: Callable[...
     status, out, _ = run(capsys, "generate", model, "-o", path, "--sequences", 5, "--length", 24)
     assert status == 0
     assert out.startswith(f"{path}: 5 sequences of 24 tokens")
-    assert len(out.splitlines()) == 4  # the beginnings of three
+    assert len(out.splitlines()) == 5  # the beginnings of three, and what comes next
+    assert out.splitlines()[-1] == f"next: moecover split {model} --corpus self={path} -o kinds"
     found = load_corpus("self", path, structure=read_structure(model))
     assert found.tokens.shape == (5, 24)
     status, out, _ = run(capsys, "generate", model, "-o", path, "--sequences", 5, "--length", 24, "--overwrite", "--json")  # fmt: skip
