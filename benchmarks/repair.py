@@ -84,11 +84,7 @@ OWN = {
         {"method": "pooled", **CONTRIBUTION, "repair": ["ridge", "none"]},
     ]),
     "all": Own(", all corpora", True, True, 5 / 24, [{"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "none"]}]),
-    "own": Own(", own text", False, False, 2, [  # of one corpus coverage is the pooled choice
-        {"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "scale", "none"]},
-        {"method": "pooled", "saliency": "reap"},
-        {"method": "expert-sparsity"},
-    ]),
+    "own": Own(", own text", False, False, 2, [{"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "none"]}]),
 }  # fmt: skip
 
 
