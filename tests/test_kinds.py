@@ -139,6 +139,10 @@ def test_a_folder_is_a_corpus_a_file(tmp_path: Path) -> None:
     assert list(parse_corpora([f"x={tmp_path}", "c4"])) == ["x-1", "x-2", "x-10", "x-rest", "c4"]
     assert each_file("x", str(tmp_path))["x-2"] == str(tmp_path / "2.jsonl")
     assert corpora_of([f"x={tmp_path}", "c4"]) == ["x-1", "x-2", "x-10", "x-rest", "c4"]
+    (tmp_path / "2.txt").write_text("")
+    with pytest.raises(InputError, match="holds 2.jsonl and 2.txt, which would both be corpus x-2. Rename one"):
+        parse_corpora([f"x={tmp_path}"])
+    (tmp_path / "2.txt").unlink()
     with pytest.raises(InputError, match="--corpus x-2 is given twice"):
         parse_corpora([f"x-2={tmp_path}/2.jsonl", f"x={tmp_path}"])
     (tmp_path / "empty").mkdir()

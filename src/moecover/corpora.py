@@ -161,11 +161,18 @@ def each_file(name: str, path: str) -> dict[str, str]:
     """The files of a folder, each a corpus NAME-FILE in the order of numbers in their names; else the source itself.
 
     Raises:
-        InputError: the folder has no file that can be read.
+        InputError: the folder has no file that can be read, or two of one name.
     """
     if not (path and Path(path).is_dir()):
         return {name: path}
-    files = {p.name[: -len(ending)]: p for p in Path(path).iterdir() for ending in SUFFIXES if p.name.endswith(ending) and p.is_file()}  # fmt: skip
+    files: dict[str, Path] = {}
+    for file in sorted(Path(path).iterdir()):
+        stem = next((file.name[: -len(ending)] for ending in SUFFIXES if file.name.endswith(ending)), None)
+        if stem is None or not file.is_file():
+            continue
+        if stem in files:
+            raise InputError(f"corpus folder {path} holds {files[stem].name} and {file.name}, which would both be corpus {name}-{stem}. Rename one")  # fmt: skip
+        files[stem] = file
     if not files:
         raise InputError(f"corpus folder {path} holds no file. Allowed: {', '.join(SUFFIXES)}")
     order = sorted(files, key=lambda stem: (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, stem))

@@ -29,7 +29,7 @@ TOLERANCE = 1e-2  # a sweep that lowers the objective by a smaller share is the 
 SKETCH = 32  # directions of the output that the penalty is chosen on
 TRIAL_SWEEPS = 2  # for every penalty tried
 CHUNK = 4096  # rows at a time, whose products are added up in float64
-PRODUCTS = 2**24  # numbers of all blocks' outputs that are held at a time
+PRODUCTS = 2**24  # numbers of the blocks' outputs for some tokens that are held at a time
 KINDS = ("scale", "ridge")  # a factor for every block; any weights
 
 
@@ -118,29 +118,40 @@ def _factors(
     import torch
 
     number, hidden, device = len(blocks), residual.shape[1], residual.device
-    products = torch.zeros(2, number, number, dtype=torch.float64, device=device)
-    right = torch.zeros(2, number, dtype=torch.float64, device=device)
+    none = number  # the block of a slot that a token does not need
+    products = torch.zeros(2, (number + 1) ** 2, dtype=torch.float64, device=device)
+    right = torch.zeros(2, number + 1, dtype=torch.float64, device=device)
     energy = torch.zeros(2, dtype=torch.float64, device=device)
+    parts = torch.stack([share * ~held, share * held])
     orders = [torch.argsort(block.tokens) for block in blocks]
     sorted_tokens = [block.tokens[order] for block, order in zip(blocks, orders, strict=True)]
     weights = [block.weight.to(block.features.dtype).T for block in blocks]
-    size = min(max(1, PRODUCTS // (number * hidden)), CHUNK // 4)
+    slots = int(torch.bincount(torch.cat(sorted_tokens)).max())
+    size = min(max(1, PRODUCTS // (slots * hidden)), CHUNK // 4)
     for first in range(0, len(residual), size):
         last = min(first + size, len(residual))
-        outputs = torch.zeros(number, last - first, hidden, dtype=residual.dtype, device=device)
+        outputs = torch.zeros(last - first, slots, hidden, dtype=residual.dtype, device=device)
+        owners = torch.full((last - first, slots), none, device=device)
+        filled = torch.zeros(last - first, dtype=torch.int64, device=device)
         ends = torch.tensor([first, last], device=device)
         for at, block in enumerate(blocks):
             begin, end = torch.searchsorted(sorted_tokens[at], ends).tolist()
-            rows = orders[at][begin:end]
-            outputs[at, sorted_tokens[at][begin:end] - first] = block.features[rows] @ weights[at]
+            tokens = sorted_tokens[at][begin:end] - first
+            outputs[tokens, filled[tokens]] = block.features[orders[at][begin:end]] @ weights[at]
+            owners[tokens, filled[tokens]] = at
+            filled[tokens] += 1
         for some in torch.arange(last - first, device=device).chunk(8):  # a few tokens at a time in float64
-            left, out = residual[first + some].double().flatten(), outputs[:, some].double().flatten(1)
-            for part, mask in enumerate((~held, held)):
-                row_weights = (share * mask)[first + some].repeat_interleave(hidden)
-                weighted = out * row_weights
-                products[part] += weighted @ out.T
-                right[part] += weighted @ left
-                energy[part] += (left.square() * row_weights).sum()
+            left, out, owner = residual[first + some].double(), outputs[some].double(), owners[some]
+            pairs = (owner[:, :, None] * (number + 1) + owner[:, None, :]).flatten(1)
+            of_pairs = torch.zeros(len(some), (number + 1) ** 2, dtype=torch.float64, device=device)
+            of_pairs.scatter_(1, pairs, (out @ out.mT).flatten(1))
+            of_blocks = torch.zeros(len(some), number + 1, dtype=torch.float64, device=device)
+            of_blocks.scatter_(1, owner, (out @ left[:, :, None])[:, :, 0])
+            row_weights = parts[:, first + some]
+            products += row_weights @ of_pairs
+            right += row_weights @ of_blocks
+            energy += row_weights @ left.square().sum(1)
+    products, right = products.view(2, number + 1, number + 1)[:, :number, :number], right[:, :number]
 
     def solved(products: torch.Tensor, right: torch.Tensor, penalty: float) -> torch.Tensor:
         system = (products + penalty * torch.diag(products.diagonal())).cpu()
