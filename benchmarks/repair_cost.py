@@ -1,6 +1,7 @@
 """What a repair costs at real size: time and memory of a layer, beside the profiling pass over the same tokens.
 
-    python -m benchmarks.repair_cost SCRATCH [--shape qwen1.5-moe-a2.7b] [--layers 2] [--tokens 32768] [--keep 30] [--kind ridge]
+    python -m benchmarks.repair_cost SCRATCH [--shape qwen1.5-moe-a2.7b] [--layers 2] [--tokens 32768]
+        [--profile-tokens 32768] [--keep 30] [--kind ridge]
 
 Random weights and tokens in the real shape (`benchmarks.full_size`), few layers, in memory. Profile and repair are
 processes of their own. Prints for both the seconds of the pass (loading not counted) and the peak resident memory, for the
@@ -68,19 +69,21 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen1.5-moe-a2.7b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--profile-tokens", type=int, help="of the profiling pass (default: as many as the repair's)")
     parser.add_argument("--keep", type=int, default=30)
     parser.add_argument("--kind", choices=("scale", "ridge"), default="ridge")
     args = parser.parse_args()
     folder = make(args.shape, args.scratch / f"{args.shape}-{args.layers}", layers=args.layers)
     seconds = {}
     for what in ("profile", args.kind):
-        command = [sys.executable, "-c", PASS, what, str(folder), str(args.tokens), str(args.keep)]
+        tokens = args.profile_tokens or args.tokens if what == "profile" else args.tokens
+        command = [sys.executable, "-c", PASS, what, str(folder), str(tokens), str(args.keep)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
         found = json.loads(done.stdout)
         seconds[what] = found["seconds"]
-        print(f"{what}, {args.layers} layers, {args.tokens:,} tokens: {found['seconds']} s, peak {found['peak'] / 1e9:.2f} GB of which {found['loaded'] / 1e9:.2f} GB the loaded model", flush=True)  # fmt: skip
+        print(f"{what}, {args.layers} layers, {tokens:,} tokens: {found['seconds']} s, peak {found['peak'] / 1e9:.2f} GB of which {found['loaded'] / 1e9:.2f} GB the loaded model", flush=True)  # fmt: skip
         if "bound" in found:
             print(f"  layers {found['layers']} s, of which the fit {found['fits']} s; bound {found['bound'] / 1e9:.2f} GB; {found}")  # fmt: skip
     print(f"repair / profile: {seconds[args.kind] / seconds['profile']:.1f}")
