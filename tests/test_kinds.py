@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -169,7 +170,7 @@ def test_from_the_command_line_to_a_plan(tmp_path: Path, capsys: pytest.CaptureF
     texts = {"web": "The weather of the day is mild, and people walk along the river. ", "code": "def f(x):\n    return self.x[x] + 1\n"}  # fmt: skip
     rows = "".join(json.dumps({"text": text * 30}) + "\n" for text in texts.values() for _ in range(8))
     (tmp_path / "mixed.jsonl").write_text(rows)
-    split_it = ["split", model, "--corpus", f"mixed={tmp_path}/mixed.jsonl", "--kinds", "2", "--length", "64", "-o", str(tmp_path / "kinds")]  # fmt: skip
+    split_it = ["split", model, "--corpus", f"mixed={tmp_path}/mixed.jsonl", "--kinds", "2", "--length", "64", "-o", str(tmp_path / "my kinds")]  # fmt: skip
     assert main([*split_it, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)["kinds"]
     assert [kind["file"] for kind in facts] == ["1.jsonl", "2.jsonl"]
@@ -180,7 +181,7 @@ def test_from_the_command_line_to_a_plan(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*split_it, "--overwrite"]) == 0
     out = capsys.readouterr().out
     assert "mixed-2" in out
-    following = out.split("next: moecover ")[1].split()
+    following = shlex.split(out.split("next: moecover ")[1])
     following[-1] = str(tmp_path / "profile")
     assert main(following) == 0
     plan = ["plan", str(tmp_path / "profile"), "--retain", "0.5", "-o", str(tmp_path / "plan.json")]

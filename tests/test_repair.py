@@ -93,12 +93,16 @@ def dense_factors(blocks: list[Block], target: torch.Tensor, penalty: float) -> 
     return torch.linalg.solve(system, outputs.T @ ((target - output(blocks)) * shares(target)).flatten())
 
 
+@pytest.mark.parametrize("held_share", [0.0, 0.2])
 @pytest.mark.parametrize("penalty", [1e-3, 1.0])
-def test_blocks_in_turn_end_at_the_dense_solution(penalty: float) -> None:
-    """Ridge is least squares towards the original weights times the best factors."""
+def test_blocks_in_turn_end_at_the_dense_solution(penalty: float, held_share: float) -> None:
+    """Ridge is least squares towards the original weights times the best factors, in the end on the held tokens too."""
     blocks = [expert(1, tokens=torch.arange(0, 250)), expert(2, tokens=torch.arange(100, 400)), expert(3, width=9)]
-    target = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    found = fitted(blocks, target, penalties=(penalty,))
+    noise = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    other = {block.name: 1.3 * block.weight + 0.5 * block.weight.flip(1) for block in blocks}
+    target = output(blocks, other) + noise
+    found = fitted(blocks, target, penalties=(penalty,), held_share=held_share)
+    assert found.penalties == {"scale": penalty, "ridge": penalty}
     factors = dense_factors(blocks, target, penalty)
     scaled = {block.name: (1 + factor) * block.weight for block, factor in zip(blocks, factors, strict=True)}
     # Dense: all blocks' features side by side, rows weighted by corpus, the penalty as further rows.
@@ -116,6 +120,66 @@ def test_blocks_in_turn_end_at_the_dense_solution(penalty: float) -> None:
     parts = dense.split([block.weight.shape[1] for block in blocks])
     for block, part in zip(blocks, parts, strict=True):
         torch.testing.assert_close(found.weights[block.name], scaled[block.name] + part.T, rtol=1e-8, atol=1e-8)
+
+
+def routed(seed: int) -> tuple[list[Block], torch.Tensor]:
+    """Blocks over tokens in no order, some with several, some with one, some with none; a residual of their own scale."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(TOKENS, 5, generator=generator) < torch.tensor([0.5, 0.3, 0.1, 0.6, 0.2])
+    chosen[:9] = False
+    tokens = [column.nonzero()[:, 0] for column in chosen.T]
+    blocks = [
+        expert(seed + i, tokens=t[torch.randperm(len(t), generator=generator)], width=4 + i)
+        for i, t in enumerate(tokens)
+    ]
+    return blocks, torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", [repair.CHUNK, 28])
+def test_moments_are_sums_over_tokens(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "CHUNK", chunk)
+    blocks, residual = routed(3)
+    held = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1)) < 0.3
+    share = torch.rand(TOKENS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    shares = torch.stack([share * ~held, share * held])
+    products, right, energy = repair._moments(blocks, residual, shares)
+    outputs = torch.stack([output([block]) for block in blocks])
+    assert (outputs.abs().sum(2) > 0).sum(0).unique().tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(products, torch.einsum("pt,ath,bth->pab", shares, outputs, outputs))
+    torch.testing.assert_close(right, torch.einsum("pt,ath,th->pa", shares, outputs, residual))
+    torch.testing.assert_close(energy, shares @ residual.square().sum(1))
+
+
+def test_the_penalty_of_factors_is_the_best_on_held_tokens() -> None:
+    """What is fitted in the first four fifths of every corpus does not hold in the last one."""
+    blocks, noise = routed(7)
+    late = torch.cat([torch.arange(240, 300), torch.arange(380, 400)])
+    wanted = torch.tensor([0.6, -0.5, 0.9, 0.4, -0.7], dtype=torch.float64)
+    scale = torch.ones(TOKENS, dtype=torch.float64)
+    scale[late] = 0.4
+    added = sum(scale[:, None] * factor * output([block]) for block, factor in zip(blocks, wanted, strict=True))
+    target = output(blocks) + added + 0.3 * noise
+    weight = shares(target)[:, 0].square()
+    outputs, rest = torch.stack([output([block]) for block in blocks]), target - output(blocks)
+    early = torch.ones(TOKENS, dtype=torch.bool)
+    early[late] = False
+
+    def best(weights: torch.Tensor, penalty: float) -> torch.Tensor:
+        system = torch.einsum("t,ath,bth->ab", weights, outputs, outputs)
+        right = torch.einsum("t,ath,th->a", weights, outputs, rest)
+        return torch.linalg.solve(system + penalty * system.diagonal().diag(), right)
+
+    def missed(penalty: float) -> float:
+        left = rest - torch.einsum("a,ath->th", best(weight * early, penalty), outputs)
+        return float((left.square().sum(1) * weight * ~early).sum())
+
+    penalties = (9.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+    chosen = min(penalties, key=missed)
+    assert chosen not in (penalties[0], penalties[-1])
+    found = fitted(blocks, target, kind="scale", penalties=penalties, held_share=0.2)
+    assert found.penalties == {"scale": chosen}
+    for block, factor in zip(blocks, best(weight, chosen), strict=True):
+        torch.testing.assert_close(found.weights[block.name], (1 + factor) * block.weight, rtol=1e-9, atol=1e-9)
 
 
 def test_scalars_end_at_the_dense_solution() -> None:

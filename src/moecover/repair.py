@@ -104,25 +104,26 @@ def _ridge(gram: torch.Tensor, penalty: float, dtype: torch.dtype) -> Solver:
     return step, lambda change: float(pull * change.square().sum())
 
 
-def _factors(
-    blocks: Sequence[Block], residual: torch.Tensor, share: torch.Tensor, held: torch.Tensor, penalties: Sequence[float]
-) -> tuple[torch.Tensor, float] | None:
-    """What every block's output is best multiplied by, less 1, float64 ``[block]``, and the penalty.
+def _moments(
+    blocks: Sequence[Block], residual: torch.Tensor, shares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Products of the blocks' outputs with each other and with the residual, and the residual's square; of tokens, weighted.
 
-    Jointly for all blocks: their outputs' products with each other and with the residual say all, for the tokens that are
-    fitted and for those that are held out. The square of the output that a factor adds is penalised.
+    Args:
+        blocks: their tokens in any order.
+        residual: ``[token, hidden]``.
+        shares: weights of the tokens, float64 ``[part, token]``; every part has sums of its own.
 
     Returns:
-        None where no penalty is better on the held-out tokens than no change.
+        float64 ``[part, block, block]``, ``[part, block]`` and ``[part]``.
     """
     import torch
 
     number, hidden, device = len(blocks), residual.shape[1], residual.device
     none = number  # the block of a slot that a token does not need
-    products = torch.zeros(2, (number + 1) ** 2, dtype=torch.float64, device=device)
-    right = torch.zeros(2, number + 1, dtype=torch.float64, device=device)
-    energy = torch.zeros(2, dtype=torch.float64, device=device)
-    parts = torch.stack([share * ~held, share * held])
+    products = torch.zeros(len(shares), (number + 1) ** 2, dtype=torch.float64, device=device)
+    right = torch.zeros(len(shares), number + 1, dtype=torch.float64, device=device)
+    energy = torch.zeros(len(shares), dtype=torch.float64, device=device)
     orders = [torch.argsort(block.tokens) for block in blocks]
     sorted_tokens = [block.tokens[order] for block, order in zip(blocks, orders, strict=True)]
     weights = [block.weight.to(block.features.dtype).T for block in blocks]
@@ -147,16 +148,32 @@ def _factors(
             of_pairs.scatter_(1, pairs, (out @ out.mT).flatten(1))
             of_blocks = torch.zeros(len(some), number + 1, dtype=torch.float64, device=device)
             of_blocks.scatter_(1, owner, (out @ left[:, :, None])[:, :, 0])
-            row_weights = parts[:, first + some]
+            row_weights = shares[:, first + some]
             products += row_weights @ of_pairs
             right += row_weights @ of_blocks
             energy += row_weights @ left.square().sum(1)
-    products, right = products.view(2, number + 1, number + 1)[:, :number, :number], right[:, :number]
+    return products.view(-1, number + 1, number + 1)[:, :number, :number], right[:, :number], energy
+
+
+def _factors(
+    blocks: Sequence[Block], residual: torch.Tensor, share: torch.Tensor, held: torch.Tensor, penalties: Sequence[float]
+) -> tuple[torch.Tensor, float] | None:
+    """What every block's output is best multiplied by, less 1, float64 ``[block]``, and the penalty.
+
+    Jointly for all blocks: `_moments` of the tokens that are fitted and of those that are held out say all. The square of
+    the output that a factor adds is penalised.
+
+    Returns:
+        None where no penalty is better on the held-out tokens than no change.
+    """
+    import torch
+
+    products, right, energy = _moments(blocks, residual, torch.stack([share * ~held, share * held]))
 
     def solved(products: torch.Tensor, right: torch.Tensor, penalty: float) -> torch.Tensor:
         system = (products + penalty * torch.diag(products.diagonal())).cpu()
         found: torch.Tensor = torch.linalg.lstsq(system, right.cpu()[:, None], driver="gelsd").solution[:, 0]
-        return found.to(device)
+        return found.to(residual.device)
 
     if not bool(held.any()):
         return solved(products[0], right[0], penalties[-1]), penalties[-1]
