@@ -118,6 +118,17 @@ def test_listing_and_explain_know_plugins(folder: Path, small_profile: Profile, 
     assert "Utility is energy" in texts[2]
 
 
+@pytest.mark.parametrize("kind, name", [("METHODS", "random"), ("SALIENCIES", "reap")])
+def test_what_is_built_in_cannot_be_replaced_by_the_first_import(kind: str, name: str, tmp_path: Path) -> None:
+    """In a process of its own, where the plugin is the first to import it."""
+    path = tmp_path / "mine.py"
+    path.write_text(f"from moecover import {kind}\n@{kind}({name!r}, paper='x')\ndef f(*args):\n    'Mine.'\n")
+    command = [sys.executable, "-m", "moecover", "ls", kind.lower(), "--plugin", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{name} exists already. Choose another name" in done.stderr
+
+
 HEAD = "from moecover import METHODS, SALIENCIES\nfrom moecover.plans import LayerPlan\n"
 BROKEN = {
     "raises on import": ("x = 1 / 0\n", "line 3: the file raised ZeroDivisionError: division by zero"),

@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from moecover import progress
+from moecover.arguments import fetched, loadable, memory_limit
 from moecover.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,12 +64,10 @@ def found_plan(args: argparse.Namespace, profile: Profile, method: str, options:
     from moecover.budgets import BLOCKS, TOGETHER, check_held_out, find, held_out, parse_percent, possible_keeps
     from moecover.corpora import parse_corpora
     from moecover.evaluate_verb import texts_of
-    from moecover.fitting import opened, parse_size
-    from moecover.model import check_device, check_loadable
+    from moecover.fitting import opened
+    from moecover.model import check_device
     from moecover.overlap import WORTH_SAYING, overlap
     from moecover.planning import plan_budgets, runs_experts
-    from moecover.source import open_checkpoint
-    from moecover.topology import read_structure
     from moecover.windows import load_windows
 
     most = parse_percent(args.max_perplexity_increase, "--max-perplexity-increase")
@@ -76,14 +75,11 @@ def found_plan(args: argparse.Namespace, profile: Profile, method: str, options:
         raise InputError("--perplexity and --corpus do not go together: the one is held-out text, the other finds some in the calibration text")  # fmt: skip
     texts = dict(texts_of(args.perplexity))
     files = {} if texts else check_held_out(profile.corpora, parse_corpora(args.corpus) if args.corpus else {})
-    limit = None if args.memory_limit is None else parse_size(args.memory_limit)
+    limit = memory_limit(args)
     dtype = args.dtype or profile.settings["dtype"]
     check_device(dtype, args.device or "auto")
     keeps = possible_keeps(profile, multiple_of=args.multiple_of, protect_super_experts=args.protect_super_experts)
-    with progress.spinner(f"reading {args.model}"):
-        headers = read_structure(open_checkpoint(args.model, revision=args.revision, headers_only=True))
-    check_loadable(headers)
-    structure = read_structure(args.model, revision=args.revision)
+    structure = fetched(args, loadable(args))
     if structure.model_fingerprint != profile.model["fingerprint"]:
         raise InputError(f"the profile is of another model ({profile.model['name']}), not of {args.model}: topology or routers differ. Give the --model that was profiled")  # fmt: skip
     windows = args.windows or BLOCKS

@@ -23,9 +23,10 @@ from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.evaluate_verb import add_verb as add_evaluate
 from moecover.generate_verb import add_verb as add_generate
 from moecover.interrupts import behind
+from moecover.plan_verb import KEEP_INPUTS
 from moecover.servers import SERVERS
 from moecover.split_verb import add_verb as add_split
-from moecover.verbs import KEEP_INPUTS, VERBS
+from moecover.verbs import VERBS
 
 EPILOG = """examples:
   moecover inspect Qwen/Qwen1.5-MoE-A2.7B

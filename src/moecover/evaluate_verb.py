@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecover import progress
+from moecover.arguments import fetched, loadable, memory_limit
 from moecover.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,12 +42,10 @@ def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.evaluation import evaluate, overlaps
     from moecover.evaluations import FILE, FULL
     from moecover.files import check_output
-    from moecover.fitting import opened, parse_size
-    from moecover.model import check_device, check_loadable
+    from moecover.fitting import opened
+    from moecover.model import check_device
     from moecover.plans import Plan, check_plan
-    from moecover.source import open_checkpoint
     from moecover.tasks import resolve
-    from moecover.topology import read_structure
     from moecover.windows import WINDOWS, load_windows
 
     names = [name for name in args.tasks.split(",") if name]
@@ -57,15 +56,13 @@ def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
         if (value := getattr(args, option)) is not None and value < 1:
             raise InputError(f"--{option.replace('_', '-')} {value} is out of range: 1 or more")
     check_device(args.dtype or "auto", args.device or "auto")
-    limit = None if args.memory_limit is None else parse_size(args.memory_limit)
+    limit = memory_limit(args)
     check_output(args.output, overwrite=args.overwrite, marker=FILE)
     plans = {name: Plan.load(path) for name, path in _plan_names(args.plan).items()}
-    with progress.spinner(f"reading {args.model}"):
-        headers = read_structure(open_checkpoint(args.model, revision=args.revision, headers_only=True))
-    check_loadable(headers)
+    headers = loadable(args)
     for made in plans.values():
         check_plan(made, headers)
-    structure = read_structure(args.model, revision=args.revision)
+    structure = fetched(args, headers)
     loaded = []
     for name, path in texts.items():
         with progress.spinner(f"reading {name}"):

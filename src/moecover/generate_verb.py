@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moecover import progress
+from moecover.arguments import fetched, loadable, memory_limit
 from moecover.errors import InputError
 
 ENDING, SHOWN = ".jsonl", 3  # of the file; rows of which the beginning is printed
@@ -31,12 +32,10 @@ def add_verb(verb: Callable[[str, str], argparse.ArgumentParser], add_device: Ca
 def generate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     """Run the verb: result, text to print, exit status."""
     from moecover.corpus import LENGTH, SEQUENCES, load_corpus, load_tokenizer
-    from moecover.fitting import itemsizes, opened, parse_size
+    from moecover.fitting import itemsizes, opened
     from moecover.generation import cache_bytes, write_generated
-    from moecover.model import check_device, check_loadable
-    from moecover.source import open_checkpoint
+    from moecover.model import check_device
     from moecover.streaming import Streamed
-    from moecover.topology import read_structure
 
     for name in ("sequences", "length", "batch_size"):
         least = 2 if name == "length" else 1
@@ -49,15 +48,12 @@ def generate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     if args.output.exists() and not (args.overwrite and args.output.is_file()):
         raise InputError(f"{args.output} exists. Choose another output{'' if args.output.is_dir() else ', or give --overwrite'}")  # fmt: skip
     check_device(args.dtype or "auto", args.device or "auto")
-    limit = None if args.memory_limit is None else parse_size(args.memory_limit)
-    with progress.spinner(f"reading {args.model}"):
-        headers = read_structure(open_checkpoint(args.model, revision=args.revision, headers_only=True))
-    check_loadable(headers)
+    limit, headers = memory_limit(args), loadable(args)
     most = headers.checkpoint.text_config.get("max_position_embeddings")
     length, sequences = args.length or min(LENGTH, most or LENGTH), args.sequences or SEQUENCES
     if most is not None and length > most:
         raise InputError(f"--length {length} is above the {most} positions of the model. Give --length {most} or less")
-    structure = read_structure(args.model, revision=args.revision)
+    structure = fetched(args, headers)
     batch_size = min(args.batch_size, sequences)
     itemsize = itemsizes(structure, args.dtype or "auto")[1]
     kept = cache_bytes(structure, tokens=batch_size * length, itemsize=itemsize)

@@ -112,6 +112,11 @@ def load_plugin(path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"plugin {path}: no such Python file. Give the path of a .py file")
+    for name in (
+        "moecover.saliency",
+        "moecover.planning",
+    ):  # what is built in is there first, so that its names are taken
+        importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"moecover_plugin_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
