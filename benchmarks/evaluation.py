@@ -25,13 +25,13 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import VOCABULARY, make_model
-from moecover.corpus import make_corpus
-from moecover.evaluation import evaluate
-from moecover.model import load_model
-from moecover.plans import LayerPlan, Plan
-from moecover.streaming import streamed
-from moecover.topology import Structure, read_structure
-from moecover.weights import Weights
+from moecover.checkpoints.structure import Structure, read_structure
+from moecover.corpora.packing import make_corpus
+from moecover.evaluation.run import evaluate
+from moecover.planning.artifact import LayerPlan, Plan
+from moecover.runtime.loading import load_model
+from moecover.runtime.streaming import streamed
+from moecover.runtime.weights import Weights
 
 LENGTH, BATCH = 512, 4
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from moecover.corpus import make_corpus
-from moecover.model import load_model
-from moecover.planning import plan_budgets
-from moecover.profiles import Profile
-from moecover.profiling import profile
-from moecover.topology import read_structure
+from moecover.checkpoints.structure import read_structure
+from moecover.corpora.packing import make_corpus
+from moecover.planning.run import plan_budgets
+from moecover.profiling.artifact import Profile
+from moecover.profiling.run import profile
+from moecover.runtime.loading import load_model
 
 
 def make_layer(folder: Path, dtype: torch.dtype) -> Path:

@@ -18,18 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moecover.corpus import Corpus, load_corpus
-from moecover.demo import LENGTH, MODEL, shipped_model
-from moecover.evaluation import perplexity
-from moecover.inputs import sample_of
-from moecover.masking import masked
-from moecover.model import load_model
-from moecover.planning import DEFAULT_PROTECT, DEFAULT_SALIENCY, plan_budgets
-from moecover.plans import Plan, keep_all
-from moecover.profiles import Profile
-from moecover.profiling import profile
-from moecover.saliency import SALIENCIES
-from moecover.topology import read_structure
+from moecover.checkpoints.structure import read_structure
+from moecover.cli.demo import LENGTH, MODEL, shipped_model
+from moecover.corpora.packing import Corpus, load_corpus
+from moecover.evaluation.run import perplexity
+from moecover.planning.artifact import Plan, keep_all
+from moecover.planning.run import DEFAULT_PROTECT, DEFAULT_SALIENCY, plan_budgets
+from moecover.planning.saliency import SALIENCIES
+from moecover.profiling.artifact import Profile
+from moecover.profiling.layer_inputs import sample_of
+from moecover.profiling.run import profile
+from moecover.runtime.loading import load_model
+from moecover.runtime.masking import masked
 
 RETAINS = (0.25, 0.5, 0.75)
 SEQUENCES = 96  # blocks of a calibration sample: fewer than there are, so that samples differ

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moecover.cli import main as moecover
-from moecover.profiles import COUNTS, PARTS, STATISTICS, Profile
-from moecover.topology import Topology
+from moecover.checkpoints.structure import Topology
+from moecover.cli.main import main as moecover
+from moecover.profiling.artifact import COUNTS, PARTS, STATISTICS, Profile
 
 LAYERS, EXPERTS, CORPORA = 61, 256, 5
 

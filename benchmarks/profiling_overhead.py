@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import VOCABULARY, make_model
-from moecover.corpus import make_corpus
-from moecover.model import load_model
-from moecover.profiling import profile
-from moecover.recording import Sums, recording
-from moecover.topology import read_structure
+from moecover.checkpoints.structure import read_structure
+from moecover.corpora.packing import make_corpus
+from moecover.profiling.hooks import Sums, recording
+from moecover.profiling.run import profile
+from moecover.runtime.loading import load_model
 
 
 def main() -> None:

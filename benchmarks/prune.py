@@ -39,9 +39,9 @@ IMPORTS = """
 import os, sys, time
 from pathlib import Path
 import torch, transformers, transformers.models.qwen2_moe.modeling_qwen2_moe
-from moecover.checkpoint import prune
-from moecover.plans import Plan
-from moecover.topology import read_structure
+from moecover.pruning.writer import prune
+from moecover.planning.artifact import Plan
+from moecover.checkpoints.structure import read_structure
 def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) * 1024
 """
 RUN = """
@@ -136,8 +136,8 @@ def size(folder: Path) -> int:
 
 def measure(work: Path, args: argparse.Namespace) -> None:
     """Run everything in turn, in a folder to work in."""
-    from moecover.plans import LayerPlan, Plan, resolve_keep
-    from moecover.topology import read_structure
+    from moecover.checkpoints.structure import read_structure
+    from moecover.planning.artifact import LayerPlan, Plan, resolve_keep
 
     source = args.model or make_checkpoint(work / "model", max(1, round(args.gb / 1.134)))
     topology = read_structure(source).topology

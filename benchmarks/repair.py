@@ -30,17 +30,17 @@ import numpy as np
 import yaml
 
 from benchmarks.methods import FAR, NEAR, sources
-from moecover.comparison import compare
-from moecover.corpus import load_corpus
-from moecover.demo import shipped_model
-from moecover.drawing import COLOURS, DPI, FAINT, MARKERS, STYLE, page
-from moecover.evaluations import Evaluation
-from moecover.generation import write_generated
-from moecover.grid import FULL, read
-from moecover.kinds import split, write_kinds
-from moecover.model import load_model
-from moecover.significance import Difference, holm, over_seeds, paired_bootstrap
-from moecover.topology import read_structure
+from moecover.checkpoints.structure import read_structure
+from moecover.cli.demo import shipped_model
+from moecover.comparison.config import FULL, read
+from moecover.comparison.run import compare
+from moecover.comparison.significance import Difference, holm, over_seeds, paired_bootstrap
+from moecover.corpora.generation import write_generated
+from moecover.corpora.kinds import split, write_kinds
+from moecover.corpora.packing import load_corpus
+from moecover.evaluation.artifact import Evaluation
+from moecover.reporting.figures.style import COLOURS, DPI, FAINT, MARKERS, STYLE, page
+from moecover.runtime.loading import load_model
 
 MODELS = ("qwen2-moe-tiny", "deepseek-moe-tiny")
 GROUPS = {"near": NEAR["wikitext2+c4"], "far": FAR}

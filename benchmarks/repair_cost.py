@@ -23,14 +23,14 @@ PASS = """
 import json, sys, time
 import numpy as np
 import torch
-from moecover import repairing
-from moecover.corpus import make_corpus
-from moecover.model import load_model
-from moecover.planning import plan
-from moecover.plans import LayerPlan, Plan
-from moecover.profiling import profile
-from moecover.repairable import places
-from moecover.topology import read_structure
+from moecover.repairing import layers as repairing
+from moecover.corpora.packing import make_corpus
+from moecover.runtime.loading import load_model
+from moecover.planning.run import plan
+from moecover.planning.artifact import LayerPlan, Plan
+from moecover.profiling.run import profile
+from moecover.repairing.targets import places
+from moecover.checkpoints.structure import read_structure
 
 what, folder, tokens, keep = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 structure, length = read_structure(folder), 2048

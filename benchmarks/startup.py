@@ -29,7 +29,7 @@ SHIPPED = Path(__file__).parents[1] / "src/moecover/assets/models/qwen2-moe-tiny
 LARGE = ("torch", "transformers", "datasets", "huggingface_hub", "matplotlib", "scipy", "pydantic", "numpy", "rich")
 WHICH = """
 import sys
-from moecover.cli import main
+from moecover.cli.main import main
 try: main(sys.argv[1:])
 except SystemExit: pass
 print(*(name for name in {large} if name in sys.modules), file=sys.stderr)

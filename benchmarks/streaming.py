@@ -22,11 +22,11 @@ from benchmarks.full_size import SHAPES, make
 PASS = """
 import functools, sys, time
 import numpy as np
-from moecover.corpus import make_corpus
-from moecover.model import batches, load_model
-from moecover.profiling import backbone_of, profile
-from moecover.streaming import run, streamed
-from moecover.topology import read_structure
+from moecover.corpora.packing import make_corpus
+from moecover.runtime.loading import batches, load_model
+from moecover.profiling.run import backbone_of, profile
+from moecover.runtime.streaming import run, streamed
+from moecover.checkpoints.structure import read_structure
 import torch
 
 what, folder, blocks, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

@@ -8,8 +8,8 @@ moecover ls methods --plugin examples/plugin.py
 import numpy as np
 
 from moecover import METHODS, SALIENCIES
-from moecover.planning import chosen, utility_of
-from moecover.selection import ranked, scaled
+from moecover.planning.run import chosen, utility_of
+from moecover.planning.selection import ranked, scaled
 
 
 @SALIENCIES("energy", paper="example")

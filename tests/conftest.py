@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecover.checkpoint import prune
-from moecover.corpus import Corpus, make_corpus
-from moecover.planning import plan
-from moecover.plans import LayerPlan, Plan
-from moecover.profiles import Profile
-from moecover.profiling import profile
-from moecover.topology import Structure, read_structure
-from tests.tiny import FAMILIES, make_checkpoint
+from moecover.checkpoints.structure import Structure, read_structure
+from moecover.corpora.packing import Corpus, make_corpus
+from moecover.planning.artifact import LayerPlan, Plan
+from moecover.planning.run import plan
+from moecover.profiling.artifact import Profile
+from moecover.profiling.run import profile
+from moecover.pruning.writer import prune
+from tests.support.tiny import FAMILIES, make_checkpoint
 
 # A gate that runs in the background inherits an ignored SIGINT and would pass it on to the processes that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moecover.corpora import CORPORA
-from moecover.inspection import inspect
+from moecover.checkpoints.inspection import inspect
+from moecover.corpora.sources import CORPORA
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_tiny.py"
 SMALL = "--tokens 16384 --batch-size 8 --vocabulary 400 --hidden 32 --layers 1 --expert 8 --shared 16 --save-every 4 --threads 1"

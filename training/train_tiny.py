@@ -36,9 +36,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moecover.corpora import stdlib_documents
-from moecover.deepseek import DeepseekForCausalLM
-from moecover.deepseek_config import DeepseekConfig
+from moecover.checkpoints.deepseek.configuration import DeepseekConfig
+from moecover.checkpoints.deepseek.modeling import DeepseekForCausalLM
+from moecover.corpora.sources import stdlib_documents
 
 END = "<|endoftext|>"
 LENGTH = 256

@@ -19,41 +19,62 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moecover.registration import install
+from moecover.checkpoints.deepseek.registration import install
 
 __version__ = "0.1.0"
 
 install()
 
 if TYPE_CHECKING:
-    from moecover.checkpoint import prune
-    from moecover.corpora import CORPORA
-    from moecover.corpus import Corpus, load_corpus, load_tokenizer
+    from moecover.checkpoints.inspection import inspect
+    from moecover.checkpoints.source import open_checkpoint
+    from moecover.checkpoints.structure import Structure, Topology, read_structure
+    from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
+    from moecover.corpora.sources import CORPORA
     from moecover.errors import InputError, MoecoverError
-    from moecover.evaluation import perplexity
-    from moecover.inspection import inspect
-    from moecover.masking import masked
-    from moecover.model import load_model
-    from moecover.planning import METHODS, plan, plan_budgets, super_experts
-    from moecover.plans import LayerPlan, Plan
-    from moecover.profiles import Profile
-    from moecover.profiling import profile
+    from moecover.evaluation.run import perplexity
+    from moecover.planning.artifact import LayerPlan, Plan
+    from moecover.planning.run import METHODS, plan, plan_budgets, super_experts
+    from moecover.planning.saliency import SALIENCIES
+    from moecover.profiling.artifact import Profile
+    from moecover.profiling.run import profile
+    from moecover.pruning.writer import prune
     from moecover.registry import load_plugin
-    from moecover.reporting import report
-    from moecover.saliency import SALIENCIES
-    from moecover.source import open_checkpoint
-    from moecover.topology import Structure, Topology, read_structure
-    from moecover.verification import verify
+    from moecover.reporting.page import report
+    from moecover.runtime.loading import load_model
+    from moecover.runtime.masking import masked
+    from moecover.verification.verify import verify
 
 _MODULE_OF = {
-    "Corpus": "corpus", "CORPORA": "corpora", "load_corpus": "corpus", "load_tokenizer": "corpus",
-    "open_checkpoint": "source", "Topology": "topology", "Structure": "topology", "read_structure": "topology",
-    "inspect": "inspection", "PROVEN_FAMILIES": "families", "Profile": "profiles", "load_model": "model",
-    "profile": "profiling", "SALIENCIES": "saliency", "METHODS": "planning", "Plan": "plans", "plan": "planning", "plan_budgets": "planning", "super_experts": "planning", "load_plugin": "registry", "LayerPlan": "plans",
-    "prune": "checkpoint", "masked": "masking", "perplexity": "evaluation", "verify": "verification",
-    "report": "reporting",
-    "MoecoverError": "errors", "InputError": "errors",
-}  # fmt: skip
+    "Corpus": "corpora.packing",
+    "CORPORA": "corpora.sources",
+    "load_corpus": "corpora.packing",
+    "load_tokenizer": "corpora.packing",
+    "open_checkpoint": "checkpoints.source",
+    "Topology": "checkpoints.structure",
+    "Structure": "checkpoints.structure",
+    "read_structure": "checkpoints.structure",
+    "inspect": "checkpoints.inspection",
+    "PROVEN_FAMILIES": "checkpoints.families",
+    "Profile": "profiling.artifact",
+    "load_model": "runtime.loading",
+    "profile": "profiling.run",
+    "SALIENCIES": "planning.saliency",
+    "METHODS": "planning.run",
+    "Plan": "planning.artifact",
+    "plan": "planning.run",
+    "plan_budgets": "planning.run",
+    "super_experts": "planning.run",
+    "load_plugin": "registry",
+    "LayerPlan": "planning.artifact",
+    "prune": "pruning.writer",
+    "masked": "runtime.masking",
+    "perplexity": "evaluation.run",
+    "verify": "verification.verify",
+    "report": "reporting.page",
+    "MoecoverError": "errors",
+    "InputError": "errors",
+}
 
 __all__ = [
     "CORPORA",

@@ -6,7 +6,7 @@ import gc
 import signal
 import sys
 
-from moecover.interrupts import deliver_again
+from moecover.signals import deliver_again
 
 
 def run() -> int:
@@ -18,7 +18,7 @@ def run() -> int:
     gc.set_threshold(100_000, 50, 100)
     sys.unraisablehook = deliver_again
     try:
-        from moecover.cli import main
+        from moecover.cli.main import main
 
         return main()
     except KeyboardInterrupt:

@@ -113,8 +113,8 @@ def load_plugin(path: str | Path) -> None:
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"plugin {path}: no such Python file. Give the path of a .py file")
     for name in (
-        "moecover.saliency",
-        "moecover.planning",
+        "moecover.planning.saliency",
+        "moecover.planning.run",
     ):  # what is built in is there first, so that its names are taken
         importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"moecover_plugin_{path.stem}", path)

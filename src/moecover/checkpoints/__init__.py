@@ -1,0 +1,1 @@
+"""What a checkpoint's files hold, and what in them depends on the experts."""

@@ -1,0 +1,1 @@
+"""Model type `deepseek` (DeepSeek-MoE-16B), which transformers does not have."""

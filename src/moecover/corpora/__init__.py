@@ -1,0 +1,1 @@
+"""Text to blocks of token ids."""

@@ -1,0 +1,219 @@
+"""Stage 1 as well, corpus: reads a corpus, gives the kinds of text in it, each a file of rows of ``input_ids``.
+
+To coverage a corpus of mixed text, such as what a model writes itself, is one corpus: what is rare in it protects no expert and hardly
+weighs in a repair. Here its documents are cut into pieces, a piece is described by the tokens in it (tf-idf, projected on the leading
+singular directions: Deerwester et al., "Indexing by Latent Semantic Analysis", JASIS 41, 1990), and pieces are put together by k-means.
+Each kind is a corpus then, with a turn, a weight and equations of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecover.errors import InputError
+from moecover.files.atomic import new_folder, write_text
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from moecover.corpora.packing import Corpus
+
+    Ids = NDArray[np.int64]
+
+FILE = "kinds.json"  # beside the rows: what was split, and what the kinds are
+KINDS = 8
+PIECE = 128  # tokens, about
+DIRECTIONS = 32  # of the pieces, that they are compared in
+STARTS, ROUNDS = 10, 100  # of k-means
+TYPICAL = 12  # tokens of a kind that are named
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some tokens of a document.
+
+    Attributes:
+        ids: int64 ``[token]``.
+        document: counted over the corpus.
+        place: of the piece in its document.
+    """
+
+    ids: Ids
+    document: int
+    place: int
+
+
+def pieces_of(corpus: Corpus, ends: Sequence[int]) -> list[Piece]:
+    """The documents of a corpus in parts of about `PIECE` tokens, all parts of a document alike long.
+
+    Args:
+        corpus: a row begins a document.
+        ends: ids that end one; they stay with it.
+    """
+    found: list[Piece] = []
+    documents = 0
+    for row, keep in zip(corpus.tokens, corpus.mask, strict=True):
+        ids = row[keep]
+        for document in np.split(ids, np.flatnonzero(np.isin(ids, ends)) + 1):
+            if np.isin(document, ends, invert=True).any():  # more than its end
+                parts = np.array_split(document, max(1, round(len(document) / PIECE)))
+                found += [Piece(part, documents, place) for place, part in enumerate(parts)]
+                documents += 1
+    return found
+
+
+def tf_idf(pieces: Sequence[Ids]) -> tuple[Any, Ids]:
+    """How much a token says of a piece: ``(1 + log count) (1 + log((1 + pieces) / (1 + pieces with it)))``, length 1.
+
+    Returns:
+        Sparse float64 ``[piece, column]``; int64 ``[column]``, the token of every column.
+    """
+    from scipy.sparse import csr_array, diags_array
+
+    tokens, columns = np.unique(np.concatenate(pieces), return_inverse=True)
+    rows = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+    table = csr_array((np.ones(len(columns)), (rows, columns)), shape=(len(pieces), len(tokens)))  # doubles add up
+    spread = np.bincount(table.indices, minlength=len(tokens))
+    table.data = 1 + np.log(table.data)
+    table = table @ diags_array(1 + np.log((1 + len(pieces)) / (1 + spread)))
+    lengths = np.sqrt(table.multiply(table).sum(axis=1))
+    return csr_array(diags_array(1 / lengths) @ table), tokens
+
+
+def described(table: Any, *, seed: int) -> NDArray[np.float64]:
+    """Every piece in the leading singular directions of all, length 1: float64 ``[piece, direction]``."""
+    from scipy.sparse.linalg import svds
+
+    least = min(table.shape)
+    if least <= 2:  # too small for an iteration
+        points: NDArray[np.float64] = table.toarray()
+    else:
+        start = np.random.default_rng(seed).normal(size=least)  # its own would differ from run to run
+        left, values, _ = svds(table, k=min(DIRECTIONS, least - 1), v0=start)
+        points = left * values
+    points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    return points
+
+
+def grouped(points: NDArray[np.float64], kinds: int, *, seed: int) -> Ids:
+    """The kind of every piece: the best of `STARTS` runs of k-means.
+
+    Args:
+        points: float64 ``[piece, direction]``.
+        kinds: how many.
+        seed: of the starts.
+
+    Raises:
+        InputError: there are not so many kinds.
+    """
+    from scipy.cluster.vq import ClusterError, kmeans2
+
+    fewer = InputError(f"the text does not fall into {kinds} kinds: it has {len(points)} pieces, too few or too much alike. Give fewer --kinds or more text")  # fmt: skip
+    if len(np.unique(points.round(9), axis=0)) < kinds:
+        raise fewer
+    best: Ids | None = None
+    rng, least = np.random.default_rng(seed), np.inf
+    for _ in range(STARTS):
+        try:
+            centres, labels = kmeans2(points, kinds, iter=ROUNDS, minit="++", missing="raise", rng=rng)
+        except ClusterError:  # a kind has lost all its pieces
+            continue
+        distance = float(((points - centres[labels]) ** 2).sum())
+        if distance < least:
+            best, least = labels, distance
+    if best is None or len(np.unique(best)) < kinds:
+        raise fewer
+    return best.astype(np.int64)
+
+
+def rows_of(pieces: Sequence[Piece], length: int, end: int | None) -> list[Ids]:
+    """The pieces of a kind, one after the other, in rows of so many tokens; what is left over only if it is all.
+
+    Args:
+        pieces: in their order in the corpus.
+        length: tokens a row.
+        end: put where a piece is not gone on with, unless an ``end`` is there; None puts nothing.
+    """
+    parts: list[Ids] = []
+    for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+        parts.append(piece.ids)
+        goes_on = after is not None and (after.document, after.place) == (piece.document, piece.place + 1)
+        if end is not None and not goes_on and piece.ids[-1] != end:
+            parts.append(np.array([end]))
+    ids = np.concatenate(parts)
+    rows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return rows if len(rows) == 1 or len(rows[-1]) == length else rows[:-1]
+
+
+def split(corpus: Corpus, ends: Sequence[int], *, kinds: int = KINDS, seed: int = 0) -> tuple[list[list[Piece]], list[list[int]]]:  # fmt: skip
+    """The kinds of text in a corpus.
+
+    Args:
+        corpus: of any source.
+        ends: ids that end a document.
+        kinds: how many.
+        seed: of the starts of k-means.
+
+    Returns:
+        The pieces of every kind, most tokens first; `TYPICAL` ids of every kind, those that say most of it first.
+
+    Raises:
+        InputError: there are not so many kinds.
+    """
+    pieces = pieces_of(corpus, ends)
+    if len(pieces) < kinds:
+        raise InputError(f"corpus {corpus.name} has {len(pieces)} pieces of about {PIECE} tokens, too few for {kinds} kinds. Give fewer --kinds or more text")  # fmt: skip
+    table, tokens = tf_idf([piece.ids for piece in pieces])
+    labels = grouped(described(table, seed=seed), kinds, seed=seed)
+    found = []
+    overall = np.asarray(table.mean(axis=0)).ravel()
+    for kind in range(kinds):
+        mine = np.flatnonzero(labels == kind)
+        says = np.asarray(table[mine].mean(axis=0)).ravel() - overall
+        typical = [int(t) for t in tokens[np.argsort(-says, kind="stable")] if t not in ends][:TYPICAL]
+        found.append(([pieces[i] for i in mine], typical))
+    found.sort(key=lambda kind: -sum(len(piece.ids) for piece in kind[0]))
+    return [mine for mine, _ in found], [typical for _, typical in found]
+
+
+def write_kinds(
+    folder: Path, corpus: Corpus, kinds: Sequence[Sequence[Piece]], words: Sequence[Sequence[str]], *, length: int,
+    ends: Sequence[int],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A folder with 1.jsonl, 2.jsonl ... for ``--corpus NAME=FOLDER``, and `FILE`; it appears only when complete.
+
+    Args:
+        folder: to be written.
+        corpus: that was split.
+        kinds: of `split`.
+        words: typical of every kind.
+        length: tokens a row.
+        ends: ids that end a document.
+
+    Returns:
+        ``file``, ``rows``, ``tokens``, ``share`` of the corpus and ``words`` of every kind.
+
+    Raises:
+        MoecoverError: the disk is full or the folder cannot be written.
+    """
+    facts: list[dict[str, Any]] = []
+    whole = sum(len(piece.ids) for kind in kinds for piece in kind)
+    with new_folder(folder) as draft:
+        for number, (kind, typical) in enumerate(zip(kinds, words, strict=True), 1):
+            rows = rows_of(kind, length, ends[0] if ends else None)
+            write_text(
+                draft / f"{number}.jsonl", "".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in rows)
+            )
+            facts.append({
+                "file": f"{number}.jsonl", "rows": len(rows), "tokens": sum(map(len, rows)),
+                "share": sum(len(piece.ids) for piece in kind) / whole, "words": list(typical),
+            })  # fmt: skip
+        record = {key: value for key, value in corpus.record.items() if key != "sketch"}
+        write_text(draft / FILE, json.dumps({"corpus": corpus.name, **record, "kinds": facts}, indent=1) + "\n")
+    return facts

@@ -1,0 +1,1 @@
+"""Perplexity, closeness to the full model, tasks, and budgets found by them."""

@@ -1,0 +1,113 @@
+"""Zero-shot tasks of a model that runs layer by layer: reads the harness's requests, gives every variant's answers to them.
+
+The harness takes a batch's logits and scores them before it asks for the next; layer by layer all batches are on their way
+at once. So it is first asked what it puts into which batch, with empty logits. Then every batch is a pass of its own, for
+every variant, with the harness's own scoring at its end, and what comes out is what it is told when it asks in earnest.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from moecover.errors import MoecoverError
+from moecover.runtime.streaming import Streamed, Within, run_in_parts
+
+Request = tuple[Any, list[int], list[int]]  # its name, tokens of its context and continuation
+Answer = tuple[float, bool]  # log-likelihood of the continuation, whether every token of it is the most likely one
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A forward pass: int64 [row, position], and the numbers of the requests that it answers."""
+
+    tokens: torch.Tensor
+    requests: list[int] = field(default_factory=list)
+
+
+class _ByLayer(HFLM):  # type: ignore[misc]
+    def __init__(self, stream: Streamed, tokenizer: Any, batch_size: int) -> None:
+        super().__init__(pretrained=stream.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        self._device = stream.device
+
+
+class _Batching(_ByLayer):
+    """Notes what would run: a call of the model is a batch, what is answered behind it are its requests."""
+
+    def batches(self, requests: Sequence[Request]) -> list[_Batch]:
+        self._found: list[_Batch] = []
+        self.set_cache_hook(self)
+        numbered = [(number, *tokens) for number, (_, *tokens) in enumerate(requests)]
+        self._loglikelihood_tokens(numbered, disable_tqdm=True)
+        if sorted(n for batch in self._found for n in batch.requests) != list(range(len(requests))):
+            raise MoecoverError("this lm-evaluation-harness does not say which requests are in a batch: please report this")  # fmt: skip
+        return self._found
+
+    def add_partial(self, kind: str, number: int, answer: Answer) -> None:
+        self._found[-1].requests.append(number)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._found.append(_Batch(inps.cpu()))
+        return inps.new_empty((*inps.shape, 0), dtype=torch.float32)
+
+    def _select_cont_toks(self, logits: torch.Tensor, contlen: int | None = None, inplen: int | None = None) -> torch.Tensor:  # fmt: skip
+        vocabulary = int(self.config.get_text_config().vocab_size)
+        return torch.zeros((), dtype=torch.uint8, device=logits.device).expand(contlen or 0, vocabulary)
+
+
+class Replay(_ByLayer):
+    """A model of the harness that stands for all variants of a streamed one.
+
+    Attributes:
+        variant: the one that it is now. The first time that requests come, all of them are run for all variants.
+    """
+
+    def __init__(self, stream: Streamed, within: Sequence[Within], *, tokenizer: Any, batch_size: int) -> None:
+        """Args: the streamed model; of every variant the context of a decoder layer; as the harness has them the rest."""
+        super().__init__(stream, tokenizer, batch_size)
+        self.variant = 0
+        self._stream, self._within = stream, within
+        self._asked: list[list[list[int]]] | None = None
+        self._answers: list[list[Answer]] = []
+        self._expected: torch.Tensor | None = None
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
+        asked = [tokens for _, *tokens in requests]
+        if self._asked is None:
+            self._asked, self._answers = asked, self._run(requests)
+        if asked != self._asked:
+            raise MoecoverError("the tasks ask one variant of the model something else than the first: they are not deterministic and need a model in memory")  # fmt: skip
+        return self._answers[self.variant]
+
+    def _run(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        """Answers of every variant."""
+        batches = _Batching(self._stream, self.tokenizer, self.batch_size).batches(requests)
+        passes = [(variant, batch) for variant in range(len(self._within)) for batch in batches]
+        found = run_in_parts(
+            self._stream,
+            [functools.partial(self._scored, requests, batch) for _, batch in passes],
+            [batch.tokens.numel() for _, batch in passes],
+            within=[self._within[variant] for variant, _ in passes],
+        )
+        answers: list[dict[int, Answer]] = [{} for _ in self._within]
+        for (variant, batch), answered in zip(passes, found, strict=True):
+            answers[variant] |= zip(batch.requests, answered, strict=True)
+        return [[of_variant[number] for number in range(len(requests))] for of_variant in answers]
+
+    def _scored(self, requests: Sequence[Request], batch: _Batch) -> list[Answer]:
+        """The harness's answers to the requests of one batch."""
+        one = copy.copy(self)
+        one._expected = batch.tokens
+        found: list[Answer] = HFLM._loglikelihood_tokens(one, [requests[n] for n in batch.requests], disable_tqdm=True)
+        return found
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._expected is None or not torch.equal(inps.cpu(), self._expected):
+            raise MoecoverError("this lm-evaluation-harness puts requests into other batches when it is asked again: please report this")  # fmt: skip
+        return self.model(inps, use_cache=False).logits

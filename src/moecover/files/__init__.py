@@ -1,0 +1,1 @@
+"""Writing files so that nothing half-written looks finished."""

@@ -1,0 +1,1 @@
+"""Statistics to the experts that stay."""

@@ -1,0 +1,266 @@
+"""The artefact of stage 3: what a plan holds, its file plan.json, and whether it fits a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moecover.checkpoints.structure import Structure, Topology
+from moecover.errors import InputError
+from moecover.files.atomic import canonical_json, write_text
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class LayerPlan(BaseModel):
+    """The kept experts of one MoE layer.
+
+    Attributes:
+        decoder_layer: index among all decoder layers, dense ones included.
+        kept: ids of the kept experts, ascending; their positions are the new ids.
+        required: experts that were kept whatever the method says (super experts).
+        protected: by corpus, the experts that it protected, in the order of its turns.
+        filled: the other kept experts, best first.
+        saliency: by corpus (``pooled`` for all as one), the saliency of every expert.
+        search: how a subset was searched for, where one was: ``exhaustive`` or ``greedy``.
+        loss: what that subset costs, see `expert_sparsity`.
+        tokens: calibration tokens that the search ran on.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    decoder_layer: int
+    kept: list[int] = Field(min_length=1)
+    required: list[int] = Field(default_factory=list)
+    protected: dict[str, list[int]] = Field(default_factory=dict)
+    filled: list[int] = Field(default_factory=list)
+    saliency: dict[str, list[float]] = Field(default_factory=dict)
+    search: str | None = None
+    loss: float | None = None
+    tokens: int | None = None
+
+    @model_validator(mode="after")
+    def _kept_is_a_set(self) -> LayerPlan:
+        if len(set(self.kept)) < len(self.kept) or min(self.kept) < 0:
+            raise ValueError(f"decoder layer {self.decoder_layer}: `kept` must hold different ids from 0 on")
+        self.kept.sort()
+        return self
+
+
+class Plan(BaseModel):
+    """Which experts remain. Written by `plan`, or by hand: only ``keep`` and ``layers`` are needed then.
+
+    Attributes:
+        schema_version: 1 (``schema`` in the file).
+        method: name of the method.
+        options: its options, the saliency among them.
+        keep: experts kept in every layer.
+        layers: one entry for every MoE layer, in order.
+        topology_fingerprint: of the model that the plan was made for; None in a plan by hand.
+        model_fingerprint: the same with the routers' weights.
+        profile_fingerprint: of the profile that it was made from.
+        model: name of that model.
+        calibration: by corpus, the records of the text that was looked at; empty where none had a say.
+        found: how ``keep`` was found, where it was searched for, see `budgets`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    method: str = "by hand"
+    options: dict[str, Any] = Field(default_factory=dict)
+    keep: int
+    layers: list[LayerPlan] = Field(min_length=1)
+    topology_fingerprint: str | None = None
+    model_fingerprint: str | None = None
+    profile_fingerprint: str | None = None
+    model: str | None = None
+    calibration: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
+    found: dict[str, Any] = Field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What plan.json holds; empty parts of a layer are left out, and how ``keep`` was found where it was given."""
+        value = self.model_dump(by_alias=True)
+        if not self.found:
+            del value["found"]
+        value["layers"] = [{k: v for k, v in row.items() if v not in (None, [], {})} for row in value["layers"]]
+        return value
+
+    def to_json(self) -> str:
+        """The text of plan.json; the same plan gives the same bytes."""
+        value = self.to_dict()
+        layers = value.pop("layers")
+        head = json.dumps(value, indent=1)[: -len("\n}")]
+        rows = ",\n".join(f"  {json.dumps(layer, allow_nan=False)}" for layer in layers)
+        return f'{head},\n "layers": [\n{rows}\n ]\n}}\n'
+
+    def save(self, path: str | Path) -> Path:
+        """Write plan.json; the file appears only when complete."""
+        write_text(Path(path), self.to_json())
+        return Path(path)
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "the plan") -> Plan:
+        """Parse a plan.
+
+        Raises:
+            InputError: not JSON, or not a plan; says where.
+        """
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{name} is not JSON: {error}") from error
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{name} is no valid plan: {where + ': ' if where else ''}{first['msg']}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read plan.json; see `from_json`."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"no plan {path}. Make one with `moecover plan`")
+        return cls.from_json(path.read_text(encoding="utf-8", errors="replace"), name=str(path))
+
+    def mask(self, num_experts: int) -> NDArray[np.bool_]:
+        """True where an expert is kept, ``[layer, expert]``."""
+        mask = np.zeros((len(self.layers), num_experts), dtype=bool)
+        for row, layer in zip(mask, self.layers, strict=True):
+            row[layer.kept] = True
+        return mask
+
+
+def kept_hash(plan: Plan) -> str:
+    """Hash of the kept sets alone: plans that keep the same experts leave the same checkpoint."""
+    kept = [[layer.decoder_layer, layer.kept] for layer in plan.layers]
+    return hashlib.sha256(canonical_json(kept).encode()).hexdigest()
+
+
+def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False) -> None:
+    """Refuse a plan that does not fit a model.
+
+    A quantised checkpoint is held against the topology alone: its plan comes from the original that it was made of.
+
+    Args:
+        plan: by `plan` or by hand.
+        structure: the checkpoint to be cut.
+        other_weights: accept a plan that was made on other weights of the same shape (a fine-tuned sibling).
+
+    Raises:
+        InputError: other layers, ids out of range, unequal counts, fewer than top-k, or made for another model.
+    """
+    topology, name = structure.topology, structure.checkpoint.name
+    if plan.topology_fingerprint not in (None, topology.fingerprint):
+        raise InputError(f"the plan was made for another model ({plan.model}), not for {name}: their topologies differ. Make a profile and a plan of this one")  # fmt: skip
+    layers = tuple(layer.decoder_layer for layer in plan.layers)
+    if layers != topology.decoder_layers:
+        raise InputError(f"the plan has decoder layers {_short(layers)}, {name} has its MoE layers at {_short(topology.decoder_layers)}")  # fmt: skip
+    for layer in plan.layers:
+        where = f"the plan's decoder layer {layer.decoder_layer}"
+        if len(layer.kept) != plan.keep:
+            raise InputError(f"{where} keeps {len(layer.kept)} experts, `keep` is {plan.keep}. Every layer must keep the same number: stock loaders and servers read one")  # fmt: skip
+        if layer.kept[-1] >= topology.num_experts:
+            raise InputError(f"{where} keeps expert {layer.kept[-1]}. Allowed: 0 to {topology.num_experts - 1}")
+        size = topology.num_experts // topology.num_groups
+        counts = np.bincount([e // size for e in layer.kept], minlength=topology.num_groups)
+        if counts.min() < counts.max():
+            raise InputError(f"{where} keeps {', '.join(map(str, counts))} experts of the router's groups. Every group must keep the same number")  # fmt: skip
+    resolve_keep(topology, keep=plan.keep, retain=None)
+    if (
+        structure.quantised is None
+        and not other_weights
+        and plan.model_fingerprint not in (None, structure.model_fingerprint)
+    ):
+        raise InputError(f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make a plan of this one, or give --other-weights if it is a sibling of that model")  # fmt: skip
+
+
+def _short(values: tuple[int, ...]) -> str:
+    text = ", ".join(map(str, values))
+    return text if len(text) < 60 else f"{text[:40]} ... ({len(values)} in all)"
+
+
+def _least(topology: Topology) -> int:
+    """The fewest experts of a group that leave every token its top-k in the groups that it may use."""
+    return max(2, -(-topology.top_k // topology.top_groups))
+
+
+def allowed_keeps(topology: Topology, multiple_of: int | None = None) -> list[int]:
+    """All numbers of experts that a layer may keep, ascending: what `resolve_keep` accepts.
+
+    Args:
+        topology: of the model.
+        multiple_of: only multiples of this number.
+
+    Raises:
+        InputError: there is none.
+    """
+    multiple_of = 1 if multiple_of is None else multiple_of
+    if multiple_of < 1:
+        raise InputError(f"--multiple-of {multiple_of} is out of range: 1 or more")
+    groups = topology.num_groups
+    least = topology.top_k if groups == 1 else max(topology.top_k, groups * _least(topology))
+    step = math.lcm(multiple_of, groups)
+    counts = [count for count in range(step, topology.num_experts + 1, step) if count >= least]
+    if not counts:
+        raise InputError(f"no count from {least} to {topology.num_experts} experts is a multiple of {step}. Give a smaller --multiple-of")  # fmt: skip
+    return counts
+
+
+def _nearest_multiple(topology: Topology, keep: int, multiple_of: int) -> int:
+    """The allowed count nearest to ``keep`` (the larger of two) that is a multiple of a number."""
+    counts = allowed_keeps(topology, multiple_of)
+    return min(counts, key=lambda count: (abs(count - keep), -count))
+
+
+def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None, multiple_of: int | None = None) -> int:
+    """Experts kept per layer from exactly one of a count and a fraction (rounded to the nearest, halves up).
+
+    Args:
+        topology: of the model.
+        keep: experts per layer.
+        retain: fraction of them.
+        multiple_of: go on to the nearest allowed multiple of this number (what servers like, see `servers`).
+
+    Raises:
+        InputError: both or neither given, out of range, or fewer than the slots of a token.
+    """
+    experts, top_k = topology.num_experts, topology.top_k
+    if (keep is None) == (retain is None):
+        raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
+    if retain is not None:
+        if not 0 < retain <= 1:
+            raise InputError(f"--retain {retain} is out of range: a fraction above 0 and at most 1 (0.5 keeps half)")
+        keep = int(retain * experts + 0.5)
+        given = f"--retain {retain} keeps {keep} of {experts} experts, which"
+    else:
+        given = f"--keep {keep}"
+    assert keep is not None
+    if keep > experts:
+        raise InputError(f"{given} is above the {experts} experts of a layer of {topology.family}. Allowed: {top_k} to {experts}")  # fmt: skip
+    if multiple_of is not None:
+        keep = _nearest_multiple(topology, keep, multiple_of)
+    if keep < top_k:
+        raise InputError(f"{given} leaves fewer experts than the router's top-k of {top_k}. Allowed: --keep {top_k} to {experts}")  # fmt: skip
+    if (groups := topology.num_groups) > 1:
+        least = _least(topology)
+        if keep % groups or keep // groups < least:
+            near = sorted({min(experts, max(least * groups, n * groups)) for n in (keep // groups, keep // groups + 1)})
+            raise InputError(f"{given} does not fit the router's {groups} groups of experts: every group must keep the same number, {least} or more. Near: --keep {' or '.join(map(str, near))}")  # fmt: skip
+    return keep
+
+
+def keep_all(topology: Topology) -> Plan:
+    """The plan that removes nothing."""
+    experts = list(range(topology.num_experts))
+    layers = [LayerPlan(decoder_layer=d, kept=experts.copy()) for d in topology.decoder_layers]
+    return Plan(schema=1, method="keep all", keep=len(experts), layers=layers)

@@ -1,0 +1,1 @@
+"""Why a plan keeps what it keeps."""

@@ -1,0 +1,70 @@
+"""Stage 3a, saliency: reads statistics, gives one number per layer and expert; higher means keep.
+
+Pure arithmetic: no model and no forward pass. A new saliency is one decorated function from the statistics of one
+corpus (or of all corpora pooled) to a float64 array ``[layer, expert]``. Experts that were never routed score 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecover.registry import Registry
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from moecover.profiling.artifact import Statistics
+
+    Saliency = Callable[[Statistics], NDArray[np.float64]]
+
+SALIENCIES: Registry[Callable[..., Any]] = Registry("saliency")
+
+
+def _per_token(total: NDArray[Any], count: NDArray[Any]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = np.divide(total, count, out=np.zeros(total.shape), where=count > 0)
+    return result
+
+
+@SALIENCIES("contribution", paper="mean over all tokens of g ||f||; this project's reading of arXiv 2607.01710")
+def contribution(s: Statistics) -> NDArray[np.float64]:
+    """Weighted output norm per token of the corpus: sum of g ||f|| over routed tokens / all tokens."""
+    return _per_token(s["weighted_norm_sum"], s["num_tokens"])
+
+
+@SALIENCIES("reap", paper="arXiv 2510.13999, code since March 2026")
+def reap(s: Statistics) -> NDArray[np.float64]:
+    """Mean over routed tokens of g~ ||f||, the weights g~ renormalised over the selected slots."""
+    return _per_token(s["renorm_weighted_norm_sum"], s["count"])
+
+
+@SALIENCIES("reap-raw", paper="arXiv 2510.13999")
+def reap_raw(s: Statistics) -> NDArray[np.float64]:
+    """Mean over routed tokens of g ||f|| with the model's own routing weights."""
+    return _per_token(s["weighted_norm_sum"], s["count"])
+
+
+@SALIENCIES("frequency", paper="baseline in arXiv 2510.13999")
+def frequency(s: Statistics) -> NDArray[np.float64]:
+    """Tokens routed to the expert."""
+    return s["count"].astype(np.float64)
+
+
+@SALIENCIES("router-weight", paper="soft counting, arXiv 2404.05089")
+def router_weight(s: Statistics) -> NDArray[np.float64]:
+    """Sum of the routing weights."""
+    return np.asarray(s["weight_sum"], dtype=np.float64)
+
+
+@SALIENCIES("ean", paper="expert activation norm, baseline in arXiv 2510.13999")
+def ean(s: Statistics) -> NDArray[np.float64]:
+    """Sum of the output norms over routed tokens."""
+    return np.asarray(s["norm_sum"], dtype=np.float64)
+
+
+@SALIENCIES("ean-mean", paper="mean activation norm, arXiv 2606.15716")
+def ean_mean(s: Statistics) -> NDArray[np.float64]:
+    """Mean output norm over routed tokens."""
+    return _per_token(s["norm_sum"], s["count"])

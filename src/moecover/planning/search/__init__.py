@@ -1,0 +1,1 @@
+"""Search for the subset of experts with the smallest reconstruction loss."""

@@ -1,0 +1,1 @@
+"""One forward pass to additive statistics of every expert."""

@@ -1,0 +1,1 @@
+"""Closed-form refit of the experts that stay."""

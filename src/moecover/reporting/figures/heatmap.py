@@ -1,0 +1,181 @@
+"""The heat map of a plan: reads the facts of `explaining.explain`, gives a figure with a panel for every corpus.
+
+It is laid out in pixels of the PNG, so that cells and outlines begin and end on a pixel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecover.reporting.figures.style import COLOUR_MAP, DPI, FAINT, TITLE_SIZE, VERMILION, percent, short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+CELL, SMALL_CELL = 60, 8  # widest cell, and the cell that a wide panel shrinks to
+PANEL_WIDTH, WIDEST_PANEL = 1500, 2100  # what a panel fills where its cells let it, and at the most
+SLOT, LOWEST_PANEL = 420, 130  # room for a panel's heading, and for its axis label
+WIDEST, HIGHEST = 3000, 3600  # all panels side by side, and all above each other
+NARROWEST_PAGE = 1000
+HEADER, HEADING, LEFT, BELOW, BETWEEN, RIGHT = 190, 64, 90, 44, 100, 30
+DARKEST = 0.995  # share of the cells below the darkest colour: a few extreme experts would make all others pale
+LABEL = 34  # under the lowest panel
+
+
+def arrangement(layers: int, experts: int, panels: int) -> tuple[int, int, int]:
+    """How panels of ``[layer, expert]`` share a page: columns of panels, width and height of a cell in pixels."""
+    width = max(3, min(CELL, max(PANEL_WIDTH // experts, min(SMALL_CELL, WIDEST_PANEL // experts))))
+    height = max(width, math.ceil(LOWEST_PANEL / layers))
+    slot = max(SLOT, experts * width)
+
+    def unbalanced(columns: int) -> float:
+        lines = math.ceil(panels / columns)
+        return abs(math.log(columns * slot / (lines * (layers * height + HEADING + BELOW) * 1.3)))
+
+    columns: int = min((c for c in range(1, panels + 1) if c == 1 or c * slot <= WIDEST), key=unbalanced)
+    lines = math.ceil(panels / columns)
+    return columns, width, max(4, min(height, HIGHEST // (lines * layers)))
+
+
+def outlines(kept: Sequence[Sequence[int]], dx: float, dy: float) -> NDArray[np.float64]:
+    """Corners of the kept cells' outlines, ``[cell, corner, (expert, layer)]``; a cell is 1 wide and high.
+
+    Args:
+        kept: ids of the kept experts by layer.
+        dx: how far inside the left and right edges the line runs, as a share of the cell.
+        dy: the same at the upper and lower edges.
+    """
+    centres = np.array([(e, i) for i, ids in enumerate(kept) for e in ids], dtype=np.float64).reshape(-1, 1, 2)
+    corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (0.5 - dx, 0.5 - dy)
+    return centres + corners
+
+
+def scale_ticks(top: float) -> list[float]:
+    """Values 1, 2 and 5 times powers of ten up to ``top``, and 0, that stand apart on a scale of square roots."""
+    exponent = math.floor(math.log10(top))
+    ticks: list[float] = []
+    for value in (m * 10.0**e for e in range(exponent, exponent - 4, -1) for m in (5, 2, 1)):
+        if value <= top and math.sqrt(value / top) > 0.12 and (not ticks or math.sqrt(ticks[-1] / top) - math.sqrt(value / top) > 0.12):  # fmt: skip
+            ticks.append(value)
+    return [0.0, *reversed(ticks)]
+
+
+def _step(pixels: int, needed: int) -> int:
+    """The smallest of 1, 2, 5, 10, ... cells that gives a label the pixels that it needs."""
+    steps = (m * 10**e for e in itertools.count() for m in (1, 2, 5))
+    fitting: int = next(step for step in steps if step * pixels >= needed)
+    return fitting
+
+
+def utility_picture(facts: Mapping[str, Any]) -> Figure:
+    """A panel a corpus: the share of the layer's utility by decoder layer and expert, the kept experts outlined."""
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    corpora, rows, experts = facts["corpora"], facts["layers"], facts["experts"]
+    values = {corpus: 100 * np.asarray(facts["utility"][corpus], dtype=np.float64) for corpus in corpora}
+    top = float(np.quantile(list(values.values()), DARKEST)) or max(float(v.max()) for v in values.values()) or 1.0
+    norm = PowerNorm(0.5, 0, top)  # most utilities are small: the square root shows them apart
+    columns, cell, high = arrangement(len(rows), experts, len(corpora))
+    panel, panel_high, slot = experts * cell, len(rows) * high, max(SLOT, experts * cell)
+    lines = math.ceil(len(corpora) / columns)
+    wide = max(NARROWEST_PAGE, LEFT + columns * slot + (columns - 1) * BETWEEN + RIGHT)
+    tall = HEADER + lines * (HEADING + panel_high + BELOW) + LABEL
+    figure = Figure(figsize=(wide / DPI, tall / DPI))
+    _utility_header(figure, facts, norm, max(float(v.max()) for v in values.values()) > top, wide, tall)
+    for i, corpus in enumerate(corpora):
+        line, column = divmod(i, columns)
+        left, top = LEFT + column * (slot + BETWEEN), HEADER + HEADING + line * (HEADING + panel_high + BELOW)
+        axes = figure.add_axes((left / wide, 1 - (top + panel_high) / tall, panel / wide, panel_high / tall))
+        _heat_map(axes, values[corpus], norm)
+        _mark(axes, rows, corpus, norm(values[corpus]), cell, high)
+        _expert_ticks(axes, rows, experts, cell, high)
+        if column == 0:
+            axes.set_ylabel("decoder layer")
+        if i + columns >= len(corpora):
+            axes.set_xlabel("expert (id)", loc="left")
+        _panel_heading(axes, facts, corpus, panel_high)
+    return figure
+
+
+def _utility_header(figure: Figure, facts: Mapping[str, Any], norm: Any, beyond: bool, wide: int, tall: int) -> None:
+    """Title, colour bar and legend over the panels; ``beyond``: some utilities are above the scale."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.lines import Line2D
+
+    several = len(facts["corpora"]) > 1
+    title = f"Which experts {'each corpus' if several else 'the corpus'} uses, and which of them the plan keeps"
+    figure.text(20 / wide, 1 - 16 / tall, title, fontsize=TITLE_SIZE, va="top")
+    subtitle = f"{short(facts['method'], 30)} keeps {facts['keep']} of {facts['experts']} experts in {'each of ' if len(facts['layers']) > 1 else ''}{len(facts['layers'])} MoE layer{'s' if len(facts['layers']) > 1 else ''}"  # fmt: skip
+    figure.text(20 / wide, 1 - 50 / tall, subtitle, color=FAINT, va="top")
+    figure.text(LEFT / wide, 1 - 90 / tall, f"utility ({short(facts['saliency'], 20)}), % of the layer", va="top")
+    axes = figure.add_axes((LEFT / wide, 1 - 136 / tall, 330 / wide, 18 / tall))
+    bar = figure.colorbar(
+        ScalarMappable(norm, COLOUR_MAP), cax=axes, orientation="horizontal", extend="max" if beyond else "neither"
+    )
+    ticks = scale_ticks(norm.vmax)
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.outline.set(linewidth=0.5, edgecolor=FAINT)
+    bar.minorticks_off()
+    shared: dict[str, Any] = {"linestyle": "none", "marker": "s", "markersize": 9, "markerfacecolor": "#C6DBEF"}
+    square = Line2D([], [], markeredgecolor=VERMILION, markeredgewidth=1.4, **shared)
+    dot = Line2D([], [], linestyle="none", marker="o", markersize=3, color="black")
+    handles: list[Any] = [Line2D([], [], markeredgecolor="none", **shared), square]
+    names = ["removed", "kept"]
+    if any(row["protected"].get(corpus) for row in facts["layers"] for corpus in facts["corpora"]):
+        handles.append((square, dot))
+        names.append("kept, protected by this corpus" if several else "kept, protected by the corpus")
+    where = ((LEFT + 410) / wide, 1 - 84 / tall)
+    figure.legend(handles, names, loc="upper left", bbox_to_anchor=where, borderaxespad=0, borderpad=0)
+
+
+def _heat_map(axes: Axes, values: NDArray[np.float64], norm: Any) -> None:
+    axes.imshow(values, cmap=COLOUR_MAP, norm=norm, aspect="auto", interpolation="none")
+    axes.spines[:].set(visible=True, linewidth=0.5)
+    axes.tick_params(length=2.5, width=0.5)
+
+
+def _mark(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], corpus: str, dark: NDArray[np.float64], cell: int, high: int
+) -> None:
+    """Outline the kept cells, dot those that this corpus protects; ``dark`` is ``[layer, expert]``, 0 to 1 or above."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Curve
+
+    smaller = min(cell, high)
+    line = 3 if smaller >= 16 else 2 if smaller >= 10 else 1
+    corners = outlines([row["kept"] for row in rows], line / 2 / cell, line / 2 / high)
+    closed = np.concatenate([corners, corners[:, :1]], axis=1).reshape(-1, 2)
+    codes = np.tile([Curve.MOVETO, *[Curve.LINETO] * 3, Curve.CLOSEPOLY], len(corners))
+    outline = PathPatch(Curve(closed, codes), fill=False, edgecolor=VERMILION, linewidth=line * 72 / DPI, snap=False)
+    axes.add_patch(outline)
+    protected = [(e, i) for i, row in enumerate(rows) for e in row["protected"].get(corpus, ())]
+    dots: dict[str, Any] = {"linestyle": "none", "marker": "o" if smaller >= 16 else "s", "markeredgewidth": 0}
+    dots["markersize"] = max(2, round(0.3 * smaller)) * 72 / DPI
+    for colour, under in (("black", False), ("white", True)):
+        some = [(e, i) for e, i in protected if bool(dark[i, e] > 0.6) == under]
+        axes.plot([e for e, _ in some], [i for _, i in some], color=colour, **dots)
+
+
+def _expert_ticks(axes: Axes, rows: Sequence[Mapping[str, Any]], experts: int, cell: int, high: int) -> None:
+    layers = [row["decoder_layer"] for row in rows]
+    step = _step(high, 24)
+    first = next((i for i, layer in enumerate(layers[:step]) if layer % step == 0), 0)
+    axes.set_yticks(range(first, len(layers), step), labels=[str(layer) for layer in layers[first::step]])
+    axes.set_xticks(range(0, experts, _step(cell, 12 * len(str(experts)) + 12)))
+
+
+def _panel_heading(axes: Axes, facts: Mapping[str, Any], corpus: str, panel_high: int) -> None:
+    over = facts["overall"]
+    kept = f"{percent(over['kept_utility'][corpus])} of its utility kept"
+    if len(facts["layers"]) > 1:
+        kept += f", in the worst layer {percent(over['least_kept_utility'][corpus])}"
+    axes.text(0, 1 + 32 / panel_high, short(corpus), transform=axes.transAxes, fontsize=10, va="bottom")
+    axes.text(0, 1 + 8 / panel_high, kept, transform=axes.transAxes, fontsize=8, color=FAINT, va="bottom")

@@ -1,0 +1,1 @@
+"""A model that runs: in memory, layer by layer, in several processes."""

@@ -1,0 +1,155 @@
+"""The demo and the shipped model: what a newcomer sees first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moecover.checkpoints.inspection import inspect
+from moecover.checkpoints.structure import read_structure
+from moecover.cli.demo import HELD_OUT, RUNS, markdown_table, rows_from_json, shipped_model
+from moecover.cli.main import main
+from moecover.corpora.packing import load_corpus, load_tokenizer
+from moecover.evaluation.run import perplexity
+from moecover.planning.artifact import keep_all
+from moecover.profiling.run import profile
+from moecover.runtime.loading import load_model
+from moecover.runtime.masking import masked
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    assert main(["demo", "-o", str(folder), "-q"]) == 0
+    return folder
+
+
+def test_demo_writes_what_it_says(demo_folder: Path) -> None:
+    assert sorted(p.name for p in demo_folder.iterdir()) == [
+        "explained",
+        "moecover-demo.json",
+        "plans",
+        "profile",
+        "pruned-50",
+    ]
+    results = json.loads((demo_folder / "moecover-demo.json").read_text())
+    assert results["verified"]["equal"] is True
+    rows = rows_from_json((demo_folder / "moecover-demo.json").read_text())
+    assert [(r.label, r.retain) for r in rows] == [("full model", 1.0)] + [
+        (label, b) for b in (0.5, 0.25) for label, _, _ in RUNS
+    ]
+    assert all(set(r.perplexity) == set(HELD_OUT) for r in rows)
+    full = rows[0]
+    for row in rows[1:]:
+        assert row.size_bytes < full.size_bytes
+        assert row.geometric_mean() > full.geometric_mean()
+    by_name = {(r.label, r.keep): r.geometric_mean() for r in rows}
+    # The claim of the first screen: chosen experts are worth more than random ones, at either budget.
+    for keep in (30, 15):
+        assert by_name["tb-coverage", keep] < by_name["random, mean of 3", keep]
+    assert markdown_table(rows).count("\n") == len(rows) + 1
+
+
+def test_the_written_checkpoint_speaks(demo_folder: Path) -> None:
+    folder = demo_folder / "pruned-50"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("The river rises in", return_tensors="pt")
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert len(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]).split()) >= 3
+
+
+def test_a_second_demo_replaces_the_first_and_nothing_else(demo_folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "results.json").write_text("{}")
+    assert main(["demo", "-o", str(tmp_path / "mine")]) == 2
+    assert "was not written by moecover" in capsys.readouterr().err
+
+
+def test_shipped_model_is_small_trained_and_in_the_right_shape() -> None:
+    folder = shipped_model()
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 20_000_000
+    facts = inspect(folder)
+    assert (facts["family"], facts["experts"], facts["top_k"], facts["shared_experts"]) == ("qwen2_moe", 60, 4, 1)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["norm_topk_prob"] is False
+    assert config["vocab_size"] >= 4096
+    record = json.loads((folder / "training.json").read_text())
+    assert record["bits_per_byte"]["wikitext2"] <= 1.53
+    assert record["bits_per_byte"]["c4"] <= 1.93
+    card = (folder / "README.md").read_text()
+    for figure in record["bits_per_byte"].values():
+        assert f"{figure:.3f}" in card
+    assert f"{record['tokens'] / 1e6:.1f} M tokens" in card
+
+
+def test_second_shipped_model_is_small_trained_and_in_the_right_shape() -> None:
+    folder = shipped_model("deepseek-moe-tiny")
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 20_000_000
+    facts = inspect(folder)
+    assert (facts["family"], facts["experts"], facts["top_k"], facts["shared_experts"]) == ("deepseek", 64, 6, 2)
+    assert facts["moe_layers"] == [1, 2, 3, 4]  # the first layer is dense
+    record, card = json.loads((folder / "training.json").read_text()), (folder / "README.md").read_text()
+    for figure in record["bits_per_byte"].values():
+        assert f"{figure:.3f}" in card
+    structure = read_structure(folder)
+    model = load_model(structure)
+    for name in HELD_OUT:
+        assert perplexity(model, load_corpus(name, structure=structure, length=256)[:4]) < 300
+
+
+def test_shipped_model_predicts_held_out_text() -> None:
+    structure = read_structure(shipped_model())
+    tokenizer, model = load_tokenizer(shipped_model()), load_model(structure)
+    for name in HELD_OUT:
+        corpus = load_corpus(name, tokenizer=tokenizer, length=256)[:8]
+        assert perplexity(model, corpus) < 200 < structure.checkpoint.config["vocab_size"]
+        with masked(model, structure, keep_all(structure.topology)):
+            assert perplexity(model, corpus) == perplexity(model, corpus)
+
+
+def test_shipped_routers_are_specialised() -> None:
+    """In every layer the busiest quarter of the experts takes well over a quarter of the tokens, and corpora differ."""
+    structure = read_structure(shipped_model())
+    tokenizer = load_tokenizer(shipped_model())
+    corpora = [load_corpus(name, tokenizer=tokenizer, length=256)[:16] for name in HELD_OUT]
+    made = profile(structure, corpora, batch_size=16)
+    for layer in range(len(structure.topology.decoder_layers)):
+        quarters = []
+        for name in HELD_OUT:
+            count = made.statistics[name]["count"][layer]
+            busiest = count.argsort()[-15:]
+            assert count[busiest].sum() / count.sum() > 0.4
+            quarters.append(set(busiest.tolist()))
+        assert quarters[0] != quarters[2]
+        assert len(quarters[0] & quarters[2]) < 13
+
+
+def test_generated_docs_are_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "NO_COLOR": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_names_commands_that_exist() -> None:
+    from moecover.cli.main import make_parser
+
+    text = (ROOT / "README.md").read_text()
+    commands = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("moecover ")]
+    assert len(commands) == 5
+    for command in commands:
+        for part in command.split("&&"):
+            make_parser().parse_args(part.split()[1:])
+    for target in ("make demo", "make test"):
+        assert target in text

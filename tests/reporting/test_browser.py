@@ -1,0 +1,197 @@
+"""The page of a run in headless Chromium: no errors, sorting by click and by keyboard, phones, dark mode and print.
+
+Skipped with a reason where Debian's packages chromium and chromium-driver are not installed.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecover.reporting.page import report
+from tests.support.runs import HOSTILE, METHODS, make_run
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER),
+    reason="no chromium or chromedriver: install Debian's packages chromium and chromium-driver",
+)
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "hide-scrollbars"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Addresses of the pages: of the paper's grid, and of a run with hostile names."""
+    folder = tmp_path_factory.mktemp("pages")
+    paper = make_run(folder / "paper", samples=2, fails=("ExpertSparsity",))
+    methods = [(HOSTILE + str(i), *m[1:]) for i, m in enumerate(METHODS)]
+    hostile = make_run(
+        folder / "hostile", models=((HOSTILE + "-" * 80, 2, 8),), methods=methods, tasks=(HOSTILE, "b"), texts=(HOSTILE,),
+        corpora=(HOSTILE, "ß"), fails=(methods[1][0],), reason=HOSTILE * 3, command=HOSTILE * 4,
+    )  # fmt: skip
+    made = {run.name: report(run, folder / f"{run.name}.html")["page"] for run in (paper, hostile)}
+    return {name: Path(page).as_uri() for name, page in made.items()}
+
+
+def shown(driver: Any, address: str, *, width: int = 1280, scheme: str = "light", media: str = "") -> None:
+    driver.get("about:blank")
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})  # fmt: skip
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [{"name": "prefers-color-scheme", "value": scheme}]})  # fmt: skip
+    driver.get_log("browser")
+    driver.get(address)
+
+
+@pytest.mark.parametrize("name", ["paper", "hostile"])
+def test_no_errors_and_nothing_is_fetched(driver: Any, pages: dict[str, str], name: str) -> None:
+    shown(driver, pages[name])
+    assert driver.get_log("browser") == []
+    assert driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+    assert driver.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert driver.execute_script("return document.styleSheets[0].cssRules.length") > 50
+
+
+def test_injected_script_is_forbidden(driver: Any, pages: dict[str, str]) -> None:
+    shown(driver, pages["paper"])
+    driver.execute_script("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")  # fmt: skip
+    assert driver.execute_script("return window.ran") is None
+    assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
+
+
+def column(driver: Any, table: Any, index: int) -> list[str]:
+    found: list[str] = driver.execute_script("return [...arguments[0].tBodies[0].rows].map(r => r.cells[arguments[1]].dataset.value ?? '')", table, index)  # fmt: skip
+    return found
+
+
+# Presses every heading of every table twice: kind and first order of the column, then by press the orders said and the values.
+PRESS_ALL_JS = """
+return [...document.querySelectorAll('table.sortable')].map(table => {
+  const heads = [...table.tHead.rows[0].cells], rows = () => [...table.tBodies[0].rows];
+  const before = rows().map(r => r.textContent).sort().join();
+  const presses = heads.map((head, i) => [head.dataset.kind, head.dataset.first, [1, 2].map(() => {
+    head.querySelector('button').click();
+    return [heads.map(h => h.getAttribute('aria-sort')), rows().map(r => r.cells[i].dataset.value ?? '')];
+  })]);
+  return [presses, before === rows().map(r => r.textContent).sort().join()];
+});
+"""
+
+
+def test_sorting_by_every_heading(driver: Any, pages: dict[str, str]) -> None:
+    shown(driver, pages["paper"])
+    tables = driver.execute_script(PRESS_ALL_JS)
+    assert len(tables) == 2 * 10 + 1
+    for heads, same_rows in tables:
+        assert same_rows
+        for index, (kind, first, presses) in enumerate(heads):
+            second = {"ascending": "descending", "descending": "ascending"}[first]
+            for order, (said, values) in zip((first, second), presses, strict=True):
+                assert said == ["none"] * index + [order] + ["none"] * (len(heads) - index - 1)
+                there = [v for v in values if v]
+                assert values == there + [""] * (len(values) - len(there))  # what is missing comes last
+                if kind == "number":
+                    assert [float(v) for v in there] == sorted(map(float, there), reverse=order == "descending")
+
+
+def test_sorting_by_mouse_and_by_keyboard(driver: Any, pages: dict[str, str]) -> None:
+    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+    shown(driver, pages["paper"])
+    table = driver.find_element("css selector", "table[id$='-tasks']")
+    head = table.find_elements("css selector", "thead th")[3]
+    button = head.find_element("css selector", "button")
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
+    button.click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert driver.switch_to.active_element == button
+    button.send_keys(keys.ENTER)
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert [float(v) for v in column(driver, table, 3)] == sorted(float(v) for v in column(driver, table, 3))
+    button.send_keys(keys.TAB)
+    following = driver.switch_to.active_element
+    assert following == table.find_elements("css selector", "thead th button")[4]
+    following.send_keys(keys.SPACE)
+    assert head.get_attribute("aria-sort") == "none"
+    assert table.find_elements("css selector", "thead th")[4].get_attribute("aria-sort") == "descending"
+
+
+@pytest.mark.parametrize("name", ["paper", "hostile"])
+@pytest.mark.parametrize("width", [320, 360, 768, 1280])
+def test_nothing_is_wider_than_the_screen(driver: Any, pages: dict[str, str], name: str, width: int) -> None:
+    shown(driver, pages[name], width=width)
+    driver.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    letters = driver.execute_script(
+        "return [...document.querySelectorAll('svg.curve text')].map(t => [t, t.getScreenCTM()]).map(([t, m]) => parseFloat(getComputedStyle(t).fontSize) * Math.hypot(m.a, m.b))"
+    )
+    assert min(letters) >= (7 if width < 360 else 8 if width < 1000 else 9)  # pixels
+
+
+def contrast(one: str, two: str) -> float:
+    """Ratio of the luminances of two colours, as WCAG 2 defines it."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(v) / 255 for v in re.findall(r"\d+", colour)[:3]]
+        red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    light, dark = sorted((luminance(one), luminance(two)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+COLOURS_JS = """
+const probe = document.createElement('p');
+document.body.append(probe);
+const found = {};
+for (const name of arguments[0]) {
+  probe.className = ''; probe.setAttribute('hidden', '');
+  document.styleSheets[0].insertRule(`.probe-${name} { color: var(--${name}) }`, document.styleSheets[0].cssRules.length);
+  probe.className = `probe-${name}`;
+  found[name] = getComputedStyle(probe).color;
+}
+probe.remove();
+return found;
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_have_contrast(driver: Any, pages: dict[str, str], scheme: str) -> None:
+    shown(driver, pages["paper"], scheme=scheme)
+    words, lines = ["ink", "faint", "link", "better", "worse", "same"], [f"c{i}" for i in range(6)]
+    found = driver.execute_script(COLOURS_JS, ["ground", "card", *words, *lines])
+    ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert ground == found["ground"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}[scheme]
+    assert (
+        driver.execute_script("return getComputedStyle(document.querySelector('svg.curve text')).fill") == found["ink"]
+    )
+    for name in words:
+        assert contrast(found[name], ground) >= 4.5, name
+    if scheme == "dark":  # on white, the two palest of Okabe and Ito's colours are told by their markers and names
+        assert all(contrast(found[name], ground) >= 3 for name in lines)
+
+
+def test_print_shows_everything_on_white(driver: Any, pages: dict[str, str]) -> None:
+    shown(driver, pages["paper"], scheme="dark", media="print")
+    assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert driver.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
+    driver.execute_script("window.closed_when_printed = -1; addEventListener('beforeprint', () => { window.closed_when_printed = document.querySelectorAll('details:not([open])').length })")  # fmt: skip
+    printed = base64.b64decode(driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
+    assert printed.startswith(b"%PDF-")
+    assert driver.execute_script("return window.closed_when_printed") == 0
+    assert driver.execute_script("return document.querySelectorAll('details:not([open])').length") > 0  # closed again

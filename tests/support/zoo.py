@@ -1,0 +1,162 @@
+"""A tiny random model of every type of the installed transformers that has routed experts.
+
+`types` finds them: the causal language models whose configuration counts experts. A configuration is the class's own
+defaults made small: every size that it has by one of the names in `SMALL`, then what `SPECIAL` says of the type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from moecover.checkpoints.config_edit import COUNT_KEYS
+from moecover.checkpoints.structure import auto_class
+
+EXPERTS, TOP_K, LAYERS = 8, 2, 3
+SMALL: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "max_position_embeddings": 64, "num_experts_per_tok": TOP_K, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "num_dense_layers": 1,
+    "sliding_window": 16, "moe_topk": TOP_K, "moe_k": TOP_K, "top_k_experts": TOP_K, "shared_intermediate_size": 16,
+    "n_group": 2, "topk_group": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "out_hidden_size": 32,
+    "linear_head_dim": 8, "linear_num_heads": 4, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
+    "index_n_heads": 4, "index_head_dim": 16, "hc_mult": 2, "moe_hidden_size": 24, "adapter_in_dim": 32,
+    "adapter_input_size": 32, "adapter_out_dim": 32, "text_hidden_size": 32, "projection_hidden_dim": 32,
+    "projection_intermediate_size": 32, "projector_hidden_size": 32, "downsample_hidden_size": 8, "d_model": 32,
+    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 32, "output_dim": 32,
+    "max_source_positions": 64, "num_position_embeddings": 16, "mlp_dim": 32, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2, "swa_head_dim": 8, "posemb_grid_size": 4, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "global_head_dim": 8,
+    "position_embedding_size": 16, "shared_experts_intermediate_size": 16, "ssm_state_size": 8, "mamba_num_heads": 8,
+    "mamba_head_dim": 8, "chunk_size": 16,
+}  # fmt: skip
+MLPS = ["dense"] + ["sparse"] * (LAYERS - 1)
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+SAM = {"output_channels": 8, "downsample_channels": [16, 32], "image_size": 64}
+PICTURES: dict[str, Any] = {  # a part that is a type of its own
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 16,
+}  # fmt: skip
+DOTS3 = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+}  # fmt: skip
+SPECIAL: dict[str, dict[str, Any]] = {
+    "aria": {"vision_config": {"model_type": "idefics3_vision", **PICTURES}, "projector_patch_to_query_dict": {4: 4}},
+    "beam": {"mlp_layer_types": MLPS},
+    "deepseek_ocr2": {
+        "vision_config": {"sam_config": SAM},
+        "text_config": {"mlp_layer_types": MLPS, "num_experts_per_tok": TOP_K},
+    },
+    "dots3_note": {"vision_config": {"pyramid_num_routed": [-1, 4, EXPERTS]}, "text_config": DOTS3},
+    "dots3_note_text": DOTS3,
+    "glm4v_moe": {"text_config": {"rope_parameters": ROTARY}},
+    "glm5_next": {
+        "text_config": {
+            "mlp_layer_types": MLPS,
+            "index_topk": 16,
+            "index_kpool": 4,
+            "qk_rope_head_dim": 0,
+            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        },
+    },
+    "granitemoehybrid": {"mamba_n_heads": 4, "layer_types": ["mamba", "attention", "mamba"]},
+    "inkling_mm_model": {"vision_config": {"patch_size": 2, "n_layers": 2}},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
+    "llama4": {
+        "vision_config": {**PICTURES, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        "text_config": {"moe_layers": [1, 2], "intermediate_size_mlp": 24},
+    },
+    "llama4_text": {"moe_layers": [1, 2], "intermediate_size_mlp": 24},
+    "mistral_large4": {"vision_config": {"model_type": "pixtral", **PICTURES}},
+    "muse_spark": {
+        "audio_config": {"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [8], "depths": [1]},
+        "text_config": {"mlp_layer_types": MLPS},
+    },
+    "qwen3_omni_moe_thinker": {"vision_config": {"deepstack_visual_indexes": [0]}},
+    "step3p7": {
+        "vision_config": {"image_size": 32},
+        "text_config": {"mlp_layer_types": MLPS, "share_expert_dim": 16},
+    },
+    "unlimited_ocr": {"vision_config": {"sam_config": SAM}},
+    "gemma4": {"text_config": {"enable_moe_block": True, "num_experts": EXPERTS}},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": EXPERTS},
+    "bailing_hybrid": {"num_experts": EXPERTS, "num_experts_per_token": TOP_K, "num_expert_group": 2, "topk_group": 1},
+    "kimi_linear": {"num_experts": EXPERTS, "num_experts_per_token": TOP_K},
+    "kolibri1": {"num_experts": EXPERTS},
+    "mellum": {"num_experts": EXPERTS},
+    "qwen3_moe": {"num_experts": EXPERTS},
+}
+
+
+def types() -> list[str]:
+    """Model types with routed experts, alphabetical."""
+    found = []
+    for name in sorted(CONFIG_MAPPING.keys()):
+        cls = CONFIG_MAPPING[name]
+        if auto_class(cls) is None:
+            continue
+        names = _names(cls)
+        parts = [names, *(_names(sub) for sub in getattr(cls, "sub_configs", {}).values())]
+        if any(key in part for part in parts for key in COUNT_KEYS):
+            found.append(name)
+    return found
+
+
+def _names(cls: type) -> set[str]:
+    fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    return fields | set(getattr(cls, "attribute_map", {}))
+
+
+def make_config(name: str) -> PreTrainedConfig:
+    """The small configuration of a type."""
+    cls = CONFIG_MAPPING[name]
+    options = _small(cls)
+    for key, value in SPECIAL.get(name, {}).items():
+        options[key] = _merged(options.get(key), value)
+    return cls(**options)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+
+
+def _small(cls: type) -> dict[str, Any]:
+    names, mapped = _names(cls), getattr(cls, "attribute_map", {})
+    options = {k: v for k, v in SMALL.items() if k in names and k not in mapped}
+    options |= {k: EXPERTS for k in COUNT_KEYS if k in names and k not in mapped}
+    if "kv_lora_rank" in options:
+        options["num_key_value_heads"] = options["num_attention_heads"]  # latent attention has no groups
+    for part, sub in getattr(cls, "sub_configs", {}).items():
+        if dataclasses.is_dataclass(sub):
+            options[part] = _small(sub)
+    return options
+
+
+def make_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """A model with uneven routing."""
+    torch.manual_seed(seed)
+    config = make_config(name)
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # saved with all its parts, as on the hub
+    auto = AutoModelForImageTextToText if multimodal else auto_class(type(config))
+    model = auto.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or "inv_freq" in key:
+                continue
+            if "correction" in key or "expert_bias" in key:
+                tensor.normal_(0, 0.3)
+            elif key.endswith((".gate.weight", ".router.weight")):
+                tensor.normal_(0, 1.0)
+            elif tensor.dim() > 1:
+                tensor.normal_(0, 0.15)
+    return model.eval()
