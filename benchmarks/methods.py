@@ -18,18 +18,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moecover.checkpoints.shipped import DEFAULT as MODEL
+from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
-from moecover.cli.demo import LENGTH, MODEL, shipped_model
+from moecover.cli.demo import LENGTH
 from moecover.corpora.packing import Corpus, load_corpus
 from moecover.evaluation.run import perplexity
 from moecover.planning.artifact import Plan, keep_all
+from moecover.planning.masking import masked
 from moecover.planning.run import DEFAULT_PROTECT, DEFAULT_SALIENCY, plan_budgets
 from moecover.planning.saliency import SALIENCIES
 from moecover.profiling.artifact import Profile
 from moecover.profiling.layer_inputs import sample_of
 from moecover.profiling.run import profile
 from moecover.runtime.loading import load_model
-from moecover.runtime.masking import masked
 
 RETAINS = (0.25, 0.5, 0.75)
 SEQUENCES = 96  # blocks of a calibration sample: fewer than there are, so that samples differ

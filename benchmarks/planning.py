@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moecover.checkpoints.structure import Topology
+from moecover.checkpoints.topology import Topology
 from moecover.cli.main import main as moecover
 from moecover.profiling.artifact import COUNTS, PARTS, STATISTICS, Profile
 

@@ -137,7 +137,8 @@ def size(folder: Path) -> int:
 def measure(work: Path, args: argparse.Namespace) -> None:
     """Run everything in turn, in a folder to work in."""
     from moecover.checkpoints.structure import read_structure
-    from moecover.planning.artifact import LayerPlan, Plan, resolve_keep
+    from moecover.planning.artifact import LayerPlan, Plan
+    from moecover.planning.keep import resolve_keep
 
     source = args.model or make_checkpoint(work / "model", max(1, round(args.gb / 1.134)))
     topology = read_structure(source).topology

@@ -30,8 +30,8 @@ import numpy as np
 import yaml
 
 from benchmarks.methods import FAR, NEAR, sources
+from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
-from moecover.cli.demo import shipped_model
 from moecover.comparison.config import FULL, read
 from moecover.comparison.run import compare
 from moecover.comparison.significance import Difference, holm, over_seeds, paired_bootstrap

@@ -23,7 +23,8 @@ PASS = """
 import functools, sys, time
 import numpy as np
 from moecover.corpora.packing import make_corpus
-from moecover.runtime.loading import batches, load_model
+from moecover.runtime.loading import load_model
+from moecover.corpora.batches import batches
 from moecover.profiling.run import backbone_of, profile
 from moecover.runtime.streaming import run, streamed
 from moecover.checkpoints.structure import read_structure

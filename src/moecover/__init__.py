@@ -28,12 +28,14 @@ install()
 if TYPE_CHECKING:
     from moecover.checkpoints.inspection import inspect
     from moecover.checkpoints.source import open_checkpoint
-    from moecover.checkpoints.structure import Structure, Topology, read_structure
+    from moecover.checkpoints.structure import Structure, read_structure
+    from moecover.checkpoints.topology import Topology
     from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
     from moecover.corpora.sources import CORPORA
     from moecover.errors import InputError, MoecoverError
     from moecover.evaluation.run import perplexity
     from moecover.planning.artifact import LayerPlan, Plan
+    from moecover.planning.masking import masked
     from moecover.planning.run import METHODS, plan, plan_budgets, super_experts
     from moecover.planning.saliency import SALIENCIES
     from moecover.profiling.artifact import Profile
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from moecover.registry import load_plugin
     from moecover.reporting.page import report
     from moecover.runtime.loading import load_model
-    from moecover.runtime.masking import masked
     from moecover.verification.verify import verify
 
 _MODULE_OF = {
@@ -51,7 +52,7 @@ _MODULE_OF = {
     "load_corpus": "corpora.packing",
     "load_tokenizer": "corpora.packing",
     "open_checkpoint": "checkpoints.source",
-    "Topology": "checkpoints.structure",
+    "Topology": "checkpoints.topology",
     "Structure": "checkpoints.structure",
     "read_structure": "checkpoints.structure",
     "inspect": "checkpoints.inspection",
@@ -68,7 +69,7 @@ _MODULE_OF = {
     "load_plugin": "registry",
     "LayerPlan": "planning.artifact",
     "prune": "pruning.writer",
-    "masked": "runtime.masking",
+    "masked": "planning.masking",
     "perplexity": "evaluation.run",
     "verify": "verification.verify",
     "report": "reporting.page",

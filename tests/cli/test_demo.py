@@ -13,15 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moecover.checkpoints.inspection import inspect
+from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
-from moecover.cli.demo import HELD_OUT, RUNS, markdown_table, rows_from_json, shipped_model
+from moecover.cli.demo import HELD_OUT, RUNS, markdown_table, rows_from_json
 from moecover.cli.main import main
 from moecover.corpora.packing import load_corpus, load_tokenizer
 from moecover.evaluation.run import perplexity
 from moecover.planning.artifact import keep_all
+from moecover.planning.masking import masked
 from moecover.profiling.run import profile
 from moecover.runtime.loading import load_model
-from moecover.runtime.masking import masked
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import moecover
+from moecover.checkpoints.shipped import shipped_model
 from moecover.cli import main as cli
-from moecover.cli.demo import shipped_model
 from moecover.cli.main import main
 from moecover.errors import InputError
 from moecover.profiling.artifact import Profile

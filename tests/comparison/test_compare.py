@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import yaml
 
-from moecover.checkpoints.structure import Topology, read_structure
+from moecover.checkpoints.structure import read_structure
+from moecover.checkpoints.topology import Topology
 from moecover.cli.main import main
 from moecover.comparison.config import Cell, cells, label_of, read, slug, variants
 from moecover.comparison.pool import END, Died, work
@@ -30,11 +31,11 @@ from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.run import perplexity
 from moecover.planning.artifact import Plan
+from moecover.planning.masking import masked
 from moecover.profiling.artifact import Profile
 from moecover.repairing.layers import needed_bytes
 from moecover.repairing.store import places_on_disk
 from moecover.runtime.loading import load_model
-from moecover.runtime.masking import masked
 from tests.support.tiny import TEXT, make_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

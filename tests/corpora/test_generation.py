@@ -15,8 +15,8 @@ import torch
 from scipy.stats import chisquare
 from transformers import GenerationConfig
 
+from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
-from moecover.cli.demo import shipped_model
 from moecover.cli.main import main
 from moecover.corpora import generation
 from moecover.corpora.generation import cache_bytes, first_tokens, generate, write_generated

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecover.cli.demo import shipped_model
+from moecover.checkpoints.shipped import shipped_model
 from moecover.cli.main import main
 from moecover.comparison.config import corpora_of
 from moecover.corpora.kinds import PIECE, Piece, described, grouped, pieces_of, rows_of, split, tf_idf, write_kinds

@@ -13,17 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecover.checkpoints.structure import Topology, read_structure
+from moecover.checkpoints.structure import read_structure
+from moecover.checkpoints.topology import Topology
 from moecover.corpora.overlap import overlap
 from moecover.corpora.packing import load_corpus, load_unused
 from moecover.errors import InputError
 from moecover.evaluation.budget_search import BELOW, largest_within, parse_percent, possible_keeps, smallest
 from moecover.evaluation.run import perplexity
-from moecover.planning.artifact import Plan, allowed_keeps, resolve_keep
+from moecover.planning.artifact import Plan
+from moecover.planning.keep import allowed_keeps, resolve_keep
+from moecover.planning.masking import masked
 from moecover.planning.run import plan
 from moecover.profiling.artifact import Profile
 from moecover.runtime.loading import load_model
-from moecover.runtime.masking import masked
 from moecover.runtime.memory import parse_size
 from tests.cli.test_main import run
 from tests.conftest import write_rows

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli import main as cli
-from moecover.cli.demo import shipped_model
 from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError, MoecoverError
@@ -22,10 +22,10 @@ from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.run import evaluate, score
 from moecover.evaluation.tasks import Tasks, resolve
 from moecover.planning.artifact import LayerPlan, Plan
+from moecover.planning.masking import masked, masked_layers
 from moecover.pruning.writer import prune
 from moecover.runtime import memory as fitting
 from moecover.runtime.loading import load_model
-from moecover.runtime.masking import masked, masked_layers
 from moecover.runtime.streaming import Streamed, streamed, unmasked
 from tests.conftest import random_corpus
 from tests.support import zoo

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecover.checkpoints.structure import Structure, Topology, read_structure
+from moecover.checkpoints.structure import Structure, read_structure
+from moecover.checkpoints.topology import Topology
 from moecover.cli.main import main
 from moecover.errors import InputError
 from moecover.planning.artifact import LayerPlan, Plan

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moecover.checkpoints.structure import Structure, Topology
+from moecover.checkpoints.structure import Structure
+from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError
-from moecover.planning.artifact import Plan, check_plan, keep_all, resolve_keep
+from moecover.planning.artifact import Plan, check_plan, keep_all
+from moecover.planning.keep import resolve_keep
 from moecover.planning.run import METHODS, plan, plan_budgets, runs_experts, super_experts
 from moecover.planning.saliency import SALIENCIES
 from moecover.planning.selection import Room, cover, ranked

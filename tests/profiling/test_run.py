@@ -14,13 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moecover.checkpoints.structure import Structure, read_structure
+from moecover.corpora.batches import batches
 from moecover.corpora.packing import load_corpus, make_corpus
 from moecover.errors import InputError
 from moecover.planning.run import plan
 from moecover.profiling.artifact import STATISTICS, Profile
 from moecover.profiling.hooks import SCORING, recording, scoring_function
 from moecover.profiling.run import profile
-from moecover.runtime.loading import batches, load_model, routers
+from moecover.runtime.loading import load_model, routers
 from tests.conftest import random_corpus, write_rows
 
 NAMES = {

@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from moecover.checkpoints.config_edit import edited_config, expert_count_keys
 from moecover.checkpoints.expert_tensors import ExpertTensor
 from moecover.checkpoints.inspection import inspect
+from moecover.checkpoints.pieces import piece
 from moecover.checkpoints.source import TensorEntry, open_checkpoint, read_header
 from moecover.checkpoints.structure import read_structure
 from moecover.errors import InputError, MoecoverError
 from moecover.planning.run import plan
 from moecover.profiling.run import profile
 from moecover.pruning import writer as checkpoint_module
-from moecover.pruning.writer import piece, prune
+from moecover.pruning.writer import prune
 from moecover.verification.verify import verify
 from tests.conftest import hand_plan, random_corpus
 

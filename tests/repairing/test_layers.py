@@ -12,11 +12,11 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.planning.artifact import Plan
+from moecover.planning.masking import masked
 from moecover.repairing.layers import LayerRepair, repaired
 from moecover.repairing.layers import repair_layers as layer_after_layer
 from moecover.repairing.solver import KINDS
 from moecover.runtime.loading import load_model
-from moecover.runtime.masking import masked
 from moecover.runtime.streaming import streamed
 from tests.conftest import hand_plan, random_corpus
 from tests.support import zoo

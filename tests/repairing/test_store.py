@@ -18,18 +18,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from moecover.checkpoints.pieces import pieces_by_shard
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli import main as cli
 from moecover.errors import InputError, MoecoverError
 from moecover.files.copying import file_hash
 from moecover.planning.artifact import Plan
-from moecover.pruning.writer import pieces_by_shard, prune
+from moecover.planning.masking import masked
+from moecover.pruning.writer import prune
 from moecover.repairing import layers as repairing
 from moecover.repairing.layers import LayerRepair, repair_layers, repaired
 from moecover.repairing.store import Repaired, kept_for_later, repair
 from moecover.runtime import memory as fitting
 from moecover.runtime.loading import load_model
-from moecover.runtime.masking import masked
 from moecover.runtime.streaming import streamed
 from moecover.verification.verify import verify
 from tests.conftest import random_corpus, write_rows

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moecover.checkpoints.structure import Topology
+from moecover.checkpoints.topology import Topology
 from moecover.cli.main import main
 from moecover.errors import InputError
 from moecover.planning.explaining.facts import explain

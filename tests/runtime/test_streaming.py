@@ -25,6 +25,7 @@ from moecover.cli import main as cli
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.run import evaluate, perplexity
+from moecover.planning.masking import masked
 from moecover.planning.run import plan, plan_budgets
 from moecover.profiling.artifact import Profile
 from moecover.profiling.layer_inputs import sample_of
@@ -32,7 +33,6 @@ from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
 from moecover.runtime import memory as fitting_module
 from moecover.runtime.loading import load_model
-from moecover.runtime.masking import masked
 from moecover.runtime.memory import cost, opened, parse_size
 from moecover.runtime.pass_state import FILE, State
 from moecover.runtime.streaming import Streamed, run, run_in_parts, streamed, unmasked

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moecover.checkpoints.structure import Topology
+from moecover.checkpoints.topology import Topology
 from moecover.planning.run import plan
 from moecover.profiling.artifact import COUNTS, STATISTICS, Profile
 

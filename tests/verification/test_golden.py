@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from moecover.checkpoints.structure import read_structure
 from moecover.files.copying import file_hash
 from moecover.planning.artifact import Plan
+from moecover.planning.masking import masked
 from moecover.pruning.writer import prune
 from moecover.runtime.loading import load_model, routers
-from moecover.runtime.masking import masked
 from moecover.verification.verify import verify
 from tests.conftest import hand_plan, random_corpus
 from tests.support.tiny import FAMILIES

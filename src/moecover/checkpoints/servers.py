@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moecover.checkpoints.structure import Topology
+    from moecover.checkpoints.topology import Topology
 
 
 @dataclass(frozen=True)

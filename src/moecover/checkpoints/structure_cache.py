@@ -33,7 +33,8 @@ from moecover.checkpoints.expert_tensors import (
     mtp_root,
 )
 from moecover.checkpoints.source import Checkpoint
-from moecover.checkpoints.structure import Structure, Topology, assembled, declared
+from moecover.checkpoints.structure import Structure, assembled, declared
+from moecover.checkpoints.topology import Topology
 from moecover.errors import MoecoverError
 from moecover.files.atomic import canonical_json, write_text
 

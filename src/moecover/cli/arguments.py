@@ -142,7 +142,7 @@ def method_of(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def keep_of(topology: Any, *, keep: int | None, retain: float | None, multiple_of: int | None) -> int:
     """Experts kept per layer; says when they were rounded."""
-    from moecover.planning.artifact import resolve_keep
+    from moecover.planning.keep import resolve_keep
 
     count = resolve_keep(topology, keep=keep, retain=retain, multiple_of=multiple_of)
     given = f"--keep {keep}" if keep is not None else f"--retain {retain}"

@@ -16,32 +16,31 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecover import progress
+from moecover.checkpoints.shipped import DEFAULT, shipped_model
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus, load_corpus
 from moecover.errors import MoecoverError
 from moecover.evaluation.run import perplexity
 from moecover.files.atomic import check_output, new_folder, write_text
-from moecover.planning.artifact import Plan, keep_all, resolve_keep
+from moecover.planning.artifact import Plan, keep_all
 from moecover.planning.explaining.facts import explain
+from moecover.planning.keep import resolve_keep
+from moecover.planning.masking import masked
 from moecover.planning.run import DEFAULT_METHOD, plan_budgets
 from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
-from moecover.registry import unknown_name
 from moecover.reporting.figures.plan_figures import draw
 from moecover.runtime.loading import load_model
-from moecover.runtime.masking import masked
 from moecover.verification.verify import verify
 
 if TYPE_CHECKING:
     import torch
 
-MODEL = "qwen2-moe-tiny"
 CALIBRATION = ("encyclopedia", "web")
 HELD_OUT = ("encyclopedia-heldout", "web-heldout", "python-heldout")
 LENGTH, SEQUENCES = 256, 40
@@ -57,18 +56,6 @@ RUNS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("ExpertSparsity", {"method": "expert-sparsity"}, ()),
     ("random, mean of 3", {"method": "random"}, (0, 1, 2)),
 )
-
-
-def shipped_model(name: str = MODEL) -> Path:
-    """Folder of a model that comes with the package.
-
-    Raises:
-        InputError: there is none of this name.
-    """
-    models = Path(str(resources.files("moecover") / "assets" / "models"))
-    if name not in (known := sorted(p.name for p in models.iterdir())):
-        raise unknown_name("shipped model", name, known)
-    return models / name
 
 
 @dataclass(frozen=True)
@@ -182,7 +169,7 @@ def rows_from_json(text: str) -> list[Row]:
     return [Row(**row) for row in json.loads(text)["rows"]]
 
 
-def demo(output: Path, *, name: str = MODEL) -> tuple[dict[str, Any], str]:
+def demo(output: Path, *, name: str = DEFAULT) -> tuple[dict[str, Any], str]:
     """Run the demo into a folder (an earlier demo there is replaced), on a shipped model by name.
 
     Returns:

@@ -144,6 +144,7 @@ def _prune_held(
 ) -> tuple[Any, str, int]:
     """The long part of `prune_verb`, while no other run can write the same output."""
     from moecover.checkpoints.servers import SERVERS, unmet
+    from moecover.evaluation.artifact import Evaluation
     from moecover.files.atomic import PARTIAL
     from moecover.planning.artifact import check_plan
     from moecover.planning.run import plan, runs_experts
@@ -152,6 +153,7 @@ def _prune_held(
     from moecover.repairing.store import kept_for_later
     from moecover.runtime.pass_state import remove
 
+    evaluations = {str(folder): Evaluation.load(folder) for folder in args.evaluation}
     structure, repaired, model = fetched(args, structure), None, None
     state = args.output.resolve().with_name(f".{args.output.resolve().name}.repair{PARTIAL}")
     with kept_for_later(state):
@@ -175,7 +177,7 @@ def _prune_held(
         with progress.bar("writing", after, unit="bytes") as advance:
             out = prune(
                 structure, chosen, args.output, overwrite=args.overwrite, other_weights=args.other_weights, mtp=args.mtp,
-                repaired=repaired, command=shlex.join(["moecover", *args.argv]), evaluations=args.evaluation,
+                repaired=repaired, command=shlex.join(["moecover", *args.argv]), evaluations=evaluations,
                 advance=advance, say=progress.say,
             )  # fmt: skip
     remove(state)

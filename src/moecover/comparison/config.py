@@ -18,11 +18,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from moecover.checkpoints.structure import Topology
+from moecover.checkpoints.topology import Topology
 from moecover.corpora.sources import each_file, parse_corpora, set_folder, set_name
 from moecover.corpora.windows import WINDOWS, check_text
 from moecover.errors import InputError
-from moecover.planning.artifact import resolve_keep
+from moecover.planning.keep import resolve_keep
 from moecover.planning.run import DEFAULT_SALIENCY, METHODS, check_options
 from moecover.registry import unknown_name
 from moecover.repairing.solver import KINDS

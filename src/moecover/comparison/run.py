@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from moecover import progress
+from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
-from moecover.cli.demo import shipped_model
 from moecover.comparison.config import (
     SHIPPED,
     UNREPAIRED,

@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 from moecover.corpora.sources import CORPORA, HubCorpus
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.artifact import FULL
-from moecover.planning.artifact import Plan, allowed_keeps
+from moecover.planning.artifact import Plan
+from moecover.planning.keep import allowed_keeps
 from moecover.planning.run import super_experts
 from moecover.planning.selection import Budget
 
 if TYPE_CHECKING:
     import torch
 
-    from moecover.checkpoints.structure import Structure, Topology
+    from moecover.checkpoints.structure import Structure
+    from moecover.checkpoints.topology import Topology
     from moecover.corpora.packing import Corpus
     from moecover.profiling.artifact import Profile
     from moecover.progress import Bar

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.batches import batches
 from moecover.corpora.overlap import WORTH_SAYING, overlap
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.artifact import FULL, Evaluation, Row, TextResult
 from moecover.planning.artifact import Plan, check_plan, kept_hash
+from moecover.planning.masking import masked_layers
 from moecover.progress import Bar
 from moecover.repairing.layers import LayerRepair, with_repairs
-from moecover.runtime.loading import batches, dtype_of
-from moecover.runtime.masking import masked_layers
+from moecover.runtime.loading import dtype_of
 from moecover.runtime.streaming import Streamed, Within, run_all, unmasked
 from moecover.verification.verify import plan_of
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.errors import InputError
-from moecover.planning.artifact import LayerPlan, Plan, resolve_keep
+from moecover.planning.artifact import LayerPlan, Plan
+from moecover.planning.keep import resolve_keep
 from moecover.planning.saliency import SALIENCIES
 from moecover.planning.selection import Budget, Room, cover, ranked
 from moecover.profiling.artifact import Profile, Statistics
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from moecover.checkpoints.structure import Structure, Topology
+    from moecover.checkpoints.structure import Structure
+    from moecover.checkpoints.topology import Topology
     from moecover.corpora.packing import Corpus
 
 DEFAULT_METHOD, DEFAULT_SALIENCY, DEFAULT_PROTECT = "tb-coverage", "contribution", 0.5

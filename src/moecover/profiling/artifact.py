@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.checkpoints.structure import Topology
+from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError
 from moecover.files.atomic import canonical_json, write_bytes
 from moecover.profiling.layer_inputs import FILE as INPUTS

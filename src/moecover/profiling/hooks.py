@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.checkpoints.structure import Structure, Topology
+from moecover.checkpoints.structure import Structure
+from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError, MoecoverError
 from moecover.profiling.artifact import PARTS, STATISTICS, SUMS, Statistics
 from moecover.runtime.loading import routers

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.files.atomic import canonical_json
-from moecover.profiling.artifact import Profile, Statistics
+from moecover.profiling.artifact import MAXIMA, Profile, Statistics
 from moecover.profiling.hooks import Sums, recording
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import Writer, open_inputs, sample_of, writing
 from moecover.runtime.distributed import ALONE, World, add_up, check_same, heeding
-from moecover.runtime.loading import backbone_of, batches, dtype_of, load_model
+from moecover.runtime.loading import backbone_of, dtype_of, load_model
 from moecover.runtime.lockstep import Passing, current_call
 from moecover.runtime.pass_state import State, footprint
 from moecover.runtime.streaming import Streamed, run
@@ -172,6 +173,21 @@ def checked(sums: Sums, corpus: Corpus, structure: Structure) -> Statistics:
     return statistics
 
 
+def together(here: World, sums: Mapping[str, Sums], device: torch.device) -> None:
+    """Have every process hold the sums of all of them.
+
+    Raises:
+        MoecoverError: a process is gone.
+    """
+    if here.size == 1:
+        return
+    for one in sums.values():
+        state = one.state()
+        summed = {name: values for name, values in state.items() if name not in ("scoring", "noted")}
+        maxima = [name for name in summed if name.removeprefix("parts.") in MAXIMA]
+        one.restore(state | add_up(here, summed, device, maxima=maxima))
+
+
 def check_alone(here: World) -> None:
     """Refuse to keep a sample of the layers' inputs where several processes share the batches.
 
@@ -293,7 +309,7 @@ def profile(
             in_memory(model, structure, corpora, sums, **how_to)
         for one in sums.values():
             one.finish()
-        add_up(here, sums, where)
+        together(here, sums, where)
         statistics = {c.name: checked(sums[c.name], c, structure) for c in corpora}
     parts = {name: one.parts for name, one in sums.items()}
     settings = {

@@ -6,50 +6,80 @@ A plan that was evaluated in memory is bit for bit its checkpoint, so the card o
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
-from moecover.evaluation.artifact import FULL, Evaluation, Row
 from moecover.planning.artifact import Plan, kept_hash
 
 
-def measured(structure: Structure, plan: Plan, folders: Sequence[Path]) -> str:
+class Score(Protocol):
+    """A metric of a task and its standard error, None where the harness gives none."""
+
+    value: float
+    stderr: float | None
+
+
+class TextResult(Protocol):
+    """Perplexity on a text, and closeness to the full model; see `evaluation.artifact.TextResult`."""
+
+    perplexity: float
+    kl: float | None
+    top1: float | None
+
+
+class Row(Protocol):
+    """One variant of a model; see `evaluation.artifact.Row`."""
+
+    plan: dict[str, Any] | None
+    perplexity: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+
+
+class Measurement(Protocol):
+    """What an evaluation says of a model and its variants; see `evaluation.artifact.Evaluation`."""
+
+    model: dict[str, Any]
+    texts: dict[str, dict[str, Any]]
+    tasks: dict[str, dict[str, Any]]
+    rows: list[Any]
+
+
+def measured(structure: Structure, plan: Plan, evaluations: Mapping[str, Measurement]) -> str:
     """A table of what evaluations say about a plan, beside the model itself where it was evaluated too.
 
     Args:
         structure: the model that is cut.
         plan: what is kept.
-        folders: that `moecover evaluate` wrote, or cells of `moecover compare`.
+        evaluations: by the name that messages give them, what `evaluate` gave or a cell of `compare` holds.
 
     Raises:
-        InputError: a folder is no evaluation or of another model, none has the plan, or the measurements of plan and model
+        InputError: one is of another model, none has the plan, or the measurements of plan and model
             differ in texts or tasks.
     """
     original: Row | None = None
     found: Row | None = None
-    about: Evaluation | None = None
-    for folder in folders:
-        one = Evaluation.load(folder)
+    about: Measurement | None = None
+    for folder, one in evaluations.items():
         if one.model["fingerprint"] != structure.model_fingerprint:
             raise InputError(f"--evaluation {folder} is of {one.model['name']}, the checkpoint to cut is {structure.checkpoint.name}. Give one of that model")  # fmt: skip
         if about is not None and (_sources(one), one.tasks) != (_sources(about), about.tasks):
-            raise InputError(f"--evaluation {folder} was measured on other texts or tasks than {folders[0]}: they do not compare")  # fmt: skip
+            raise InputError(f"--evaluation {folder} was measured on other texts or tasks than {next(iter(evaluations))}: they do not compare")  # fmt: skip
         about = one
-        original = next((row for row in one.rows if row.name == FULL), original)
+        original = next((row for row in one.rows if row.plan is None), original)
         unrepaired = [row for row in one.rows if row.plan is not None and "repair" not in row.plan]
         found = next((row for row in unrepaired if (row.plan or {})["fingerprint"] == kept_hash(plan)), found)
     if found is None or about is None:
-        raise InputError(f"--evaluation {', '.join(map(str, folders))} holds no row of this plan. Make one with `moecover evaluate {structure.checkpoint.name} --plan ...`")  # fmt: skip
+        raise InputError(f"--evaluation {', '.join(evaluations)} holds no row of this plan. Make one with `moecover evaluate {structure.checkpoint.name} --plan ...`")  # fmt: skip
     return "\n".join(_lines(about, original, found))
 
 
-def _sources(evaluation: Evaluation) -> list[tuple[str, str]]:
+def _sources(evaluation: Measurement) -> list[tuple[str, str]]:
     return [(name, record["sha256"]) for name, record in evaluation.texts.items()]
 
 
-def _lines(about: Evaluation, original: Row | None, found: Row) -> list[str]:
+def _lines(about: Measurement, original: Row | None, found: Row) -> list[str]:
     rows = [row for row in (original, found) if row is not None]
     lines = ["## Measured", "", f"| | {'original | ' if original else ''}here |", f"|---|{'---:|' * len(rows)}"]
 

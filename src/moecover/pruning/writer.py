@@ -11,17 +11,16 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.config_edit import QUANTISATION_FILES, NewId, edited_config, edited_settings
-from moecover.checkpoints.expert_tensors import MTP, ExpertTensor
+from moecover.checkpoints.expert_tensors import MTP
+from moecover.checkpoints.manifest import MANIFEST
+from moecover.checkpoints.pieces import NOTHING, Piece, coalesced, pieces_by_shard
 from moecover.checkpoints.source import INDEX, OTHER_WEIGHTS, Checkpoint, TensorEntry, read_header
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, MoecoverError
@@ -30,91 +29,14 @@ from moecover.files.copying import HASH, file_hash, followed, write_ranges
 from moecover.files.resumable import Partial, restore, resumable_folder
 from moecover.planning.artifact import Plan, check_plan
 from moecover.pruning.card import model_card
-from moecover.pruning.card_numbers import measured
+from moecover.pruning.card_numbers import Measurement, measured
 from moecover.registry import unknown_name
-from moecover.verification.verify import MANIFEST
 
 if TYPE_CHECKING:
     from moecover.repairing.store import Repaired
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 MTP_CHOICES = ("drop", "prune")
 CARD, ORIGINAL_CARD = "README.md", "README.original.md"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of the output: its name, shape and the byte ranges that make it up, of its source shard or of a file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    ranges: tuple[tuple[int, int], ...]
-    file: Path | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(end - start for start, end in self.ranges)
-
-
-def renamed(name: str, new_expert: int) -> str:
-    """The name of an expert's tensor under another id."""
-    return re.sub(r"(\.experts\.)\d+(\.)", rf"\g<1>{new_expert}\2", name, count=1)
-
-
-def _slices(entry: TensorEntry, axis: int, kept: list[int]) -> tuple[tuple[int, int], ...]:
-    """Byte ranges of the kept indices along one axis of a contiguous tensor."""
-    outer = math.prod(entry.shape[:axis])
-    stride = entry.num_bytes // (outer * entry.shape[axis])
-    return tuple(
-        (start := entry.start + (o * entry.shape[axis] + index) * stride, start + stride)
-        for o in range(outer)
-        for index in kept
-    )
-
-
-def piece(entry: TensorEntry, tensor: ExpertTensor | None, kept: list[int]) -> Piece | None:
-    """What remains of one tensor on disk; None when it goes.
-
-    Args:
-        entry: the tensor.
-        tensor: how it depends on the experts, None when it does not.
-        kept: ids of its layer's kept experts, ascending.
-    """
-    whole = ((entry.start, entry.end),)
-    if tensor is None:
-        return Piece(entry.name, entry.dtype, entry.shape, whole)
-    if tensor.axis is None:
-        if tensor.expert not in kept:
-            return None
-        return Piece(renamed(entry.name, kept.index(tensor.expert)), entry.dtype, entry.shape, whole)
-    places = entry.shape[tensor.axis]
-    remaining = [*kept, *range(places - tensor.tail, places)]
-    shape = (*entry.shape[: tensor.axis], len(remaining), *entry.shape[tensor.axis + 1 :])
-    return Piece(entry.name, entry.dtype, shape, _slices(entry, tensor.axis, remaining))
-
-
-def pieces_by_shard(
-    structure: Structure, plan: Plan, *, mtp: str = "drop", others: Mapping[str, Piece] = NOTHING
-) -> dict[str, list[Piece]]:
-    """The tensors of every output shard, in the order of the source's bytes; shards that lose everything are left out.
-
-    Args:
-        structure: the source.
-        plan: what is kept.
-        mtp: see `prune`.
-        others: tensors of the output, by name, that are not the source's.
-    """
-    shards: dict[str, list[Piece]] = {}
-    for name, entry in structure.checkpoint.tensors.items():
-        if mtp == "drop" and name in structure.mtp:
-            continue
-        tensor = structure.tensors.get(name) or structure.mtp.get(name)
-        kept = plan.layers[tensor.layer].kept if tensor else []
-        remaining = piece(entry, tensor, kept)
-        if remaining is not None:
-            shards.setdefault(entry.shard, []).append(others.get(remaining.name, remaining))
-    return shards
 
 
 def new_ids(structure: Structure, plan: Plan, *, mtp: str = "drop") -> NewId:
@@ -131,20 +53,6 @@ def new_ids(structure: Structure, plan: Plan, *, mtp: str = "drop") -> NewId:
         return kept.index(expert) if expert in kept else None
 
     return new_id
-
-
-def _coalesced(pieces: Iterable[Piece]) -> Iterator[tuple[int, int]]:
-    """Byte ranges of consecutive pieces of one file, adjacent ones joined."""
-    current: tuple[int, int] | None = None
-    for start, end in (r for p in pieces for r in p.ranges):
-        if current is not None and current[1] == start:
-            current = (current[0], end)
-            continue
-        if current is not None:
-            yield current
-        current = (start, end)
-    if current is not None:
-        yield current
 
 
 def write_shard(
@@ -188,7 +96,7 @@ def write_shard(
         sizes.append(size)
 
     groups = itertools.groupby(pieces, key=lambda p: p.file or source)
-    write_ranges(target, head, ((file, _coalesced(of_file)) for file, of_file in groups), written)
+    write_ranges(target, head, ((file, coalesced(of_file)) for file, of_file in groups), written)
 
 
 def _other_files(checkpoint: Checkpoint) -> Iterator[Path]:
@@ -330,7 +238,7 @@ def prune(
     mtp: str = "drop",
     repaired: Repaired | None = None,
     command: str = "",
-    evaluations: Sequence[Path] = (),
+    evaluations: Mapping[str, Measurement] = NOTHING,
     advance: Callable[[int], None] = lambda num_bytes: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -349,7 +257,7 @@ def prune(
             model runs: ``drop`` leaves them out (config.json says so), ``prune`` keeps the ids of the last MoE layer.
         repaired: down projections that take the place of the source's, from `repair_files.repair` with the same plan.
         command: what the user typed, for the model card.
-        evaluations: folders of evaluations of the plan, whose numbers go on the card.
+        evaluations: of the plan, by the name that messages give them: their numbers go on the card.
         advance: called with the bytes of every chunk written, and of every shard that an earlier run wrote.
         say: called with a line on what is there from an earlier run.
 
@@ -367,7 +275,7 @@ def prune(
         raise unknown_name("--mtp", mtp, MTP_CHOICES)
     figures = measured(structure, plan, evaluations) if evaluations else ""
     checkpoint = structure.checkpoint
-    shards = pieces_by_shard(structure, plan, mtp=mtp, others=repaired.pieces if repaired else NOTHING)
+    shards = pieces_by_shard(structure, plan.kept, mtp=mtp, others=repaired.pieces if repaired else NOTHING)
     new_id = new_ids(structure, plan, mtp=mtp)
     with locked(path):
         restore(path)

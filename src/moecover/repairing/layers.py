@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.planning.artifact import Plan, check_plan
 from moecover.repairing.solver import Block, Fit, fit, peak_bytes
 from moecover.repairing.targets import Place, check_dtype, places, refused
-from moecover.runtime.loading import backbone_of, batches, dtype_of, routers
+from moecover.runtime.loading import backbone_of, dtype_of, routers
 from moecover.runtime.lockstep import Here, Passing
 from moecover.runtime.masking import masked_layer
 from moecover.runtime.streaming import Streamed, Within, at_layers, layer_names

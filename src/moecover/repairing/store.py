@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from moecover.checkpoints.pieces import Piece, piece, pieces_by_shard
 from moecover.checkpoints.source import Checkpoint, TensorEntry, read_header
 from moecover.checkpoints.structure import Structure, build_on_meta
 from moecover.corpora.packing import Corpus
@@ -27,7 +28,6 @@ from moecover.files.atomic import canonical_json, write_bytes
 from moecover.files.copying import CHUNK_BYTES, HASH
 from moecover.planning.artifact import Plan
 from moecover.profiling.run import stamps
-from moecover.pruning.writer import Piece, piece, pieces_by_shard
 from moecover.repairing.layers import LayerRepair, repair_layers
 from moecover.repairing.solver import Fit
 from moecover.repairing.targets import Place, places
@@ -335,7 +335,7 @@ def changed_tensors(
         hashes: of the repaired tensors, by name.
         mtp: see `checkpoint.prune`.
     """
-    expected = {p.name: (shard, p) for shard, ps in pieces_by_shard(structure, plan, mtp=mtp).items() for p in ps}
+    expected = {p.name: (shard, p) for shard, ps in pieces_by_shard(structure, plan.kept, mtp=mtp).items() for p in ps}
     found = [*expected.keys() ^ cut.tensors.keys(), *hashes.keys() - expected.keys()]
     for name in expected.keys() & cut.tensors.keys():
         there, (shard, one) = cut.tensors[name], expected[name]

@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,7 @@ from moecover.errors import InputError, MoecoverError
 
 if TYPE_CHECKING:
     import torch
-
-    from moecover.profiling.hooks import Sums
+    from numpy.typing import NDArray
 
 TIMEOUT = timedelta(minutes=10)  # of one operation, which starts when all are there; and to reach the store
 PULSE = 5.0  # seconds between two signs of life
@@ -241,28 +240,24 @@ def check_same(here: World, inputs: Mapping[str, Any]) -> None:
             raise InputError(f"rank {rank} and rank 0 differ in {differs[0]}: all processes must do the same")
 
 
-def add_up(here: World, sums: Mapping[str, Sums], device: torch.device) -> None:
-    """Have every process hold the sums of all of them.
+def add_up(
+    here: World, arrays: Mapping[str, NDArray[Any]], device: torch.device, *, maxima: Collection[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """Arrays of every process added up, of those named in ``maxima`` the largest; the same on all of them.
 
     Raises:
         MoecoverError: a process is gone.
     """
     if here.size == 1:
-        return
+        return dict(arrays)
     import torch
     import torch.distributed as dist
 
-    from moecover.profiling.artifact import MAXIMA
-
     wait_for_all(here)
-    for one in sums.values():
-        state = one.state()
-        for name, values in state.items():
-            if name in ("scoring", "noted"):
-                continue
-            tensor = torch.from_numpy(values).to(device)
-            operation = dist.ReduceOp.MAX if name.removeprefix("parts.") in MAXIMA else dist.ReduceOp.SUM
-            with _together():
-                dist.all_reduce(tensor, op=operation)
-            state[name] = tensor.cpu().numpy()
-        one.restore(state)
+    found = {}
+    for name, values in arrays.items():
+        tensor = torch.from_numpy(values).to(device)
+        with _together():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX if name in maxima else dist.ReduceOp.SUM)
+        found[name] = tensor.cpu().numpy()
+    return found

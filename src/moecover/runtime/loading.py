@@ -5,11 +5,9 @@ What the profile and the evaluation share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure, auto_class
-from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, is_out_of_memory
 from moecover.signals import held
 
@@ -133,20 +131,3 @@ def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Modu
             raise InputError(f"decoder layer {structure.topology.decoder_layers[layer]} of {structure.topology.family} has {len(fitting)} modules that route, one is needed: not supported")  # fmt: skip
         found.append(fitting[0])
     return tuple(found)
-
-
-def batches(corpus: Corpus, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Model inputs of a corpus, ``batch_size`` sequences at a time; mask and positions only where there is padding."""
-    import torch
-
-    for start in range(0, len(corpus.tokens), batch_size):
-        tokens = torch.from_numpy(corpus.tokens[start : start + batch_size])
-        mask = torch.from_numpy(corpus.mask[start : start + batch_size])
-        used = mask.any(0).nonzero()
-        first, last = int(used[0]), int(used[-1]) + 1
-        tokens, mask = tokens[:, first:last], mask[:, first:last]
-        if bool(mask.all()):
-            yield {"input_ids": tokens}
-        else:
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-            yield {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions}

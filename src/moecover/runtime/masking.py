@@ -1,4 +1,4 @@
-"""The model as if only a plan's experts were there: reads a live model and a plan, changes the routers for a while.
+"""The model as if only some experts were there: reads a live model and the ids that stay, changes the routers for a while.
 
 A masked model is the original whose routers are cut to the kept experts: what the pruned checkpoint computes, with no
 checkpoint written.
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
-from moecover.planning.artifact import Plan, check_plan
 from moecover.runtime.loading import routers
 
 if TYPE_CHECKING:
@@ -74,14 +73,15 @@ def masked_layer(
 
 
 def masked_layers(
-    model: torch.nn.Module, structure: Structure, plan: Plan
+    model: torch.nn.Module, structure: Structure, kept: Sequence[Sequence[int]]
 ) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-    """A context for every decoder layer, in which it is as if only the plan's experts were there; see `streaming.run`.
+    """A context for every decoder layer, in which it is as if only the kept experts were there; see `streaming.run`.
 
-    Raises:
-        InputError: the plan does not fit the model.
+    Args:
+        model: the live model.
+        structure: its checkpoint.
+        kept: ids of the kept experts of every MoE layer, ascending.
     """
-    check_plan(plan, structure, other_weights=True)
     modules = routers(model, structure)
     layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
 
@@ -89,19 +89,21 @@ def masked_layers(
         layer = layer_of.get(number)
         if layer is None:
             return contextlib.nullcontext()
-        return masked_layer(model, structure, modules[layer], layer, plan.layers[layer].kept)
+        return masked_layer(model, structure, modules[layer], layer, kept[layer])
 
     return within
 
 
 @contextlib.contextmanager
-def masked(model: torch.nn.Module, structure: Structure, plan: Plan) -> Iterator[torch.nn.Module]:
-    """The model as if only the plan's experts were there, in every layer; the block's end restores it.
+def masked(model: torch.nn.Module, structure: Structure, kept: Sequence[Sequence[int]]) -> Iterator[torch.nn.Module]:
+    """The model as if only the kept experts were there, in every layer; the block's end restores it.
 
-    Raises:
-        InputError: the plan does not fit the model.
+    Args:
+        model: the live model.
+        structure: its checkpoint.
+        kept: ids of the kept experts of every MoE layer, ascending.
     """
-    within = masked_layers(model, structure, plan)
+    within = masked_layers(model, structure, kept)
     with contextlib.ExitStack() as stack:
         for number in structure.topology.decoder_layers:
             stack.enter_context(within(number))

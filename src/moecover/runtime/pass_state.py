@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,10 +23,21 @@ from moecover.files.copying import file_hash
 
 if TYPE_CHECKING:
     import torch
-
-    from moecover.profiling.hooks import Sums
+    from numpy.typing import NDArray
 
 FILE = "state.safetensors"
+
+
+class Sums(Protocol):
+    """What a pass adds up for one corpus, as arrays by name."""
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything that was added up."""
+        ...
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Go on from what `state` gave."""
+        ...
 
 
 class State:

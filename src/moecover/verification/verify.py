@@ -14,22 +14,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moecover.checkpoints.manifest import MANIFEST, changed_files, read_manifest
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
+from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer, make_corpus
 from moecover.errors import InputError
-from moecover.files.copying import HASH, file_hash
+from moecover.files.copying import HASH
 from moecover.planning.artifact import Plan, check_plan
+from moecover.planning.masking import masked_layers
 from moecover.repairing.layers import LayerRepair, with_repairs
-from moecover.runtime.loading import batches
-from moecover.runtime.masking import masked_layers
 from moecover.runtime.memory import opened
 from moecover.runtime.streaming import Streamed, Within, layer_names, run_all, unmasked
 
 if TYPE_CHECKING:
     import torch
 
-MANIFEST = "moecover.json"
 VERIFY_CORPORA = ("encyclopedia-heldout", "web-heldout")
 
 
@@ -71,25 +71,6 @@ def _forward_record(
     return [(name, torch.cat([v.flatten(0, 1) for v in values])) for name, values in ordered.items()]
 
 
-def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The moecover.json of a checkpoint that this program wrote.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    path = checkpoint.path / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{checkpoint.name} holds no {MANIFEST}: it was not written by `moecover prune`")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["plan"], manifest["files"], manifest["source"]["name"], manifest["source"]["fingerprint"]
-        if manifest["hash"] != HASH:
-            raise ValueError(f"its hashes are {manifest['hash']}, {HASH} is known")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error!r}. Prune again") from error
-    return manifest  # type: ignore[no-any-return]
-
-
 def plan_of(checkpoint: Checkpoint) -> Plan | None:
     """The plan that a checkpoint was cut by, None where this program did not cut it."""
     if not (checkpoint.path / MANIFEST).is_file():
@@ -97,12 +78,6 @@ def plan_of(checkpoint: Checkpoint) -> Plan | None:
     return Plan.from_json(
         json.dumps(read_manifest(checkpoint)["plan"]), name=f"the plan in {checkpoint.path / MANIFEST}"
     )
-
-
-def changed_files(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
-    """Names of the files whose hash is not the manifest's, or that are missing."""
-    files = {name: checkpoint.path / name for name in manifest["files"]}
-    return [name for name, path in files.items() if not path.is_file() or file_hash(path) != manifest["files"][name]]
 
 
 def verification_text(

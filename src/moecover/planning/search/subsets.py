@@ -22,13 +22,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.planning.artifact import LayerPlan
 from moecover.planning.search.routing import Routing, observe_calls, recognise
 from moecover.planning.selection import Budget
 from moecover.profiling.artifact import Profile
-from moecover.runtime.loading import backbone_of, batches, dtype_of, routers
+from moecover.runtime.loading import backbone_of, dtype_of, routers
 from moecover.runtime.lockstep import lockstep
 from moecover.runtime.masking import masked_layer
 from moecover.runtime.streaming import Streamed, arrivals, run_all

@@ -1,0 +1,22 @@
+"""The models that come with the package."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from moecover.registry import unknown_name
+
+DEFAULT = "qwen2-moe-tiny"
+
+
+def shipped_model(name: str = DEFAULT) -> Path:
+    """Folder of a model that comes with the package.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    models = Path(str(resources.files("moecover") / "assets" / "models"))
+    if name not in (known := sorted(p.name for p in models.iterdir())):
+        raise unknown_name("shipped model", name, known)
+    return models / name

@@ -1,0 +1,39 @@
+"""The model as if only a plan's experts were there: `runtime.masking` for a plan that fits the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from moecover.planning.artifact import Plan, check_plan
+from moecover.runtime import masking
+
+if TYPE_CHECKING:
+    import torch
+
+    from moecover.checkpoints.structure import Structure
+
+
+def masked_layers(
+    model: torch.nn.Module, structure: Structure, plan: Plan
+) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """A context for every decoder layer, in which only the plan's experts are there; see `runtime.streaming.run`.
+
+    Raises:
+        InputError: the plan does not fit the model.
+    """
+    check_plan(plan, structure, other_weights=True)
+    return masking.masked_layers(model, structure, plan.kept)
+
+
+@contextlib.contextmanager
+def masked(model: torch.nn.Module, structure: Structure, plan: Plan) -> Iterator[torch.nn.Module]:
+    """The model with the router logits of all experts outside the plan at minus infinity, until the block ends.
+
+    Raises:
+        InputError: the plan does not fit the model.
+    """
+    check_plan(plan, structure, other_weights=True)
+    with masking.masked(model, structure, plan.kept) as inside:
+        yield inside
