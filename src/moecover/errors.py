@@ -1,15 +1,54 @@
 """Errors that end a command with one line instead of a traceback.
 
-A message says what is wrong, where, what was found, what is allowed and what to do about it.
+A message says what is wrong, where, what was found, what is allowed and what to do about it. It names arguments by `arg`:
+in Python they read ``protect=1.5``, on the command line ``--protect 1.5``.
 """
 
 from __future__ import annotations
+
+import re
+from typing import Self
+
+MARK = "\x1f"  # around an argument's name within a message
+FLAG_OF = {  # flags that are not spelled like the argument
+    "corpora": "corpus", "weights": "weight", "keeps": "keep", "retains": "retain", "options": "option", "plugins": "plugin",
+    "evaluations": "evaluation", "texts": "perplexity", "kind": "repair",
+}  # fmt: skip
+_ARGUMENT = re.compile(f"{MARK}(\\w+)(?:=([^{MARK}]*))?{MARK}")
+
+
+def arg(name: str, value: object = None) -> str:
+    """An argument in a message, with the value that was given: ``{arg('batch_size', 0)} is out of range: 1 or more``.
+
+    Args:
+        name: as in Python.
+        value: what was given; None names the argument alone.
+    """
+    return f"{MARK}{name}{'' if value is None else f'={value}'}{MARK}"
+
+
+def flag(name: str) -> str:
+    """The command line's flag for an argument."""
+    return f"--{FLAG_OF.get(name, name).replace('_', '-')}"
 
 
 class MoecoverError(Exception):
     """The job could not be finished, or a check said no (exit status 1)."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        self.message = message  # arguments are marked
+        super().__init__(_ARGUMENT.sub(lambda m: m[1] if m[2] is None else f"{m[1]}={m[2]}", message))
+
+    @property
+    def for_command_line(self) -> str:
+        """The message with flags in place of arguments."""
+        return _ARGUMENT.sub(lambda m: flag(m[1]) if m[2] is None else f"{flag(m[1])} {m[2]}", self.message)
+
+    def extended(self, sentence: str) -> Self:
+        """The same error with a sentence more."""
+        return type(self)(f"{self.message}. {sentence}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,6 +1,15 @@
-"""Numbers in words: for what the verbs print and for the page. Pure."""
+"""Sizes, durations and tables as text, and objects that show themselves: for the terminal, cards, pages and notebooks."""
 
 from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+
+Cell = str | int | float | bool | None
 
 
 def size_text(num_bytes: float) -> str:
@@ -10,3 +19,81 @@ def size_text(num_bytes: float) -> str:
         value /= 1000
         units.pop(0)
     return f"{value:.0f} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration, rounded to what a reader needs."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def cell_text(value: Cell) -> str:
+    """One cell of a table: floats to four significant digits, nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown_table(rows: Sequence[Mapping[str, Cell]], *, columns: Sequence[str] | None = None) -> str:
+    """Rows as a markdown table: columns of numbers to the right; ``|`` in a cell is escaped.
+
+    Args:
+        rows: by column; a missing cell is empty.
+        columns: which, in order; those of the first row where not given.
+    """
+    names = list(columns if columns is not None else rows[0] if rows else ())
+    lines = ["| " + " | ".join(names) + " |"]
+    lines.append("|" + "|".join("---:" if _numeric(rows, name) else "---" for name in names) + "|")
+    for row in rows:
+        cells = (cell_text(row.get(name)).replace("|", "\\|").replace("\n", " ") for name in names)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def html_table(rows: Sequence[Mapping[str, Cell]], *, caption: str = "") -> str:
+    """Rows as an HTML table; every cell is escaped."""
+    names = list(rows[0]) if rows else []
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell_text(row.get(name)))}</td>" for name in names) + "</tr>"
+        for row in rows
+    )
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _numeric(rows: Sequence[Mapping[str, Cell]], name: str) -> bool:
+    values = [value for row in rows if (value := row.get(name)) is not None]
+    return bool(values) and all(isinstance(value, (int, float)) for value in values)
+
+
+class Shown:
+    """What the public functions return: a short ``repr``, a table in notebooks, a data frame where pandas is installed.
+
+    A subclass says itself in one line (`summary`) and as rows of a table (`rows_shown`).
+    """
+
+    def summary(self) -> str:
+        """One line on the object."""
+        raise NotImplementedError
+
+    def rows_shown(self) -> list[dict[str, Cell]]:
+        """The object as rows of a table, one dictionary a row, all with the same keys."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.rows_shown(), caption=self.summary())
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The rows as a pandas data frame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame(self.rows_shown())

@@ -26,7 +26,8 @@ from moecover.planning.masking import masked, masked_layers
 from moecover.pruning.writer import prune
 from moecover.runtime import memory as fitting
 from moecover.runtime.loading import load_model
-from moecover.runtime.streaming import Streamed, streamed, unmasked
+from moecover.runtime.running import InMemory, unmasked
+from moecover.runtime.streaming import Streamed, streamed
 from tests.conftest import random_corpus
 from tests.support import zoo
 
@@ -200,7 +201,7 @@ def test_tasks_with_parts_of_their_own_weights(data: Path) -> None:
     made = read_structure(shipped_model())
     tasks = resolve(["mmlu"], tokenizer=load_tokenizer(made.checkpoint.path), data_dir=data, batch_size=4)
     assert tasks.parts["mmlu"] == ["mmlu_anatomy", "mmlu_astronomy"]
-    ((scores, items),) = tasks.score(load_model(made), [unmasked])
+    ((scores, items),) = tasks.score(InMemory(load_model(made), ()), [unmasked])
     assert len(items["mmlu"]["acc"]) == 9
     assert scores["mmlu"]["acc"].value == pytest.approx(items["mmlu"]["acc"].mean())
     assert scores["mmlu"]["acc"].stderr is not None
@@ -216,7 +217,7 @@ def test_tasks_that_generate(data: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_rows(data / "gsm8k", train=rows[:6], test=rows[6:])
     made = read_structure(shipped_model())
     tasks = resolve(["gsm8k"], tokenizer=load_tokenizer(made.checkpoint.path), data_dir=data, limit=1)
-    ((scores, items),) = tasks.score(load_model(made), [unmasked])
+    ((scores, items),) = tasks.score(InMemory(load_model(made), ()), [unmasked])
     assert scores["gsm8k"].keys() == items["gsm8k"].keys() == {"exact_match,strict-match", "exact_match,flexible-extract"}  # fmt: skip
     assert tasks.record["gsm8k"] | {"items": 1, "num_fewshot": 5, "metric": "exact_match,strict-match"} == tasks.record["gsm8k"]  # fmt: skip
     (text,) = tasks.documents()["gsm8k"]
@@ -225,7 +226,7 @@ def test_tasks_that_generate(data: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     said = ["I think so.\n#### 8", "It may be 9"]  # the second one has no mark before its answer
     monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **kwargs: said[: len(requests)])
     tasks = resolve(["gsm8k"], tokenizer=load_tokenizer(made.checkpoint.path), data_dir=data)
-    ((scores, items),) = tasks.score(load_model(made), [unmasked])
+    ((scores, items),) = tasks.score(InMemory(load_model(made), ()), [unmasked])
     assert items["gsm8k"]["exact_match,strict-match"].tolist() == [1, 0]
     assert items["gsm8k"]["exact_match,flexible-extract"].tolist() == [1, 1]
     assert scores["gsm8k"]["exact_match,strict-match"].value == 0.5

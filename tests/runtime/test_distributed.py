@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moecover.checkpoints.structure import read_structure
 from moecover.cli import main as cli
@@ -42,6 +43,15 @@ if "--slow" in sys.argv:
     states.State.save = slowly
 sys.exit(cli.main(sys.argv[1:]))
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that torchrun starts: on some processors float32 products depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

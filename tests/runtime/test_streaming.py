@@ -35,7 +35,8 @@ from moecover.runtime import memory as fitting_module
 from moecover.runtime.loading import load_model
 from moecover.runtime.memory import cost, opened, parse_size
 from moecover.runtime.pass_state import FILE, State
-from moecover.runtime.streaming import Streamed, run, run_in_parts, streamed, unmasked
+from moecover.runtime.running import unmasked
+from moecover.runtime.streaming import Streamed, run, run_in_parts, streamed
 from moecover.runtime.weights import Files, Weights
 from moecover.verification.verify import verify
 from tests.conftest import random_corpus

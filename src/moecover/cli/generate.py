@@ -35,7 +35,6 @@ def generate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.corpora.packing import LENGTH, SEQUENCES, load_corpus, load_tokenizer
     from moecover.runtime.loading import check_device
     from moecover.runtime.memory import itemsizes, opened
-    from moecover.runtime.streaming import Streamed
 
     for name in ("sequences", "length", "batch_size"):
         least = 2 if name == "length" else 1
@@ -61,7 +60,7 @@ def generate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
         structure, tokens=sequences * length, batch_tokens=batch_size, dtype=args.dtype or "auto",
         device=args.device or "auto", memory_limit=limit, head=True, extra=kept, say=progress.say,
     ) as model:  # fmt: skip
-        if isinstance(model, Streamed):
+        if model.by_layer:
             raise InputError(f"{args.model} does not fit into memory, and layer by layer all of it would be read for every token. Give a smaller --batch-size or a larger --memory-limit, or have a server write text and give it as --corpus self=FILE")  # fmt: skip
         with progress.bar("generating", sequences * length) as advance:
             write_generated(

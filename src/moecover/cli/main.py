@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except MoecoverError as error:
-        _fail(str(error))
+        _fail(error.for_command_line)
         return error.exit_code
     except SystemExit as end:  # torchrun ends the others when one process fails
         if end.code == 143 and _place().size > 1:

@@ -27,7 +27,6 @@ def profiled(
     from moecover.profiling.layer_inputs import num_bytes, sample_of
     from moecover.profiling.run import profile
     from moecover.runtime.distributed import own_device, wait_for_all, world
-    from moecover.runtime.loading import dtype_of
     from moecover.runtime.memory import opened
     from moecover.runtime.pass_state import kept_for_later, of_process, remove, remove_all
 
@@ -47,7 +46,7 @@ def profiled(
         memory_limit=memory_limit(args), extra=extra, processes=here.local_size, scratch=state, say=progress.say,
     ) as model:  # fmt: skip
         if keep_inputs:
-            topology, width = structure.topology, dtype_of(model).itemsize
+            topology, width = structure.topology, model.dtype.itemsize
             size = num_bytes(sample, len(topology.decoder_layers), topology.hidden_size, width)
             progress.say(f"keeping the inputs of {len(topology.decoder_layers)} layers for {sum(c.num_tokens for c in sample):,} tokens: {size_text(size)} in {folder}")  # fmt: skip
         with progress.bar("profiling", -(-tokens // here.size)) as advance:

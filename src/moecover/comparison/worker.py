@@ -39,10 +39,10 @@ from moecover.repairing.layers import LayerRepair
 from moecover.repairing.store import repair
 from moecover.runtime.memory import opened
 from moecover.runtime.pass_state import kept_for_later, remove
-from moecover.runtime.streaming import Streamed
+from moecover.runtime.running import Running
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 SCHEMA = 1
 Sample = tuple[tuple[str, ...], int]  # of calibration text: names of its corpora, and its seed
@@ -200,7 +200,7 @@ class _Table:
         self.work, self._name = work, ""
         self._open = contextlib.ExitStack()
         self._failure: Exception | None = None
-        self._model: Any = None
+        self._model: Running | None = None
         self._tasks: Tasks | None = None
         self._structure: Structure | None = None
 
@@ -213,7 +213,7 @@ class _Table:
         assert self._structure is not None
         return self._structure
 
-    def model(self, name: str) -> torch.nn.Module | Streamed:
+    def model(self, name: str) -> Running:
         """The live model.
 
         Raises:
@@ -234,7 +234,7 @@ class _Table:
             except Exception as error:
                 self._failure = error
                 raise
-        return self._model  # type: ignore[no-any-return]
+        return self._model
 
     def tasks(self, name: str) -> Tasks | None:
         """The tasks with the tokenizer of a model, None where none are asked for."""
@@ -411,7 +411,7 @@ def _evaluating(table: _Table, job: Evaluating) -> Iterator[Any]:
             model = table.model(job.model)
             yield from _measured(table, job, group, plans, repairs)
         except Exception as error:
-            if len(group) > 1 and not isinstance(table._model, (Streamed, type(None))):
+            if len(group) > 1 and table._model is not None and not table._model.by_layer:
                 groups[:0] = [[cell] for cell in group]
             else:
                 for cell in group:
@@ -447,7 +447,7 @@ def _repaired(table: _Table, job: Evaluating, cell: Cell, plan: Plan) -> _Repair
     before, after = found.mean_errors()
     facts = {"kind": cell.repair, "tokens": sum(c.num_tokens for c in corpora), "error_before": before, "error_after": after}  # fmt: skip
     # In memory all layers of a variant are in use at once, layer by layer only one is.
-    of_layer = functools.lru_cache(1 if isinstance(model, Streamed) else None)(found.of_layer(structure, plan))
+    of_layer = functools.lru_cache(1 if model.by_layer else None)(found.of_layer(structure, plan))
     return _Repair(of_layer, facts, time.monotonic() - started)
 
 
@@ -467,7 +467,7 @@ def _measured(
     answered: Evaluation | None = None
     if texts:
         read = evaluate(structure, chosen, model=model, texts=texts, repairs=mended, batch_size=batch_size)
-    if tasks is not None and isinstance(model, Streamed):
+    if tasks is not None and model.by_layer:
         full = len(chosen) < len(group)
         answered = evaluate(
             structure, chosen, model=model, tasks=tasks, full=full, repairs=mended, batch_size=batch_size
@@ -530,20 +530,19 @@ def summary(evaluation: Evaluation) -> str:
     return ", ".join([*parts, *([f"mean of {len(scores)} tasks {sum(scores) / len(scores):.3f}"] if scores else [])])
 
 
-def facts_of(model: Any) -> dict[str, Any]:
+def facts_of(model: Running) -> dict[str, Any]:
     """How a model runs in this process."""
     import torch
 
-    live = model.model if isinstance(model, Streamed) else model
-    device = model.device if isinstance(model, Streamed) else next(live.parameters()).device
+    device = model.device
     unit = 1 if sys.platform == "darwin" else 1024
     return {
-        "dtype": str(next(live.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "cpu": processor(),
-        "layer_by_layer": isinstance(model, Streamed),
+        "layer_by_layer": model.by_layer,
     }
 
 

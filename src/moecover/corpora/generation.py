@@ -21,7 +21,7 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import load_tokenizer
 from moecover.errors import InputError
 from moecover.files.atomic import PARTIAL, canonical_json, kept_file, locked
-from moecover.runtime.loading import dtype_of
+from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ def _rows_done(file: BinaryIO, length: int, batch_size: int) -> int:
 
 
 def write_generated(
-    structure: Structure, model: torch.nn.Module, path: Path, *, sequences: int, length: int, seed: int, batch_size: int,
+    structure: Structure, model: torch.nn.Module | Running, path: Path, *, sequences: int, length: int, seed: int, batch_size: int,
     advance: Callable[[int], None] = lambda tokens: None, say: Callable[[str], None] = lambda line: None,
 ) -> None:  # fmt: skip
     """A file of sequences that a model writes, one row of ``input_ids`` a line; an interrupted one is gone on with.
@@ -164,10 +164,10 @@ def write_generated(
     """
     first = first_tokens(structure)
     seeds = np.random.default_rng(seed).integers(2**63, size=sequences).tolist()  # a batch has that of its first row
-    dtype = dtype_of(model)
+    runs = running(model, structure)
     draft = draft_of(path, {
         "model": structure.model_fingerprint, "sequences": sequences, "length": length, "seed": seed,
-        "batch_size": batch_size, "dtype": str(dtype), "device": str(next(model.parameters()).device.type),
+        "batch_size": batch_size, "dtype": str(runs.dtype), "device": str(runs.device.type),
     })  # fmt: skip
     with locked(path), kept_file(path, draft) as file:
         for other in path.parent.glob(f".{path.name}.*{PARTIAL}"):
@@ -180,7 +180,7 @@ def write_generated(
         try:
             for start in range(done, sequences, batch_size):
                 rows = generate(
-                    model, first, sequences=min(batch_size, sequences - start), length=length, seed=seeds[start],
+                    runs.module, first, sequences=min(batch_size, sequences - start), length=length, seed=seeds[start],
                     advance=advance,
                 )  # fmt: skip
                 file.write(b"".join(json.dumps({"input_ids": row}).encode() + b"\n" for row in rows.tolist()))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from moecover.corpora.packing import Corpus
     from moecover.profiling.artifact import Profile
     from moecover.progress import Bar
-    from moecover.runtime.streaming import Streamed
+    from moecover.runtime.running import Running
 
 TOGETHER = 4  # numbers of experts that share a pass
 BELOW = 2  # neighbours below the smallest that holds, which are measured too
@@ -204,7 +204,7 @@ def find(
     *,
     keeps: Sequence[int],
     most: float,
-    model: torch.nn.Module | Streamed,
+    model: torch.nn.Module | Running,
     texts: Sequence[Corpus],
     batch_size: int = 1,
     bar: Bar | None = None,

@@ -26,8 +26,7 @@ from moecover.planning.artifact import Plan, check_plan, kept_hash
 from moecover.planning.masking import masked_layers
 from moecover.progress import Bar
 from moecover.repairing.layers import LayerRepair, with_repairs
-from moecover.runtime.loading import dtype_of
-from moecover.runtime.streaming import Streamed, Within, run_all, unmasked
+from moecover.runtime.running import InMemory, Running, Within, running, unmasked
 from moecover.verification.verify import plan_of
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def score(logits: torch.Tensor, inputs: Mapping[str, torch.Tensor], reference: t
 
 
 def perplexity(
-    model: torch.nn.Module | Streamed,
+    model: torch.nn.Module | Running,
     corpus: Corpus,
     *,
     batch_size: int = 8,
@@ -91,12 +90,15 @@ def perplexity(
     Raises:
         InputError: there is no token to predict.
     """
-    (sums,) = _sums(model, [unmasked], corpus, batch_size, advance)
+    import torch
+
+    runs = InMemory(model, ()) if isinstance(model, torch.nn.Module) else model
+    (sums,) = _sums(runs, [unmasked], corpus, batch_size, advance)
     return _result(corpus.name, sums, close=False).perplexity
 
 
 def _sums(
-    model: torch.nn.Module | Streamed,
+    model: Running,
     variants: Sequence[Within],
     corpus: Corpus,
     batch_size: int,
@@ -105,17 +107,11 @@ def _sums(
     close: bool = False,
 ) -> list[NDArray[np.float64]]:
     """`score` of every variant, float64 [window, 4]; with ``close`` against the first of them."""
-    live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
-    layers = range(len(model.layers)) if isinstance(model, Streamed) else range(_decoder_layers(live))
     reference: list[torch.Tensor] = []
 
     def run(number: int, inputs: dict[str, torch.Tensor]) -> NDArray[np.float64]:
-        inputs = {key: value.to(device) for key, value in inputs.items()}
-        with contextlib.ExitStack() as stack:
-            if not isinstance(model, Streamed):
-                for layer in layers:
-                    stack.enter_context(variants[number](layer))
-            logits = live(**inputs, use_cache=False).logits
+        inputs = {key: value.to(model.device) for key, value in inputs.items()}
+        logits = model.module(**inputs, use_cache=False).logits
         if number == 0:
             reference[:] = [logits] if close else []
         found = score(logits, inputs, reference[0] if close and number else None)
@@ -127,16 +123,12 @@ def _sums(
         for number, variant in enumerate(variants):
             calls.append(functools.partial(run, number, inputs))
             within.append(variant)
-    found = run_all(model, calls, within=within)
+    found = model.run(calls, within=within)
     return [np.concatenate(found[number :: len(variants)]) for number in range(len(variants))]
 
 
 def _nothing(amount: int) -> None:
     """What is advanced where no bar is shown."""
-
-
-def _decoder_layers(model: Any) -> int:
-    return int(model.config.get_text_config().num_hidden_layers)
 
 
 def _result(name: str, sums: NDArray[np.float64], *, close: bool) -> TextResult:
@@ -176,7 +168,7 @@ def evaluate(
     structure: Structure,
     plans: Mapping[str, Plan],
     *,
-    model: torch.nn.Module | Streamed,
+    model: torch.nn.Module | Running,
     texts: Sequence[Corpus] = (),
     tasks: Any = None,
     full: bool = True,
@@ -214,24 +206,24 @@ def evaluate(
         raise InputError("nothing to evaluate: give a plan, or have the model itself evaluated")
     for plan in plans.values():
         check_plan(plan, structure, other_weights=True)
-    live = model.model if isinstance(model, Streamed) else model
-    within = [unmasked if plan is None else masked_layers(live, structure, plan) for plan in variants.values()]
+    runs = running(model, structure)
+    within = [unmasked if plan is None else masked_layers(runs.module, structure, plan) for plan in variants.values()]
     for number, name in enumerate(variants):
         if repairs and name in repairs:
-            within[number] = with_repairs(live, structure, within[number], repairs[name])
+            within[number] = with_repairs(runs.module, structure, within[number], repairs[name])
     close = full and len(variants) > 1
     if tasks is not None:
-        tasks.check(model)
+        tasks.check(runs)
     by_text: dict[str, list[NDArray[np.float64]]] = {}
     total = sum(text.num_tokens for text in texts) * len(variants)
     with bar("measuring perplexity", total) if bar and texts else contextlib.nullcontext(_nothing) as advance:
         for text in texts:
-            by_text[text.name] = _sums(model, within, text, batch_size, advance, close=close)
+            by_text[text.name] = _sums(runs, within, text, batch_size, advance, close=close)
     scored: list[Any] = [({}, {})] * len(variants)
     if tasks is not None:
         total = tasks.num_requests * len(variants) if bar else 0
         with bar("scoring tasks", total, unit="requests") if bar else contextlib.nullcontext(_nothing) as advance:
-            scored = tasks.score(model, within, advance=advance)
+            scored = tasks.score(runs, within, advance=advance)
     topology, checkpoint = structure.topology, structure.checkpoint
     rows = [
         Row(
@@ -247,8 +239,8 @@ def evaluate(
     ]
     about = {
         "name": checkpoint.name, "revision": checkpoint.revision, "fingerprint": structure.model_fingerprint,
-        "family": topology.family, "dtype": str(dtype_of(model)).removeprefix("torch."),
-        "device": str(next(iter(live.parameters())).device if not isinstance(model, Streamed) else model.device),
+        "family": topology.family, "dtype": str(runs.dtype).removeprefix("torch."),
+        "device": str(runs.device),
         "num_bytes": checkpoint.num_bytes, "experts": topology.num_experts, "top_k": topology.top_k,
         "layers": len(topology.decoder_layers),
     }  # fmt: skip

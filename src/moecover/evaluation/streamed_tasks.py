@@ -17,7 +17,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from moecover.errors import MoecoverError
-from moecover.runtime.streaming import Streamed, Within, run_in_parts
+from moecover.runtime.running import Within
+from moecover.runtime.streaming import Streamed, run_in_parts
 
 Request = tuple[Any, list[int], list[int]]  # its name, tokens of its context and continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, whether every token of it is the most likely one

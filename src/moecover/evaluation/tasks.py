@@ -22,7 +22,6 @@ import numpy as np
 
 from moecover.errors import InputError
 from moecover.evaluation.artifact import Score
-from moecover.runtime.streaming import Streamed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -124,7 +123,7 @@ class Tasks:
 
         self.check(model)
         results, hook = list[Scored](), SimpleNamespace(add_partial=lambda kind, request, answer: advance(1))
-        if isinstance(model, Streamed):
+        if model.by_layer:
             from moecover.evaluation.streamed_tasks import Replay
 
             with _quiet():
@@ -135,12 +134,11 @@ class Tasks:
                 results.append(self._run(replay))
             return results
         with _quiet():
-            lm = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size, backend="causal")
+            lm = HFLM(pretrained=model.module, tokenizer=self.tokenizer, batch_size=self.batch_size, backend="causal")
         lm.set_cache_hook(hook)
-        layers = range(int(model.config.get_text_config().num_hidden_layers))
         for context in within:
             with contextlib.ExitStack() as stack:
-                for layer in layers:
+                for layer in range(len(model.layers)):
                     stack.enter_context(context(layer))
                 results.append(self._run(lm))
         return results
@@ -151,7 +149,7 @@ class Tasks:
         Raises:
             InputError: a model that runs layer by layer, and a task that generates text or scores whole texts.
         """
-        if isinstance(model, Streamed) and (wrong := self.in_memory()):
+        if model.by_layer and (wrong := self.in_memory()):
             raise InputError(f"--tasks {','.join(wrong)}: text that is generated or scored in pieces needs the model in memory, it runs layer by layer. Give a larger --memory-limit, evaluate a pruned checkpoint that fits, or leave the task out")  # fmt: skip
 
     def in_memory(self) -> tuple[str, ...]:

@@ -27,9 +27,10 @@ from moecover.profiling.hooks import Sums, recording
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import Writer, open_inputs, sample_of, writing
 from moecover.runtime.distributed import ALONE, World, add_up, check_same, heeding
-from moecover.runtime.loading import backbone_of, dtype_of, load_model
+from moecover.runtime.loading import backbone_of, load_model
 from moecover.runtime.lockstep import Passing, current_call
 from moecover.runtime.pass_state import State, footprint
+from moecover.runtime.running import Running, running
 from moecover.runtime.streaming import Streamed, run
 
 if TYPE_CHECKING:
@@ -72,15 +73,15 @@ def batches_of(corpora: Sequence[Corpus], batch_size: int, device: torch.device,
 
 
 def in_memory(
-    model: torch.nn.Module, structure: Structure, corpora: Sequence[Corpus], sums: Mapping[str, Sums], *, batch_size: int,
+    model: Running, structure: Structure, corpora: Sequence[Corpus], sums: Mapping[str, Sums], *, batch_size: int,
     writer: Writer | None, state: State | None, here: World, advance: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Batch after batch through a model that is in memory, statistics added to ``sums`` by corpus."""
     import torch
 
-    backbone, device = backbone_of(model), next(model.parameters()).device
+    backbone, device = backbone_of(model.module), model.device
     total = sum(1 for _ in batches_of(corpora, batch_size, torch.device("cpu"), here))
-    with torch.inference_mode(), recording(model, structure) as taps:
+    with torch.inference_mode(), recording(model.module, structure) as taps:
         for done, batch in enumerate(batches_of(corpora, batch_size, device, here)):
             if state is None or done >= state.done:
                 for layer, tap in enumerate(taps):
@@ -222,7 +223,7 @@ def profile(
     structure: Structure,
     corpora: Sequence[Corpus],
     *,
-    model: torch.nn.Module | Streamed | None = None,
+    model: torch.nn.Module | Running | None = None,
     batch_size: int = 4,
     dtype: str = "auto",
     device: str = "auto",
@@ -263,9 +264,9 @@ def profile(
         raise InputError(f"--batch-size {batch_size} is out of range: 1 or more")
     if model is None:
         model = load_model(structure, dtype=dtype, device=device)
-    live = model.model if isinstance(model, Streamed) else model
-    where = model.device if isinstance(model, Streamed) else next(model.parameters()).device
-    kind = str(dtype_of(model)).removeprefix("torch.")
+    runs = running(model, structure)
+    live, where = runs.module, runs.device
+    kind = str(runs.dtype).removeprefix("torch.")
     sums = {c.name: Sums(structure.topology, where, -(-len(c.tokens) // batch_size)) for c in corpora}
     about = {
         "name": structure.checkpoint.name,
@@ -277,7 +278,7 @@ def profile(
         check_alone(here)
     going_on = None
     if state is not None or here.size > 1:
-        how = "layers" if isinstance(model, Streamed) else "batches"
+        how = "layers" if runs.by_layer else "batches"
         sizes = {e.name: [e.shard, e.start, e.dtype] for e in structure.checkpoint.tensors.values()}
         inputs_of = {"model": about["fingerprint"], "weights": hashlib.sha256(canonical_json([sizes, stamps(structure)]).encode()).hexdigest(), "corpora": [*records.items()], "batch size": batch_size, "dtype": kind, "device": where.type, "way": how, "inputs kept": keep_inputs[0] if keep_inputs else None, "version": __version__}  # fmt: skip
         check_same(here, {k: v for k, v in inputs_of.items() if k not in ("way", "weights")})
@@ -303,10 +304,10 @@ def profile(
             "here": here,
             "advance": heeding(here, advance),
         }
-        if isinstance(model, Streamed):
-            layer_by_layer(model, structure, corpora, sums, **how_to)
+        if isinstance(runs, Streamed):
+            layer_by_layer(runs, structure, corpora, sums, **how_to)
         else:
-            in_memory(model, structure, corpora, sums, **how_to)
+            in_memory(runs, structure, corpora, sums, **how_to)
         for one in sums.values():
             one.finish()
         together(here, sums, where)

@@ -14,36 +14,28 @@ from moecover.errors import InputError
 from moecover.planning.artifact import Plan, kept_hash
 
 
-class Score(Protocol):
-    """A metric of a task and its standard error, None where the harness gives none."""
-
-    value: float
-    stderr: float | None
-
-
-class TextResult(Protocol):
-    """Perplexity on a text, and closeness to the full model; see `evaluation.artifact.TextResult`."""
-
-    perplexity: float
-    kl: float | None
-    top1: float | None
-
-
 class Row(Protocol):
     """One variant of a model; see `evaluation.artifact.Row`."""
 
-    plan: dict[str, Any] | None
-    perplexity: dict[str, Any]
-    tasks: dict[str, dict[str, Any]]
+    @property
+    def plan(self) -> Mapping[str, Any] | None: ...
+    @property
+    def perplexity(self) -> Mapping[str, Any]: ...
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, Any]]: ...
 
 
 class Measurement(Protocol):
     """What an evaluation says of a model and its variants; see `evaluation.artifact.Evaluation`."""
 
-    model: dict[str, Any]
-    texts: dict[str, dict[str, Any]]
-    tasks: dict[str, dict[str, Any]]
-    rows: list[Any]
+    @property
+    def model(self) -> Mapping[str, Any]: ...
+    @property
+    def texts(self) -> Mapping[str, Mapping[str, Any]]: ...
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, Any]]: ...
+    @property
+    def rows(self) -> Sequence[Row]: ...
 
 
 def measured(structure: Structure, plan: Plan, evaluations: Mapping[str, Measurement]) -> str:

@@ -26,10 +26,10 @@ from moecover.errors import InputError
 from moecover.planning.artifact import Plan, check_plan
 from moecover.repairing.solver import Block, Fit, fit, peak_bytes
 from moecover.repairing.targets import Place, check_dtype, places, refused
-from moecover.runtime.loading import backbone_of, dtype_of, routers
+from moecover.runtime.loading import backbone_of, routers
 from moecover.runtime.lockstep import Here, Passing
 from moecover.runtime.masking import masked_layer
-from moecover.runtime.streaming import Streamed, Within, at_layers, layer_names
+from moecover.runtime.running import Running, Within, running
 
 if TYPE_CHECKING:
     import torch
@@ -235,7 +235,7 @@ def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tok
 
 
 def repair_layers(
-    model: torch.nn.Module | Streamed,
+    model: torch.nn.Module | Running,
     structure: Structure,
     plan: Plan,
     corpora: Sequence[Corpus],
@@ -264,9 +264,10 @@ def repair_layers(
     import torch
 
     check_plan(plan, structure, other_weights=True)
-    live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
+    runs = running(model, structure)
+    live, device = runs.module, runs.device
     where, modules = places(structure, live), routers(live, structure)
-    check_dtype(structure, where, str(dtype_of(model)).removeprefix("torch."))
+    check_dtype(structure, where, str(runs.dtype).removeprefix("torch."))
     said = plan.options.get("weights") or {}
     weights = [float(said.get(corpus.name, 1.0)) for corpus in corpora]
     if not sum(weights) > 0:
@@ -324,12 +325,11 @@ def repair_layers(
                     given.update((len(passes) + i, forward(batch)) for i, batch in enumerate(pruned))
         return repair
 
-    names = layer_names(live, structure)
-    stops = [live.get_submodule(names[number]) for number in structure.topology.decoder_layers]
+    stops = [live.get_submodule(runs.layers[number]) for number in structure.topology.decoder_layers]
     layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
     here = Here(before=lambda passing: going.__setitem__(slice(None), [passing.call]))
     try:
-        with contextlib.closing(at_layers(model, structure, calls, here)) as steps:
+        with contextlib.closing(runs.at_layers(calls, here)) as steps:
             for number, waiting in enumerate(steps):
                 if (layer := layer_of.get(number)) is None:
                     continue

@@ -36,7 +36,7 @@ from moecover.runtime.pass_state import remove
 if TYPE_CHECKING:
     import torch
 
-    from moecover.runtime.streaming import Streamed
+    from moecover.runtime.running import Running
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def repair(
     plan: Plan,
     corpora: Sequence[Corpus],
     *,
-    model: contextlib.AbstractContextManager[torch.nn.Module | Streamed],
+    model: contextlib.AbstractContextManager[torch.nn.Module | Running],
     kind: str,
     folder: Path,
     batch_size: int = 4,

@@ -100,12 +100,6 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
-def dtype_of(model: Any) -> torch.dtype:
-    """The dtype of a model's parameters, of the first where they differ; of a `streaming.Streamed` too."""
-    first: torch.Tensor = next(getattr(model, "model", model).parameters())
-    return first.dtype
-
-
 def backbone_of(model: torch.nn.Module) -> Any:
     """The model without its head, which no statistic needs."""
     names = (str(model.base_model_prefix), "model")

@@ -13,17 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecover.checkpoints.config_edit import first_number
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
 from moecover.runtime.loading import check_device, load_model
-from moecover.runtime.streaming import PASSES, Streamed, streamed
+from moecover.runtime.running import Running, running
+from moecover.runtime.streaming import PASSES, streamed
 from moecover.runtime.weights import lean
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 OVERHEAD = 900_000_000  # bytes: interpreter, torch, transformers with a model class, prepared matrix products
 COPIES = 4  # of the hidden states: before the first layer, now, and as much again in masks and what allocators hold (measured)
@@ -204,7 +205,7 @@ def opened(
     device: str = "auto", memory_limit: int | None = None, head: bool = False, extra: int = 0, processes: int = 1,
     scratch: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> Iterator[torch.nn.Module | Streamed]:  # fmt: skip
+) -> Iterator[Running]:  # fmt: skip
     """The model in memory where it fits, else layer by layer; says which, and what it will cost, before it starts.
 
     Args:
@@ -247,5 +248,4 @@ def opened(
             yield stream
         return
     say(f"loading {structure.checkpoint.name}")
-    model: Any = load_model(structure, dtype=dtype, device=device)
-    yield model
+    yield running(load_model(structure, dtype=dtype, device=device), structure)

@@ -18,19 +18,14 @@ from moecover.checkpoints.structure import Structure, auto_class
 from moecover.errors import InputError
 from moecover.runtime.loading import check_device
 from moecover.runtime.lockstep import Here, Passing, current_call, lockstep
+from moecover.runtime.running import Result, Within, layer_names
 from moecover.runtime.weights import Weights, lean
 
 if TYPE_CHECKING:
     import torch
 
 
-Within = Callable[[int], contextlib.AbstractContextManager[None]]
 PASSES = 2048  # side by side, where they can be made in parts: each takes a thread, of which a system gives so many
-
-
-def unmasked(number: int) -> contextlib.AbstractContextManager[None]:
-    """Nothing around a decoder layer."""
-    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,32 @@ class Streamed:
     spill: bool = False
     room: float = math.inf
 
+    by_layer = True
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """See `Running`."""
+        return self.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Running`."""
+        return next(self.model.parameters()).dtype
+
+    def run(
+        self, calls: Sequence[Callable[[], Result]], *, head: bool = True, within: Sequence[Within] = ()
+    ) -> list[Result]:
+        """See `Running.run`."""
+        return run(self, calls, head=head, within=within)
+
+    def at_layers(self, calls: Sequence[Callable[[], Any]], here: Here) -> Generator[list[Passing]]:
+        """See `Running.at_layers`."""
+        return at_layers(self, calls, here)
+
+    def arrivals(self, calls: Sequence[Callable[[], Any]], modules: Sequence[torch.nn.Module]) -> Generator[list[Any]]:
+        """See `Running.arrivals`."""
+        return arrivals(self, calls, modules)
+
     @contextlib.contextmanager
     def loaded(self, number: int) -> Iterator[None]:
         """One decoder layer in memory until the block ends."""
@@ -64,14 +85,6 @@ class Streamed:
             yield
         finally:
             self.weights.free(f"{self.layers[number]}.", again=True)
-
-
-def layer_names(model: torch.nn.Module, structure: Structure) -> tuple[str, ...]:
-    """Names of all decoder layers, dense ones included: the list that holds the layers with experts."""
-    parts = structure.experts_modules[0].split(".")
-    number = next(i for i, part in enumerate(parts) if part.isdigit())
-    stack = ".".join(parts[:number])
-    return tuple(f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children())
 
 
 def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
@@ -266,53 +279,27 @@ def arrivals(
         weights.free(f"{stream.layers[number]}.")
 
 
-def at_layers(
-    model: torch.nn.Module | Streamed, structure: Structure, calls: Sequence[Callable[[], Any]], here: Here
-) -> Generator[list[Passing]]:
+def at_layers(stream: Streamed, calls: Sequence[Callable[[], Any]], here: Here) -> Generator[list[Passing]]:
     """At every decoder layer in turn, whose weights are there, what it is called with; it runs when the next is asked for.
 
     Args:
-        model: in memory, or a `Streamed`.
-        structure: its checkpoint.
+        stream: the model.
         calls: see `run`.
         here: see `lockstep`; the layers run in the caller's thread.
     """
-    live = model.model if isinstance(model, Streamed) else model
-    names = layer_names(live, structure)
-    first, reached = model.ends[0] if isinstance(model, Streamed) and model.ends else "", ""
+    weights, first, reached = stream.weights, stream.ends[0] if stream.ends else "", ""
+    stops = [stream.model.get_submodule(name) for name in stream.layers]
     try:
-        if isinstance(model, Streamed):
-            model.weights.load(f"{first}.")
-        with contextlib.closing(lockstep(calls, [live.get_submodule(name) for name in names], here=here)) as steps:
-            for name, _ in zip(names, steps, strict=True):
-                if isinstance(model, Streamed):
-                    model.weights.free(f"{reached or first}.", again=bool(reached))
-                    model.weights.load(f"{name}.")
+        weights.load(f"{first}.")
+        with contextlib.closing(lockstep(calls, stops, here=here)) as steps:
+            for name, _ in zip(stream.layers, steps, strict=True):
+                weights.free(f"{reached or first}.", again=bool(reached))
+                weights.load(f"{name}.")
                 reached = name
                 yield here.waiting
     finally:
-        if isinstance(model, Streamed):
-            model.weights.free(f"{reached or first}.")
+        weights.free(f"{reached or first}.")
 
 
 def _skip(skipped: Callable[[int, Any], Any], number: int, *args: Any, **kwargs: Any) -> Any:
     return skipped(number, args[0] if args else kwargs["hidden_states"])
-
-
-def run_all(
-    model: Any, calls: Sequence[Callable[[], Any]], *, head: bool = True, within: Sequence[Within] = ()
-) -> list[Any]:
-    """The results of passes, one after the other through a model in memory, side by side through a `Streamed` one.
-
-    Args:
-        model: a model or a `Streamed`.
-        calls: each runs that model once.
-        head: of a streamed model, see `run`.
-        within: of a streamed model, see `run`.
-    """
-    import torch
-
-    if isinstance(model, Streamed):
-        return run(model, calls, head=head, within=within)
-    with torch.inference_mode():
-        return [call() for call in calls]

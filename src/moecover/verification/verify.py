@@ -6,7 +6,6 @@ have the hashes that it gives, and with these in place of its own the masked ori
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
@@ -25,7 +24,7 @@ from moecover.planning.artifact import Plan, check_plan
 from moecover.planning.masking import masked_layers
 from moecover.repairing.layers import LayerRepair, with_repairs
 from moecover.runtime.memory import opened
-from moecover.runtime.streaming import Streamed, Within, layer_names, run_all, unmasked
+from moecover.runtime.running import Running, Within, unmasked
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +33,11 @@ VERIFY_CORPORA = ("encyclopedia-heldout", "web-heldout")
 
 
 def _forward_record(
-    model: torch.nn.Module | Streamed, structure: Structure, corpora: Sequence[Corpus], within: Within
+    model: Running, structure: Structure, corpora: Sequence[Corpus], within: Within
 ) -> list[tuple[str, torch.Tensor]]:
     """Output of every decoder layer and the logits over corpora, by name, on the CPU; every layer runs in its context."""
     import torch
 
-    live, device = (model.model, model.device) if isinstance(model, Streamed) else (model, next(model.parameters()).device)  # fmt: skip
     outputs: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Callable[[Any, Any, Any], None]:
@@ -48,22 +46,18 @@ def _forward_record(
 
         return hook
 
-    around, handles = contextlib.ExitStack(), []
-    for number, name in enumerate(layer_names(live, structure)):
-        layer = live.get_submodule(name)
+    handles = []
+    for number, name in enumerate(model.layers):
+        layer = model.module.get_submodule(name)
         handles.append(layer.register_forward_hook(keep(f"decoder layer {number}")))
-        if not isinstance(model, Streamed):  # a streamed one enters the contexts when the layer's weights are there
-            enter = functools.partial(lambda number, *_: around.enter_context(within(number)), number)
-            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(lambda *_: around.close())]
 
     def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        found: torch.Tensor = live(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).logits
+        found: torch.Tensor = model.module(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False).logits
         return found.cpu()
 
     calls = [functools.partial(logits, inputs) for corpus in corpora for inputs in batches(corpus, 1)]
     try:
-        with around:
-            outputs["logits"] = run_all(model, calls, within=[within] * len(calls))
+        outputs["logits"] = model.run(calls, within=[within] * len(calls))
     finally:
         for handle in handles:
             handle.remove()
@@ -159,12 +153,11 @@ def verify(
     extra = 2 * sum(e.num_bytes for name, e in cut_checkpoint.tensors.items() if name in hashes) // len(plan.layers)
     with opened(original, **fitting, extra=extra, say=advance) as live:
         advance("running the original, masked")
-        inside = live.model if isinstance(live, Streamed) else live
-        within = masked_layers(inside, original, plan)
+        within = masked_layers(live.module, original, plan)
         if repair_of is not None:
-            within = with_repairs(inside, original, within, repair_of)
+            within = with_repairs(live.module, original, within, repair_of)
         expected = _forward_record(live, original, texts, within)
-    del live, inside, within
+    del live, within
     with opened(cut, **fitting, say=advance) as live:
         advance("running the pruned checkpoint")
         found = _forward_record(live, cut, texts, unmasked)

@@ -29,10 +29,9 @@ from moecover.planning.artifact import LayerPlan
 from moecover.planning.search.routing import Routing, observe_calls, recognise
 from moecover.planning.selection import Budget
 from moecover.profiling.artifact import Profile
-from moecover.runtime.loading import backbone_of, dtype_of, routers
-from moecover.runtime.lockstep import lockstep
+from moecover.runtime.loading import backbone_of, routers
 from moecover.runtime.masking import masked_layer
-from moecover.runtime.streaming import Streamed, arrivals, run_all
+from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:
     import torch
@@ -387,7 +386,7 @@ def kind_of_search(budget: Budget, search: str) -> str:
 def search_layers(
     profile: Profile,
     budgets: Sequence[Budget],
-    model: torch.nn.Module | Streamed,
+    model: torch.nn.Module | Running,
     structure: Structure,
     *,
     mode: str,
@@ -413,8 +412,8 @@ def search_layers(
     for budget in budgets:
         kind_of_search(budget, search)
     batch_size = inputs.batch_size if sample is None and inputs is not None else profile.settings["batch_size"]
-    live, dtype = (model.model if isinstance(model, Streamed) else model), dtype_of(model)
-    device = model.device if isinstance(model, Streamed) else next(model.parameters()).device
+    runs = running(model, structure)
+    live, dtype, device = runs.module, runs.dtype, runs.device
     modules = routers(live, structure)
     texts = sample if sample is not None else (inputs.sequences() if inputs is not None else [])
     found: list[list[LayerPlan]] = [[] for _ in budgets]
@@ -426,9 +425,8 @@ def search_layers(
     def from_text() -> Generator[list[torch.Tensor]]:
         """Inputs of layer after layer, as the layers before it leave them."""
         backbone = backbone_of(live)
-        runs = [functools.partial(backbone, **one, use_cache=False) for one in passes]
-        steps = arrivals(model, runs, stops) if isinstance(model, Streamed) else lockstep(runs, stops)
-        with contextlib.closing(steps):
+        batch_calls = [functools.partial(backbone, **one, use_cache=False) for one in passes]
+        with contextlib.closing(runs.arrivals(batch_calls, stops)) as steps:
             for arrived in steps:
                 yield [
                     h.reshape(-1, h.shape[-1])[
@@ -440,11 +438,11 @@ def search_layers(
     def from_disk() -> Generator[list[torch.Tensor]]:
         assert inputs is not None
         for layer, number in enumerate(structure.topology.decoder_layers):
-            with model.loaded(number) if isinstance(model, Streamed) else contextlib.nullcontext():
+            with runs.loaded(number):
                 yield [h.to(device, dtype) for h in inputs.layer(layer)]
 
     few = functools.partial(backbone_of(live), input_ids=torch.arange(4, device=device)[None], use_cache=False)
-    calls, stops = observe_calls(live, structure, modules, lambda: run_all(model, [few], head=False))
+    calls, stops = observe_calls(live, structure, modules, lambda: runs.run([few], head=False))
     rounds = [list(range(len(budgets)))] if mode == "layerwise" else [[i] for i in range(len(budgets))]
     for chosen in rounds:
         source = from_disk() if mode == "layerwise" and sample is None else from_text()
