@@ -24,7 +24,7 @@ def size_text(num_bytes: float) -> str:
 def duration_text(seconds: float) -> str:
     """A duration, rounded to what a reader needs."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} s"
+        return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 

@@ -76,8 +76,9 @@ from moecover.repairing.layers import needed_bytes
 from moecover.repairing.store import places_on_disk
 from moecover.repairing.targets import Place, check_dtype
 from moecover.runtime.loading import check_device, check_loadable
-from moecover.runtime.memory import Cost, available_memory, cost, duration, parse_size, seconds_of
+from moecover.runtime.memory import Cost, available_memory, cost, parse_size, seconds_of
 from moecover.signals import held
+from moecover.text import duration_text
 
 CONFIG, MODELS = "config.yaml", "models.json"
 GROUP = 8  # cells of a model in memory that are measured together: the full model's logits are computed once for them
@@ -556,7 +557,7 @@ def _plan_line(run: Path, models: Sequence[_Model], subjects: Mapping[str, Subje
         for (tokens, in_parts), times in Counter(passes).items():
             one = _cost(model, subject, config, tokens, in_parts)
             seconds += times * seconds_of(one, model.structure, dtype=config.dtype, device=device)
-    return f"{run}: {total} cells, {total - pending} are there, {pending} to go: about {duration(seconds / jobs)} on this machine"  # fmt: skip
+    return f"{run}: {total} cells, {total - pending} are there, {pending} to go: about {duration_text(seconds / jobs)} on this machine"  # fmt: skip
 
 
 def _run(
@@ -634,7 +635,7 @@ class _Count:
         self.done += 1
         self.advance(1)
         left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
-        rest = f"; about {duration(left)} to go" if self.done < self.total else ""
+        rest = f"; about {duration_text(left)} to go" if self.done < self.total else ""
         progress.say(f"[{self.done}/{self.total}] {cell.words}: {words}{rest}")
 
 

@@ -22,6 +22,7 @@ from moecover.runtime.loading import check_device, load_model
 from moecover.runtime.running import Running, running
 from moecover.runtime.streaming import PASSES, streamed
 from moecover.runtime.weights import lean
+from moecover.text import duration_text
 
 if TYPE_CHECKING:
     pass
@@ -107,18 +108,11 @@ class Cost:
         way = "layer by layer" if self.by_layer else "in memory"
         why = f" (the whole model needs {_gb(self.whole)}, {_gb(self.limit)} may be used)" if self.by_layer else ""
         scratch = f", {_gb(self.scratch)} of scratch disk" if self.by_layer else ""
-        return f"running {way}{why}: about {_gb(self.memory)} of memory{scratch}, {_gb(self.read)} to read, {self.flops / 1e12:,.1f} TFLOP, {duration(seconds)}"  # fmt: skip
+        return f"running {way}{why}: about {_gb(self.memory)} of memory{scratch}, {_gb(self.read)} to read, {self.flops / 1e12:,.1f} TFLOP, {duration_text(seconds)}"  # fmt: skip
 
 
 def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    """A time in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def itemsizes(structure: Structure, dtype: str) -> tuple[int, int]:
