@@ -59,3 +59,33 @@ def spinner(label: str) -> Iterator[Callable[[str], None]]:
         return
     with console.status(label) as status:
         yield lambda text: status.update(text)
+
+
+class Progress:
+    """How a job shows its progress: bars, spinners and lines of log. This one is silent."""
+
+    def bar(
+        self, label: str, total: int, *, unit: str = "tokens"
+    ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """See `bar`."""
+        return contextlib.nullcontext(lambda amount: None)
+
+    def spinner(self, label: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
+        """See `spinner`."""
+        return contextlib.nullcontext(lambda text: None)
+
+    def say(self, line: str) -> None:
+        """See `say`."""
+
+
+class Drawn(Progress):
+    """Progress on stderr."""
+
+    bar = staticmethod(bar)
+    spinner = staticmethod(spinner)
+    say = staticmethod(say)
+
+
+def resolve(progress: bool | Progress = True) -> Progress:
+    """The progress that is meant by a ``progress=`` argument."""
+    return progress if isinstance(progress, Progress) else Drawn() if progress else Progress()

@@ -1,4 +1,4 @@
-"""The verb `compare`: reads its arguments, a YAML file or flags, gives one configuration to `comparison`."""
+"""The verb `compare`: a grid of evaluations, from a YAML file or from options in place of its fields."""
 
 from __future__ import annotations
 
@@ -6,80 +6,138 @@ import argparse
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+from moecover.cli.options import searching_methods
+from moecover.cli.verb import Outcome
 from moecover.errors import InputError
 
+HELP = "evaluate models x calibrations x methods x budgets x seeds and compare them; resumes where it stopped"
 YAML = (".yaml", ".yml")
-# Flag, how its value is read, and what it says; each takes the place of the field of the same name.
-FLAGS: tuple[tuple[str, str, Any, str, str], ...] = (
-    ("perplexity", "perplexity", None, "NAME[=PATH]", "text to measure perplexity on; repeat it"),
-    ("tasks", "tasks", str, "T,T", "benchmarks of lm-evaluation-harness, with commas"),
-    ("limit", "limit", int, "N", "items per task (default: all)"),
-    ("data-dir", "data_dir", None, "DIR", "local files of the tasks instead of the hub"),
-    ("include-path", "include_path", None, "DIR", "folder with task definitions of your own"),
-    ("window", "window", int, "N", "tokens per window of a perplexity text (default: 2048, or the model's positions if fewer)"),
-    ("windows", "windows", int, "N", "windows of a perplexity text, from its beginning (default: 256)"),
-    ("method", "methods", None, "NAME", "moecover ls methods; repeat it (default: random, pooled with saliency reap, expert-sparsity, tb-coverage)"),
-    ("saliency", "saliencies", None, "NAME", "for methods that take one; repeat it (default: contribution)"),
-    ("retain", "retain", float, "R,R", "fractions of the experts that are kept (default: 0.25,0.5,0.75)"),
-    ("keep", "keep", int, "K,K", "experts kept per layer, instead of --retain"),
-    ("repair", "repairs", str, "KIND,KIND", "none, scale, ridge: every plan also so repaired (default: none)"),
-    ("repair-tokens", "repair_tokens", int, "N", "calibration tokens that a repair runs on (default: 65536)"),
-    ("seeds", "seeds", int, "N,N", "of random plans (default: 0,1,2,3,4)"),
-    ("samples", "samples", int, "N,N", "seeds of the calibration samples (default: 0)"),
-    ("sequences", "sequences", int, "N", "calibration blocks per corpus (default: up to 128)"),
-    ("length", "length", int, "N", "tokens per calibration block (default: 2048, or the model's positions if fewer)"),
-    ("search-tokens", "search_tokens", int, "N", "tokens that expert-sparsity and worst-corpus search on (default: 8192)"),
-    ("batch-size", "batch_size", int, "N", "sequences per forward pass (default: 4)"),
-    ("dtype", "dtype", None, "DTYPE", "auto (the checkpoint's), bfloat16, float16 or float32"),
-    ("device", "device", None, "DEVICE", "auto (a GPU where there is one), cpu, cuda, cuda:1 ..."),
-    ("memory-limit", "memory_limit", None, "SIZE", "memory that each of the --jobs may use, such as 4GB; a model that does not fit runs layer by layer"),
-    ("plugin", "plugins", None, "FILE.py", "your own saliencies and methods: a Python file, which is run; repeat it"),
-)  # fmt: skip
-REPEATED = ("perplexity", "method", "saliency", "plugin")
-LISTS = ("tasks", "repairs", "retain", "keep", "seeds", "samples")
 
 
-def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+class Flag(NamedTuple):
+    """An option that takes the place of a configuration's field: ``repeated``, or with commas if ``several``."""
+
+    name: str
+    field: str
+    metavar: str
+    help: str
+    parse: Callable[[str], object] = str
+    several: bool = False
+    repeated: bool = False
+
+
+POSITIONS = "(default: 2048, or the model's positions if fewer)"
+FLAGS = (
+    Flag("perplexity", "perplexity", "NAME[=PATH]", "text to measure perplexity on; repeat it", repeated=True),
+    Flag("tasks", "tasks", "T,T", "benchmarks of lm-evaluation-harness, with commas", several=True),
+    Flag("limit", "limit", "N", "items per task (default: all)", int),
+    Flag("data-dir", "data_dir", "DIR", "local files of the tasks instead of the hub"),
+    Flag("include-path", "include_path", "DIR", "folder with task definitions of your own"),
+    Flag("window", "window", "N", f"tokens per window of a perplexity text {POSITIONS}", int),
+    Flag("windows", "windows", "N", "windows of a perplexity text, from its beginning (default: 256)", int),
+    Flag(
+        "method",
+        "methods",
+        "NAME",
+        "moecover ls methods; repeat it (default: those that papers compare, at their published settings)",
+        repeated=True,
+    ),
+    Flag(
+        "saliency", "saliencies", "NAME", "for methods that take one; repeat it (default: each method's)", repeated=True
+    ),
+    Flag(
+        "retain", "retain", "R,R", "fractions of the experts that are kept (default: 0.25,0.5,0.75)", float, several=True
+    ),
+    Flag("keep", "keep", "K,K", "experts kept per layer, instead of --retain", int, several=True),
+    Flag(
+        "repair",
+        "repairs",
+        "KIND,KIND",
+        "none, scale, ridge: every plan is also evaluated with each (default: none)",
+        several=True,
+    ),
+    Flag("repair-tokens", "repair_tokens", "N", "calibration tokens of a repair (default: 65536)", int),
+    Flag("seeds", "seeds", "N,N", "of seeded methods (default: 0,1,2,3,4)", int, several=True),
+    Flag("samples", "samples", "N,N", "seeds of the calibration samples (default: 0)", int, several=True),
+    Flag("sequences", "sequences", "N", "calibration blocks per corpus (default: up to 128)", int),
+    Flag("length", "length", "N", f"tokens per calibration block {POSITIONS}", int),
+    Flag(
+        "search-tokens",
+        "search_tokens",
+        "N",
+        f"tokens that {searching_methods()} search on (default: 8192)",
+        int,
+    ),
+    Flag("batch-size", "batch_size", "N", "sequences per forward pass (default: 4)", int),
+    Flag("dtype", "dtype", "DTYPE", "auto (the checkpoint's), bfloat16, float16 or float32"),
+    Flag("device", "device", "DEVICE", "auto (a GPU where there is one), cpu, cuda, cuda:1 ..."),
+    Flag(
+        "memory-limit",
+        "memory_limit",
+        "SIZE",
+        "memory that each of the --jobs may use, such as 4GB; a model that does not fit runs layer by layer",
+    ),
+    Flag(
+        "plugin",
+        "plugins",
+        "FILE.py",
+        "your own methods, saliencies and corpora: a Python file, which is run; repeat it",
+        repeated=True,
+    ),
+)
+
+
+def _several(parse: Callable[[str], object]) -> Callable[[str], list[object]]:
     """Parser of values with commas between them."""
 
-    def parse(text: str) -> list[Any]:
-        return [kind(part) for part in text.split(",")]
+    def parsed(text: str) -> list[object]:
+        return [parse(part) for part in text.split(",")]
 
-    parse.__name__ = f"list of {kind.__name__}"
-    return parse
+    parsed.__name__ = f"list of {parse.__name__}"
+    return parsed
 
 
-def add_verb(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Enter the verb into the command line."""
-    p = verb(
-        "compare",
-        "evaluate models x calibrations x methods x budgets x seeds and compare them; goes on where it stopped",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "what",
+        nargs="+",
+        metavar="CONFIG.yaml|MODEL",
+        help="a configuration (docs/compare.md), or models: local folders, hub ids, shipped:NAME",
     )
-    p.add_argument("what", nargs="+", metavar="CONFIG.yaml|MODEL", help="a configuration (docs/compare.md), or models: local folders, hub ids, shipped:NAME")  # fmt: skip
-    group = p.add_argument_group("instead of a configuration's fields, or in their place")
-    group.add_argument("--corpus", action="append", default=None, metavar="NAME[=PATH]", help="calibration corpus (moecover ls corpora); repeat it: they are one calibration set")  # fmt: skip
-    for flag, _, kind, metavar, text in FLAGS:
-        if flag in REPEATED:
-            group.add_argument(f"--{flag}", action="append", default=None, metavar=metavar, help=text)
+    group = parser.add_argument_group("in place of a configuration, or of fields of it")
+    group.add_argument(
+        "--corpus",
+        action="append",
+        default=None,
+        metavar="NAME[=PATH]",
+        help="calibration corpus (moecover ls corpora); repeat it: they are one calibration set",
+    )
+    for one in FLAGS:
+        if one.repeated:
+            group.add_argument(f"--{one.name}", action="append", default=None, metavar=one.metavar, help=one.help)
         else:
-            group.add_argument(f"--{flag}", type=_several(kind) if flag in LISTS else kind or str, metavar=metavar, help=text)  # fmt: skip
-    p.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="RUN_DIR", help="folder to write, or to fill further"
+            parse = _several(one.parse) if one.several else one.parse
+            group.add_argument(f"--{one.name}", type=parse, metavar=one.metavar, help=one.help)
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="RUN_DIR", help="folder to write, or to extend"
     )
-    p.add_argument(
+    parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="processes, each with a model of its own (default: 1)"
     )
 
 
-def compare_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
-    """Run the verb; one line a failed cell, exit status 1 where there is one."""
+def run(args: argparse.Namespace) -> Outcome:
+    """Fill the run; print its table and one line per failed cell, exit status 1 where there is one."""
     from moecover.comparison.config import read
     from moecover.comparison.run import compare
     from moecover.comparison.tables import MARKDOWN
 
-    flags = {name: value for flag, name, *_ in FLAGS if (value := getattr(args, flag.replace("-", "_"))) is not None}
+    flags: dict[str, object] = {
+        one.field: value for one in FLAGS if (value := getattr(args, one.name.replace("-", "_"))) is not None
+    }
     if args.corpus is not None:
         flags["calibration"] = [args.corpus]
     path: Path | None = None
@@ -91,9 +149,10 @@ def compare_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
         flags["models"] = args.what
         if args.corpus is None:
             raise InputError("give calibration corpora with --corpus NAME or NAME=PATH, or a configuration CONFIG.yaml")
-    outcome = compare(read(path, flags), args.output, jobs=args.jobs, command=shlex.join(["moecover", *args.argv]))
+    made = compare(read(path, flags), args.output, jobs=args.jobs, command=shlex.join(["moecover", *args.argv]))
     lines = [(args.output / MARKDOWN).read_text(encoding="utf-8").rstrip(), ""]
-    lines += [f"FAILED {name}: {reason}" for name, reason in outcome.failures.items()]
-    done = len(outcome.results["cells"]) - len(outcome.failures)
-    lines.append(f"{args.output}: {done} cells, {outcome.made} of them new{f', {len(outcome.failures)} failed' if outcome.failures else ''}")  # fmt: skip
-    return outcome.results, "\n".join(lines), 1 if outcome.failures else 0
+    lines += [f"FAILED {name}: {reason}" for name, reason in made.failures.items()]
+    done = len(made.results["cells"]) - len(made.failures)
+    failed = f", {len(made.failures)} failed" if made.failures else ""
+    lines.append(f"{args.output}: {done} cells, {made.made} of them new{failed}")
+    return Outcome(made.results, "\n".join(lines), 1 if made.failures else 0)

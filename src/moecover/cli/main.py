@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import signal
 import sys
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TextIO, cast
 
 from moecover import __version__, progress
-from moecover.checkpoints.servers import SERVERS
-from moecover.cli.budget_verb import add_options as add_bounds
-from moecover.cli.compare import add_verb as add_compare
-from moecover.cli.evaluate import add_verb as add_evaluate
-from moecover.cli.generate import add_verb as add_generate
-from moecover.cli.plan import KEEP_INPUTS
-from moecover.cli.split import add_verb as add_split
-from moecover.cli.verbs import VERBS
+from moecover.cli.verb import Verb
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.runtime.distributed import ALONE, STOPPED, World, first_to_fail, world
 from moecover.signals import behind
 
+VERBS = (
+    "inspect", "generate", "split", "profile", "merge", "plan", "explain", "prune", "verify", "evaluate", "compare",
+    "report", "demo", "ls",
+)  # fmt: skip
 EPILOG = """examples:
   moecover inspect Qwen/Qwen1.5-MoE-A2.7B
   moecover prune   Qwen/Qwen1.5-MoE-A2.7B --corpus wikitext2 --corpus c4 --retain 0.5 -o qwen-moe-half
@@ -52,66 +49,18 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    group = parser.add_argument_group("corpora and the pass over them")
-    group.add_argument("--corpus", action="append", default=[], metavar="NAME[=PATH]", required=required, help="a named corpus (moecover ls corpora), or NAME=PATH of a .txt, .jsonl, .jsonl.gz or .parquet file, or of a folder of them, each a corpus; repeat it: corpora are kept apart")  # fmt: skip
-    group.add_argument("--sequences", type=int, metavar="N", help="blocks per corpus (default: up to 128; all rows of input_ids); fewer than N is an error")  # fmt: skip
-    group.add_argument("--length", type=int, metavar="N", help="tokens per block of text (default: 2048, or the model's positions if fewer)")  # fmt: skip
-    group.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 4)")
-    group.add_argument("--seed", type=int, help="of the sample of blocks, and of method random (default: 0)")
-    _add_device(group)
+def verb(name: str) -> Verb:
+    """The module of a verb."""
+    return cast("Verb", importlib.import_module(f"moecover.cli.{name}"))
 
 
-def _add_device(parser: Any) -> None:
-    parser.add_argument("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")
-    parser.add_argument("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
-    parser.add_argument("--memory-limit", metavar="SIZE", help="memory that may be used, such as 4GB (default: nine tenths of what is free); a model that does not fit runs layer by layer")  # fmt: skip
+def make_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The command line; docs/cli.md is generated from it.
 
-
-def _add_keep_inputs(parser: Any, when: str) -> None:
-    parser.add_argument("--keep-inputs", type=int, metavar="TOKENS", help=f"keep what enters the experts for this many tokens, shared by the corpora, whole sequences ({when})")  # fmt: skip
-
-
-def _add_plan(parser: argparse.ArgumentParser, *, alone: bool) -> None:
-    group = parser.add_argument_group("plan")
-    group.add_argument("--method", default=None, help="moecover ls methods (default: tb-coverage)")
-    group.add_argument("--saliency", default=None, help="moecover ls saliencies (default: contribution)")
-    group.add_argument("--protect", type=float, default=None, metavar="P", help="share of the kept experts that corpora protect in turn, 0 to 1 (default: 0.5)")  # fmt: skip
-    group.add_argument("--weight", action="append", default=[], metavar="NAME=N", help="turns of a corpus per round and its weight in the fill (default: 1 each; 0 leaves it out); repeat it")  # fmt: skip
-    group.add_argument("--protect-super-experts", action="store_true", help="keep the experts with extreme outputs (arXiv 2507.23279), whatever the method says")  # fmt: skip
-    group.add_argument("--mode", help="expert-sparsity, worst-corpus: layerwise (inputs of the full model, default) or progressive (of the pruned prefix)")  # fmt: skip
-    group.add_argument("--search", help="expert-sparsity, worst-corpus: auto (default: exhaustive up to 100,000 subsets), exhaustive or greedy")  # fmt: skip
-    group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of a plugin's method; repeat it")  # fmt: skip
-    several = "; several with commas give several plans" if alone else ""
-    group.add_argument(
-        "--keep", type=_numbers(int, several=alone), metavar="K", help=f"experts kept per layer{several}"
-    )
-    group.add_argument("--retain", type=_numbers(float, several=alone), metavar="R", help=f"fraction of experts kept per layer, in (0, 1]{several}")  # fmt: skip
-    group.add_argument("--multiple-of", type=int, metavar="N", help="round the experts kept to the nearest multiple of N that the router allows: servers run best with multiples of 8")  # fmt: skip
-    _add_plugin(group)
-    if alone:
-        group.add_argument("--seed", type=int, default=None, help="of method random (default: 0)")
-
-
-def _add_plugin(parser: Any) -> None:
-    parser.add_argument("--plugin", action="append", default=[], type=Path, metavar="FILE.py", help="your own saliencies and methods: a Python file, which is run; repeat it")  # fmt: skip
-
-
-def _numbers(kind: Any, *, several: bool) -> Any:
-    """Parser of one number, or of several with commas between them."""
-
-    def parse(text: str) -> Any:
-        found = [kind(part) for part in text.split(",")]
-        if len(found) > 1 and not several:
-            raise ValueError
-        return found if several else found[0]
-
-    parse.__name__ = kind.__name__ + ("s with commas" if several else "")
-    return parse
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line; docs/cli.md is generated from it."""
+    Args:
+        only: the verb whose options are needed; None for those of all. Some options come from modules that take time to
+            import.
+    """
     parser = _Parser(
         prog="moecover",
         description="Makes a sparse Mixture-of-Experts language model smaller by removing whole routed experts.",
@@ -122,112 +71,22 @@ def make_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument("-q", "--quiet", action="store_true", help="no log and no progress on stderr")
-    verbs: Any = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-
-    def verb(name: str, text: str) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = verbs.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common], formatter_class=_Formatter
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for name in VERBS:
+        if only not in (None, name, HELP_OF_ALL):
+            verbs.add_parser(name)
+            continue
+        text = verb(name).HELP
+        description = f"{text[0].upper()}{text[1:]}."
+        made = verbs.add_parser(
+            name, help=text, description=description, parents=[common], formatter_class=_Formatter
         )
-        return made
-
-    def model(p: argparse.ArgumentParser) -> None:
-        p.add_argument("model", metavar="MODEL", help="local folder or hub id (owner/name)")
-        p.add_argument("--revision", help="branch, tag or commit of a hub model")
-
-    p = verb("inspect", "say what a model's routed experts are and weigh, and whether it can be pruned")
-    model(p)
-    p.add_argument("--for", dest="server", choices=SERVERS, help="also say what this server would lack at every size")
-
-    add_generate(verb, _add_device)
-    add_split(verb)
-
-    p = verb("profile", "run corpora through a model and record the statistics of every expert")
-    model(p)
-    _add_corpora(p, required=True)
-    p.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="PROFILE_DIR", help="folder for profile.safetensors"
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace a profile that is there")
-    _add_keep_inputs(p, "for methods expert-sparsity and worst-corpus")
-
-    p = verb("plan", "choose the experts to keep from a profile")
-    p.add_argument("profile", type=Path, metavar="PROFILE_DIR", help="folder that `moecover profile` wrote")
-    _add_plan(p, alone=True)
-    add_bounds(p)
-    group = p.add_argument_group("the model, for bounds and for methods that run the experts")
-    group.add_argument("--model", metavar="MODEL", help="the model that was profiled: local folder or hub id")
-    group.add_argument("--revision", help="branch, tag or commit of a hub model")
-    _add_device(group)
-    p.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="PLAN",
-        help="plan.json to write (replaced if it exists); for several plans a folder, which gets keep-K.json",
-    )
-
-    p = verb("merge", "add up profiles of one model that were made separately")
-    p.add_argument(
-        "profiles", type=Path, nargs="+", metavar="PROFILE_DIR", help="folders that `moecover profile` wrote"
-    )
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="PROFILE_DIR", help="folder to write")
-    p.add_argument("--overwrite", action="store_true", help="replace a profile that is there")
-
-    p = verb("explain", "say why a plan keeps what it keeps, corpus by corpus, and how stable that is")
-    p.add_argument("plan", type=Path, metavar="PLAN", help="plan.json")
-    p.add_argument("--profile", type=Path, metavar="PROFILE_DIR", help="the profile that the plan was made from: needed for routing counts, stability, and plans without saliencies of their own")  # fmt: skip
-    p.add_argument("--against", type=Path, metavar="PLAN", help="another plan: what changed")
-    p.add_argument("--saliency", help="what utility means here (default: the plan's own, else contribution)")
-    p.add_argument("--change", type=float, default=0.02, metavar="X", help="stable: at most this share of the kept experts still changes (default: 0.02)")  # fmt: skip
-    p.add_argument("--layers", action="store_true", help="a line for every layer")
-    p.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the pictures (PNG and SVG)")
-    p.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
-    _add_plugin(p)
-
-    p = verb("prune", "write the pruned checkpoint, from a plan or in one shot from corpora")
-    model(p)
-    p.add_argument(
-        "--plan", type=Path, metavar="PLAN", help="plan.json; without it, give --corpus and --keep or --retain"
-    )
-    _add_corpora(p, required=False)
-    _add_plan(p, alone=False)
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write")
-    p.add_argument("--overwrite", action="store_true", help="replace OUT if moecover wrote it")
-    p.add_argument(
-        "--save-profile", type=Path, metavar="PROFILE_DIR", help="one shot: keep the profile, for other budgets"
-    )
-    _add_keep_inputs(p, f"one shot with expert-sparsity or worst-corpus; default {KEEP_INPUTS}")
-    group = p.add_argument_group("repair")
-    group.add_argument("--repair", choices=("none", "scale", "ridge"), default="none", help="refit the down projections of what stays, in closed form on the text of --corpus: a factor each (scale) or all weights (ridge) (default: none)")  # fmt: skip
-    group.add_argument("--repair-tokens", type=int, metavar="TOKENS", help="run the repair on so many tokens of it, shared by the corpora, whole sequences (default: 65536)")  # fmt: skip
-    p.add_argument("--other-weights", action="store_true", help="accept a plan made on other weights of the same shape")
-    p.add_argument("--evaluation", action="append", default=[], type=Path, metavar="DIR", help="an evaluation of PLAN, or a cell of `compare`, whose numbers go on the model card; repeat it")  # fmt: skip
-    p.add_argument("--mtp", choices=("drop", "prune"), default="drop", help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of the last MoE layer in them (default: drop)")  # fmt: skip
-
-    p = verb("verify", "prove a pruned checkpoint against the masked original on real text")
-    model(p)
-    p.add_argument("pruned", metavar="OUT", help="folder that `moecover prune` wrote")
-    p.add_argument("--corpus", action="append", default=[], metavar="NAME[=PATH]", help="text to run (default: shipped held-out text)")  # fmt: skip
-    p.add_argument("--tolerance", type=float, default=0.0, metavar="T", help="largest difference allowed as a share of a layer's largest value (default: 0, every bit equal)")  # fmt: skip
-    _add_device(p)
-
-    add_evaluate(verb, _add_device)
-    add_compare(verb)
-    p = verb("report", "write a run of `compare` as one page to read, and its figures as files")
-    p.add_argument("run", type=Path, metavar="RUN_DIR", help="folder that `moecover compare` wrote")
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE", help="report.html to write: one file that needs no network")  # fmt: skip
-    p.add_argument("--figures", type=Path, metavar="DIR", help="folder for the figures, PNG and SVG (default: the page's name with _files)")  # fmt: skip
-    p.add_argument("--overwrite", action="store_true", help="replace a page and figures that are there")
-
-    p = verb("demo", "prune the shipped model and show what each method leaves of it")
-    p.add_argument("-o", "--output", type=Path, default=Path("demo-out"), metavar="DIR", help="folder to write (default: demo-out)")  # fmt: skip
-    p.add_argument("--model", default="qwen2-moe-tiny", metavar="NAME", help="a model that comes with the package (default: qwen2-moe-tiny)")  # fmt: skip
-
-    p = verb("ls", "list methods, saliencies, corpora or families")
-    p.add_argument("what", choices=("methods", "saliencies", "corpora", "families"))
-    _add_plugin(p)
+        if only != HELP_OF_ALL:
+            verb(name).add_options(made)
     return parser
+
+
+HELP_OF_ALL = "--help"  # every verb's line, no verb's options
 
 
 def _quiet_libraries(*, quiet: bool) -> None:
@@ -236,7 +95,7 @@ def _quiet_libraries(*, quiet: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if quiet or not sys.stderr.isatty() else "0")
 
 
-def _print(text: str, file: Any) -> None:
+def _print(text: str, file: TextIO) -> None:
     """Print, also where nobody reads any more (a closed pipe)."""
     try:
         print(text, file=file, flush=True)
@@ -245,7 +104,7 @@ def _print(text: str, file: Any) -> None:
 
 
 def _place() -> World:
-    """The process among its fellows; alone where the environment is not whole, which `_run` refuses."""
+    """This process among the others; alone where the environment is incomplete, which `_run` refuses."""
     try:
         return world()
     except InputError:
@@ -260,8 +119,9 @@ def _fail(text: str) -> None:
 
 
 def _run(argv: list[str]) -> int:
+    asked = next((word for word in argv if not word.startswith("-")), None)
     with contextlib.redirect_stderr(None) if _place().rank > 0 else contextlib.nullcontext():
-        args = make_parser().parse_args(argv)
+        args = make_parser(asked if asked in VERBS else HELP_OF_ALL).parse_args(argv)
     args.argv = argv
     _quiet_libraries(quiet=args.quiet)
     here = world()
@@ -269,14 +129,14 @@ def _run(argv: list[str]) -> int:
         raise InputError(f"{args.verb} runs in one process, torchrun started {here.size}: only profile runs in several")
     progress.quiet = args.quiet or here.rank > 0
     try:
-        result, text, status = VERBS[args.verb](args)
+        outcome = verb(args.verb).run(args)
     except Exception as error:
         if behind(error):
             raise KeyboardInterrupt from error
         raise
     if here.rank == 0:
-        _print(json.dumps(result, indent=1) if args.json else text, sys.stdout)
-    return status
+        _print(json.dumps(outcome.result, indent=1) if args.json else outcome.text, sys.stdout)
+    return outcome.status
 
 
 def main(argv: list[str] | None = None) -> int:

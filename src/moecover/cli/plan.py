@@ -1,104 +1,189 @@
-"""The verb `plan`: reads a profile, for some methods and budgets the model too; writes plans, says what they keep."""
+"""The verb `plan`: which experts stay, for a number of experts, or for a bound on size or perplexity."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from moecover import progress
-from moecover.cli.arguments import fetched, headers, keep_of, loadable, method_of
-from moecover.errors import InputError
+from moecover.cli.options import add_device, add_method, add_output, add_revision, method_arguments
+from moecover.cli.tables import aligned
+from moecover.cli.verb import Outcome
+from moecover.errors import InputError, flag
 
-KEEP_INPUTS = 8192  # tokens that a search runs on when nothing else is said
-
-
-def plan_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
-    """Run the verb: result, text to print, exit status."""
-    from moecover.cli.budget_verb import check_bounds, curve_table, found_plan, keep_of_size
-    from moecover.planning.run import plan_budgets, runs_experts
+if TYPE_CHECKING:
+    from moecover.planning.artifact import Plan
     from moecover.profiling.artifact import Profile
 
-    method, options = method_of(args)
-    bound, searches = check_bounds(args), runs_experts(method)
-    if args.model and not searches and bound in ("keep", "retain"):
+HELP = "choose the experts to keep from a profile"
+BOUNDS = ("keep", "retain", "max_size", "max_perplexity_increase")
+OF_PERPLEXITY = ("perplexity", "corpus", "windows", "batch_size")  # options that go with that bound alone
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("profile", type=Path, metavar="PROFILE_DIR", help="folder that `moecover profile` wrote")
+    add_method(parser, several=True, has_seed=False)
+    _add_bounds(parser)
+    group = parser.add_argument_group("the model, for bounds and for methods that run the experts")
+    group.add_argument("--model", metavar="MODEL", help="the model that was profiled: local folder or hub id")
+    add_revision(group)
+    add_device(group)
+    text = "plan.json to write (replaced if it exists); for several plans a folder, which gets keep-K.json"
+    add_output(parser, "PLAN", text)
+
+
+def _add_bounds(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("find the number of experts, instead of --keep or --retain")
+    group.add_argument(
+        "--max-perplexity-increase",
+        metavar="PERCENT",
+        help="the fewest experts with which the perplexity of every held-out text is at most this much above the model's "
+        "own (runs the model), such as 10%%",
+    )
+    group.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="the most experts whose checkpoint is at most this large, such as 12GB (reads headers only)",
+    )
+    group.add_argument(
+        "--perplexity",
+        action="append",
+        default=[],
+        metavar="NAME[=PATH]",
+        help="held-out text for the bound; repeat it (default: blocks of the calibration corpora that the profile did "
+        "not use)",
+    )
+    group.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="file of a calibration corpus, to find the blocks that the profile did not use; repeat it; named corpora "
+        "need none",
+    )
+    group.add_argument("--windows", type=int, metavar="N", help="windows or blocks per text at most (default: 64)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="windows per forward pass (default: 1)")
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Write the plan or plans; print a line for each, and the curve of a search for the number of experts."""
+    from moecover.planning.job import check_search, plan_line
+    from moecover.planning.methods import METHODS
+    from moecover.profiling.artifact import Profile
+
+    method, options = method_arguments(args)
+    bound = which_bound(args)
+    needs_model = METHODS[method].runs_experts or bound in ("max_size", "max_perplexity_increase")
+    if args.model and not needs_model:
         raise InputError(f"--model is no option of method {method}: it plans from the profile alone")
     profile = Profile.load(args.profile)
-    if searches:
-        _check_search(args, method, profile)
-    several = len(getattr(args, bound)) > 1 if bound in ("keep", "retain") else False
-    if bound == "max_perplexity_increase":
-        made = [found_plan(args, profile, method, options)]
-    else:
-        keeps = _keeps(args, profile) if bound != "max_size" else [keep_of_size(args, profile, headers(args))]
-        if several and args.output.is_file():
-            raise InputError(f"{args.output} is a file, a folder for {len(keeps)} plans is to be written there")
-        with contextlib.ExitStack() as stack:
-            if searches:
-                options |= stack.enter_context(_searching(args, profile, len(keeps)))
-            made = plan_budgets(profile, method=method, keeps=keeps, **options)
-    experts, lines, results = profile.topology.num_experts, [], list[dict[str, Any]]()
+    if METHODS[method].runs_experts:
+        check_search(method, profile, args.model, name=str(args.profile))
+    made = _plans(args, bound, profile, method, options)
+    several = bound in ("keep", "retain") and len(getattr(args, bound)) > 1
+    lines, results, experts = [], [], profile.topology.num_experts
     for one in made:
         path = args.output / f"keep-{one.keep}.json" if several else args.output
         one.save(path)
-        lines.append(plan_line(path, one, experts))
         result = {"plan": str(path), "method": method, "options": one.options, "keep": one.keep, "experts": experts}
         if one.found:
-            lines.insert(0, curve_table(one.found, one.keep) + "\n")
+            lines.append(curve_table(one) + "\n")
             result["found"] = one.found
+        lines.append(f"{path}: {plan_line(one, experts)}")
         results.append(result)
-    lines.append(f"next: moecover explain {shlex.quote(results[0]['plan'])} --profile {shlex.quote(str(args.profile))}")
-    return results if several else results[0], "\n".join(lines), 0
+    first = shlex.quote(str(results[0]["plan"]))
+    lines.append(f"next: moecover explain {first} --profile {shlex.quote(str(args.profile))}")
+    return Outcome(results if several else results[0], "\n".join(lines))
 
 
-def _keeps(args: argparse.Namespace, profile: Any) -> list[int]:
-    """Experts per layer of ``--keep`` or ``--retain``."""
-    budgets = [{"keep": k, "retain": None} for k in args.keep or ()] + [{"keep": None, "retain": r} for r in args.retain or ()]  # fmt: skip
-    keeps = [keep_of(profile.topology, **budget, multiple_of=args.multiple_of) for budget in budgets]
+def which_bound(args: argparse.Namespace) -> str:
+    """Which bound was given.
+
+    Raises:
+        InputError: none, several, or an option that belongs to another one.
+    """
+    given = [name for name in BOUNDS if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise InputError(
+            "give exactly one of --keep (experts per layer), --retain (fraction in (0, 1]), --max-size and "
+            "--max-perplexity-increase"
+        )
+    (bound,) = given
+    stray = [name for name in OF_PERPLEXITY if getattr(args, name) not in (None, [])]
+    if stray and bound != "max_perplexity_increase":
+        name = f"--{stray[0].replace('_', '-')}"
+        raise InputError(f"{name} goes with --max-perplexity-increase; {flag(bound)} measures nothing")
+    if bound in ("max_size", "max_perplexity_increase") and not args.model:
+        raise InputError(f"{flag(bound)} looks at the model: give --model MODEL")
+    return bound
+
+
+def _plans(
+    args: argparse.Namespace, bound: str, profile: Profile, method: str, options: dict[str, object]
+) -> list[Plan]:
+    """The plans that a bound asks for."""
+    from moecover.evaluation.bounds import keep_within_size, plan_within
+    from moecover.planning.job import plans
+    from moecover.progress import resolve
+
+    device = {"dtype": args.dtype, "device": args.device, "revision": args.revision}
+    if bound == "max_perplexity_increase":
+        found = plan_within(
+            profile,
+            args.model,
+            args.max_perplexity_increase,
+            texts=args.perplexity,
+            corpora=args.corpus,
+            windows=args.windows,
+            multiple_of=args.multiple_of,
+            method=method,
+            batch_size=args.batch_size,
+            memory_limit=args.memory_limit,
+            **device,
+            **options,
+        )
+        return [found]
+    if bound == "max_size":
+        revision, multiple_of = args.revision, args.multiple_of
+        keeps = [keep_within_size(profile, args.model, args.max_size, multiple_of=multiple_of, revision=revision)]
+    else:
+        keeps = _keeps(args, profile)
+    if len(keeps) > 1 and args.output.is_file():
+        raise InputError(f"{args.output} is a file. Give a folder for {len(keeps)} plans")
+    return plans(profile, keeps, method=method, model=args.model, progress=resolve(), **device, **options)
+
+
+def _keeps(args: argparse.Namespace, profile: Profile) -> list[int]:
+    """Experts per layer of ``--keep`` or ``--retain``; says when a number was rounded."""
+    from moecover import progress
+    from moecover.planning.keep import resolve_keep
+
+    topology, keeps = profile.topology, []
+    given = [(f"--keep {keep}", keep, None) for keep in args.keep or ()]
+    asked = [*given, *((f"--retain {retain}", None, retain) for retain in args.retain or ())]
+    for text, keep, retain in asked:
+        count = resolve_keep(topology, keep=keep, retain=retain, multiple_of=args.multiple_of)
+        if args.multiple_of is not None and count != keep:
+            progress.say(f"{text} with --multiple-of {args.multiple_of}: {count} of {topology.num_experts} experts")
+        keeps.append(count)
     if len(set(keeps)) < len(keeps):
         raise InputError(f"the budgets keep {', '.join(map(str, keeps))} experts: give every one once")
     return keeps
 
 
-def plan_line(path: Path, made: Any, experts: int) -> str:
-    """A plan in one line, and where it is."""
-    text = f"{path}: {made.method} keeps {made.keep} of {experts} experts in {len(made.layers)} layers"
-    if any(layer.protected for layer in made.layers):
-        counts = {c: len(ids) for c, ids in made.layers[0].protected.items()}
-        text += "; protected per layer: " + ", ".join(f"{n} by {c}" for c, n in counts.items())
-    if required := sum(len(layer.required) for layer in made.layers):
-        text += f"; {required} super experts kept"
-    if losses := [layer.loss for layer in made.layers if layer.loss is not None]:
-        ways = " and ".join(sorted({layer.search for layer in made.layers}))
-        text += f"; {ways} search on {made.layers[0].tokens:,} tokens, loss {sum(losses):.4g}"
-    return text
-
-
-def _check_search(args: argparse.Namespace, method: str, profile: Any) -> None:
-    if not args.model:
-        raise InputError(f"--method {method} runs the experts: give --model MODEL, the model of the profile")
-    if profile.inputs is None:
-        raise InputError(f"{args.profile} keeps no inputs of the layers, which {method} needs. Make it with `moecover profile ... --keep-inputs {KEEP_INPUTS}`")  # fmt: skip
-
-
-@contextlib.contextmanager
-def _searching(args: argparse.Namespace, profile: Any, budgets: int) -> Iterator[dict[str, Any]]:
-    """The model of a profile, loaded for a search, and a bar."""
-    from moecover.runtime.loading import check_device, load_model
-
-    dtype = args.dtype or profile.settings["dtype"]
-    check_device(dtype, args.device or "auto")
-    structure = fetched(args, loadable(args))
-    with progress.spinner(f"loading {args.model}"):
-        model = load_model(structure, dtype=dtype, device=args.device or "auto")
-    with search_bar(args, structure, budgets) as advance:
-        yield {"model": model, "structure": structure, "advance": advance}
-
-
-def search_bar(args: argparse.Namespace, structure: Any, budgets: int) -> Any:
-    """Progress of a search over all layers, for so many budgets."""
-    rounds = budgets if args.mode == "progressive" else 1
-    return progress.bar("searching", rounds * len(structure.topology.decoder_layers), unit="layers")
+def curve_table(plan: Plan) -> str:
+    """The curve of a found plan as aligned text, the chosen number marked."""
+    found = plan.found
+    large = found["curve"][-1]["num_bytes"] >= 1e9
+    unit, scale, digits = ("GB", 1e9, 2) if large else ("MB", 1e6, 1)
+    rows = []
+    for point in found["curve"]:
+        cells = [f"{point['perplexity'][text]:.2f} ({point['increase'][text]:+.1%})" for text in found["full"]]
+        mark = "chosen" if point["keep"] == plan.keep else "holds" if point["holds"] else ""
+        size = f"{point['num_bytes'] / scale:.{digits}f}"
+        rows.append([str(point["keep"]), size, *cells, f"{max(point['increase'].values()):+.1%}", mark])
+    rows.append(["all", "", *(f"{value:.2f}" for value in found["full"].values()), "", ""])
+    headings = ["experts", unit, *found["full"], "worst", ""]
+    return aligned(headings, rows, width=max(110, 40 + 22 * len(found["full"])))

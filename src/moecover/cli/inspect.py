@@ -1,0 +1,56 @@
+"""The verb `inspect`: a model's routed experts, their size, and whether it can be pruned."""
+
+from __future__ import annotations
+
+import argparse
+
+from moecover.checkpoints.servers import SERVERS
+from moecover.cli.options import add_model
+from moecover.cli.verb import Outcome
+from moecover.text import size_text
+
+HELP = "show a model's routed experts, their size, and whether it can be pruned"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    add_model(parser)
+    parser.add_argument(
+        "--for", dest="server", choices=SERVERS, help="also show what this server would lack at every size"
+    )
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Print the facts, one a line; exit status 1 where pruning is refused."""
+    from moecover.checkpoints.inspection import inspect
+
+    facts = inspect(args.model, revision=args.revision, server=args.server)
+    lines = [line("model", facts["model"]), line("family", facts["family"])]
+    if "experts" in facts:
+        shared = f", {facts['shared_experts']} shared" if facts["shared_experts"] else ""
+        share = facts["routed_bytes"] / facts["total_bytes"]
+        routed = f"all routed experts {size_text(facts['routed_bytes'])}, {share:.0%} of the model"
+        files = f"{facts['shards']} file{'s' if facts['shards'] != 1 else ''}"
+        lines += [
+            line("MoE layers", f"{len(facts['moe_layers'])} of {facts['decoder_layers']} decoder layers"),
+            line("experts", f"{facts['experts']} per layer, top-{facts['top_k']}{shared}"),
+            line("one expert", f"{size_text(facts['expert_bytes'])}; {routed}"),
+            line("size now", f"{size_text(facts['total_bytes'])} in {files}"),
+        ]
+        for size in facts["sizes"]:
+            lines.append(line(f"retain {size['percent']} %", f"{size_text(size['bytes'])}, keep {size['keep']}"))
+            lines += [line("", text) for text in size.get("unmet", ())]
+    else:
+        lines.append(line("size now", size_text(facts["total_bytes"])))
+    if facts.get("quantised"):
+        lines.append(
+            line("quantised", f"{facts['quantised']}: cut as stored; profile the original that it was made from")
+        )
+    lines += [line("note", warning) for warning in facts["warnings"]]
+    lines += [line("refused", reason) for reason in facts["refused"]] or [line("refused", "nothing, it can be pruned")]
+    return Outcome(facts, "\n".join(lines), 1 if facts["refused"] else 0)
+
+
+def line(name: str, text: str) -> str:
+    """A fact on a line."""
+    return f"{name:18}{text}"

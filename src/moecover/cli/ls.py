@@ -1,0 +1,74 @@
+"""The verb `ls`: what can be named on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from moecover.cli.options import add_plugin, load_plugins
+from moecover.cli.verb import Outcome
+
+HELP = "list methods, saliencies, corpora or families"
+Rows = list[dict[str, str]]
+
+
+def methods() -> Rows:
+    """Selection methods."""
+    from moecover.planning.methods import METHODS
+
+    return [{"name": m.name, "summary": m.summary, "source": m.paper} for m in METHODS.values()]
+
+
+def saliencies() -> Rows:
+    """Saliencies."""
+    from moecover.planning.saliency import SALIENCIES
+
+    return [{"name": row["name"], "summary": row["summary"], "source": row["paper"]} for row in SALIENCIES.rows()]
+
+
+def corpora() -> Rows:
+    """Named corpora."""
+    from moecover.corpora.sources import CORPORA, HubCorpus
+
+    return [
+        {
+            "name": name,
+            "summary": row.summary,
+            "source": (f"{row.path}, " if isinstance(row, HubCorpus) else "") + row.licence,
+        }
+        for name, row in CORPORA.items()
+    ]
+
+
+def families() -> Rows:
+    """Model types, the proven ones first, then those that are refused."""
+    from moecover.checkpoints.families import PROVEN_FAMILIES, PROVEN_WITH, UNSUPPORTED
+
+    source = f"proven with transformers {PROVEN_WITH}"
+    proven = [{"name": name, "summary": routing, "source": source} for name, routing in PROVEN_FAMILIES.items()]
+    return proven + [{"name": name, "summary": reason, "source": "refused"} for name, reason in UNSUPPORTED.items()]
+
+
+LISTS: dict[str, Callable[[], Rows]] = {
+    "methods": methods,
+    "saliencies": saliencies,
+    "corpora": corpora,
+    "families": families,
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("what", choices=tuple(LISTS))
+    add_plugin(parser)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Print a line for each."""
+    load_plugins(args)
+    rows = LISTS[args.what]()
+    width = max(len(row["name"]) for row in rows) + 2
+    lines = [
+        f"{row['name']:{width}}{row['summary']}" + (f"  [{row['source']}]" if row["source"] else "") for row in rows
+    ]
+    return Outcome(rows, "\n".join(lines))

@@ -1,0 +1,251 @@
+"""Options that several verbs share: their declaration, and what parsed arguments mean to the functions of the stages."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+from moecover.errors import InputError, flag
+from moecover.planning.methods import METHODS, default_method, options_of_all
+from moecover.planning.options import Option, json_or_text
+from moecover.registry import load_plugin
+
+Group = argparse._ActionsContainer  # a parser or a group of options
+Number = TypeVar("Number", int, float)
+
+
+class PassArguments(TypedDict):
+    """How forward passes run, as the stages take it."""
+
+    batch_size: int | None
+    dtype: str | None
+    device: str | None
+    memory_limit: str | None
+
+
+class TextArguments(TypedDict):
+    """How much of the corpora is read, as the stages take it."""
+
+    sequences: int | None
+    length: int | None
+    seed: int
+
+
+# --------------------------------------------------------------------------------------------------------- declaration
+def add_model(parser: Group, *, note: str = "") -> None:
+    """The model, and which revision of it."""
+    parser.add_argument("model", metavar="MODEL", help=f"local folder or hub id (owner/name){note}")
+    add_revision(parser)
+
+
+def add_revision(parser: Group) -> None:
+    """Which revision of a hub model."""
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+
+
+def add_output(parser: Group, metavar: str, text: str, *, replaced: str = "") -> None:
+    """Where the result goes; with ``replaced``, also whether what is there may be replaced."""
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar=metavar, help=text)
+    if replaced:
+        parser.add_argument("--overwrite", action="store_true", help=f"replace {replaced}")
+
+
+def add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Calibration corpora, and the forward passes over them."""
+    group = parser.add_argument_group("corpora and the forward pass over them")
+    group.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="NAME[=PATH]",
+        required=required,
+        help="a named corpus (moecover ls corpora), or NAME=PATH of a .txt, .jsonl, .jsonl.gz or .parquet file, or of a "
+        "folder of them, each a corpus; repeat it: corpora are kept apart",
+    )
+    group.add_argument(
+        "--sequences",
+        type=int,
+        metavar="N",
+        help="blocks per corpus (default: up to 128; all rows of input_ids); fewer than N is an error",
+    )
+    group.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens per block of text (default: 2048, or the model's positions if fewer)",
+    )
+    group.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 4)")
+    group.add_argument("--seed", type=int, help="of the sample of blocks, and of seeded methods (default: 0)")
+    add_device(group)
+
+
+def add_device(parser: Group) -> None:
+    """Where and in which precision the model runs, and how much memory it may take."""
+    parser.add_argument("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")
+    parser.add_argument("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="memory that may be used, such as 4GB (default: nine tenths of what is free); a model that does not fit "
+        "runs layer by layer",
+    )
+
+
+def add_keep_inputs(parser: Group, when: str) -> None:
+    """The sample of the expert layers' inputs that methods which run the experts search on."""
+    parser.add_argument(
+        "--keep-inputs",
+        type=int,
+        metavar="TOKENS",
+        help=f"save the inputs of the expert layers for this many tokens, shared by the corpora, whole sequences ({when})",
+    )
+
+
+def searching_methods() -> str:
+    """Names of the methods that run the experts, for help texts."""
+    return " and ".join(name for name, method in METHODS.items() if method.runs_experts)
+
+
+def add_method(parser: argparse.ArgumentParser, *, several: bool, has_seed: bool) -> None:
+    """Method, its options, and the budget.
+
+    Args:
+        parser: of the verb.
+        several: whether several budgets may be given, with commas between them.
+        has_seed: whether ``--seed`` is declared already, as that of the sample of blocks.
+    """
+    group = parser.add_argument_group("plan")
+    group.add_argument("--method", help=f"moecover ls methods (default: {default_method().name})")
+    for option, methods in options_of_all():
+        if option.name != "seed" or not has_seed:
+            _add_option(group, option, methods)
+    group.add_argument(
+        "--protect-super-experts",
+        action="store_true",
+        help="keep the experts with extreme outputs (arXiv 2507.23279), whatever the method says",
+    )
+    group.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="option of a plugin's method; repeat it"
+    )
+    more = "; several with commas give several plans" if several else ""
+    group.add_argument("--keep", type=numbers(int, several), metavar="K", help=f"experts kept per layer{more}")
+    group.add_argument(
+        "--retain",
+        type=numbers(float, several),
+        metavar="R",
+        help=f"fraction of experts kept per layer, in (0, 1]{more}",
+    )
+    group.add_argument(
+        "--multiple-of",
+        type=int,
+        metavar="N",
+        help="round the experts kept to the nearest multiple of N that the router allows: servers run best with "
+        "multiples of 8",
+    )
+    add_plugin(group)
+
+
+def _add_option(group: Group, option: Option, methods: list[str]) -> None:
+    """The flag of a method's option; which methods have it is said where not all of a kind do."""
+    default = "" if option.default in (None, "") else f" (default: {option.default})"
+    text = f"{', '.join(methods)}: {option.help}{default}"
+    if option.mapping:
+        group.add_argument(
+            flag(option.name), dest=option.name, action="append", default=[], metavar=option.metavar, help=f"{text}; repeat it"
+        )
+        return
+    group.add_argument(
+        flag(option.name), dest=option.name, type=option.parse, metavar=option.metavar or option.name.upper(), help=text
+    )
+
+
+def add_plugin(parser: Group) -> None:
+    """Files of the user's own."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE.py",
+        help="your own methods, saliencies, corpora and page sections: a Python file, which is run; repeat it",
+    )
+
+
+def numbers(kind: Callable[[str], Number], several: bool) -> Callable[[str], Number | list[Number]]:
+    """Parser of one number, or of several with commas between them."""
+
+    def parse(text: str) -> Number | list[Number]:
+        found = [kind(part) for part in text.split(",")]
+        if len(found) > 1 and not several:
+            raise ValueError
+        return found if several else found[0]
+
+    parse.__name__ = f"{kind.__name__}s with commas" if several else kind.__name__  # type: ignore[attr-defined]
+    return parse
+
+
+# ------------------------------------------------------------------------------------------------------ what is meant
+def load_plugins(args: argparse.Namespace) -> None:
+    """Run the files of ``--plugin``."""
+    for path in args.plugin:
+        load_plugin(path)
+
+
+def pass_arguments(args: argparse.Namespace) -> PassArguments:
+    """How forward passes run."""
+    return {
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "device": args.device,
+        "memory_limit": args.memory_limit,
+    }
+
+
+def text_arguments(args: argparse.Namespace) -> TextArguments:
+    """How much of the corpora is read."""
+    return {"sequences": args.sequences, "length": args.length, "seed": args.seed or 0}
+
+
+def pairs(arguments: list[str], name: str, parse: Callable[[str], object]) -> dict[str, object]:
+    """``NAME=VALUE`` arguments of a flag.
+
+    Raises:
+        InputError: one has no name or no value.
+    """
+    found: dict[str, object] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not key or not equals:
+            raise InputError(f"{flag(name)} {argument}: give NAME=VALUE")
+        found[key] = parse(text)
+    return found
+
+
+def method_arguments(args: argparse.Namespace, *, sampled: bool = False) -> tuple[str, dict[str, object]]:
+    """The method that is asked for and its options as given, plugins loaded.
+
+    Args:
+        args: parsed arguments.
+        sampled: whether ``--seed`` is first of all that of the sample of blocks, so that methods without one ignore it.
+
+    Raises:
+        InputError: an unknown method, or an option that it does not have.
+    """
+    load_plugins(args)
+    method = METHODS[args.method or default_method().name]
+    given: dict[str, object] = {}
+    for option, _ in options_of_all():
+        value = getattr(args, option.name, None)
+        if option.mapping and value:
+            given[option.name] = pairs(value, option.name, option.parse)
+        elif not option.mapping and value is not None:
+            given[option.name] = value
+    given |= pairs(args.option, "option", json_or_text)
+    if sampled and not method.seeded:
+        given.pop("seed", None)
+    method.complete(given)
+    if args.protect_super_experts:
+        given["protect_super_experts"] = True
+    return method.name, given

@@ -1,0 +1,71 @@
+"""The verb `verify`: the proof of a pruned checkpoint against the masked original."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from moecover.cli.options import add_device, add_model
+from moecover.cli.verb import Outcome
+
+if TYPE_CHECKING:
+    from moecover.verification.verify import Verification
+
+HELP = "prove a pruned checkpoint against the masked original on real text"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    add_model(parser)
+    parser.add_argument("pruned", metavar="OUT", help="folder that `moecover prune` wrote")
+    parser.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="NAME[=PATH]",
+        help="text to run (default: shipped held-out text)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="largest difference allowed as a share of a layer's largest value (default: 0, every bit equal)",
+    )
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Print whether both give the same; exit status 1 where they do not."""
+    from moecover.verification.job import verify
+
+    found = verify(
+        args.model,
+        args.pruned,
+        corpora=args.corpus,
+        tolerance=args.tolerance,
+        dtype=args.dtype,
+        device=args.device,
+        memory_limit=args.memory_limit,
+        revision=args.revision,
+    )
+    return Outcome(found.to_dict(), verdict(found, args.pruned), 0 if found.equal else 1)
+
+
+def verdict(found: Verification, pruned: str) -> str:
+    """The result in a sentence."""
+    on = f"{found.tokens:,} tokens of {', '.join(found.corpora)}"
+    largest = f"{found.max_abs_difference:g}"
+    if found.equal:
+        repaired = f" with its {found.repaired} repaired tensors in place, all others its own" if found.repaired else ""
+        return f"equal: {pruned} computes what the masked original computes{repaired}, largest difference {largest}, on {on}"
+    where = found.first_difference
+    if found.changed_files:
+        text = f"NOT equal: files changed since they were written: {', '.join(found.changed_files)}"
+        return text + (f"; first difference at {where}" if where else "")
+    if found.changed_tensors:
+        first = found.changed_tensors[0]
+        count = len(found.changed_tensors)
+        return f"NOT equal: {count} tensors are neither the original's nor what the repair made, the first is {first}"
+    at = f"{where} ({found.layers[where]:g})" if where else "an unknown place"
+    return f"NOT equal: first difference at {at}, largest {largest}, on {on}"

@@ -1,0 +1,207 @@
+"""A plan by a bound instead of a number: reads a profile, the model and held-out text as users give them, gives the plan.
+
+`budget_search` walks the numbers of experts; here are the checks, the text and the opened model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moecover.checkpoints.opening import Model, described, fetched
+from moecover.checkpoints.structure import Structure
+from moecover.corpora.loading import Corpora, parsed
+from moecover.corpora.overlap import WORTH_SAYING, overlap
+from moecover.corpora.packing import Corpus
+from moecover.errors import InputError, arg
+from moecover.evaluation.budget_search import (
+    BLOCKS,
+    TOGETHER,
+    check_held_out,
+    find,
+    held_out,
+    largest_within,
+    parse_percent,
+    possible_keeps,
+)
+from moecover.evaluation.job import Texts, load_texts, parsed_texts
+from moecover.planning.artifact import Plan
+from moecover.planning.methods import METHODS, default_method
+from moecover.planning.run import check_options, plan_budgets
+from moecover.profiling.artifact import Profile
+from moecover.progress import Progress, resolve
+from moecover.runtime.loading import check_loadable
+from moecover.runtime.memory import opened, parse_size
+from moecover.runtime.passes import Passes, check_positive, passes
+
+
+def keep_within_size(
+    profile: Profile,
+    model: Model,
+    max_size: int | str,
+    *,
+    multiple_of: int | None = None,
+    revision: str | None = None,
+    progress: bool | Progress = True,
+) -> int:
+    """The most experts per layer whose checkpoint takes at most ``max_size``; from headers alone.
+
+    Args:
+        profile: that is planned from; a quantised sibling of its model has the same topology.
+        model: folder, hub id or structure of the checkpoint to be pruned.
+        max_size: in bytes, or as text (``"12GB"``).
+        multiple_of: only multiples of this number.
+        revision: branch, tag or commit of a hub model.
+        progress: True logs on stderr; False is silent.
+
+    Raises:
+        InputError: another model's profile, not even the fewest experts fit, or the whole model does.
+    """
+    shown, size = resolve(progress), parse_size(max_size) if isinstance(max_size, str) else max_size
+    structure = described(model, revision=revision, progress=shown)
+    if structure.topology.fingerprint != profile.topology.fingerprint:
+        raise InputError(
+            f"the profile is of another model ({profile.model['name']}), not of {structure.checkpoint.name}: "
+            "their topologies differ"
+        )
+    keep = largest_within(structure, size, multiple_of=multiple_of)
+    experts, kept = structure.topology.num_experts, structure.num_bytes(keep)
+    shown.say(f"{arg_text(max_size)}: {keep} of {experts} experts, {kept:,} bytes")
+    return keep
+
+
+def arg_text(max_size: int | str) -> str:
+    """How a line of log calls the bound on the size."""
+    return f"at most {max_size:,} bytes" if isinstance(max_size, int) else f"at most {max_size}"
+
+
+def plan_within(
+    profile: Profile | str | Path,
+    model: Model,
+    max_perplexity_increase: float | str,
+    *,
+    texts: Texts = (),
+    corpora: Corpora = (),
+    windows: int | None = None,
+    multiple_of: int | None = None,
+    method: str | None = None,
+    protect_super_experts: bool = False,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    memory_limit: int | str | None = None,
+    revision: str | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> Plan:
+    """The plan with the fewest experts that keeps the perplexity of every held-out text within a bound.
+
+    Args:
+        profile: from `profile`, or its folder.
+        model: the model of the profile: folder, hub id or structure.
+        max_perplexity_increase: over the model's own, as a share (0.1) or a percentage (``"10%"``).
+        texts: held-out text, see `evaluate`; by default blocks of the calibration corpora that the profile did not use.
+        corpora: files of calibration corpora, to find those blocks; named corpora need none.
+        windows: windows or blocks per text at most; None for 64.
+        multiple_of: only multiples of this number of experts.
+        method: name in `METHODS`; None for the default.
+        protect_super_experts: keep the experts with extreme outputs whatever the method says.
+        batch_size: windows per forward pass; None for 1.
+        dtype: torch dtype by name; None for the profile's.
+        device: torch device by name; None for a GPU where there is one.
+        memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
+        revision: branch, tag or commit of a hub model.
+        progress: True draws bars and a log on stderr or in a notebook; False is silent.
+        **options: of the method.
+
+    Returns:
+        The plan; its ``found`` holds the bound, the texts and every point that was measured.
+
+    Raises:
+        InputError: another model than the profile's, no held-out text, or arguments out of range.
+        MoecoverError: no number of experts holds the bound.
+    """
+    shown, name = resolve(progress), default_method() if method is None else method
+    check_options(name, options)
+    made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
+    most = max_perplexity_increase
+    if isinstance(most, str):
+        most = parse_percent(most, arg("max_perplexity_increase"))
+    if texts and corpora:
+        raise InputError(
+            f"{arg('texts')} and {arg('corpora')} exclude each other: the one is held-out text, the other finds some "
+            "in the calibration text"
+        )
+    check_positive(windows=windows)
+    named = parsed_texts(texts)
+    given = {key: None if isinstance(path, Corpus) else path for key, path in (parsed(corpora) if corpora else {}).items()}
+    files: Mapping[str, str | None] = {} if named else check_held_out(made.corpora, given)
+    how = passes(
+        batch_size=batch_size, dtype=dtype or made.settings["dtype"], device=device, memory_limit=memory_limit,
+        default_batch_size=1,
+    )  # fmt: skip
+    keeps = possible_keeps(made, multiple_of=multiple_of, protect_super_experts=protect_super_experts)
+    headers = described(model, revision=revision, progress=shown)
+    check_loadable(headers)
+    structure = fetched(headers, revision=revision, progress=shown)
+    if structure.model_fingerprint != made.model["fingerprint"]:
+        raise InputError(
+            f"the profile is of another model ({made.model['name']}), not of {structure.checkpoint.name}: "
+            f"topology or routers differ. Give the {arg('model')} that was profiled"
+        )
+    loaded = _texts(made, named, files, structure, windows or BLOCKS, shown)
+    if protect_super_experts:
+        options["protect_super_experts"] = True
+    return _found(made, structure, loaded, name, options, keeps=keeps, most=most, how=how, progress=shown)
+
+
+def _texts(
+    profile: Profile,
+    named: Mapping[str, str | Corpus | None],
+    files: Mapping[str, str | None],
+    structure: Structure,
+    windows: int,
+    progress: Progress,
+) -> list[Corpus]:
+    """The held-out texts, with a note where calibration text is in them."""
+    with progress.spinner("reading held-out text"):
+        loaded = load_texts(named, structure, windows=windows, progress=Progress())
+        loaded = loaded or held_out(profile, files, structure, blocks=windows)
+    for text in loaded:
+        share = overlap(text, [record for records in profile.corpora.values() for record in records])
+        if share >= WORTH_SAYING:
+            progress.say(
+                f"note: {share:.0%} of the text {text.name} is also in the calibration text: its perplexity says little "
+                "about other text"
+            )
+        progress.say(f"held out: {text.num_tokens:,} tokens of {text.name}")
+    return loaded
+
+
+def _found(
+    profile: Profile,
+    structure: Structure,
+    texts: list[Corpus],
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    keeps: list[int],
+    most: float,
+    how: Passes,
+    progress: Progress,
+) -> Plan:
+    """Open the model as it fits, and search."""
+    with opened(
+        structure, tokens=sum(text.num_tokens for text in texts) * (1 + TOGETHER), head=True,
+        batch_tokens=how.batch_size * max(text.tokens.shape[1] for text in texts), dtype=how.dtype, device=how.device,
+        memory_limit=how.memory_limit, say=progress.say,
+    ) as model:  # fmt: skip
+        more: dict[str, Any] = {"model": model, "structure": structure} if METHODS[method].runs_experts else {}
+        return find(
+            profile, structure, lambda asked: plan_budgets(profile, method=method, keeps=asked, **more, **options),
+            keeps=keeps, most=most, model=model, texts=texts, batch_size=how.batch_size, bar=progress.bar,
+            say=progress.say,
+        )  # fmt: skip
+
+

@@ -1,0 +1,198 @@
+"""An evaluation as a job: reads a model, plans, texts and tasks as users give them; opens the model as it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+
+from moecover.checkpoints.opening import Model, described, fetched
+from moecover.checkpoints.structure import Structure
+from moecover.corpora.packing import Corpus, load_tokenizer
+from moecover.corpora.sources import SUFFIXES
+from moecover.corpora.windows import WINDOWS, check_text, load_windows
+from moecover.errors import InputError, arg
+from moecover.evaluation.artifact import FILE, FULL, Evaluation
+from moecover.evaluation.run import evaluate as run_evaluation
+from moecover.evaluation.run import overlaps
+from moecover.evaluation.tasks import Tasks, resolve as resolve_tasks
+from moecover.files.atomic import check_output
+from moecover.planning.artifact import Plan, check_plan
+from moecover.progress import Progress, resolve
+from moecover.runtime.loading import check_loadable
+from moecover.runtime.memory import opened
+from moecover.runtime.passes import Passes, check_positive, passes
+
+Texts = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
+Plans = Mapping[str, Plan | str | PathLike[str]] | Sequence[str | PathLike[str]]
+
+
+def parsed_texts(texts: Texts) -> dict[str, str | Corpus | None]:
+    """Held-out texts by name: the file of each, None for the held-out part of a named corpus, or the text itself.
+
+    Args:
+        texts: names (``"wikitext2"``), ``"NAME=PATH"``, texts from `load_windows`, or a mapping from names to files.
+
+    Raises:
+        InputError: an unknown name, a file that does not exist or cannot be read, or a name twice.
+    """
+    if isinstance(texts, Mapping):
+        texts = [name if path is None else f"{name}={fspath(path)}" for name, path in texts.items()]
+    found: dict[str, str | Corpus | None] = {}
+    for text in texts:
+        name, equals, path = (text.name, "", "") if isinstance(text, Corpus) else text.partition("=")
+        if name in found:
+            raise InputError(f"{arg('texts', name)} is given twice")
+        if isinstance(text, Corpus):
+            found[name] = text
+            continue
+        if not equals:
+            check_text(name)
+        elif not Path(path).is_file():
+            raise InputError(f"{arg('texts', text)}: {path} does not exist")
+        elif not path.endswith(SUFFIXES):
+            raise InputError(f"{arg('texts', text)}: unknown ending. Allowed: {', '.join(SUFFIXES)}")
+        found[name] = path if equals else None
+    return found
+
+
+def load_texts(
+    texts: Mapping[str, str | Corpus | None],
+    structure: Structure,
+    *,
+    length: int | None = None,
+    windows: int | None = None,
+    progress: Progress,
+) -> list[Corpus]:
+    """Held-out texts in windows of the model's token ids, see `load_windows`."""
+    loaded = []
+    for name, source in texts.items():
+        if isinstance(source, Corpus):
+            loaded.append(source)
+            continue
+        with progress.spinner(f"reading {name}"):
+            loaded.append(load_windows(name, source, structure=structure, length=length, windows=windows or WINDOWS))
+    return loaded
+
+
+def named_plans(plans: Plans) -> dict[str, Plan]:
+    """Plans by the name of their row: that of the file, with its folder's where two are alike.
+
+    Raises:
+        InputError: a file that is no plan, or two plans of one name.
+    """
+    if isinstance(plans, Mapping):
+        return {name: plan if isinstance(plan, Plan) else Plan.load(Path(plan)) for name, plan in plans.items()}
+    paths = [Path(path) for path in plans]
+    short = [path.stem for path in paths]
+    names = [path.stem if short.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in paths]
+    if len(set(names)) < len(names):
+        raise InputError(f"two {arg('plan')} files have the same name: give every plan once")
+    return {name: Plan.load(path) for name, path in zip(names, paths, strict=True)}
+
+
+def evaluate(
+    checkpoint: Model,
+    /,
+    plans: Plans = (),
+    *,
+    texts: Texts = (),
+    tasks: Sequence[str] = (),
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    data_dir: Path | None = None,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    windows: int | None = None,
+    length: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    memory_limit: int | str | None = None,
+    revision: str | None = None,
+    progress: bool | Progress = True,
+) -> Evaluation:
+    """Measure a model and plans of it: perplexity on held-out text, closeness to the model, zero-shot tasks.
+
+    A plan is emulated on the original by masking: bit for bit what its checkpoint computes. The weights are read once.
+
+    Args:
+        checkpoint: folder, hub id, or a structure; a pruned checkpoint too.
+        plans: files of plans, or plans by the name of their row.
+        texts: held-out text: names (``"wikitext2"``), ``"NAME=PATH"``, or a mapping from names to files.
+        tasks: names of tasks of lm-evaluation-harness.
+        output: folder for the evaluation; None for none.
+        overwrite: replace an evaluation that is there.
+        data_dir: folder with the tasks' documents, instead of the hub.
+        include_path: folder with task definitions of your own.
+        limit: documents per task at most.
+        windows: windows per text at most; None for 256.
+        length: tokens per window; None for 2048, or the model's positions if fewer.
+        batch_size: windows or requests per forward pass; None for 1.
+        dtype: torch dtype by name; None for the checkpoint's.
+        device: torch device by name; None for a GPU where there is one.
+        memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
+        revision: branch, tag or commit of a hub model.
+        progress: True draws bars and a log on stderr or in a notebook; False is silent.
+
+    Returns:
+        A row for the model and one for every plan.
+
+    Raises:
+        InputError: nothing to measure, arguments out of range, plans that do not fit, or text that cannot be read.
+        MoecoverError: the model gives numbers that are not finite.
+    """
+    shown, named = resolve(progress), parsed_texts(texts)
+    if not tasks and not named:
+        raise InputError(f"nothing to measure. Give {arg('texts')} (NAME or NAME=PATH), {arg('tasks')}, or both")
+    check_positive(limit=limit, windows=windows, length=length, batch_size=batch_size)
+    how = passes(batch_size=batch_size, dtype=dtype, device=device, memory_limit=memory_limit, default_batch_size=1)
+    if output is not None:
+        check_output(Path(output), overwrite=overwrite, marker=FILE)
+    variants = named_plans(plans)
+    headers = described(checkpoint, revision=revision, progress=shown)
+    check_loadable(headers)
+    for plan in variants.values():
+        check_plan(plan, headers)
+    structure = fetched(headers, revision=revision, progress=shown)
+    loaded = load_texts(named, structure, length=length, windows=windows, progress=shown)
+    for text in loaded:
+        for row, share in overlaps(text, variants, structure).items():
+            shown.say(
+                f"note: {share:.0%} of the text {text.name} is also in the calibration text of "
+                f"{structure.checkpoint.name if row == FULL else row}: its perplexity says little about other text"
+            )
+    found_tasks = None
+    if tasks:
+        with shown.spinner("reading the tasks"):
+            found_tasks = resolve_tasks(
+                list(tasks), tokenizer=load_tokenizer(structure.checkpoint.path), data_dir=data_dir,
+                include_path=include_path, limit=limit, batch_size=how.batch_size,
+            )  # fmt: skip
+    found = _measured(structure, variants, loaded, found_tasks, how, shown)
+    if output is not None:
+        found.save(Path(output))
+    return found
+
+
+def _measured(
+    structure: Structure,
+    plans: Mapping[str, Plan],
+    texts: Sequence[Corpus],
+    tasks: Tasks | None,
+    how: Passes,
+    progress: Progress,
+) -> Evaluation:
+    """Open the model as it fits, and measure."""
+    variants = 1 + len(plans)
+    longest = max([text.tokens.shape[1] for text in texts] + ([tasks.longest] if tasks is not None else []))
+    in_parts = (0, 0)
+    if tasks is not None:
+        in_parts = (tasks.num_tokens() * variants, -(-tasks.num_requests // how.batch_size) * variants)
+    with opened(
+        structure, tokens=sum(text.num_tokens for text in texts) * variants, batch_tokens=how.batch_size * longest,
+        in_parts=in_parts, dtype=how.dtype, device=how.device, memory_limit=how.memory_limit, head=True, say=progress.say,
+    ) as model:  # fmt: skip
+        return run_evaluation(
+            structure, plans, model=model, texts=texts, tasks=tasks, batch_size=how.batch_size, bar=progress.bar
+        )

@@ -1,0 +1,189 @@
+"""Plans as a job: reads a profile and, for methods that run the experts, a model as users give it; gives plans."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moecover.checkpoints.opening import Model, described, fetched
+from moecover.checkpoints.structure import Structure
+from moecover.corpora.packing import Corpus
+from moecover.errors import InputError, arg
+from moecover.planning.artifact import Plan
+from moecover.planning.keep import resolve_keep
+from moecover.planning.methods import METHODS, default_method
+from moecover.planning.run import check_options, plan_budgets
+from moecover.profiling.artifact import Profile
+from moecover.progress import Progress, resolve
+from moecover.runtime.loading import check_device, check_loadable, load_model
+from moecover.runtime.running import Running, running
+
+if TYPE_CHECKING:
+    import torch
+
+SEARCH_TOKENS = 8192  # calibration tokens that a search runs on by default
+ROUND_OPTIONS = ("protect_super_experts",)  # of `plan_budgets` itself
+
+
+@contextlib.contextmanager
+def search_resources(
+    method: str,
+    options: Mapping[str, Any],
+    structure: Structure,
+    model: Running,
+    *,
+    budgets: int = 1,
+    sample: Sequence[Corpus] | None = None,
+    progress: Progress,
+) -> Iterator[dict[str, Any]]:
+    """What a method that runs the experts works with, as arguments of `plan_budgets`; nothing for other methods.
+
+    Args:
+        method: its name.
+        options: its options; in mode ``progressive`` every budget has a pass of its own.
+        structure: the checkpoint.
+        model: of it, open.
+        budgets: how many plans are made.
+        sample: calibration text to search on; None for the sample that the profile keeps.
+        progress: shows the search.
+    """
+    if not METHODS[method].runs_experts:
+        yield {}
+        return
+    rounds = budgets if options.get("mode") == "progressive" else 1
+    with progress.bar("searching", rounds * len(structure.topology.decoder_layers), unit="layers") as advance:
+        yield {"model": model, "structure": structure, "sample": sample, "advance": advance}
+
+
+def check_search(method: str, profile: Profile, model: object, *, name: str = "the profile") -> None:
+    """Refuse what a method cannot plan from, before a model is read.
+
+    Args:
+        method: its name.
+        profile: that is planned from.
+        model: as given, None where it was not.
+        name: what messages call the profile.
+
+    Raises:
+        InputError: a method that runs the experts without a model or saved inputs, or a model that it does not need.
+    """
+    if not METHODS[method].runs_experts:
+        if model is not None:
+            raise InputError(f"{arg('model')} is no option of method {method}: it plans from the profile alone")
+        return
+    if model is None:
+        raise InputError(f"{arg('method', method)} runs the experts: give {arg('model')}, the model of the profile")
+    if profile.inputs is None:
+        raise InputError(
+            f"{name} holds no expert-layer inputs, which {method} needs. "
+            f"Make it with `moecover profile ... --keep-inputs {SEARCH_TOKENS}`"
+        )
+
+
+def plans(
+    profile: Profile,
+    keeps: Sequence[int],
+    *,
+    method: str,
+    model: Model | torch.nn.Module | Running | None = None,
+    structure: Structure | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    progress: Progress,
+    **options: Any,
+) -> list[Plan]:
+    """Plans for several budgets; a method that runs the experts has its model opened here where it is not open yet.
+
+    Args:
+        profile: statistics.
+        keeps: experts kept per layer, one number a plan.
+        method: name in `METHODS`.
+        model: folder, hub id, structure, or a live model (then with ``structure``).
+        structure: of a live model.
+        dtype: torch dtype by name; None for the profile's.
+        device: torch device by name; None for a GPU where there is one.
+        revision: branch, tag or commit of a hub model.
+        progress: shows the search.
+        **options: of the method.
+
+    Raises:
+        InputError: what `plan_budgets` raises, or a model that cannot be read.
+    """
+    if not METHODS[method].runs_experts or model is None:
+        return plan_budgets(profile, method=method, keeps=keeps, **options)
+    if structure is not None and not isinstance(model, (str, Path, Structure)):
+        live = running(model, structure)
+    else:
+        dtype = dtype or profile.settings["dtype"]
+        check_device(dtype, device or "auto")
+        headers = described(model, revision=revision, progress=progress)  # type: ignore[arg-type]
+        check_loadable(headers)
+        structure = fetched(headers, revision=revision, progress=progress)
+        with progress.spinner(f"loading {structure.checkpoint.name}"):
+            live = running(load_model(structure, dtype=dtype, device=device or "auto"), structure)
+    with search_resources(method, options, structure, live, budgets=len(keeps), progress=progress) as resources:
+        return plan_budgets(profile, method=method, keeps=keeps, **resources, **options)
+
+
+def plan(
+    profile: Profile | str | Path,
+    *,
+    keep: int | None = None,
+    retain: float | None = None,
+    multiple_of: int | None = None,
+    method: str | None = None,
+    model: Model | torch.nn.Module | Running | None = None,
+    structure: Structure | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> Plan:
+    """Choose the experts to keep.
+
+    Args:
+        profile: from `profile`, or its folder.
+        keep: experts kept per layer; give this or ``retain``.
+        retain: fraction of the experts kept per layer, in (0, 1].
+        multiple_of: round the count to the nearest multiple of this that the router allows.
+        method: name in `METHODS`; None for tb-coverage (arXiv 2607.01710).
+        model: for methods that run the experts: the model of the profile, as folder, hub id, structure or live model.
+        structure: of a live model.
+        dtype: torch dtype by name; None for the profile's.
+        device: torch device by name; None for a GPU where there is one.
+        revision: branch, tag or commit of a hub model.
+        progress: True draws bars and a log on stderr or in a notebook; False is silent.
+        **options: the method's options (``saliency``, ``protect``, ``weights``, ``seed``, ...) and
+            ``protect_super_experts``.
+
+    Raises:
+        InputError: an unknown method or saliency, an option that the method does not have, or a budget out of range.
+    """
+    name = default_method() if method is None else method
+    check_options(name, {key: value for key, value in options.items() if key not in ROUND_OPTIONS})
+    made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
+    check_search(name, made, model)
+    count = resolve_keep(made.topology, keep=keep, retain=retain, multiple_of=multiple_of)
+    shown = resolve(progress)
+    return plans(
+        made, [count], method=name, model=model, structure=structure, dtype=dtype, device=device, revision=revision,
+        progress=shown, **options,
+    )[0]  # fmt: skip
+
+
+def plan_line(plan: Plan, experts: int) -> str:
+    """A plan in one line: method, budget, who protected how many, what a search cost."""
+    text = f"{plan.method} keeps {plan.keep} of {experts} experts in {len(plan.layers)} layers"
+    if any(layer.protected for layer in plan.layers):
+        counts = {corpus: len(ids) for corpus, ids in plan.layers[0].protected.items()}
+        text += "; protected per layer: " + ", ".join(f"{n} by {corpus}" for corpus, n in counts.items())
+    if required := sum(len(layer.required) for layer in plan.layers):
+        text += f"; {required} super experts kept"
+    if losses := [layer.loss for layer in plan.layers if layer.loss is not None]:
+        searches = " and ".join(sorted({str(layer.search) for layer in plan.layers}))
+        text += f"; {searches} search on {plan.layers[0].tokens:,} tokens, loss {sum(losses):.4g}"
+    return text

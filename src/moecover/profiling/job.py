@@ -1,0 +1,212 @@
+"""A profile as a job: reads a model and corpora as users give them, opens the model as it fits, writes the profile.
+
+`profiling.run` is the pass itself; here is what comes before it (checks, opening, an estimate) and after it (saving).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moecover.checkpoints.opening import Model, described, fetched
+from moecover.checkpoints.structure import Structure
+from moecover.corpora.loading import Corpora, load_corpora, parsed
+from moecover.corpora.packing import Corpus
+from moecover.errors import InputError, arg
+from moecover.files.atomic import PARTIAL, locked
+from moecover.profiling.artifact import FILE, Profile, merged
+from moecover.profiling.layer_inputs import num_bytes, sample_of
+from moecover.profiling.run import check_alone
+from moecover.profiling.run import profile as run_profile
+from moecover.progress import Progress, resolve
+from moecover.runtime.distributed import ALONE, World, joined, own_device, wait_for_all
+from moecover.runtime.loading import check_loadable
+from moecover.runtime.memory import opened
+from moecover.runtime.pass_state import kept_for_later, of_process, remove, remove_all
+from moecover.runtime.passes import Passes, check_positive, passes
+from moecover.runtime.running import Running, running
+from moecover.text import size_text
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that no profile may be written to.
+
+    Raises:
+        InputError: it is a file, or holds a profile and ``overwrite`` is False.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file. Give a folder for the profile")
+    if (folder / FILE).exists() and not overwrite:
+        raise InputError(f"{folder / FILE} exists. Choose another folder, or give {arg('overwrite')}")
+
+
+def scratch_beside(output: Path, what: str) -> Path:
+    """The hidden folder beside an output where an interrupted job of it keeps its state."""
+    return output.with_name(f".{output.name}.{what}{PARTIAL}")
+
+
+@contextlib.contextmanager
+def profiled(
+    structure: Structure,
+    corpora: Sequence[Corpus],
+    how: Passes,
+    *,
+    model: Running | None = None,
+    folder: Path | None = None,
+    scratch: Path | None = None,
+    keep_inputs: int | None = None,
+    extra: int = 0,
+    here: World = ALONE,
+    progress: Progress,
+) -> Iterator[tuple[Profile, Running]]:
+    """The profile and the model that it was made with, still open.
+
+    Args:
+        structure: the checkpoint, its files on this machine.
+        corpora: calibration text.
+        how: see `Passes`.
+        model: the model where it is open already.
+        folder: where the profile is saved; None for nowhere.
+        scratch: folder for the state of the pass, from which an interrupted one resumes; removed when the block ends.
+        keep_inputs: tokens of the expert layers' inputs to save in ``folder``.
+        extra: bytes of memory that the caller needs beside the model.
+        here: this process among others that profile the same together.
+        progress: shows the pass.
+
+    Raises:
+        InputError: the model does not fit, or what `profiling.run.profile` raises.
+        MoecoverError: the disk is full, or another process is gone.
+    """
+    state = of_process(scratch, here.rank) if scratch is not None and here.size > 1 else scratch
+    tokens = -(-sum(c.num_tokens for c in corpora) // here.size)
+    inputs = (keep_inputs, folder) if keep_inputs is not None and folder is not None else None
+    sample = sample_of(corpora, inputs[0]) if inputs is not None else []
+    with contextlib.ExitStack() as stack:
+        if state is not None:
+            stack.enter_context(kept_for_later(state))
+        if model is None:
+            batch_tokens = how.batch_size * max(c.tokens.shape[1] for c in corpora)
+            opening = opened(
+                structure, tokens=tokens, batch_tokens=batch_tokens, dtype=how.dtype, device=own_device(here, how.device),
+                memory_limit=how.memory_limit, extra=extra, processes=here.local_size, scratch=state, say=progress.say,
+            )  # fmt: skip
+            model = stack.enter_context(opening)
+        if sample:
+            layers, kept = len(structure.topology.decoder_layers), sum(c.num_tokens for c in sample)
+            size = size_text(num_bytes(sample, layers, structure.topology.hidden_size, model.dtype.itemsize))
+            progress.say(f"saving the inputs of {layers} layers for {kept:,} tokens: {size} in {folder}")
+        with progress.bar("profiling", tokens) as advance:
+            made = run_profile(
+                structure, corpora, model=model, batch_size=how.batch_size, keep_inputs=inputs, state=state, here=here,
+                advance=advance, say=progress.say,
+            )  # fmt: skip
+        if folder is not None and here.rank == 0:
+            made.save(folder)
+        wait_for_all(here)
+        yield made, model
+        if state is not None:
+            remove(state)
+        if scratch is not None and here.local_rank == 0:
+            remove_all(scratch)
+
+
+def profile(
+    checkpoint: Model,
+    /,
+    corpora: Corpora,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    model: torch.nn.Module | Running | None = None,
+    sequences: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    keep_inputs: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    memory_limit: int | str | None = None,
+    revision: str | None = None,
+    here: World = ALONE,
+    progress: bool | Progress = True,
+) -> Profile:
+    """Profile a model on corpora that are kept apart: one forward pass over each, statistics of every expert.
+
+    Args:
+        checkpoint: folder, hub id (``owner/name``), or a structure from `read_structure`.
+        corpora: names (``"c4"``), ``"NAME=PATH"``, corpora from `load_corpus`, or a mapping from names to files.
+        output: folder for profile.safetensors, None for none. With one, an interrupted pass resumes when the same call
+            runs again.
+        overwrite: replace a profile that is there.
+        model: the live model from `load_model`; None opens it, layer by layer where it does not fit.
+        sequences: blocks per corpus; None for up to 128.
+        length: tokens per block; None for 2048, or the model's positions if fewer.
+        seed: of the sample of blocks.
+        batch_size: sequences per forward pass; None for 4.
+        keep_inputs: save the expert layers' inputs for this many tokens, for methods that run the experts.
+        dtype: torch dtype by name; None for the checkpoint's.
+        device: torch device by name; None for a GPU where there is one.
+        memory_limit: memory that may be used, in bytes or as text (``"4GB"``); None for nine tenths of what is free.
+        revision: branch, tag or commit of a hub model.
+        here: this process among others under torchrun.
+        progress: True draws bars and a log on stderr or in a notebook; False is silent.
+
+    Returns:
+        The profile: additive statistics ``[layer, expert]`` by corpus.
+
+    Raises:
+        InputError: arguments out of range, a corpus or model that cannot be read, weights that are not finite.
+        MoecoverError: the disk is full, or another process is gone.
+    """
+    shown, folder = resolve(progress), None if output is None else Path(output)
+    how = passes(batch_size=batch_size, dtype=dtype, device=device, memory_limit=memory_limit)
+    check_positive(sequences=sequences, length=length, keep_inputs=keep_inputs)
+    parsed(corpora)
+    if keep_inputs is not None:
+        check_alone(here)
+        if folder is None:
+            raise InputError(f"{arg('keep_inputs', keep_inputs)} has no folder to save them in: give {arg('output')}")
+    if folder is not None:
+        check_output(folder, overwrite=overwrite)
+    headers = described(checkpoint, revision=revision, progress=shown)
+    if model is None:
+        check_loadable(headers)
+    held = locked(folder.resolve()) if folder is not None and here.rank == 0 else contextlib.nullcontext()
+    with held, joined(here, own_device(here, how.device)):
+        structure = fetched(headers, revision=revision, progress=shown)
+        loaded = load_corpora(corpora, structure, sequences=sequences, length=length, seed=seed, progress=shown)
+        with profiled(
+            structure, loaded, how, model=None if model is None else running(model, structure), folder=folder,
+            scratch=None if folder is None else scratch_beside(folder, "profile"), keep_inputs=keep_inputs, here=here,
+            progress=shown,
+        ) as (made, _):  # fmt: skip
+            return made
+
+
+def merge(
+    profiles: Sequence[str | Path | Profile], *, output: str | Path | None = None, overwrite: bool = False
+) -> Profile:
+    """Add up profiles of one model that were made separately.
+
+    Args:
+        profiles: two or more, or their folders.
+        output: folder for the sum, None for none.
+        overwrite: replace a profile that is there.
+
+    Raises:
+        InputError: fewer than two, or profiles that do not add up (another model or dtype, or the same text twice).
+    """
+    if output is not None:
+        check_output(Path(output), overwrite=overwrite)
+    if len(profiles) < 2:
+        raise InputError("give two profiles or more")
+    names = [f"profile {i}" if isinstance(one, Profile) else str(one) for i, one in enumerate(profiles, 1)]
+    made = merged([one if isinstance(one, Profile) else Profile.load(Path(one)) for one in profiles], names)
+    if output is not None:
+        made.save(Path(output))
+    return made

@@ -1,0 +1,178 @@
+"""A repair as a job: reads a model, a plan and calibration text as users give them, opens the model as it fits."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moecover.checkpoints.opening import Model, described, fetched
+from moecover.checkpoints.structure import Structure
+from moecover.corpora.loading import Corpora, load_corpora, parsed
+from moecover.corpora.packing import Corpus
+from moecover.errors import InputError, arg
+from moecover.planning.artifact import Plan, check_plan
+from moecover.profiling.layer_inputs import sample_of
+from moecover.progress import Progress, resolve
+from moecover.repairing.layers import TOKENS, needed_bytes
+from moecover.repairing.store import Repaired, kept_for_later, places_on_disk
+from moecover.repairing.store import repair as repair_to_files
+from moecover.repairing.targets import check_dtype, check_stored
+from moecover.runtime.loading import check_loadable
+from moecover.runtime.memory import opened
+from moecover.runtime.passes import Passes, check_positive, passes
+from moecover.runtime.running import Running, running
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("scale", "ridge")
+
+
+def check_kind(kind: str) -> None:
+    """Refuse an unknown kind of repair.
+
+    Raises:
+        InputError: says which are known.
+    """
+    if kind not in KINDS:
+        raise InputError(f"unknown {arg('kind', kind)}. Allowed: {', '.join(KINDS)}")
+
+
+def memory_beside(structure: Structure, *, keep: int, tokens: int | None, dtype: str) -> int:
+    """Bytes that the repair of the largest layer needs beside the model.
+
+    Args:
+        structure: the checkpoint; headers are enough.
+        keep: experts kept per layer.
+        tokens: calibration tokens; None for 65,536.
+        dtype: of the model, by name.
+
+    Raises:
+        InputError: the model cannot be repaired, or not in this dtype.
+    """
+    check_stored(structure)
+    where = places_on_disk(structure)
+    check_dtype(structure, where, dtype)
+    return needed_bytes(structure, where, keep=keep, tokens=tokens or TOKENS, dtype=dtype)
+
+
+def repaired(
+    structure: Structure,
+    plan: Plan,
+    corpora: Sequence[Corpus],
+    how: Passes,
+    *,
+    kind: str,
+    tokens: int | None,
+    folder: Path,
+    model: Running | None = None,
+    progress: Progress,
+) -> Repaired:
+    """The repair of a plan's kept experts; finished layers are kept in ``folder``, from which an interrupted one resumes.
+
+    Args:
+        structure: the checkpoint, its files on this machine.
+        plan: which experts stay.
+        corpora: calibration text; the first sequences of each are used.
+        how: see `Passes`.
+        kind: ``scale`` or ``ridge``.
+        tokens: of all corpora together; None for 65,536.
+        folder: for the finished layers; the caller removes it.
+        model: the model where it is open already.
+        progress: shows the repair.
+
+    Raises:
+        InputError: the model does not fit or cannot be repaired.
+        MoecoverError: the disk is full.
+    """
+    sample = sample_of(corpora, tokens or TOKENS, flag=arg("repair_tokens"))
+    opening: contextlib.AbstractContextManager[Running]
+    if model is not None:
+        opening = contextlib.nullcontext(model)
+    else:
+        extra = memory_beside(structure, keep=plan.keep, tokens=tokens, dtype=how.dtype)
+        batch_tokens = how.batch_size * max(c.tokens.shape[1] for c in sample)
+        opening = opened(
+            structure, tokens=sum(c.num_tokens for c in sample), batch_tokens=batch_tokens, dtype=how.dtype,
+            device=how.device, memory_limit=how.memory_limit, extra=extra, say=progress.say,
+        )  # fmt: skip
+    with progress.bar("repairing", len(plan.layers), unit="layers") as advance:
+        return repair_to_files(
+            structure, plan, sample, model=opening, kind=kind, folder=folder, batch_size=how.batch_size,
+            dtype=how.dtype, device=how.device, advance=advance, say=progress.say,
+        )  # fmt: skip
+
+
+def repair(
+    checkpoint: Model,
+    /,
+    plan: Plan | str | Path,
+    corpora: Corpora,
+    *,
+    kind: str = "ridge",
+    tokens: int | None = None,
+    folder: str | Path | None = None,
+    model: torch.nn.Module | Running | None = None,
+    sequences: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    memory_limit: int | str | None = None,
+    revision: str | None = None,
+    other_weights: bool = False,
+    progress: bool | Progress = True,
+) -> Repaired:
+    """Refit the down projections of the experts that stay, in closed form on calibration text.
+
+    Args:
+        checkpoint: folder, hub id, or a structure from `read_structure`.
+        plan: from `plan`, or its file.
+        corpora: calibration text, as in `profile`.
+        kind: ``scale`` (a factor per expert) or ``ridge`` (all weights).
+        tokens: calibration tokens, shared by the corpora; None for 65,536.
+        folder: where finished layers are kept, so that an interrupted repair resumes; None for a temporary folder that
+            lasts as long as the result.
+        model: the live model from `load_model`; None opens it, layer by layer where it does not fit.
+        sequences: blocks per corpus; None for up to 128.
+        length: tokens per block; None for 2048, or the model's positions if fewer.
+        seed: of the sample of blocks.
+        batch_size: sequences per forward pass; None for 4.
+        dtype: torch dtype by name; None for the checkpoint's.
+        device: torch device by name; None for a GPU where there is one.
+        memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
+        revision: branch, tag or commit of a hub model.
+        other_weights: accept a plan made on other weights of the same shape.
+        progress: True draws bars and a log on stderr or in a notebook; False is silent.
+
+    Returns:
+        The repair, to be given to `prune` as ``repaired=`` with the same plan.
+
+    Raises:
+        InputError: the plan does not fit, the model cannot be repaired, or arguments out of range.
+        MoecoverError: the disk is full.
+    """
+    check_kind(kind)
+    check_positive(tokens=tokens, sequences=sequences, length=length)
+    how, shown = passes(batch_size=batch_size, dtype=dtype, device=device, memory_limit=memory_limit), resolve(progress)
+    parsed(corpora)
+    chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
+    headers = described(checkpoint, revision=revision, progress=shown)
+    check_stored(headers)
+    check_loadable(headers)
+    check_plan(chosen, headers, other_weights=other_weights)
+    structure = fetched(headers, revision=revision, progress=shown)
+    loaded = load_corpora(corpora, structure, sequences=sequences, length=length, seed=seed, progress=shown)
+    place = Path(tempfile.mkdtemp(prefix="moecover-repair-")) if folder is None else Path(folder)
+    live = None if model is None else running(model, structure)
+    with kept_for_later(place):
+        made = repaired(structure, chosen, loaded, how, kind=kind, tokens=tokens, folder=place, model=live, progress=shown)
+    if folder is None:
+        weakref.finalize(made, shutil.rmtree, place, ignore_errors=True)
+    return made

@@ -1,0 +1,64 @@
+"""A proof as a job: reads both checkpoints and text as users give them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moecover.checkpoints.opening import Model
+from moecover.checkpoints.structure import Structure
+from moecover.corpora.loading import Corpora, parsed
+from moecover.corpora.packing import Corpus
+from moecover.errors import InputError, arg
+from moecover.progress import Progress, resolve
+from moecover.runtime.memory import parse_size
+from moecover.verification.verify import Verification
+from moecover.verification.verify import verify as run_verification
+
+
+def verify(
+    checkpoint: Model,
+    /,
+    pruned: str | Path,
+    *,
+    corpora: Corpora = (),
+    tolerance: float = 0.0,
+    dtype: str | None = None,
+    device: str | None = None,
+    memory_limit: int | str | None = None,
+    revision: str | None = None,
+    progress: bool | Progress = True,
+) -> Verification:
+    """Prove a pruned checkpoint: same outputs as the masked original, decoder layer by decoder layer, on real text.
+
+    Args:
+        checkpoint: the original: folder, hub id, or a structure.
+        pruned: folder that `prune` wrote.
+        corpora: text to run: names or ``"NAME=PATH"``; by default the shipped held-out text.
+        tolerance: largest difference allowed, as a share of the layer's largest value; 0 for bit equality.
+        dtype: torch dtype by name for both; None for the checkpoint's.
+        device: torch device by name; None for a GPU where there is one.
+        memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
+        revision: branch, tag or commit of a hub model.
+        progress: True logs on stderr or in a notebook; False is silent.
+
+    Raises:
+        InputError: either checkpoint cannot be read, or they do not belong together.
+    """
+    if tolerance < 0:
+        raise InputError(f"{arg('tolerance', tolerance)} is out of range: 0 or more")
+    named = parsed(corpora) if corpora else {}
+    files = [(name, "" if source is None or isinstance(source, Corpus) else source) for name, source in named.items()]
+    limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    original = checkpoint.checkpoint if isinstance(checkpoint, Structure) else checkpoint
+    with resolve(progress).spinner("reading both checkpoints") as advance:
+        return run_verification(
+            original,
+            pruned,
+            revision=revision,
+            corpora=files,
+            dtype=dtype or "auto",
+            device=device or "auto",
+            tolerance=tolerance,
+            memory_limit=limit,
+            advance=advance,
+        )
