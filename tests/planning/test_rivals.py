@@ -25,7 +25,8 @@ from moecover.checkpoints.structure import read_structure
 from moecover.cli.main import main
 from moecover.corpora.packing import load_corpus, make_corpus
 from moecover.errors import InputError
-from moecover.planning.run import METHODS, plan, runs_experts
+from moecover.planning.methods import METHODS
+from moecover.planning.run import plan, runs_experts
 from moecover.planning.saliency import SALIENCIES
 from moecover.profiling.run import profile
 from moecover.pruning.writer import prune

@@ -13,8 +13,8 @@ import torch
 
 from moecover.checkpoints.structure import read_structure
 from moecover.planning.run import plan_budgets
+from moecover.planning.search.driver import Corpora, eliminate, exchange
 from moecover.planning.search.routing import recognise
-from moecover.planning.search.subsets import Corpora, eliminate, exchange
 from moecover.planning.selection import Budget
 from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile

@@ -15,9 +15,11 @@ import numpy as np
 
 from moecover.errors import InputError
 from moecover.planning.artifact import LayerPlan, Plan
-from moecover.planning.run import DEFAULT_SALIENCY, METHODS, plan_budgets, super_experts, utility_of
-from moecover.planning.saliency import SALIENCIES
+from moecover.planning.methods import METHODS
+from moecover.planning.run import plan_budgets
+from moecover.planning.saliency import DEFAULT_SALIENCY, SALIENCIES, utility_of
 from moecover.planning.selection import ranked, scaled
+from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import MAXIMA, Profile
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ def stability(plan: Plan, profile: Profile, *, change: float = CHANGE) -> dict[s
         at or below ``change``, None if it does not before the last part.
     """
     stages = profile.stages()
-    if len(stages) < 2 or METHODS.facts[plan.method].get("together"):
+    if len(stages) < 2 or METHODS[plan.method].together:
         return None
 
     def again(stage: Profile) -> Plan:
