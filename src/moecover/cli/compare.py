@@ -48,7 +48,12 @@ FLAGS = (
         "saliency", "saliencies", "NAME", "for methods that take one; repeat it (default: each method's)", repeated=True
     ),
     Flag(
-        "retain", "retain", "R,R", "fractions of the experts that are kept (default: 0.25,0.5,0.75)", float, several=True
+        "retain",
+        "retain",
+        "R,R",
+        "fractions of the experts that are kept (default: 0.25,0.5,0.75)",
+        float,
+        several=True,
     ),
     Flag("keep", "keep", "K,K", "experts kept per layer, instead of --retain", int, several=True),
     Flag(

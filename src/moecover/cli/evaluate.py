@@ -54,9 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=int, metavar="N", help="tokens per window (default: 2048, or the model's positions if fewer)"
     )
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="windows or requests per forward pass (default: 1)"
-    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="windows or requests per forward pass (default: 1)")
     add_device(parser)
     add_output(parser, "DIR", "folder to write", replaced="an evaluation that is there")
 
@@ -109,9 +107,7 @@ def _closeness(row: Row) -> list[str]:
 def _scores(row: Row, metrics: dict[str, str]) -> list[str]:
     """Task scores in per cent with their standard errors, and the mean of several."""
     values = [row.tasks[task][metric] for task, metric in metrics.items()]
-    cells = [
-        f"{100 * one.value:.1f}" + ("" if one.stderr is None else f" ±{100 * one.stderr:.1f}") for one in values
-    ]
+    cells = [f"{100 * one.value:.1f}" + ("" if one.stderr is None else f" ±{100 * one.stderr:.1f}") for one in values]
     if len(values) > 1:
         cells.append(f"{100 * math.fsum(one.value for one in values) / len(values):.1f}")
     return cells

@@ -71,16 +71,16 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument("-q", "--quiet", action="store_true", help="no log and no progress on stderr")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(
+        dest="verb", metavar="VERB", required=True, parser_class=_Parser
+    )
     for name in VERBS:
         if only not in (None, name, HELP_OF_ALL):
             verbs.add_parser(name)
             continue
         text = verb(name).HELP
         description = f"{text[0].upper()}{text[1:]}."
-        made = verbs.add_parser(
-            name, help=text, description=description, parents=[common], formatter_class=_Formatter
-        )
+        made = verbs.add_parser(name, help=text, description=description, parents=[common], formatter_class=_Formatter)
         if only != HELP_OF_ALL:
             verb(name).add_options(made)
     return parser
@@ -104,7 +104,7 @@ def _print(text: str, file: TextIO) -> None:
 
 
 def _place() -> World:
-    """This process among the others; alone where the environment is incomplete, which `_run` refuses."""
+    """Where this process is among the others; alone where the environment is incomplete, which `_run` refuses."""
     try:
         return world()
     except InputError:

@@ -153,7 +153,12 @@ def _add_option(group: Group, option: Option, methods: list[str]) -> None:
     text = f"{', '.join(methods)}: {option.help}{default}"
     if option.mapping:
         group.add_argument(
-            flag(option.name), dest=option.name, action="append", default=[], metavar=option.metavar, help=f"{text}; repeat it"
+            flag(option.name),
+            dest=option.name,
+            action="append",
+            default=[],
+            metavar=option.metavar,
+            help=f"{text}; repeat it",
         )
         return
     group.add_argument(
@@ -182,7 +187,7 @@ def numbers(kind: Callable[[str], Number], several: bool) -> Callable[[str], Num
             raise ValueError
         return found if several else found[0]
 
-    parse.__name__ = f"{kind.__name__}s with commas" if several else kind.__name__  # type: ignore[attr-defined]
+    parse.__name__ = f"{kind.__name__}s with commas" if several else kind.__name__
     return parse
 
 

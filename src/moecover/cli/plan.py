@@ -128,7 +128,7 @@ def _plans(
     from moecover.planning.job import plans
     from moecover.progress import resolve
 
-    device = {"dtype": args.dtype, "device": args.device, "revision": args.revision}
+    dtype, device, revision = args.dtype, args.device, args.revision
     if bound == "max_perplexity_increase":
         found = plan_within(
             profile,
@@ -141,18 +141,30 @@ def _plans(
             method=method,
             batch_size=args.batch_size,
             memory_limit=args.memory_limit,
-            **device,
-            **options,
+            options=options,
+            dtype=dtype,
+            device=device,
+            revision=revision,
         )
         return [found]
     if bound == "max_size":
-        revision, multiple_of = args.revision, args.multiple_of
-        keeps = [keep_within_size(profile, args.model, args.max_size, multiple_of=multiple_of, revision=revision)]
+        size, multiple_of = args.max_size, args.multiple_of
+        keeps = [keep_within_size(profile, args.model, size, multiple_of=multiple_of, revision=revision)]
     else:
         keeps = _keeps(args, profile)
     if len(keeps) > 1 and args.output.is_file():
         raise InputError(f"{args.output} is a file. Give a folder for {len(keeps)} plans")
-    return plans(profile, keeps, method=method, model=args.model, progress=resolve(), **device, **options)
+    return plans(
+        profile,
+        keeps,
+        method=method,
+        options=options,
+        model=args.model,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        progress=resolve(),
+    )
 
 
 def _keeps(args: argparse.Namespace, profile: Profile) -> list[int]:

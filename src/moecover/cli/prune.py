@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> Outcome:
         "bytes_before": made.bytes_before,
         "bytes": made.num_bytes,
     }
-    text = made.summary_of(args.output)
+    text = f"{args.output}: {made.sizes()}"
     if made.repaired is not None:
         before, after = made.repaired.mean_errors()
         tensors = len(made.repaired.hashes)

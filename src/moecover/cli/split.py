@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> Outcome:
     )
     source = f"{made.name}={args.output}"
     lines = [f"{args.output}: {len(made.kinds)} kinds of text, for --corpus {source}"]
-    for row in made.rows_shown():
-        lines.append(f"  {row['kind']}  {row['share']:4.0%}  {row['rows']:>5} rows  {row['typical tokens']}")
+    lines += [
+        f"  {row['kind']}  {row['share']:4.0%}  {row['rows']:>5} rows  {row['typical tokens']}"
+        for row in made.rows_shown()
+    ]
     least = min(kind["rows"] for kind in made.kinds)
     lines.append(
         f"next: moecover profile {shlex.quote(args.model)} --corpus {shlex.quote(source)} --sequences {least} -o profile"

@@ -117,7 +117,15 @@ def plan_all(structure: Structure, model: torch.nn.Module, made: Profile) -> lis
     for run in runs():
         options = [{**run.options, "seed": seed} for seed in run.seeds] or [dict(run.options)]
         found = [
-            plans(made, keeps, method=run.method, model=model, structure=structure, progress=progress.resolve(), **one)
+            plans(
+                made,
+                keeps,
+                method=run.method,
+                options=one,
+                model=model,
+                structure=structure,
+                progress=progress.resolve(),
+            )
             for one in options
         ]
         by_run.append((run.label, found))
@@ -127,9 +135,7 @@ def plan_all(structure: Structure, model: torch.nn.Module, made: Profile) -> lis
     return work
 
 
-def measure(
-    structure: Structure, model: torch.nn.Module, work: Sequence[tuple[str, float, list[Plan]]]
-) -> list[Row]:
+def measure(structure: Structure, model: torch.nn.Module, work: Sequence[tuple[str, float, list[Plan]]]) -> list[Row]:
     """Held-out perplexity of every plan."""
     corpora = held_out_corpora(structure)
     rows = []

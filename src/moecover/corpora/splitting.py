@@ -99,7 +99,13 @@ def split(
     else:
         with shown.spinner(f"reading corpus {name}"):
             loaded = load_corpus(
-                name, path or None, structure=structure, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
+                name,
+                path or None,
+                structure=structure,
+                tokenizer=tokenizer,
+                sequences=sequences,
+                length=length,
+                seed=seed,
             )
     ends = end_tokens(structure, tokenizer)
     with shown.spinner(f"grouping {loaded.num_tokens:,} tokens"):

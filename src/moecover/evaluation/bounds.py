@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moecover.checkpoints.opening import Model, described, fetched
+from moecover.checkpoints.pieces import NOTHING
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.loading import Corpora, parsed
 from moecover.corpora.overlap import WORTH_SAYING, overlap
@@ -27,6 +28,7 @@ from moecover.evaluation.budget_search import (
 )
 from moecover.evaluation.job import Texts, load_texts, parsed_texts
 from moecover.planning.artifact import Plan
+from moecover.planning.job import ROUND_OPTIONS
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
 from moecover.profiling.artifact import Profile
@@ -86,14 +88,13 @@ def plan_within(
     windows: int | None = None,
     multiple_of: int | None = None,
     method: str | None = None,
-    protect_super_experts: bool = False,
+    options: Mapping[str, Any] = NOTHING,
     batch_size: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     memory_limit: int | str | None = None,
     revision: str | None = None,
     progress: bool | Progress = True,
-    **options: Any,
 ) -> Plan:
     """The plan with the fewest experts that keeps the perplexity of every held-out text within a bound.
 
@@ -106,14 +107,13 @@ def plan_within(
         windows: windows or blocks per text at most; None for 64.
         multiple_of: only multiples of this number of experts.
         method: name in `METHODS`; None for the default.
-        protect_super_experts: keep the experts with extreme outputs whatever the method says.
+        options: of the method, and ``protect_super_experts``.
         batch_size: windows per forward pass; None for 1.
         dtype: torch dtype by name; None for the profile's.
         device: torch device by name; None for a GPU where there is one.
         memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
         revision: branch, tag or commit of a hub model.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
-        **options: of the method.
 
     Returns:
         The plan; its ``found`` holds the bound, the texts and every point that was measured.
@@ -122,8 +122,8 @@ def plan_within(
         InputError: another model than the profile's, no held-out text, or arguments out of range.
         MoecoverError: no number of experts holds the bound.
     """
-    shown, name = resolve(progress), default_method() if method is None else method
-    check_options(name, options)
+    shown, name = resolve(progress), default_method().name if method is None else method
+    check_options(name, {key: value for key, value in options.items() if key not in ROUND_OPTIONS})
     made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     most = max_perplexity_increase
     if isinstance(most, str):
@@ -135,13 +135,17 @@ def plan_within(
         )
     check_positive(windows=windows)
     named = parsed_texts(texts)
-    given = {key: None if isinstance(path, Corpus) else path for key, path in (parsed(corpora) if corpora else {}).items()}
+    given = {
+        key: None if isinstance(path, Corpus) else path for key, path in (parsed(corpora) if corpora else {}).items()
+    }
     files: Mapping[str, str | None] = {} if named else check_held_out(made.corpora, given)
     how = passes(
         batch_size=batch_size, dtype=dtype or made.settings["dtype"], device=device, memory_limit=memory_limit,
         default_batch_size=1,
     )  # fmt: skip
-    keeps = possible_keeps(made, multiple_of=multiple_of, protect_super_experts=protect_super_experts)
+    keeps = possible_keeps(
+        made, multiple_of=multiple_of, protect_super_experts=bool(options.get("protect_super_experts"))
+    )
     headers = described(model, revision=revision, progress=shown)
     check_loadable(headers)
     structure = fetched(headers, revision=revision, progress=shown)
@@ -151,8 +155,6 @@ def plan_within(
             f"topology or routers differ. Give the {arg('model')} that was profiled"
         )
     loaded = _texts(made, named, files, structure, windows or BLOCKS, shown)
-    if protect_super_experts:
-        options["protect_super_experts"] = True
     return _found(made, structure, loaded, name, options, keeps=keeps, most=most, how=how, progress=shown)
 
 
@@ -203,5 +205,3 @@ def _found(
             keeps=keeps, most=most, model=model, texts=texts, batch_size=how.batch_size, bar=progress.bar,
             say=progress.say,
         )  # fmt: skip
-
-

@@ -15,7 +15,8 @@ from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import FILE, FULL, Evaluation
 from moecover.evaluation.run import evaluate as run_evaluation
 from moecover.evaluation.run import overlaps
-from moecover.evaluation.tasks import Tasks, resolve as resolve_tasks
+from moecover.evaluation.tasks import Tasks
+from moecover.evaluation.tasks import resolve as resolve_tasks
 from moecover.files.atomic import check_output
 from moecover.planning.artifact import Plan, check_plan
 from moecover.progress import Progress, resolve

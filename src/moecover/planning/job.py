@@ -87,13 +87,13 @@ def plans(
     keeps: Sequence[int],
     *,
     method: str,
+    options: Mapping[str, Any],
     model: Model | torch.nn.Module | Running | None = None,
     structure: Structure | None = None,
     dtype: str | None = None,
     device: str | None = None,
     revision: str | None = None,
     progress: Progress,
-    **options: Any,
 ) -> list[Plan]:
     """Plans for several budgets; a method that runs the experts has its model opened here where it is not open yet.
 
@@ -101,13 +101,13 @@ def plans(
         profile: statistics.
         keeps: experts kept per layer, one number a plan.
         method: name in `METHODS`.
+        options: of the method, and ``protect_super_experts``.
         model: folder, hub id, structure, or a live model (then with ``structure``).
         structure: of a live model.
         dtype: torch dtype by name; None for the profile's.
         device: torch device by name; None for a GPU where there is one.
         revision: branch, tag or commit of a hub model.
         progress: shows the search.
-        **options: of the method.
 
     Raises:
         InputError: what `plan_budgets` raises, or a model that cannot be read.
@@ -163,16 +163,13 @@ def plan(
     Raises:
         InputError: an unknown method or saliency, an option that the method does not have, or a budget out of range.
     """
-    name = default_method() if method is None else method
+    name = default_method().name if method is None else method
     check_options(name, {key: value for key, value in options.items() if key not in ROUND_OPTIONS})
     made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     check_search(name, made, model)
     count = resolve_keep(made.topology, keep=keep, retain=retain, multiple_of=multiple_of)
     shown = resolve(progress)
-    return plans(
-        made, [count], method=name, model=model, structure=structure, dtype=dtype, device=device, revision=revision,
-        progress=shown, **options,
-    )[0]  # fmt: skip
+    return plans(made, [count], method=name, options=options, model=model, structure=structure, dtype=dtype, device=device, revision=revision, progress=shown)[0]  # fmt: skip
 
 
 def plan_line(plan: Plan, experts: int) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.pieces import NOTHING
 from moecover.checkpoints.structure import Structure
+from moecover.checkpoints.topology import Topology
 from moecover.corpora.loading import Corpora, load_corpora, parsed
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
@@ -85,7 +86,7 @@ class Pruned(Shown):
     Attributes:
         output: folder of the checkpoint.
         plan: which experts stayed.
-        experts: routed experts per layer of the source.
+        topology: of the source.
         bytes_before: of all tensors of the source.
         num_bytes: of all tensors of the checkpoint.
         repaired: the repair, None without one.
@@ -93,7 +94,7 @@ class Pruned(Shown):
 
     output: Path
     plan: Plan
-    experts: int
+    topology: Topology
     bytes_before: int
     num_bytes: int
     repaired: Repaired | None = None
@@ -104,16 +105,20 @@ class Pruned(Shown):
     def __truediv__(self, name: str) -> Path:
         return self.output / name
 
-    def summary(self) -> str:
-        """See `Shown`."""
+    def sizes(self) -> str:
+        """What became of experts and bytes."""
         share = self.num_bytes / self.bytes_before
         sizes = f"{size_text(self.bytes_before)} -> {size_text(self.num_bytes)} ({share:.0%})"
-        return f"{self.output}: {self.plan.keep} of {self.experts} experts per layer, {sizes}"
+        return f"{self.plan.keep} of {self.topology.num_experts} experts per layer, {sizes}"
+
+    def summary(self) -> str:
+        """See `Shown`."""
+        return f"{self.output}: {self.sizes()}"
 
     def rows_shown(self) -> list[dict[str, Cell]]:
         """See `Shown`: the source and what was written."""
         return [
-            {"": "source", "experts per layer": self.experts, "size": size_text(self.bytes_before)},
+            {"": "source", "experts per layer": self.topology.num_experts, "size": size_text(self.bytes_before)},
             {"": str(self.output), "experts per layer": self.plan.keep, "size": size_text(self.num_bytes)},
         ]
 
@@ -221,7 +226,7 @@ def _written(
             structure, plan, output, overwrite=writing.overwrite, other_weights=writing.other_weights, mtp=writing.mtp,
             repaired=made, command=writing.command, evaluations=writing.evaluations, advance=advance, say=progress.say,
         )  # fmt: skip
-    return Pruned(path, plan, structure.topology.num_experts, before, after, made)
+    return Pruned(path, plan, structure.topology, before, after, made)
 
 
 def prune(
@@ -313,7 +318,7 @@ def prune(
     runs = given is None or repair is not None
     how = passes(batch_size=batch_size, dtype=dtype, device=device, memory_limit=memory_limit) if runs else Passes(1)
     check_positive(sequences=sequences, length=length, keep_inputs=keep_inputs, repair_tokens=repair_tokens)
-    name = default_method() if method is None else method
+    name = default_method().name if method is None else method
     if given is None:
         check_choice(checkpoint, folder, name, options, corpora or (), save_profile, overwrite=overwrite)
     headers = described(checkpoint, revision=revision, progress=shown)

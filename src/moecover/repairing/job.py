@@ -172,7 +172,9 @@ def repair(
     place = Path(tempfile.mkdtemp(prefix="moecover-repair-")) if folder is None else Path(folder)
     live = None if model is None else running(model, structure)
     with kept_for_later(place):
-        made = repaired(structure, chosen, loaded, how, kind=kind, tokens=tokens, folder=place, model=live, progress=shown)
+        made = repaired(
+            structure, chosen, loaded, how, kind=kind, tokens=tokens, folder=place, model=live, progress=shown
+        )
     if folder is None:
         weakref.finalize(made, shutil.rmtree, place, ignore_errors=True)
     return made
