@@ -876,7 +876,7 @@ def test_mistakes_in_the_file(
     ("flags", "message"),
     [
         (["--retain", "0.5", "--keep", "6"], "give one of `retain`"),
-        (["--retain", "0.01"], "--retain: qwen: retain 0.01 keeps 0 of 12 experts"),
+        (["--retain", "0.01"], "--retain: qwen: retain=0.01 keeps 0 of 12 experts"),
         (["--memory-limit", "600MB"], "--memory-limit: qwen: one layer at a time still needs 0."),
         (["--jobs", "0"], "--jobs 0 is out of range"),
         (["--method", "rndom"], "unknown method 'rndom'. Did you mean random?"),
