@@ -4,114 +4,161 @@ The data flow is corpus -> profile -> plan -> checkpoint -> evaluation -> report
 
     import moecover
 
-    structure = moecover.read_structure("path/to/model")          # configuration and headers only
-    corpora = [moecover.load_corpus(name, structure=structure) for name in ("wikitext2", "c4")]
-    profile = moecover.profile(structure, corpora)                # one forward pass over each corpus
-    plan = moecover.plan(profile, method="tb-coverage", retain=0.5)
-    moecover.prune(structure, plan, "path/to/output")             # raw byte ranges, the model is not loaded
-    assert moecover.verify("path/to/model", "path/to/output")["equal"]
+    model = "path/to/model"                                           # or a hub id, or a Structure
+    profile = moecover.profile(model, ["wikitext2", "c4"])            # one forward pass over each corpus
+    plan = moecover.plan(profile, retain=0.5)
+    moecover.prune(model, plan, "path/to/output")                     # copies byte ranges, the model is not loaded
+    assert moecover.verify(model, "path/to/output").equal             # same outputs as the masked original
 
-Names are loaded when they are first used, so that ``import moecover`` is quick.
+Names are loaded when they are first used, so that ``import moecover`` is quick; it changes nothing in other libraries.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moecover.checkpoints.deepseek.registration import install
-
-__version__ = "0.1.0"
-
-install()
+from moecover.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from moecover.checkpoints.inspection import inspect
+    from moecover.checkpoints.deepseek.registration import register_deepseek
+    from moecover.checkpoints.families import PROVEN_FAMILIES
+    from moecover.checkpoints.inspection import Inspection, inspect
     from moecover.checkpoints.source import open_checkpoint
     from moecover.checkpoints.structure import Structure, read_structure
     from moecover.checkpoints.topology import Topology
+    from moecover.comparison.run import Comparison, compare
+    from moecover.corpora.own_text import generate
     from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
     from moecover.corpora.sources import CORPORA
+    from moecover.corpora.splitting import Kinds, split
+    from moecover.corpora.windows import load_windows
     from moecover.errors import InputError, MoecoverError
-    from moecover.evaluation.run import perplexity
+    from moecover.evaluation.artifact import Evaluation
+    from moecover.evaluation.bounds import keep_within_size, plan_within
+    from moecover.evaluation.job import evaluate
+    from moecover.evaluation.perplexity import perplexity
     from moecover.planning.artifact import LayerPlan, Plan
+    from moecover.planning.explaining.facts import Explanation, explain
+    from moecover.planning.job import plan
     from moecover.planning.masking import masked
     from moecover.planning.methods import METHODS
-    from moecover.planning.run import plan, plan_budgets
+    from moecover.planning.options import Option
+    from moecover.planning.run import plan_budgets
     from moecover.planning.saliency import SALIENCIES
     from moecover.planning.super_experts import super_experts
     from moecover.profiling.artifact import Profile
-    from moecover.profiling.run import profile
-    from moecover.pruning.writer import prune
+    from moecover.profiling.job import merge, profile
+    from moecover.progress import Progress
+    from moecover.pruning.job import Pruned, prune
     from moecover.registry import load_plugin
-    from moecover.reporting.page import report
+    from moecover.repairing.job import repair
+    from moecover.repairing.store import Repaired
+    from moecover.reporting.page import Report, report
+    from moecover.reporting.sections import SECTIONS
     from moecover.runtime.loading import load_model
-    from moecover.verification.verify import verify
+    from moecover.verification.job import verify
+    from moecover.verification.verify import Verification
 
-_MODULE_OF = {
-    "Corpus": "corpora.packing",
-    "CORPORA": "corpora.sources",
-    "load_corpus": "corpora.packing",
-    "load_tokenizer": "corpora.packing",
-    "open_checkpoint": "checkpoints.source",
-    "Topology": "checkpoints.topology",
-    "Structure": "checkpoints.structure",
-    "read_structure": "checkpoints.structure",
-    "inspect": "checkpoints.inspection",
-    "PROVEN_FAMILIES": "checkpoints.families",
-    "Profile": "profiling.artifact",
-    "load_model": "runtime.loading",
-    "profile": "profiling.run",
-    "SALIENCIES": "planning.saliency",
-    "METHODS": "planning.methods",
-    "Plan": "planning.artifact",
-    "plan": "planning.run",
-    "plan_budgets": "planning.run",
-    "super_experts": "planning.super_experts",
-    "load_plugin": "registry",
-    "LayerPlan": "planning.artifact",
-    "prune": "pruning.writer",
-    "masked": "planning.masking",
-    "perplexity": "evaluation.run",
-    "verify": "verification.verify",
-    "report": "reporting.page",
-    "MoecoverError": "errors",
-    "InputError": "errors",
+# Every public name and the module that has it, in the order of the data flow; a test holds the imports above against it.
+PUBLIC = {
+    "checkpoints.source": ("open_checkpoint",),
+    "checkpoints.topology": ("Topology",),
+    "checkpoints.structure": ("Structure", "read_structure"),
+    "checkpoints.families": ("PROVEN_FAMILIES",),
+    "checkpoints.inspection": ("Inspection", "inspect"),
+    "checkpoints.deepseek.registration": ("register_deepseek",),
+    "runtime.loading": ("load_model",),
+    "corpora.sources": ("CORPORA",),
+    "corpora.packing": ("Corpus", "load_corpus", "load_tokenizer"),
+    "corpora.windows": ("load_windows",),
+    "corpora.own_text": ("generate",),
+    "corpora.splitting": ("Kinds", "split"),
+    "profiling.artifact": ("Profile",),
+    "profiling.job": ("merge", "profile"),
+    "planning.saliency": ("SALIENCIES",),
+    "planning.options": ("Option",),
+    "planning.methods": ("METHODS",),
+    "planning.artifact": ("LayerPlan", "Plan"),
+    "planning.super_experts": ("super_experts",),
+    "planning.run": ("plan_budgets",),
+    "planning.job": ("plan",),
+    "planning.masking": ("masked",),
+    "planning.explaining.facts": ("Explanation", "explain"),
+    "repairing.store": ("Repaired",),
+    "repairing.job": ("repair",),
+    "pruning.job": ("Pruned", "prune"),
+    "verification.verify": ("Verification",),
+    "verification.job": ("verify",),
+    "evaluation.artifact": ("Evaluation",),
+    "evaluation.perplexity": ("perplexity",),
+    "evaluation.job": ("evaluate",),
+    "evaluation.bounds": ("keep_within_size", "plan_within"),
+    "comparison.run": ("Comparison", "compare"),
+    "reporting.sections": ("SECTIONS",),
+    "reporting.page": ("Report", "report"),
+    "registry": ("load_plugin",),
+    "progress": ("Progress",),
+    "errors": ("InputError", "MoecoverError"),
 }
+_MODULE_OF = {name: module for module, names in PUBLIC.items() for name in names}
 
 __all__ = [
     "CORPORA",
     "METHODS",
     "PROVEN_FAMILIES",
     "SALIENCIES",
+    "SECTIONS",
+    "Comparison",
     "Corpus",
+    "Evaluation",
+    "Explanation",
     "InputError",
+    "Inspection",
+    "Kinds",
     "LayerPlan",
     "MoecoverError",
+    "Option",
     "Plan",
     "Profile",
+    "Progress",
+    "Pruned",
+    "Repaired",
+    "Report",
     "Structure",
     "Topology",
+    "Verification",
+    "compare",
+    "evaluate",
+    "explain",
+    "generate",
     "inspect",
+    "keep_within_size",
     "load_corpus",
     "load_model",
     "load_plugin",
     "load_tokenizer",
+    "load_windows",
     "masked",
+    "merge",
     "open_checkpoint",
     "perplexity",
     "plan",
     "plan_budgets",
+    "plan_within",
     "profile",
     "prune",
     "read_structure",
+    "register_deepseek",
+    "repair",
     "report",
+    "split",
     "super_experts",
     "verify",
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'moecover' has no attribute {name!r}")
     return getattr(importlib.import_module(f"moecover.{_MODULE_OF[name]}"), name)
