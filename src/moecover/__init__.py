@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from moecover.version import VERSION as __version__
+from moecover.version import VERSION
 
 if TYPE_CHECKING:
     from moecover.checkpoints.deepseek.registration import register_deepseek
@@ -101,6 +101,7 @@ PUBLIC = {
     "progress": ("Progress",),
     "errors": ("InputError", "MoecoverError"),
 }
+__version__ = VERSION
 _MODULE_OF = {name: module for module, names in PUBLIC.items() for name in names}
 
 __all__ = [
