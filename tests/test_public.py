@@ -88,7 +88,16 @@ def test_a_script_passes_the_strict_type_checker(tmp_path: Path) -> None:
     """The types are public and complete: an example of every function, held against them."""
     script = ROOT / "examples" / "pipeline.py"
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), "--follow-imports=silent", str(script)],
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--strict",
+            "--cache-dir",
+            str(tmp_path),
+            "--follow-imports=silent",
+            str(script),
+        ],
         capture_output=True,
         text=True,
         check=False,

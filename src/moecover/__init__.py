@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from moecover.profiling.artifact import Profile
     from moecover.profiling.job import merge, profile
     from moecover.progress import Progress
-    from moecover.pruning.job import Pruned, prune
+    from moecover.pruning.job import prune
+    from moecover.pruning.one_shot import Pruned
     from moecover.registry import load_plugin
     from moecover.repairing.job import repair
     from moecover.repairing.store import Repaired
@@ -87,7 +88,8 @@ PUBLIC = {
     "planning.explaining.facts": ("Explanation", "explain"),
     "repairing.store": ("Repaired",),
     "repairing.job": ("repair",),
-    "pruning.job": ("Pruned", "prune"),
+    "pruning.one_shot": ("Pruned",),
+    "pruning.job": ("prune",),
     "verification.verify": ("Verification",),
     "verification.job": ("verify",),
     "evaluation.artifact": ("Evaluation",),

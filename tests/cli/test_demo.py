@@ -137,9 +137,13 @@ def test_shipped_routers_are_specialised() -> None:
 
 def test_generated_docs_are_fresh() -> None:
     done = subprocess.run(
-        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False,
+        [sys.executable, "docs/generate.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "NO_COLOR": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
 
 

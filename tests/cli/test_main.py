@@ -77,9 +77,10 @@ def test_servers_limits_are_said(checkpoints: Callable[..., Path], rows: Path, t
     assert status == 0
     unmet = {s["keep"]: s["unmet"] for s in json.loads(out)["sizes"]}
     assert [line.split(":")[0] for line in unmet[6]] == [
-        "vllm asks for a multiple of 4, at most 512", "vllm asks for a multiple of 8",
+        "vllm asks for a multiple of 4, at most 512",
+        "vllm asks for a multiple of 8",
         "vllm asks for a power of two, or a multiple of 64",
-    ]  # fmt: skip
+    ]
     assert "unmet" not in json.loads(run(capsys, "inspect", model, "--json")[1])["sizes"][0]
     assert "sglang" in run(capsys, "inspect", model, "--for", "sglang")[1]
     _, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", "--keep", 6, "-o", tmp_path / "6")
@@ -92,11 +93,18 @@ def test_several_budgets_in_one_call(checkpoints: Callable[..., Path], rows: Pat
     run(capsys, "profile", checkpoints("qwen2_moe"), "--corpus", f"a={rows}", "-o", tmp_path / "p")
     status, out, _ = run(capsys, "plan", tmp_path / "p", "--retain", "0.5,0.75", "-o", tmp_path / "plans", "--json")
     assert status == 0
-    assert [(Path(row["plan"]).name, row["keep"]) for row in json.loads(out)] == [("keep-6.json", 6), ("keep-9.json", 9)]  # fmt: skip
+    assert [(Path(row["plan"]).name, row["keep"]) for row in json.loads(out)] == [
+        ("keep-6.json", 6),
+        ("keep-9.json", 9),
+    ]
     for keep in (6, 9):
         run(capsys, "plan", tmp_path / "p", "--keep", keep, "-o", tmp_path / "one.json")
         assert (tmp_path / "one.json").read_bytes() == (tmp_path / "plans" / f"keep-{keep}.json").read_bytes()
-    for bad, message in (("6,3", "top-k of 4"), ("6,6", "give every one once"), ("6,x", "invalid ints with commas value: '6,x'")):  # fmt: skip
+    for bad, message in (
+        ("6,3", "top-k of 4"),
+        ("6,6", "give every one once"),
+        ("6,x", "invalid ints with commas value: '6,x'"),
+    ):
         status, _, err = run(capsys, "plan", tmp_path / "p", "--keep", bad, "-o", tmp_path / "more")
         assert (status, message in err, (tmp_path / "more").exists()) == (2, True, False), err
     status, _, err = run(capsys, "plan", tmp_path / "p", "--keep", "6,9", "-o", tmp_path / "one.json")
@@ -123,13 +131,27 @@ def test_expert_sparsity_in_three_steps_and_in_one_shot(
         assert (status, message in err, (tmp_path / "plan.json").exists()) == (2, True, False), err
     status, out, _ = run(capsys, *plan, "--keep", 4, "--model", model)
     assert (status, "exhaustive search on 90 tokens, loss" in out) == (0, True)
-    status, _, err = run(capsys, "prune", model, *common, "--method", "expert-sparsity", "--keep", 4, "-o", tmp_path / "out")  # fmt: skip
+    status, _, err = run(
+        capsys, "prune", model, *common, "--method", "expert-sparsity", "--keep", 4, "-o", tmp_path / "out"
+    )
     assert status == 0, err
     assert "exhaustive search on 90 tokens" in err
     manifest = json.loads((tmp_path / "out" / "moecover.json").read_text())
     assert manifest["plan"]["layers"] == json.loads((tmp_path / "plan.json").read_text())["layers"]
     run(capsys, "profile", model, "--corpus", f"a={rows}", "-o", tmp_path / "bare")
-    status, _, err = run(capsys, "plan", tmp_path / "bare", "--method", "expert-sparsity", "--model", model, "--keep", 4, "-o", tmp_path / "x")  # fmt: skip
+    status, _, err = run(
+        capsys,
+        "plan",
+        tmp_path / "bare",
+        "--method",
+        "expert-sparsity",
+        "--model",
+        model,
+        "--keep",
+        4,
+        "-o",
+        tmp_path / "x",
+    )
     assert (status, "keeps no inputs of the layers" in err) == (2, True)
     status, _, err = run(capsys, "plan", tmp_path / "p", "--model", model, "--keep", 4, "-o", tmp_path / "x")
     assert (status, "--model is no option of method tb-coverage" in err) == (2, True)
@@ -140,7 +162,10 @@ def test_planning_needs_no_model_and_no_torch(small_profile_folder: Path, tmp_pa
         f"plan {small_profile_folder} --keep 4 --protect-super-experts -o {tmp_path}/plan.json",
         f"explain {tmp_path}/plan.json --profile {small_profile_folder}",
     ):
-        code = f"import sys; from moecover.cli.main import main\nassert main({command.split()!r}) == 0\nassert 'torch' not in sys.modules"  # fmt: skip
+        code = (
+            f"import sys; from moecover.cli.main import main\nassert main({command.split()!r}) == 0\nassert "
+            "'torch' not in sys.modules"
+        )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -207,40 +232,133 @@ CASES: list[tuple[str, list[str], str]] = [
     ("keep above E", ["prune", "{m}", "--corpus", "r={r}", "--keep", "13", "-o", "{t}/o"], "above the 12 experts"),
     ("retain 0", ["prune", "{m}", "--corpus", "r={r}", "--retain", "0", "-o", "{t}/o"], "--retain 0.0 is out of range"),
     ("retain 2", ["prune", "{m}", "--corpus", "r={r}", "--retain", "2", "-o", "{t}/o"], "--retain 2.0 is out of range"),
-    ("both budgets", ["prune", "{m}", "--corpus", "r={r}", "--keep", "6", "--retain", ".5", "-o", "{t}/o"], "exactly one"),
+    (
+        "both budgets",
+        ["prune", "{m}", "--corpus", "r={r}", "--keep", "6", "--retain", ".5", "-o", "{t}/o"],
+        "exactly one",
+    ),
     ("no budget", ["prune", "{m}", "--corpus", "r={r}", "-o", "{t}/o"], "exactly one"),
     ("no plan, no corpus", ["prune", "{m}", "--retain", ".5", "-o", "{t}/o"], "give --plan PLAN, or --corpus"),
-    ("plan and corpus", ["prune", "{m}", "--plan", "{t}/p", "--corpus", "web", "-o", "{t}/o"], "--plan and --corpus do not go together"),
-    ("plan and protect 0", ["prune", "{m}", "--plan", "{t}/p", "--protect", "0", "-o", "{t}/o"], "--plan and --protect do not go together"),
-    ("plan and dtype", ["prune", "{m}", "--plan", "{t}/p", "--dtype", "float32", "-o", "{t}/o"], "--plan and --dtype do not go together"),
+    (
+        "plan and corpus",
+        ["prune", "{m}", "--plan", "{t}/p", "--corpus", "web", "-o", "{t}/o"],
+        "--plan and --corpus do not go together",
+    ),
+    (
+        "plan and protect 0",
+        ["prune", "{m}", "--plan", "{t}/p", "--protect", "0", "-o", "{t}/o"],
+        "--plan and --protect do not go together",
+    ),
+    (
+        "plan and dtype",
+        ["prune", "{m}", "--plan", "{t}/p", "--dtype", "float32", "-o", "{t}/o"],
+        "--plan and --dtype do not go together",
+    ),
     ("revision of a folder", ["inspect", "{m}", "--revision", "v1"], "--revision is for hub models"),
     ("no such user", ["inspect", "~nosuchuser/m"], "no folder ~nosuchuser/m"),
-    ("file without a name", ["profile", "{m}", "--corpus", "notes.jsonl", "-o", "{t}/o"], "give the file a name, as --corpus notes=notes.jsonl"),
+    (
+        "file without a name",
+        ["profile", "{m}", "--corpus", "notes.jsonl", "-o", "{t}/o"],
+        "give the file a name, as --corpus notes=notes.jsonl",
+    ),
     ("no such plan", ["prune", "{m}", "--plan", "{t}/p", "-o", "{t}/o"], "no plan"),
-    ("unknown method", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--method", "randm", "-o", "{t}/o"], "Did you mean random"),
-    ("unknown saliency", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--saliency", "reab", "-o", "{t}/o"], "Did you mean reap"),
+    (
+        "unknown method",
+        ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--method", "randm", "-o", "{t}/o"],
+        "Did you mean random",
+    ),
+    (
+        "unknown saliency",
+        ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--saliency", "reab", "-o", "{t}/o"],
+        "Did you mean reap",
+    ),
     ("no profile", ["plan", "{t}", "--retain", ".5", "-o", "{t}/o"], "holds no profile.safetensors"),
     ("verify nothing of ours", ["verify", "{m}", "{m}"], "was not written by `moecover prune`"),
-    ("sequences 0", ["profile", "{m}", "--corpus", "web", "--sequences", "0", "-o", "{t}/o"], "--sequences 0 is out of range"),
-    ("batch size 0", ["profile", "{m}", "--corpus", "web", "--batch-size", "0", "-o", "{t}/o"], "--batch-size 0 is out of range"),
-    ("too many sequences", ["profile", "{m}", "--corpus", "r={r}", "--sequences", "9", "-o", "{t}/o"], "holds 8 rows, 9 are wanted"),
+    (
+        "sequences 0",
+        ["profile", "{m}", "--corpus", "web", "--sequences", "0", "-o", "{t}/o"],
+        "--sequences 0 is out of range",
+    ),
+    (
+        "batch size 0",
+        ["profile", "{m}", "--corpus", "web", "--batch-size", "0", "-o", "{t}/o"],
+        "--batch-size 0 is out of range",
+    ),
+    (
+        "too many sequences",
+        ["profile", "{m}", "--corpus", "r={r}", "--sequences", "9", "-o", "{t}/o"],
+        "holds 8 rows, 9 are wanted",
+    ),
     ("negative tolerance", ["verify", "{m}", "{m}", "--tolerance", "-1"], "--tolerance -1.0 is out of range"),
     ("ls of what", ["ls", "modles"], "invalid choice"),
-    ("keep-inputs 0", ["profile", "{m}", "--corpus", "r={r}", "--keep-inputs", "0", "-o", "{t}/o"], "--keep-inputs 0 is out of range"),
-    ("keep-inputs below a sequence", ["profile", "{m}", "--corpus", "r={r}", "--keep-inputs", "29", "-o", "{t}/o"], "Give 30 or more"),
-    ("several keeps in one shot", ["prune", "{m}", "--corpus", "r={r}", "--keep", "4,6", "-o", "{t}/o"], "invalid int value: '4,6'"),
-    ("plan and weight", ["prune", "{m}", "--plan", "{t}/p", "--weight", "r=2", "-o", "{t}/o"], "--plan and --weight do not go together"),
-    ("plan and super experts", ["prune", "{m}", "--plan", "{t}/p", "--protect-super-experts", "-o", "{t}/o"], "--plan and --protect-super-experts do not go"),
-    ("weight without a number", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--weight", "r", "-o", "{t}/o"], "--weight r: give NAME=VALUE"),
-    ("weight of text", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--weight", "r=much", "-o", "{t}/o"], "--weight r=much is out of range"),
-    ("weight of an unknown corpus", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--weight", "q=2", "-o", "{t}/o"], "corpus in --weight 'q'"),
-    ("search for tb-coverage", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--search", "greedy", "-o", "{t}/o"], "--search is no option of method tb-coverage"),
-    ("saliency for expert-sparsity", ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--method", "expert-sparsity", "--saliency", "reap", "-o", "{t}/o"], "--saliency is no option of method expert-sparsity. It has: --mode, --search"),
+    (
+        "keep-inputs 0",
+        ["profile", "{m}", "--corpus", "r={r}", "--keep-inputs", "0", "-o", "{t}/o"],
+        "--keep-inputs 0 is out of range",
+    ),
+    (
+        "keep-inputs below a sequence",
+        ["profile", "{m}", "--corpus", "r={r}", "--keep-inputs", "29", "-o", "{t}/o"],
+        "Give 30 or more",
+    ),
+    (
+        "several keeps in one shot",
+        ["prune", "{m}", "--corpus", "r={r}", "--keep", "4,6", "-o", "{t}/o"],
+        "invalid int value: '4,6'",
+    ),
+    (
+        "plan and weight",
+        ["prune", "{m}", "--plan", "{t}/p", "--weight", "r=2", "-o", "{t}/o"],
+        "--plan and --weight do not go together",
+    ),
+    (
+        "plan and super experts",
+        ["prune", "{m}", "--plan", "{t}/p", "--protect-super-experts", "-o", "{t}/o"],
+        "--plan and --protect-super-experts do not go",
+    ),
+    (
+        "weight without a number",
+        ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--weight", "r", "-o", "{t}/o"],
+        "--weight r: give NAME=VALUE",
+    ),
+    (
+        "weight of text",
+        ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--weight", "r=much", "-o", "{t}/o"],
+        "--weight r=much is out of range",
+    ),
+    (
+        "weight of an unknown corpus",
+        ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--weight", "q=2", "-o", "{t}/o"],
+        "corpus in --weight 'q'",
+    ),
+    (
+        "search for tb-coverage",
+        ["prune", "{m}", "--corpus", "r={r}", "--retain", ".5", "--search", "greedy", "-o", "{t}/o"],
+        "--search is no option of method tb-coverage",
+    ),
+    (
+        "saliency for expert-sparsity",
+        [
+            "prune",
+            "{m}",
+            "--corpus",
+            "r={r}",
+            "--retain",
+            ".5",
+            "--method",
+            "expert-sparsity",
+            "--saliency",
+            "reap",
+            "-o",
+            "{t}/o",
+        ],
+        "--saliency is no option of method expert-sparsity. It has: --mode, --search",
+    ),
     ("explain nothing", ["explain", "{t}/p"], "no plan"),
     ("no such shipped model", ["demo", "--model", "qwen2-moe-tny", "-o", "{t}/o"], "Did you mean qwen2-moe-tiny"),
     ("no such server", ["inspect", "{m}", "--for", "tgi"], "invalid choice: 'tgi'"),
     ("no such plugin", ["ls", "methods", "--plugin", "{t}/x.py"], "no such Python file"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("arguments, message", [c[1:] for c in CASES], ids=[c[0] for c in CASES])
@@ -272,9 +390,19 @@ def test_bad_request_is_refused_before_the_model_is_loaded(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("x")
     model = checkpoints("qwen2_moe")
-    bad = ["--keep 3", "--retain 2", "--retain .5 --method x", "--retain .5 --protect 5", "--retain .5 --saliency x",
-           "--retain .5 --method random --saliency reap", "--retain .5 --dtype float99", "--retain .5 --device nowhere",
-           "--retain .5 --save-profile {t}/out", "--retain .5 --save-profile {t}/out/p", "--retain .5"]  # fmt: skip
+    bad = [
+        "--keep 3",
+        "--retain 2",
+        "--retain .5 --method x",
+        "--retain .5 --protect 5",
+        "--retain .5 --saliency x",
+        "--retain .5 --method random --saliency reap",
+        "--retain .5 --dtype float99",
+        "--retain .5 --device nowhere",
+        "--retain .5 --save-profile {t}/out",
+        "--retain .5 --save-profile {t}/out/p",
+        "--retain .5",
+    ]
     for extra in (line.format(t=tmp_path).split() for line in bad):
         status, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", *extra, "-o", tmp_path / "out")
         assert status == 2, err
@@ -329,9 +457,19 @@ def test_ls(what: str, capsys) -> None:
 
 
 LARGE = {
-    "torch", "transformers", "datasets", "huggingface_hub", "tokenizers", "accelerate", "safetensors", "matplotlib", "scipy",
-    "rich", "pydantic", "numpy",
-}  # fmt: skip
+    "torch",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "tokenizers",
+    "accelerate",
+    "safetensors",
+    "matplotlib",
+    "scipy",
+    "rich",
+    "pydantic",
+    "numpy",
+}
 
 
 def loaded_by(*arguments: object) -> set[str]:
@@ -354,8 +492,9 @@ def test_help_is_quick_and_does_not_load_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "needed"), [("methods", {"numpy", "pydantic"}), ("saliencies", {"numpy"}), ("corpora", set()), ("families", set())]
-)  # fmt: skip
+    ("what", "needed"),
+    [("methods", {"numpy", "pydantic"}), ("saliencies", {"numpy"}), ("corpora", set()), ("families", set())],
+)
 def test_lists_load_little(what: str, needed: set[str]) -> None:
     assert loaded_by("ls", what) == needed
 
@@ -389,8 +528,11 @@ def test_public_names_exist_and_are_documented() -> None:
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "moecover", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def test_an_interrupt_that_comes_out_as_another_error_is_one(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -455,7 +597,8 @@ def test_a_signal_while_writing_keeps_what_is_finished(
         "def slow(source, target, *a):\n"
         "    calls.append(target); journal = target.parent.parent / 'journal.json'\n"
         f"    if len(calls) <= {finished}: return real(source, target, *a)\n"
-        f"    while {finished} and not (journal.exists() and len(json.loads(journal.read_text())['finished']) == {finished}): time.sleep(0.01)\n"
+        f"    while {finished} and not (journal.exists() and len(json.loads(journal.read_text())['finished']) "
+        f"== {finished}): time.sleep(0.01)\n"
         "    real(source, target, *a); print('written', flush=True); time.sleep(20)\n"
         "checkpoint.write_shard = slow\nfrom moecover.cli.main import main\nsys.exit(main(sys.argv[1:]))"
     )
@@ -494,15 +637,28 @@ def test_a_file_size_limit_in_the_middle_of_a_shard(checkpoints: Callable[..., P
     """A real write error from the system: the process may write no file above 60 kB."""
     code = (
         "import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from moecover.cli.main import main\nimport transformers\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+        "from moecover.cli.main import main\nimport transformers\nresource.setrlimit(resource.RLIMIT_FSIZE, "
+        "(60_000, 60_000))\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     plan = {"schema": 1, "keep": 8, "layers": [{"decoder_layer": d, "kept": list(range(8))} for d in (1, 2)]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     done = subprocess.run(
-        [sys.executable, "-c", code, "prune", str(checkpoints("qwen2_moe")), "--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            code,
+            "prune",
+            str(checkpoints("qwen2_moe")),
+            "--plan",
+            str(tmp_path / "plan.json"),
+            "-o",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert "File too large" in done.stderr
     assert "Nothing was left behind" in done.stderr

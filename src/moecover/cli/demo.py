@@ -93,7 +93,8 @@ def told(made: Demo, output: Path) -> str:
     about = {
         "profile": "statistics of every expert, reusable for any method and budget",
         "plans": "which experts each method keeps, and why",
-        "explained": "figures of the first plan: utility and kept experts by corpus, agreement of the corpora, stability",
+        "explained": "figures of the first plan: utility and kept experts by corpus, agreement of the corpora, "
+        "stability",
         WRITTEN: "the pruned checkpoint: loads in transformers like any other",
         RESULTS: "the numbers above",
     }

@@ -76,7 +76,6 @@ def run(args: argparse.Namespace) -> Outcome:
         limit=args.limit,
         windows=args.windows,
         length=args.length,
-        revision=args.revision,
         **pass_arguments(args),
     )
     return Outcome(found.to_dict(), f"{table(found)}\n\n{args.output / FILE}: {len(found.rows)} rows")

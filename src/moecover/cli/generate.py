@@ -40,7 +40,6 @@ def run(args: argparse.Namespace) -> Outcome:
         length=args.length,
         seed=args.seed,
         overwrite=args.overwrite,
-        revision=args.revision,
         **pass_arguments(args),
     )
     rows, length = made.tokens.shape

@@ -22,9 +22,21 @@ from moecover.runtime.distributed import ALONE, STOPPED, World, first_to_fail, w
 from moecover.signals import behind
 
 VERBS = (
-    "inspect", "generate", "split", "profile", "merge", "plan", "explain", "prune", "verify", "evaluate", "compare",
-    "report", "demo", "ls",
-)  # fmt: skip
+    "inspect",
+    "generate",
+    "split",
+    "profile",
+    "merge",
+    "plan",
+    "explain",
+    "prune",
+    "verify",
+    "evaluate",
+    "compare",
+    "report",
+    "demo",
+    "ls",
+)
 EPILOG = """examples:
   moecover inspect Qwen/Qwen1.5-MoE-A2.7B
   moecover prune   Qwen/Qwen1.5-MoE-A2.7B --corpus wikitext2 --corpus c4 --retain 0.5 -o qwen-moe-half

@@ -5,32 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from moecover.errors import InputError, flag
 from moecover.planning.methods import METHODS, default_method, options_of_all
 from moecover.planning.options import Option, json_or_text
 from moecover.registry import load_plugin
 
+if TYPE_CHECKING:
+    from moecover.corpora.loading import TextOptions
+    from moecover.runtime.passes import RunOptions
+
 Group = argparse._ActionsContainer  # a parser or a group of options
 Number = TypeVar("Number", int, float)
-
-
-class PassArguments(TypedDict):
-    """How forward passes run, as the stages take it."""
-
-    batch_size: int | None
-    dtype: str | None
-    device: str | None
-    memory_limit: str | None
-
-
-class TextArguments(TypedDict):
-    """How much of the corpora is read, as the stages take it."""
-
-    sequences: int | None
-    length: int | None
-    seed: int
 
 
 # --------------------------------------------------------------------------------------------------------- declaration
@@ -61,7 +48,8 @@ def add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
         default=[],
         metavar="NAME[=PATH]",
         required=required,
-        help="a named corpus (moecover ls corpora), or NAME=PATH of a .txt, .jsonl, .jsonl.gz or .parquet file, or of a "
+        help="a named corpus (moecover ls corpora), or NAME=PATH of a .txt, .jsonl, .jsonl.gz or .parquet file, "
+        "or of a "
         "folder of them, each a corpus; repeat it: corpora are kept apart",
     )
     group.add_argument(
@@ -99,7 +87,8 @@ def add_keep_inputs(parser: Group, when: str) -> None:
         "--keep-inputs",
         type=int,
         metavar="TOKENS",
-        help=f"save the inputs of the expert layers for this many tokens, shared by the corpora, whole sequences ({when})",
+        help="save the inputs of the expert layers for this many tokens, shared by the corpora, whole "
+        f"sequences ({when})",
     )
 
 
@@ -198,17 +187,18 @@ def load_plugins(args: argparse.Namespace) -> None:
         load_plugin(path)
 
 
-def pass_arguments(args: argparse.Namespace) -> PassArguments:
+def pass_arguments(args: argparse.Namespace) -> RunOptions:
     """How forward passes run."""
     return {
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": args.device,
         "memory_limit": args.memory_limit,
+        "revision": args.revision,
     }
 
 
-def text_arguments(args: argparse.Namespace) -> TextArguments:
+def text_arguments(args: argparse.Namespace) -> TextOptions:
     """How much of the corpora is read."""
     return {"sequences": args.sequences, "length": args.length, "seed": args.seed or 0}
 
@@ -228,12 +218,10 @@ def pairs(arguments: list[str], name: str, parse: Callable[[str], object]) -> di
     return found
 
 
-def method_arguments(args: argparse.Namespace, *, sampled: bool = False) -> tuple[str, dict[str, object]]:
+def method_arguments(args: argparse.Namespace) -> tuple[str, dict[str, object]]:
     """The method that is asked for and its options as given, plugins loaded.
 
-    Args:
-        args: parsed arguments.
-        sampled: whether ``--seed`` is first of all that of the sample of blocks, so that methods without one ignore it.
+    ``--seed`` is that of the sample of blocks too: a method that chooses nothing by chance ignores it.
 
     Raises:
         InputError: an unknown method, or an option that it does not have.
@@ -248,7 +236,7 @@ def method_arguments(args: argparse.Namespace, *, sampled: bool = False) -> tupl
         elif not option.mapping and value is not None:
             given[option.name] = value
     given |= pairs(args.option, "option", json_or_text)
-    if sampled and not method.seeded:
+    if not method.seeded:
         given.pop("seed", None)
     method.complete(given)
     if args.protect_super_experts:

@@ -39,7 +39,8 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-perplexity-increase",
         metavar="PERCENT",
-        help="the fewest experts with which the perplexity of every held-out text is at most this much above the model's "
+        help="the fewest experts with which the perplexity of every held-out text is at most this much above "
+        "the model's "
         "own (runs the model), such as 10%%",
     )
     group.add_argument(
@@ -141,7 +142,7 @@ def _plans(
             method=method,
             batch_size=args.batch_size,
             memory_limit=args.memory_limit,
-            options=options,
+            method_options=options,
             dtype=dtype,
             device=device,
             revision=revision,

@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> Outcome:
         output=args.output,
         overwrite=args.overwrite,
         keep_inputs=args.keep_inputs,
-        revision=args.revision,
         here=world(),
         **text_arguments(args),
         **pass_arguments(args),

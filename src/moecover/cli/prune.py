@@ -25,9 +25,17 @@ HELP = "write the pruned checkpoint, from a plan or in one shot from corpora"
 NONE = "none"
 OF_PASS = ("corpus", "sequences", "length", "batch_size", "seed", "dtype", "device", "memory_limit")
 ONE_SHOT = (
-    *OF_PASS, "keep", "retain", "multiple_of", "method", "protect_super_experts", "option", "plugin", "save_profile",
+    *OF_PASS,
+    "keep",
+    "retain",
+    "multiple_of",
+    "method",
+    "protect_super_experts",
+    "option",
+    "plugin",
+    "save_profile",
     "keep_inputs",
-)  # fmt: skip
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +56,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--repair",
         choices=(NONE, "scale", "ridge"),
         default=NONE,
-        help="refit the down projections of what stays, in closed form on the text of --corpus: a factor each (scale) or "
+        help="refit the down projections of what stays, in closed form on the text of --corpus: a factor each "
+        "(scale) or "
         "all weights (ridge) (default: none)",
     )
     group.add_argument(
@@ -72,7 +81,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--mtp",
         choices=("drop", "prune"),
         default="drop",
-        help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of the last "
+        help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of "
+        "the last "
         "MoE layer in them (default: drop)",
     )
 
@@ -86,7 +96,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
     check(args)
     repair = None if args.repair == NONE else args.repair
-    method, options = method_arguments(args, sampled=True) if args.plan is None else (None, {})
+    method, options = method_arguments(args) if args.plan is None else (None, {})
     made = prune(
         args.model,
         args.plan,
@@ -96,12 +106,11 @@ def run(args: argparse.Namespace) -> Outcome:
         retain=args.retain,
         multiple_of=args.multiple_of,
         method=method,
-        options=options,
+        method_options=options,
         repair=repair,
         repair_tokens=args.repair_tokens,
         save_profile=args.save_profile,
         keep_inputs=args.keep_inputs,
-        revision=args.revision,
         overwrite=args.overwrite,
         other_weights=args.other_weights,
         mtp=args.mtp,
@@ -126,7 +135,8 @@ def run(args: argparse.Namespace) -> Outcome:
         tensors = len(made.repaired.hashes)
         result["repair"] = {"kind": repair, "tensors": tensors, "before": before, "after": after}
         text += (
-            f"\nrepaired ({repair}): {tensors} down projections; squared error of a layer's output on the calibration text "
+            f"\nrepaired ({repair}): {tensors} down projections; squared error of a layer's output on the "
+            "calibration text "
             f"{before:.3f} -> {after:.3f} of its square"
         )
     revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""

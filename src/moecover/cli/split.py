@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> Outcome:
     ]
     least = min(kind["rows"] for kind in made.kinds)
     lines.append(
-        f"next: moecover profile {shlex.quote(args.model)} --corpus {shlex.quote(source)} --sequences {least} -o profile"
+        f"next: moecover profile {shlex.quote(args.model)} --corpus {shlex.quote(source)} --sequences {least} "
+        "-o profile"
     )
     return Outcome({"output": str(args.output), "kinds": made.kinds}, "\n".join(lines))

@@ -221,7 +221,8 @@ def tour(output: Path, *, name: str = DEFAULT, dtype: str = "auto") -> Demo:
         proof = verify(source, folder / WRITTEN, dtype=dtype)
         if not proof.equal:
             raise MoecoverError(
-                f"the written checkpoint differs from the masked original at {proof.first_difference}: please report this"
+                f"the written checkpoint differs from the masked original at {proof.first_difference}: please "
+                "report this"
             )
         verified: dict[str, object] = {
             "equal": proof.equal,

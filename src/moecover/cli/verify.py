@@ -58,7 +58,10 @@ def verdict(found: Verification, pruned: str) -> str:
     largest = f"{found.max_abs_difference:g}"
     if found.equal:
         repaired = f" with its {found.repaired} repaired tensors in place, all others its own" if found.repaired else ""
-        return f"equal: {pruned} computes what the masked original computes{repaired}, largest difference {largest}, on {on}"
+        return (
+            f"equal: {pruned} computes what the masked original computes{repaired}, largest difference "
+            f"{largest}, on {on}"
+        )
     where = found.first_difference
     if found.changed_files:
         text = f"NOT equal: files changed since they were written: {', '.join(found.changed_files)}"

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
+from typing import TypedDict
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import SEQUENCES, Corpus, load_corpus
 from moecover.corpora.sources import parse_corpora
 from moecover.progress import Progress
+from moecover.runtime.passes import RunOptions
+
+
+class TextOptions(TypedDict, total=False):
+    """Keyword arguments of every job that reads calibration text.
+
+    Attributes:
+        sequences: blocks per corpus; None for up to 128 (all rows of ``input_ids``).
+        length: tokens per block; None for 2048, or the model's positions if fewer.
+        seed: of the sample of blocks; 0 by default.
+    """
+
+    sequences: int | None
+    length: int | None
+    seed: int
+
+
+class JobOptions(RunOptions, TextOptions, total=False):
+    """Keyword arguments of a job that runs a model on calibration text."""
+
 
 Corpora = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
 
@@ -32,10 +53,8 @@ def parsed(corpora: Corpora) -> dict[str, str | Corpus | None]:
 def load_corpora(
     corpora: Corpora,
     structure: Structure,
+    options: TextOptions | JobOptions,
     *,
-    sequences: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
     progress: Progress,
 ) -> list[Corpus]:
     """All corpora of a job as blocks of the model's token ids; warns of those with fewer blocks than usual.
@@ -43,14 +62,13 @@ def load_corpora(
     Args:
         corpora: see `parsed`.
         structure: of the model whose tokenizer is used.
-        sequences: blocks per corpus; None for up to 128.
-        length: tokens per block; None for 2048, or the model's positions if fewer.
-        seed: of the sample of blocks.
+        options: see `TextOptions`.
         progress: shows what is read.
 
     Raises:
         InputError: what `parsed` and `load_corpus` raise.
     """
+    sequences, length, seed = options.get("sequences"), options.get("length"), options.get("seed", 0)
     loaded = []
     for name, source in parsed(corpora).items():
         if isinstance(source, Corpus):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
+from moecover.checkpoints.structure import Structure
 from moecover.corpora.generation import cache_bytes, write_generated
 from moecover.corpora.packing import LENGTH, SEQUENCES, Corpus, load_corpus
 from moecover.errors import InputError, arg
 from moecover.progress import Progress, resolve
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import itemsizes, opened
-from moecover.runtime.passes import check_least, check_positive, passes
+from moecover.runtime.passes import Passes, RunOptions, check_known, check_least, passes
+from moecover.runtime.running import Running
 
 ENDING, NAME, BATCH_SIZE = ".jsonl", "self", 16
 
@@ -37,13 +41,9 @@ def generate(
     sequences: int | None = None,
     length: int | None = None,
     seed: int = 0,
-    batch_size: int | None = None,
     overwrite: bool = False,
-    dtype: str | None = None,
-    device: str | None = None,
-    memory_limit: int | str | None = None,
-    revision: str | None = None,
     progress: bool | Progress = True,
+    **options: Unpack[RunOptions],
 ) -> Corpus:
     """Have a model write its own calibration text (arXiv 2410.17170), for text that no named corpus has.
 
@@ -53,13 +53,9 @@ def generate(
         sequences: rows; None for 128.
         length: tokens per row; None for 2048, or the model's positions if fewer.
         seed: of the draws.
-        batch_size: rows at a time; None for 16.
         overwrite: replace a file that is there.
-        dtype: torch dtype by name; None for the checkpoint's.
-        device: torch device by name; None for a GPU where there is one.
-        memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
-        revision: branch, tag or commit of a hub model.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
+        **options: see `RunOptions`; batch size (rows at a time) 16 by default.
 
     Returns:
         The corpus, called ``self``.
@@ -70,29 +66,17 @@ def generate(
         MoecoverError: the disk is full.
     """
     shown, path = resolve(progress), Path(output)
-    check_positive(sequences=sequences)
+    check_known(options, RunOptions)
+    check_least(1, sequences=sequences)
     check_least(2, length=length)
-    check_positive(batch_size=batch_size)
     check_least(0, seed=seed)
     check_file(path, overwrite=overwrite)
-    how = passes(
-        batch_size=batch_size, dtype=dtype, device=device, memory_limit=memory_limit, default_batch_size=BATCH_SIZE
-    )
-    headers = described(checkpoint, revision=revision, progress=shown)
+    how = passes(options, batch_size=BATCH_SIZE)
+    headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     check_loadable(headers)
-    most = headers.checkpoint.text_config.get("max_position_embeddings")
-    tokens, rows = length or min(LENGTH, most or LENGTH), sequences or SEQUENCES
-    if most is not None and tokens > most:
-        raise InputError(
-            f"{arg('length', tokens)} is above the {most} positions of the model. Give {arg('length', most)} or less"
-        )
-    structure = fetched(headers, revision=revision, progress=shown)
-    at_once = min(how.batch_size, rows)
-    cache = cache_bytes(structure, tokens=at_once * tokens, itemsize=itemsizes(structure, how.dtype)[1])
-    with opened(
-        structure, tokens=rows * tokens, batch_tokens=at_once, dtype=how.dtype, device=how.device,
-        memory_limit=how.memory_limit, head=True, extra=cache, say=shown.say,
-    ) as model:  # fmt: skip
+    tokens, rows = _length(headers, length), sequences or SEQUENCES
+    structure = fetched(headers, revision=options.get("revision"), progress=shown)
+    with _opened(structure, rows, tokens, how, shown) as model:
         if model.by_layer:
             raise InputError(
                 f"{structure.checkpoint.name} does not fit into memory, and layer by layer all of it would be read for "
@@ -101,7 +85,48 @@ def generate(
             )
         with shown.bar("generating", rows * tokens) as advance:
             write_generated(
-                structure, model, path.resolve(), sequences=rows, length=tokens, seed=seed, batch_size=at_once,
-                advance=advance, say=shown.say,
-            )  # fmt: skip
+                structure,
+                model,
+                path.resolve(),
+                sequences=rows,
+                length=tokens,
+                seed=seed,
+                batch_size=min(how.batch_size, rows),
+                advance=advance,
+                say=shown.say,
+            )
     return load_corpus(NAME, path, structure=structure)
+
+
+def _length(headers: Structure, length: int | None) -> int:
+    """Tokens per row.
+
+    Raises:
+        InputError: more than the model has positions.
+    """
+    most = headers.checkpoint.text_config.get("max_position_embeddings")
+    tokens = length or min(LENGTH, most or LENGTH)
+    if most is not None and tokens > most:
+        raise InputError(
+            f"{arg('length', tokens)} is above the {most} positions of the model. Give {arg('length', most)} or less"
+        )
+    return tokens
+
+
+def _opened(
+    structure: Structure, rows: int, tokens: int, how: Passes, progress: Progress
+) -> contextlib.AbstractContextManager[Running]:
+    """The model, with room for its key-value cache."""
+    at_once = min(how.batch_size, rows)
+    cache = cache_bytes(structure, tokens=at_once * tokens, itemsize=itemsizes(structure, how.dtype)[1])
+    return opened(
+        structure,
+        tokens=rows * tokens,
+        batch_tokens=at_once,
+        dtype=how.dtype,
+        device=how.device,
+        memory_limit=how.memory_limit,
+        head=True,
+        extra=cache,
+        say=progress.say,
+    )

@@ -15,7 +15,7 @@ from moecover.corpora.sources import parse_corpora
 from moecover.errors import InputError, arg
 from moecover.files.atomic import check_output, locked
 from moecover.progress import Progress, resolve
-from moecover.runtime.passes import check_least, check_positive
+from moecover.runtime.passes import check_least
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def split(
         InputError: arguments out of range, a folder instead of one file, or text too short to be split.
     """
     shown, folder = resolve(progress), Path(output)
-    check_positive(sequences=sequences)
+    check_least(1, sequences=sequences)
     check_least(2, length=length, kinds=kinds)
     check_least(0, seed=seed)
     name, path = (corpus.name, "") if isinstance(corpus, Corpus) else _source(corpus)

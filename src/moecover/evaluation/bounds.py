@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.pieces import NOTHING
@@ -35,7 +35,7 @@ from moecover.profiling.artifact import Profile
 from moecover.progress import Progress, resolve
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened, parse_size
-from moecover.runtime.passes import Passes, check_positive, passes
+from moecover.runtime.passes import Passes, RunOptions, check_known, check_least, passes
 
 
 def keep_within_size(
@@ -88,13 +88,9 @@ def plan_within(
     windows: int | None = None,
     multiple_of: int | None = None,
     method: str | None = None,
-    options: Mapping[str, Any] = NOTHING,
-    batch_size: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    memory_limit: int | str | None = None,
-    revision: str | None = None,
+    method_options: Mapping[str, Any] = NOTHING,
     progress: bool | Progress = True,
+    **options: Unpack[RunOptions],
 ) -> Plan:
     """The plan with the fewest experts that keeps the perplexity of every held-out text within a bound.
 
@@ -107,13 +103,9 @@ def plan_within(
         windows: windows or blocks per text at most; None for 64.
         multiple_of: only multiples of this number of experts.
         method: name in `METHODS`; None for the default.
-        options: of the method, and ``protect_super_experts``.
-        batch_size: windows per forward pass; None for 1.
-        dtype: torch dtype by name; None for the profile's.
-        device: torch device by name; None for a GPU where there is one.
-        memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
-        revision: branch, tag or commit of a hub model.
+        method_options: of the method, and ``protect_super_experts``.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
+        **options: see `RunOptions`; batch size 1 and the profile's dtype by default.
 
     Returns:
         The plan; its ``found`` holds the bound, the texts and every point that was measured.
@@ -123,7 +115,7 @@ def plan_within(
         MoecoverError: no number of experts holds the bound.
     """
     shown, name = resolve(progress), default_method().name if method is None else method
-    check_options(name, {key: value for key, value in options.items() if key not in ROUND_OPTIONS})
+    check_options(name, {key: value for key, value in method_options.items() if key not in ROUND_OPTIONS})
     made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     most = max_perplexity_increase
     if isinstance(most, str):
@@ -133,29 +125,28 @@ def plan_within(
             f"{arg('texts')} and {arg('corpora')} exclude each other: the one is held-out text, the other finds some "
             "in the calibration text"
         )
-    check_positive(windows=windows)
+    check_known(options, RunOptions)
+    check_least(1, windows=windows)
     named = parsed_texts(texts)
     given = {
         key: None if isinstance(path, Corpus) else path for key, path in (parsed(corpora) if corpora else {}).items()
     }
     files: Mapping[str, str | None] = {} if named else check_held_out(made.corpora, given)
-    how = passes(
-        batch_size=batch_size, dtype=dtype or made.settings["dtype"], device=device, memory_limit=memory_limit,
-        default_batch_size=1,
-    )  # fmt: skip
+    options["dtype"] = options.get("dtype") or made.settings["dtype"]
+    how = passes(options, batch_size=1)
     keeps = possible_keeps(
-        made, multiple_of=multiple_of, protect_super_experts=bool(options.get("protect_super_experts"))
+        made, multiple_of=multiple_of, protect_super_experts=bool(method_options.get("protect_super_experts"))
     )
-    headers = described(model, revision=revision, progress=shown)
+    headers = described(model, revision=options.get("revision"), progress=shown)
     check_loadable(headers)
-    structure = fetched(headers, revision=revision, progress=shown)
+    structure = fetched(headers, revision=options.get("revision"), progress=shown)
     if structure.model_fingerprint != made.model["fingerprint"]:
         raise InputError(
             f"the profile is of another model ({made.model['name']}), not of {structure.checkpoint.name}: "
             f"topology or routers differ. Give the {arg('model')} that was profiled"
         )
     loaded = _texts(made, named, files, structure, windows or BLOCKS, shown)
-    return _found(made, structure, loaded, name, options, keeps=keeps, most=most, how=how, progress=shown)
+    return _found(made, structure, loaded, name, method_options, keeps=keeps, most=most, how=how, progress=shown)
 
 
 def _texts(
@@ -174,7 +165,8 @@ def _texts(
         share = overlap(text, [record for records in profile.corpora.values() for record in records])
         if share >= WORTH_SAYING:
             progress.say(
-                f"note: {share:.0%} of the text {text.name} is also in the calibration text: its perplexity says little "
+                f"note: {share:.0%} of the text {text.name} is also in the calibration text: its perplexity "
+                "says little "
                 "about other text"
             )
         progress.say(f"held out: {text.num_tokens:,} tokens of {text.name}")
@@ -195,13 +187,25 @@ def _found(
 ) -> Plan:
     """Open the model as it fits, and search."""
     with opened(
-        structure, tokens=sum(text.num_tokens for text in texts) * (1 + TOGETHER), head=True,
-        batch_tokens=how.batch_size * max(text.tokens.shape[1] for text in texts), dtype=how.dtype, device=how.device,
-        memory_limit=how.memory_limit, say=progress.say,
-    ) as model:  # fmt: skip
+        structure,
+        tokens=sum(text.num_tokens for text in texts) * (1 + TOGETHER),
+        head=True,
+        batch_tokens=how.batch_size * max(text.tokens.shape[1] for text in texts),
+        dtype=how.dtype,
+        device=how.device,
+        memory_limit=how.memory_limit,
+        say=progress.say,
+    ) as model:
         more: dict[str, Any] = {"model": model, "structure": structure} if METHODS[method].runs_experts else {}
         return find(
-            profile, structure, lambda asked: plan_budgets(profile, method=method, keeps=asked, **more, **options),
-            keeps=keeps, most=most, model=model, texts=texts, batch_size=how.batch_size, bar=progress.bar,
+            profile,
+            structure,
+            lambda asked: plan_budgets(profile, method=method, keeps=asked, **more, **options),
+            keeps=keeps,
+            most=most,
+            model=model,
+            texts=texts,
+            batch_size=how.batch_size,
+            bar=progress.bar,
             say=progress.say,
-        )  # fmt: skip
+        )

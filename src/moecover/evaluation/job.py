@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
@@ -22,10 +23,28 @@ from moecover.planning.artifact import Plan, check_plan
 from moecover.progress import Progress, resolve
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened
-from moecover.runtime.passes import Passes, check_positive, passes
+from moecover.runtime.passes import Passes, RunOptions, check_known, check_least, passes
 
 Texts = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
 Plans = Mapping[str, Plan | str | PathLike[str]] | Sequence[str | PathLike[str]]
+
+
+class TaskOptions(TypedDict, total=False):
+    """Keyword arguments on tasks.
+
+    Attributes:
+        data_dir: folder with the tasks' documents, instead of the hub.
+        include_path: folder with task definitions of your own.
+        limit: documents per task at most.
+    """
+
+    data_dir: Path | None
+    include_path: Path | None
+    limit: int | None
+
+
+class EvaluateOptions(RunOptions, TaskOptions, total=False):
+    """Keyword arguments of `evaluate`."""
 
 
 def parsed_texts(texts: Texts) -> dict[str, str | Corpus | None]:
@@ -101,17 +120,10 @@ def evaluate(
     tasks: Sequence[str] = (),
     output: str | Path | None = None,
     overwrite: bool = False,
-    data_dir: Path | None = None,
-    include_path: Path | None = None,
-    limit: int | None = None,
     windows: int | None = None,
     length: int | None = None,
-    batch_size: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    memory_limit: int | str | None = None,
-    revision: str | None = None,
     progress: bool | Progress = True,
+    **options: Unpack[EvaluateOptions],
 ) -> Evaluation:
     """Measure a model and plans of it: perplexity on held-out text, closeness to the model, zero-shot tasks.
 
@@ -124,17 +136,10 @@ def evaluate(
         tasks: names of tasks of lm-evaluation-harness.
         output: folder for the evaluation; None for none.
         overwrite: replace an evaluation that is there.
-        data_dir: folder with the tasks' documents, instead of the hub.
-        include_path: folder with task definitions of your own.
-        limit: documents per task at most.
         windows: windows per text at most; None for 256.
         length: tokens per window; None for 2048, or the model's positions if fewer.
-        batch_size: windows or requests per forward pass; None for 1.
-        dtype: torch dtype by name; None for the checkpoint's.
-        device: torch device by name; None for a GPU where there is one.
-        memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
-        revision: branch, tag or commit of a hub model.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
+        **options: see `RunOptions` (batch size 1 by default) and `TaskOptions`.
 
     Returns:
         A row for the model and one for every plan.
@@ -146,34 +151,52 @@ def evaluate(
     shown, named = resolve(progress), parsed_texts(texts)
     if not tasks and not named:
         raise InputError(f"nothing to measure. Give {arg('texts')} (NAME or NAME=PATH), {arg('tasks')}, or both")
-    check_positive(limit=limit, windows=windows, length=length, batch_size=batch_size)
-    how = passes(batch_size=batch_size, dtype=dtype, device=device, memory_limit=memory_limit, default_batch_size=1)
+    check_known(options, EvaluateOptions)
+    check_least(1, limit=options.get("limit"), windows=windows, length=length)
+    how = passes(options, batch_size=1)
     if output is not None:
         check_output(Path(output), overwrite=overwrite, marker=FILE)
     variants = named_plans(plans)
-    headers = described(checkpoint, revision=revision, progress=shown)
+    headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     check_loadable(headers)
     for plan in variants.values():
         check_plan(plan, headers)
-    structure = fetched(headers, revision=revision, progress=shown)
+    structure = fetched(headers, revision=options.get("revision"), progress=shown)
     loaded = load_texts(named, structure, length=length, windows=windows, progress=shown)
-    for text in loaded:
-        for row, share in overlaps(text, variants, structure).items():
-            shown.say(
-                f"note: {share:.0%} of the text {text.name} is also in the calibration text of "
-                f"{structure.checkpoint.name if row == FULL else row}: its perplexity says little about other text"
-            )
-    found_tasks = None
-    if tasks:
-        with shown.spinner("reading the tasks"):
-            found_tasks = resolve_tasks(
-                list(tasks), tokenizer=load_tokenizer(structure.checkpoint.path), data_dir=data_dir,
-                include_path=include_path, limit=limit, batch_size=how.batch_size,
-            )  # fmt: skip
+    _note_overlaps(loaded, variants, structure, shown)
+    found_tasks = _tasks(tasks, structure, options, how, shown) if tasks else None
     found = _measured(structure, variants, loaded, found_tasks, how, shown)
     if output is not None:
         found.save(Path(output))
     return found
+
+
+def _note_overlaps(
+    texts: Sequence[Corpus], plans: Mapping[str, Plan], structure: Structure, progress: Progress
+) -> None:
+    """Say where calibration text is in the text that is measured on."""
+    for text in texts:
+        for row, share in overlaps(text, plans, structure).items():
+            name = structure.checkpoint.name if row == FULL else row
+            progress.say(
+                f"note: {share:.0%} of the text {text.name} is also in the calibration text of {name}: its perplexity "
+                "says little about other text"
+            )
+
+
+def _tasks(
+    names: Sequence[str], structure: Structure, options: EvaluateOptions, how: Passes, progress: Progress
+) -> Tasks:
+    """The tasks in the model's tokens."""
+    with progress.spinner("reading the tasks"):
+        return resolve_tasks(
+            list(names),
+            tokenizer=load_tokenizer(structure.checkpoint.path),
+            data_dir=options.get("data_dir"),
+            include_path=options.get("include_path"),
+            limit=options.get("limit"),
+            batch_size=how.batch_size,
+        )
 
 
 def _measured(
@@ -191,9 +214,16 @@ def _measured(
     if tasks is not None:
         in_parts = (tasks.num_tokens() * variants, -(-tasks.num_requests // how.batch_size) * variants)
     with opened(
-        structure, tokens=sum(text.num_tokens for text in texts) * variants, batch_tokens=how.batch_size * longest,
-        in_parts=in_parts, dtype=how.dtype, device=how.device, memory_limit=how.memory_limit, head=True, say=progress.say,
-    ) as model:  # fmt: skip
+        structure,
+        tokens=sum(text.num_tokens for text in texts) * variants,
+        batch_tokens=how.batch_size * longest,
+        in_parts=in_parts,
+        dtype=how.dtype,
+        device=how.device,
+        memory_limit=how.memory_limit,
+        head=True,
+        say=progress.say,
+    ) as model:
         return run_evaluation(
             structure, plans, model=model, texts=texts, tasks=tasks, batch_size=how.batch_size, bar=progress.bar
         )

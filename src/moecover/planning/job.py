@@ -169,7 +169,18 @@ def plan(
     check_search(name, made, model)
     count = resolve_keep(made.topology, keep=keep, retain=retain, multiple_of=multiple_of)
     shown = resolve(progress)
-    return plans(made, [count], method=name, options=options, model=model, structure=structure, dtype=dtype, device=device, revision=revision, progress=shown)[0]  # fmt: skip
+    return plans(
+        made,
+        [count],
+        method=name,
+        options=options,
+        model=model,
+        structure=structure,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        progress=shown,
+    )[0]
 
 
 def plan_line(plan: Plan, experts: int) -> str:

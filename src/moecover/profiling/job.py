@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
-from moecover.corpora.loading import Corpora, load_corpora, parsed
+from moecover.corpora.loading import Corpora, JobOptions, load_corpora, parsed
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.files.atomic import PARTIAL, locked
@@ -25,7 +25,7 @@ from moecover.runtime.distributed import ALONE, World, joined, own_device, wait_
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.pass_state import kept_for_later, of_process, remove, remove_all
-from moecover.runtime.passes import Passes, check_positive, passes
+from moecover.runtime.passes import Passes, check_known, check_least, passes
 from moecover.runtime.running import Running, running
 from moecover.text import size_text
 
@@ -48,6 +48,31 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 def scratch_beside(output: Path, what: str) -> Path:
     """The hidden folder beside an output where an interrupted job of it keeps its state."""
     return output.with_name(f".{output.name}.{what}{PARTIAL}")
+
+
+def _opened(
+    structure: Structure,
+    corpora: Sequence[Corpus],
+    how: Passes,
+    *,
+    extra: int,
+    state: Path | None,
+    here: World,
+    progress: Progress,
+) -> contextlib.AbstractContextManager[Running]:
+    """The model of a pass over corpora, in memory where it fits."""
+    return opened(
+        structure,
+        tokens=-(-sum(corpus.num_tokens for corpus in corpora) // here.size),
+        batch_tokens=how.batch_size * max(corpus.tokens.shape[1] for corpus in corpora),
+        dtype=how.dtype,
+        device=own_device(here, how.device),
+        memory_limit=how.memory_limit,
+        extra=extra,
+        processes=here.local_size,
+        scratch=state,
+        say=progress.say,
+    )
 
 
 @contextlib.contextmanager
@@ -83,28 +108,16 @@ def profiled(
         MoecoverError: the disk is full, or another process is gone.
     """
     state = of_process(scratch, here.rank) if scratch is not None and here.size > 1 else scratch
-    tokens = -(-sum(c.num_tokens for c in corpora) // here.size)
     inputs = (keep_inputs, folder) if keep_inputs is not None and folder is not None else None
-    sample = sample_of(corpora, inputs[0]) if inputs is not None else []
+    if inputs is not None:
+        sample_of(corpora, inputs[0])
     with contextlib.ExitStack() as stack:
         if state is not None:
             stack.enter_context(kept_for_later(state))
         if model is None:
-            batch_tokens = how.batch_size * max(c.tokens.shape[1] for c in corpora)
-            opening = opened(
-                structure, tokens=tokens, batch_tokens=batch_tokens, dtype=how.dtype, device=own_device(here, how.device),
-                memory_limit=how.memory_limit, extra=extra, processes=here.local_size, scratch=state, say=progress.say,
-            )  # fmt: skip
+            opening = _opened(structure, corpora, how, extra=extra, state=state, here=here, progress=progress)
             model = stack.enter_context(opening)
-        if sample:
-            layers, kept = len(structure.topology.decoder_layers), sum(c.num_tokens for c in sample)
-            size = size_text(num_bytes(sample, layers, structure.topology.hidden_size, model.dtype.itemsize))
-            progress.say(f"saving the inputs of {layers} layers for {kept:,} tokens: {size} in {folder}")
-        with progress.bar("profiling", tokens) as advance:
-            made = run_profile(
-                structure, corpora, model=model, batch_size=how.batch_size, keep_inputs=inputs, state=state, here=here,
-                advance=advance, say=progress.say,
-            )  # fmt: skip
+        made = _passed(structure, corpora, how, model, inputs, state, here, progress)
         if folder is not None and here.rank == 0:
             made.save(folder)
         wait_for_all(here)
@@ -115,6 +128,36 @@ def profiled(
             remove_all(scratch)
 
 
+def _passed(
+    structure: Structure,
+    corpora: Sequence[Corpus],
+    how: Passes,
+    model: Running,
+    inputs: tuple[int, Path] | None,
+    state: Path | None,
+    here: World,
+    progress: Progress,
+) -> Profile:
+    """The pass itself, under a bar; says first what the saved inputs will take on disk."""
+    if inputs is not None:
+        sample, layers = sample_of(corpora, inputs[0]), len(structure.topology.decoder_layers)
+        size = size_text(num_bytes(sample, layers, structure.topology.hidden_size, model.dtype.itemsize))
+        kept = sum(corpus.num_tokens for corpus in sample)
+        progress.say(f"saving the inputs of {layers} layers for {kept:,} tokens: {size} in {inputs[1]}")
+    with progress.bar("profiling", -(-sum(corpus.num_tokens for corpus in corpora) // here.size)) as advance:
+        return run_profile(
+            structure,
+            corpora,
+            model=model,
+            batch_size=how.batch_size,
+            keep_inputs=inputs,
+            state=state,
+            here=here,
+            advance=advance,
+            say=progress.say,
+        )
+
+
 def profile(
     checkpoint: Model,
     /,
@@ -123,38 +166,23 @@ def profile(
     output: str | Path | None = None,
     overwrite: bool = False,
     model: torch.nn.Module | Running | None = None,
-    sequences: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
     keep_inputs: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    memory_limit: int | str | None = None,
-    revision: str | None = None,
     here: World = ALONE,
     progress: bool | Progress = True,
+    **options: Unpack[JobOptions],
 ) -> Profile:
     """Profile a model on corpora that are kept apart: one forward pass over each, statistics of every expert.
 
     Args:
         checkpoint: folder, hub id (``owner/name``), or a structure from `read_structure`.
         corpora: names (``"c4"``), ``"NAME=PATH"``, corpora from `load_corpus`, or a mapping from names to files.
-        output: folder for profile.safetensors, None for none. With one, an interrupted pass resumes when the same call
-            runs again.
+        output: folder for profile.safetensors; an interrupted pass resumes when the same call runs again.
         overwrite: replace a profile that is there.
         model: the live model from `load_model`; None opens it, layer by layer where it does not fit.
-        sequences: blocks per corpus; None for up to 128.
-        length: tokens per block; None for 2048, or the model's positions if fewer.
-        seed: of the sample of blocks.
-        batch_size: sequences per forward pass; None for 4.
         keep_inputs: save the expert layers' inputs for this many tokens, for methods that run the experts.
-        dtype: torch dtype by name; None for the checkpoint's.
-        device: torch device by name; None for a GPU where there is one.
-        memory_limit: memory that may be used, in bytes or as text (``"4GB"``); None for nine tenths of what is free.
-        revision: branch, tag or commit of a hub model.
         here: this process among others under torchrun.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
+        **options: see `RunOptions` (batch size 4 by default) and `TextOptions`.
 
     Returns:
         The profile: additive statistics ``[layer, expert]`` by corpus.
@@ -164,8 +192,9 @@ def profile(
         MoecoverError: the disk is full, or another process is gone.
     """
     shown, folder = resolve(progress), None if output is None else Path(output)
-    how = passes(batch_size=batch_size, dtype=dtype, device=device, memory_limit=memory_limit)
-    check_positive(sequences=sequences, length=length, keep_inputs=keep_inputs)
+    check_known(options, JobOptions)
+    how = passes(options)
+    check_least(1, sequences=options.get("sequences"), length=options.get("length"), keep_inputs=keep_inputs)
     parsed(corpora)
     if keep_inputs is not None:
         check_alone(here)
@@ -173,18 +202,26 @@ def profile(
             raise InputError(f"{arg('keep_inputs', keep_inputs)} has no folder to save them in: give {arg('output')}")
     if folder is not None:
         check_output(folder, overwrite=overwrite)
-    headers = described(checkpoint, revision=revision, progress=shown)
+    headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     if model is None:
         check_loadable(headers)
     held = locked(folder.resolve()) if folder is not None and here.rank == 0 else contextlib.nullcontext()
     with held, joined(here, own_device(here, how.device)):
-        structure = fetched(headers, revision=revision, progress=shown)
-        loaded = load_corpora(corpora, structure, sequences=sequences, length=length, seed=seed, progress=shown)
+        structure = fetched(headers, revision=options.get("revision"), progress=shown)
+        loaded = load_corpora(corpora, structure, options, progress=shown)
+        live = None if model is None else running(model, structure)
+        scratch = None if folder is None else scratch_beside(folder, "profile")
         with profiled(
-            structure, loaded, how, model=None if model is None else running(model, structure), folder=folder,
-            scratch=None if folder is None else scratch_beside(folder, "profile"), keep_inputs=keep_inputs, here=here,
+            structure,
+            loaded,
+            how,
+            model=live,
+            folder=folder,
+            scratch=scratch,
+            keep_inputs=keep_inputs,
+            here=here,
             progress=shown,
-        ) as (made, _):  # fmt: skip
+        ) as (made, _):
             return made
 
 

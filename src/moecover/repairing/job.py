@@ -8,11 +8,11 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
-from moecover.corpora.loading import Corpora, load_corpora, parsed
+from moecover.corpora.loading import Corpora, JobOptions, load_corpora, parsed
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan, check_plan
@@ -24,7 +24,7 @@ from moecover.repairing.store import repair as repair_to_files
 from moecover.repairing.targets import check_dtype, check_stored
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened
-from moecover.runtime.passes import Passes, check_positive, passes
+from moecover.runtime.passes import Passes, check_known, check_least, passes
 from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:
@@ -98,14 +98,29 @@ def repaired(
         extra = memory_beside(structure, keep=plan.keep, tokens=tokens, dtype=how.dtype)
         batch_tokens = how.batch_size * max(c.tokens.shape[1] for c in sample)
         opening = opened(
-            structure, tokens=sum(c.num_tokens for c in sample), batch_tokens=batch_tokens, dtype=how.dtype,
-            device=how.device, memory_limit=how.memory_limit, extra=extra, say=progress.say,
-        )  # fmt: skip
+            structure,
+            tokens=sum(c.num_tokens for c in sample),
+            batch_tokens=batch_tokens,
+            dtype=how.dtype,
+            device=how.device,
+            memory_limit=how.memory_limit,
+            extra=extra,
+            say=progress.say,
+        )
     with progress.bar("repairing", len(plan.layers), unit="layers") as advance:
         return repair_to_files(
-            structure, plan, sample, model=opening, kind=kind, folder=folder, batch_size=how.batch_size,
-            dtype=how.dtype, device=how.device, advance=advance, say=progress.say,
-        )  # fmt: skip
+            structure,
+            plan,
+            sample,
+            model=opening,
+            kind=kind,
+            folder=folder,
+            batch_size=how.batch_size,
+            dtype=how.dtype,
+            device=how.device,
+            advance=advance,
+            say=progress.say,
+        )
 
 
 def repair(
@@ -118,16 +133,9 @@ def repair(
     tokens: int | None = None,
     folder: str | Path | None = None,
     model: torch.nn.Module | Running | None = None,
-    sequences: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    memory_limit: int | str | None = None,
-    revision: str | None = None,
     other_weights: bool = False,
     progress: bool | Progress = True,
+    **options: Unpack[JobOptions],
 ) -> Repaired:
     """Refit the down projections of the experts that stay, in closed form on calibration text.
 
@@ -140,16 +148,9 @@ def repair(
         folder: where finished layers are kept, so that an interrupted repair resumes; None for a temporary folder that
             lasts as long as the result.
         model: the live model from `load_model`; None opens it, layer by layer where it does not fit.
-        sequences: blocks per corpus; None for up to 128.
-        length: tokens per block; None for 2048, or the model's positions if fewer.
-        seed: of the sample of blocks.
-        batch_size: sequences per forward pass; None for 4.
-        dtype: torch dtype by name; None for the checkpoint's.
-        device: torch device by name; None for a GPU where there is one.
-        memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
-        revision: branch, tag or commit of a hub model.
         other_weights: accept a plan made on other weights of the same shape.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
+        **options: see `RunOptions` (batch size 4 by default) and `TextOptions`.
 
     Returns:
         The repair, to be given to `prune` as ``repaired=`` with the same plan.
@@ -159,16 +160,17 @@ def repair(
         MoecoverError: the disk is full.
     """
     check_kind(kind)
-    check_positive(tokens=tokens, sequences=sequences, length=length)
-    how, shown = passes(batch_size=batch_size, dtype=dtype, device=device, memory_limit=memory_limit), resolve(progress)
+    check_known(options, JobOptions)
+    check_least(1, tokens=tokens, sequences=options.get("sequences"), length=options.get("length"))
+    how, shown = passes(options), resolve(progress)
     parsed(corpora)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
-    headers = described(checkpoint, revision=revision, progress=shown)
+    headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     check_stored(headers)
     check_loadable(headers)
     check_plan(chosen, headers, other_weights=other_weights)
-    structure = fetched(headers, revision=revision, progress=shown)
-    loaded = load_corpora(corpora, structure, sequences=sequences, length=length, seed=seed, progress=shown)
+    structure = fetched(headers, revision=options.get("revision"), progress=shown)
+    loaded = load_corpora(corpora, structure, options, progress=shown)
     place = Path(tempfile.mkdtemp(prefix="moecover-repair-")) if folder is None else Path(folder)
     live = None if model is None else running(model, structure)
     with kept_for_later(place):

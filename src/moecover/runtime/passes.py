@@ -1,12 +1,33 @@
-"""How forward passes run on this machine: the arguments that every job with a model takes, checked before anything is read."""
+"""How a model runs on this machine: the keyword arguments that every job with a model takes, checked before anything is read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 from moecover.errors import InputError, arg
 from moecover.runtime.loading import check_device
 from moecover.runtime.memory import parse_size
+
+
+class RunOptions(TypedDict, total=False):
+    """Keyword arguments of every job that runs a model.
+
+    Attributes:
+        batch_size: sequences per forward pass; each job has its own default.
+        dtype: torch dtype by name (``bfloat16``, ``float16``, ``float32``); None or ``auto`` for the checkpoint's.
+        device: torch device by name; None or ``auto`` for a GPU where there is one.
+        memory_limit: memory that may be used, in bytes or as text (``"4GB"``); None for nine tenths of what is free. A
+            model that does not fit runs layer by layer.
+        revision: branch, tag or commit of a hub model.
+    """
+
+    batch_size: int | None
+    dtype: str | None
+    device: str | None
+    memory_limit: int | str | None
+    revision: str | None
 
 
 @dataclass(frozen=True)
@@ -26,33 +47,38 @@ class Passes:
     memory_limit: int | None = None
 
 
-def passes(
-    *,
-    batch_size: int | None,
-    dtype: str | None = None,
-    device: str | None = None,
-    memory_limit: int | str | None = None,
-    default_batch_size: int = 4,
-) -> Passes:
-    """The arguments of a job as `Passes`, defaults filled in.
+def passes(options: RunOptions, *, batch_size: int = 4) -> Passes:
+    """A job's options as `Passes`.
+
+    Args:
+        options: as given.
+        batch_size: the job's default.
 
     Raises:
         InputError: a value out of range, an unknown dtype, a size that cannot be read, or a device that is not available.
     """
-    check_positive(batch_size=batch_size)
-    dtype, device = dtype or "auto", device or "auto"
+    check_least(1, batch_size=options.get("batch_size"))
+    dtype, device = options.get("dtype") or "auto", options.get("device") or "auto"
     check_device(dtype, device)
-    limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
-    return Passes(batch_size or default_batch_size, dtype, device, limit)
+    limit = options.get("memory_limit")
+    return Passes(
+        options.get("batch_size") or batch_size, dtype, device, parse_size(limit) if isinstance(limit, str) else limit
+    )
 
 
-def check_positive(**counts: int | None) -> None:
-    """Refuse counts below 1; None stands for a default.
+def check_known(options: Mapping[str, object], kind: type) -> None:
+    """Refuse keyword arguments that a job does not take, as Python does for those that are spelled out.
+
+    Args:
+        options: as given.
+        kind: a TypedDict.
 
     Raises:
-        InputError: names the argument.
+        TypeError: names the argument.
     """
-    check_least(1, **counts)
+    known = {name for base in (kind, *kind.__mro__) for name in getattr(base, "__annotations__", {})}
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}. Known: {', '.join(sorted(known))}")
 
 
 def check_least(least: int, **counts: int | None) -> None:
