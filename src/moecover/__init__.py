@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
     from moecover.corpora.sources import CORPORA
     from moecover.errors import InputError, MoecoverError
-    from moecover.evaluation.run import perplexity
+    from moecover.evaluation.perplexity import perplexity
     from moecover.planning.artifact import LayerPlan, Plan
     from moecover.planning.masking import masked
     from moecover.planning.run import METHODS, plan, plan_budgets, super_experts
@@ -70,7 +70,7 @@ _MODULE_OF = {
     "LayerPlan": "planning.artifact",
     "prune": "pruning.writer",
     "masked": "planning.masking",
-    "perplexity": "evaluation.run",
+    "perplexity": "evaluation.perplexity",
     "verify": "verification.verify",
     "report": "reporting.page",
     "MoecoverError": "errors",

@@ -65,15 +65,8 @@ def found_plan(args: argparse.Namespace, profile: Profile, method: str, options:
     from moecover.corpora.overlap import WORTH_SAYING, overlap
     from moecover.corpora.sources import parse_corpora
     from moecover.corpora.windows import load_windows
-    from moecover.evaluation.budget_search import (
-        BLOCKS,
-        TOGETHER,
-        check_held_out,
-        find,
-        held_out,
-        parse_percent,
-        possible_keeps,
-    )
+    from moecover.evaluation.budget_search import TOGETHER, find, parse_percent, possible_keeps
+    from moecover.evaluation.held_out import BLOCKS, check_held_out, held_out
     from moecover.planning.run import plan_budgets, runs_experts
     from moecover.runtime.loading import check_device
     from moecover.runtime.memory import opened

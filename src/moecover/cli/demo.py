@@ -24,7 +24,7 @@ from moecover.checkpoints.shipped import DEFAULT, shipped_model
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus, load_corpus
 from moecover.errors import MoecoverError
-from moecover.evaluation.run import perplexity
+from moecover.evaluation.perplexity import perplexity
 from moecover.files.atomic import check_output, new_folder, write_text
 from moecover.planning.artifact import Plan, keep_all
 from moecover.planning.explaining.facts import explain
