@@ -23,7 +23,7 @@ from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
 from moecover.cli.demo import LENGTH
 from moecover.corpora.packing import Corpus, load_corpus
-from moecover.evaluation.run import perplexity
+from moecover.evaluation.perplexity import perplexity
 from moecover.planning.artifact import Plan, keep_all
 from moecover.planning.masking import masked
 from moecover.planning.options import PROTECT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,16 +35,19 @@ def cell_text(value: Cell) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def markdown_table(rows: Sequence[Mapping[str, Cell]], *, columns: Sequence[str] | None = None) -> str:
+def markdown_table(
+    rows: Sequence[Mapping[str, Cell]], *, columns: Sequence[str] | None = None, right: Collection[str] = ()
+) -> str:
     """Rows as a markdown table: columns of numbers to the right; ``|`` in a cell is escaped.
 
     Args:
         rows: by column; a missing cell is empty.
         columns: which, in order; those of the first row where not given.
+        right: columns to align right although their cells are text.
     """
     names = list(columns if columns is not None else rows[0] if rows else ())
     lines = ["| " + " | ".join(names) + " |"]
-    lines.append("|" + "|".join("---:" if _numeric(rows, name) else "---" for name in names) + "|")
+    lines.append("|" + "|".join("---:" if name in right or _numeric(rows, name) else "---" for name in names) + "|")
     for row in rows:
         cells = (cell_text(row.get(name)).replace("|", "\\|").replace("\n", " ") for name in names)
         lines.append("| " + " | ".join(cells) + " |")

@@ -18,7 +18,7 @@ from moecover.checkpoints.structure import read_structure
 from moecover.cli.demo import HELD_OUT, RUNS, markdown_table, rows_from_json
 from moecover.cli.main import main
 from moecover.corpora.packing import load_corpus, load_tokenizer
-from moecover.evaluation.run import perplexity
+from moecover.evaluation.perplexity import perplexity
 from moecover.planning.artifact import keep_all
 from moecover.planning.masking import masked
 from moecover.profiling.run import profile

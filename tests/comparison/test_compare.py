@@ -29,7 +29,7 @@ from moecover.comparison.worker import Evaluating, Failure, Finished
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
-from moecover.evaluation.run import perplexity
+from moecover.evaluation.perplexity import perplexity
 from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
 from moecover.profiling.artifact import Profile

@@ -19,7 +19,7 @@ from moecover.corpora.overlap import overlap
 from moecover.corpora.packing import load_corpus, load_unused
 from moecover.errors import InputError
 from moecover.evaluation.budget_search import BELOW, largest_within, parse_percent, possible_keeps, smallest
-from moecover.evaluation.run import perplexity
+from moecover.evaluation.perplexity import perplexity
 from moecover.planning.artifact import Plan
 from moecover.planning.keep import allowed_keeps, resolve_keep
 from moecover.planning.masking import masked

@@ -19,7 +19,8 @@ from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.artifact import Evaluation
-from moecover.evaluation.run import evaluate, score
+from moecover.evaluation.perplexity import score
+from moecover.evaluation.run import evaluate
 from moecover.evaluation.tasks import Tasks, resolve
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.masking import masked, masked_layers

@@ -24,7 +24,8 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli import main as cli
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
-from moecover.evaluation.run import evaluate, perplexity
+from moecover.evaluation.perplexity import perplexity
+from moecover.evaluation.run import evaluate
 from moecover.planning.masking import masked
 from moecover.planning.run import plan, plan_budgets
 from moecover.profiling.artifact import Profile

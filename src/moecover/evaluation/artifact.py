@@ -6,21 +6,91 @@ A row is one variant of one model: the model itself, or a plan of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
 from moecover.errors import InputError
 from moecover.files.atomic import new_folder, write_text
+from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    Items = dict[str, dict[str, dict[str, NDArray[np.float64]]]]
+    Windows = dict[str, dict[str, NDArray[np.float64]]]
+
 FILE, ITEMS, WINDOWS = "evaluation.json", "items.parquet", "windows.parquet"
 FULL = "full"  # name of the row of the model itself
+SCHEMA = 1
+
+
+class ModelRecord(TypedDict):
+    """The model that was evaluated, and how it ran; ``num_bytes`` of its checkpoint, ``layers`` with experts."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    family: str
+    dtype: str
+    device: str
+    num_bytes: int
+    experts: int
+    top_k: int
+    layers: int
+
+
+class TokenizerRecord(TypedDict):
+    """The tokenizer of a text; perplexities of different ones do not compare."""
+
+    sha256: str
+    entries: int
+
+
+class TextRecord(TypedDict):
+    """A held-out text: the record of its `Corpus`, and the share of it that calibration text holds too, by row.
+
+    ``overlap`` has the rows where that share is worth mentioning, see `corpora.overlap`.
+    """
+
+    source: str
+    sha256: str
+    tokens: int
+    sequences: int
+    sketch: str
+    overlap: dict[str, float]
+    length: NotRequired[int]
+    split: NotRequired[str]
+    tokenizer: NotRequired[TokenizerRecord]
+    seed: NotRequired[int]
+    left_by: NotRequired[str]
+    blocks_left: NotRequired[int]
+
+
+class TaskRecord(TypedDict):
+    """A task as it was run; ``metric`` enters the mean of tasks, ``data`` is where its documents come from."""
+
+    version: list[str | int | float]
+    num_fewshot: int
+    items: int
+    metrics: list[str]
+    metric: str
+    parts: int
+    data: str
+    harness: str
+
+
+class PlanRecord(TypedDict):
+    """The plan of a row; ``fingerprint`` is `planning.artifact.kept_hash`, ``repair`` the kind of repair, if any."""
+
+    method: str
+    options: dict[str, Any]
+    keep: int
+    fingerprint: str
+    repair: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -33,7 +103,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TextResult:
-    """What a row gives on one text.
+    """The result of a row on one text.
 
     Attributes:
         perplexity: exp of ``nll``.
@@ -41,7 +111,7 @@ class TextResult:
         tokens: scored tokens.
         windows: windows of text.
         kl: mean over the scored tokens of KL(model itself || row), in nats; None for the model itself.
-        top1: share of the scored tokens where row and model itself find the same token the most likely; None likewise.
+        top1: share of the scored tokens where row and model itself have the same most likely token; None likewise.
     """
 
     perplexity: float
@@ -58,7 +128,7 @@ class Row:
 
     Attributes:
         name: ``full`` or the plan's name.
-        plan: method, options, keep, path and fingerprint of the plan; None for the model itself.
+        plan: None for the model itself.
         keep: experts per layer that remain.
         experts: experts per layer of the model.
         num_bytes: size of the checkpoint that it stands for.
@@ -67,7 +137,7 @@ class Row:
     """
 
     name: str
-    plan: dict[str, Any] | None
+    plan: PlanRecord | None
     keep: int
     experts: int
     num_bytes: int
@@ -75,32 +145,64 @@ class Row:
     tasks: dict[str, dict[str, Score]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What one run of `evaluate` found.
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
+    """The results of one run of `evaluate`.
 
     Attributes:
-        model: name, revision, fingerprint, family, dtype, device, num_bytes, experts, top_k, layers.
-        texts: by text: its record, windows, tokeniser, and what of the calibration text is in it.
-        tasks: by task: version, num_fewshot, items, metrics, metric (the one of the mean), data, harness.
+        model: the model that was evaluated.
+        texts: record of every held-out text, by name.
+        tasks: record of every task, by name.
         rows: one a variant.
-        items: by row, task and metric: float64 [item], in the order of the task's documents.
-        windows: by row and text: float64 [window, 2], summed negative log-likelihood and scored tokens.
+        items: by row, task and metric: float64 ``[item]``, in the order of the task's documents.
+        windows: by row and text: float64 ``[window, 2]``, summed negative log-likelihood and scored tokens.
     """
 
-    model: dict[str, Any]
-    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: ModelRecord
+    texts: dict[str, TextRecord] = field(default_factory=dict)
+    tasks: dict[str, TaskRecord] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    items: dict[str, dict[str, dict[str, NDArray[np.float64]]]] = field(default_factory=dict)
-    windows: dict[str, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
+    items: Items = field(default_factory=dict)
+    windows: Windows = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def summary(self) -> str:
+        """Model, number of variants, texts and tasks in one line."""
+        number = len(self.rows)
+        parts = [self.model["name"], f"{number} variant{'' if number == 1 else 's'}"]
+        parts += [
+            f"{what}: {', '.join(names)}" for what, names in (("texts", self.texts), ("tasks", self.tasks)) if names
+        ]
+        return "; ".join(parts)
+
+    def rows_shown(self) -> list[dict[str, Cell]]:
+        """One row a variant: experts kept, size in bytes, perplexity and closeness by text, score by task."""
+        found = []
+        for row in self.rows:
+            cells: dict[str, Cell] = {"row": row.name, "keep": row.keep, "bytes": row.num_bytes}
+            for text in self.texts:
+                result = row.perplexity[text]
+                cells |= {
+                    f"perplexity {text}": result.perplexity,
+                    f"KL {text}": result.kl,
+                    f"top-1 {text}": result.top1,
+                }
+            for task, record in self.tasks.items():
+                cells[f"{task} {record['metric']}"] = row.tasks[task][record["metric"]].value
+            found.append(cells)
+        return found
+
+    def to_dict(self) -> dict[str, object]:
         """Everything but items and windows, JSON-ready."""
-        return {"schema": 1, "model": self.model, "texts": self.texts, "tasks": self.tasks, "rows": [asdict(row) for row in self.rows]}  # fmt: skip
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "texts": self.texts,
+            "tasks": self.tasks,
+            "rows": [asdict(row) for row in self.rows],
+        }
 
     def save(self, folder: Path) -> None:
-        """Write the folder, which appears when it is complete; one that is there is replaced.
+        """Write the folder, which appears only when it is complete; an existing one is replaced.
 
         Raises:
             MoecoverError: the disk is full or the folder cannot be written.
@@ -108,17 +210,14 @@ class Evaluation:
         import pyarrow
         import pyarrow.parquet as parquet
 
-        items = list(_item_rows(self.items))
-        windows = [
-            {"row": row, "text": text, "window": i, "nll": float(nll), "tokens": int(tokens)}
-            for row, texts in self.windows.items()
-            for text, values in texts.items()
-            for i, (nll, tokens) in enumerate(values)
-        ]
+        tables = (
+            (ITEMS, _item_rows(self.items), _ITEM_COLUMNS),
+            (WINDOWS, _window_rows(self.windows), _WINDOW_COLUMNS),
+        )
         with new_folder(folder) as draft:
-            for name, rows, schema in ((ITEMS, items, _ITEM_COLUMNS), (WINDOWS, windows, _WINDOW_COLUMNS)):
-                types = pyarrow.schema([(column, getattr(pyarrow, kind)()) for column, kind in schema.items()])
-                parquet.write_table(pyarrow.Table.from_pylist(rows, schema=types), draft / name)
+            for name, rows, columns in tables:
+                types = pyarrow.schema([(column, getattr(pyarrow, kind)()) for column, kind in columns.items()])
+                parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=types), draft / name)
             write_text(draft / FILE, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
@@ -136,35 +235,15 @@ class Evaluation:
             raise InputError(f"{folder} holds no {FILE}: it was not written by `moecover evaluate`")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["schema"] != 1:
-                raise ValueError(f"schema {content['schema']}, 1 is known")
-            rows = [
-                Row(
-                    **{
-                        **row,
-                        "perplexity": {name: TextResult(**one) for name, one in row["perplexity"].items()},
-                        "tasks": {
-                            task: {metric: Score(**score) for metric, score in scores.items()}
-                            for task, scores in row["tasks"].items()
-                        },
-                    }
-                )
-                for row in content["rows"]
-            ]
-            items: dict[str, dict[str, dict[str, list[float]]]] = {}
-            for one in parquet.read_table(folder / ITEMS).to_pylist():
-                by_metric = items.setdefault(one["row"], {}).setdefault(one["task"], {})
-                by_metric.setdefault(one["metric"], []).append(one["value"])
-            windows: dict[str, dict[str, list[tuple[float, int]]]] = {}
-            for one in parquet.read_table(folder / WINDOWS).to_pylist():
-                windows.setdefault(one["row"], {}).setdefault(one["text"], []).append((one["nll"], one["tokens"]))
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema {content['schema']}, {SCHEMA} is known")
             return cls(
                 content["model"],
                 content["texts"],
                 content["tasks"],
-                rows,
-                {r: {t: {m: np.asarray(v) for m, v in ms.items()} for t, ms in ts.items()} for r, ts in items.items()},
-                {r: {t: np.asarray(v, dtype=np.float64) for t, v in ts.items()} for r, ts in windows.items()},
+                [_row(record) for record in content["rows"]],
+                _items(parquet.read_table(folder / ITEMS).to_pylist()),
+                _windows(parquet.read_table(folder / WINDOWS).to_pylist()),
             )
         except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
             raise InputError(f"{folder} is damaged: {error!r}. Evaluate again") from error
@@ -174,9 +253,44 @@ _ITEM_COLUMNS = {"row": "string", "task": "string", "metric": "string", "item": 
 _WINDOW_COLUMNS = {"row": "string", "text": "string", "window": "int64", "nll": "float64", "tokens": "int64"}
 
 
-def _item_rows(items: dict[str, dict[str, dict[str, NDArray[np.float64]]]]) -> Iterator[dict[str, Any]]:
+def _row(record: dict[str, Any]) -> Row:
+    """A row from its entry in evaluation.json."""
+    perplexity = {name: TextResult(**one) for name, one in record["perplexity"].items()}
+    tasks = {
+        task: {metric: Score(**score) for metric, score in scores.items()} for task, scores in record["tasks"].items()
+    }
+    return Row(**{**record, "perplexity": perplexity, "tasks": tasks})
+
+
+def _item_rows(items: Items) -> Iterator[dict[str, object]]:
+    """Rows of items.parquet."""
     for row, tasks in items.items():
         for task, metrics in tasks.items():
             for metric, values in metrics.items():
                 for item, value in enumerate(values):
                     yield {"row": row, "task": task, "metric": metric, "item": item, "value": float(value)}
+
+
+def _items(rows: Iterable[dict[str, Any]]) -> Items:
+    """The inverse of `_item_rows`."""
+    items: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for one in rows:
+        by_metric = items.setdefault(one["row"], {}).setdefault(one["task"], {})
+        by_metric.setdefault(one["metric"], []).append(one["value"])
+    return {r: {t: {m: np.asarray(v) for m, v in ms.items()} for t, ms in ts.items()} for r, ts in items.items()}
+
+
+def _window_rows(windows: Windows) -> Iterator[dict[str, object]]:
+    """Rows of windows.parquet."""
+    for row, texts in windows.items():
+        for text, values in texts.items():
+            for i, (nll, tokens) in enumerate(values):
+                yield {"row": row, "text": text, "window": i, "nll": float(nll), "tokens": int(tokens)}
+
+
+def _windows(rows: Iterable[dict[str, Any]]) -> Windows:
+    """The inverse of `_window_rows`."""
+    windows: dict[str, dict[str, list[tuple[float, int]]]] = {}
+    for one in rows:
+        windows.setdefault(one["row"], {}).setdefault(one["text"], []).append((one["nll"], one["tokens"]))
+    return {r: {t: np.asarray(v, dtype=np.float64) for t, v in ts.items()} for r, ts in windows.items()}

@@ -1,8 +1,9 @@
-"""Zero-shot tasks of a model that runs layer by layer: reads the harness's requests, gives every variant's answers to them.
+"""Zero-shot tasks of a model that runs layer by layer: reads the harness's requests, gives every variant's answers.
 
-The harness takes a batch's logits and scores them before it asks for the next; layer by layer all batches are on their way
-at once. So it is first asked what it puts into which batch, with empty logits. Then every batch is a pass of its own, for
-every variant, with the harness's own scoring at its end, and what comes out is what it is told when it asks in earnest.
+The harness takes a batch's logits and scores them before it asks for the next batch; layer by layer all batches run
+side by side. So the harness first runs with empty logits, to learn which requests it puts into which batch. Then every
+batch is a forward pass of its own, for every variant, scored at its end by the harness's own code, and the results are
+replayed when the harness asks again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -20,26 +21,29 @@ from moecover.errors import MoecoverError
 from moecover.runtime.running import Within
 from moecover.runtime.streaming import Streamed, run_in_parts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Request = tuple[Any, list[int], list[int]]  # its name, tokens of its context and continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, whether every token of it is the most likely one
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """A forward pass: int64 [row, position], and the numbers of the requests that it answers."""
+    """A forward pass: int64 ``[row, position]``, and the numbers of the requests that it answers."""
 
     tokens: torch.Tensor
     requests: list[int] = field(default_factory=list)
 
 
 class _ByLayer(HFLM):  # type: ignore[misc]
-    def __init__(self, stream: Streamed, tokenizer: Any, batch_size: int) -> None:
-        super().__init__(pretrained=stream.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+    def __init__(self, stream: Streamed, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        super().__init__(pretrained=stream.module, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self._device = stream.device
 
 
 class _Batching(_ByLayer):
-    """Notes what would run: a call of the model is a batch, what is answered behind it are its requests."""
+    """Records what would run: every call of the model is a batch, the requests answered after it are in that batch."""
 
     def batches(self, requests: Sequence[Request]) -> list[_Batch]:
         self._found: list[_Batch] = []
@@ -47,30 +51,43 @@ class _Batching(_ByLayer):
         numbered = [(number, *tokens) for number, (_, *tokens) in enumerate(requests)]
         self._loglikelihood_tokens(numbered, disable_tqdm=True)
         if sorted(n for batch in self._found for n in batch.requests) != list(range(len(requests))):
-            raise MoecoverError("this lm-evaluation-harness does not say which requests are in a batch: please report this")  # fmt: skip
+            raise MoecoverError(
+                "this version of lm-evaluation-harness does not tell which requests are in a batch: please report this"
+            )
         return self._found
 
     def add_partial(self, kind: str, number: int, answer: Answer) -> None:
         self._found[-1].requests.append(number)
 
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _model_call(self, inps: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         self._found.append(_Batch(inps.cpu()))
         return inps.new_empty((*inps.shape, 0), dtype=torch.float32)
 
-    def _select_cont_toks(self, logits: torch.Tensor, contlen: int | None = None, inplen: int | None = None) -> torch.Tensor:  # fmt: skip
+    def _select_cont_toks(
+        self, logits: torch.Tensor, contlen: int | None = None, inplen: int | None = None
+    ) -> torch.Tensor:
         vocabulary = int(self.config.get_text_config().vocab_size)
         return torch.zeros((), dtype=torch.uint8, device=logits.device).expand(contlen or 0, vocabulary)
 
 
 class Replay(_ByLayer):
-    """A model of the harness that stands for all variants of a streamed one.
+    """A model of the harness that stands for all variants of a model that runs layer by layer.
 
     Attributes:
-        variant: the one that it is now. The first time that requests come, all of them are run for all variants.
+        variant: the number of the current variant. At the first requests, all of them are run for all variants.
     """
 
-    def __init__(self, stream: Streamed, within: Sequence[Within], *, tokenizer: Any, batch_size: int) -> None:
-        """Args: the streamed model; of every variant the context of a decoder layer; as the harness has them the rest."""
+    def __init__(
+        self, stream: Streamed, within: Sequence[Within], *, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    ) -> None:
+        """Stand for the first variant.
+
+        Args:
+            stream: the model.
+            within: for each variant, the context of a decoder layer.
+            tokenizer: of the model.
+            batch_size: requests per forward pass.
+        """
         super().__init__(stream, tokenizer, batch_size)
         self.variant = 0
         self._stream, self._within = stream, within
@@ -78,12 +95,15 @@ class Replay(_ByLayer):
         self._answers: list[list[Answer]] = []
         self._expected: torch.Tensor | None = None
 
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: object) -> list[Answer]:
         asked = [tokens for _, *tokens in requests]
         if self._asked is None:
             self._asked, self._answers = asked, self._run(requests)
         if asked != self._asked:
-            raise MoecoverError("the tasks ask one variant of the model something else than the first: they are not deterministic and need a model in memory")  # fmt: skip
+            raise MoecoverError(
+                "the tasks ask one variant of the model something else than the first: "
+                "they are not deterministic and need a model in memory"
+            )
         return self._answers[self.variant]
 
     def _run(self, requests: Sequence[Request]) -> list[list[Answer]]:
@@ -108,7 +128,11 @@ class Replay(_ByLayer):
         found: list[Answer] = HFLM._loglikelihood_tokens(one, [requests[n] for n in batch.requests], disable_tqdm=True)
         return found
 
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _model_call(self, inps: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if self._expected is None or not torch.equal(inps.cpu(), self._expected):
-            raise MoecoverError("this lm-evaluation-harness puts requests into other batches when it is asked again: please report this")  # fmt: skip
-        return self.model(inps, use_cache=False).logits
+            raise MoecoverError(
+                "this version of lm-evaluation-harness puts requests into other batches when it is asked again: "
+                "please report this"
+            )
+        logits: torch.Tensor = self.model(inps, use_cache=False).logits
+        return logits

@@ -1,7 +1,7 @@
-"""Which experts tasks really use: reads the profiles of generic corpora and of task texts, and plans; gives usage.json.
+"""Which experts tasks use: reads the profiles of generic corpora and of task texts, and plans; gives usage.json.
 
-For analysis only: task texts are never planned on. The use of an expert by a task is the sum of the routing weights with which
-its tokens chose that expert, scaled to sum 1 in the layer, as observed in the full model.
+For analysis only: no plan is made from task texts. The use of an expert by a task is the sum of the routing weights
+that its tokens gave that expert, normalised to sum 1 within the layer, as observed in the full model.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from moecover.corpora.packing import Corpus, load_tokenizer, make_corpus
-from moecover.errors import InputError
+from moecover.errors import InputError, arg
 from moecover.files.atomic import write_text
 from moecover.planning.artifact import Plan
 from moecover.planning.explaining.facts import correlations
@@ -32,6 +32,38 @@ SCHEMA = 1
 FILE = "usage.json"
 
 
+class Agreement(TypedDict):
+    """Agreement of a corpus's utility with a task's use, each ``[layer]``.
+
+    ``jaccard`` of the best experts by utility and the most used ones; ``spearman`` over all experts, None where one of
+    the two is constant.
+    """
+
+    jaccard: list[float]
+    spearman: list[float | None]
+
+
+class Kept(TypedDict):
+    """Share of a task's routing weight that went to kept experts, ``[layer]``."""
+
+    kept_weight: list[float]
+
+
+class Usage(TypedDict):
+    """An entry of usage.json; ``keep`` is the number of best experts compared, ``layers`` are decoder layer indices."""
+
+    schema: int
+    model: str
+    saliency: str
+    keep: int
+    experts: int
+    tasks: list[str]
+    tokens: dict[str, int]
+    layers: list[int]
+    corpora: dict[str, dict[str, Agreement]]
+    plans: dict[str, dict[str, Kept]]
+
+
 def task_corpora(
     documents: Mapping[str, Sequence[str]],
     *,
@@ -40,26 +72,26 @@ def task_corpora(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[Corpus]:
-    """A corpus for every task: one text a sequence, as the task gives it, nothing packed.
+    """A corpus for every task: one text a sequence, as the task gives it, without packing.
 
     Args:
         documents: by task, its texts: context and right answer.
-        structure: the model; gives tokenizer and longest sequence. Of a longer text its end stays, where the answer is.
+        structure: the model; gives tokenizer and longest sequence. A longer text keeps its end, where the answer is.
         tokenizer: instead of the model's.
-        limit: texts of a task at the most, a seeded sample; None takes all.
+        limit: texts of a task at most, a seeded sample; None takes all.
         seed: of that sample.
 
     Returns:
-        Corpora in the order of the tasks, the sequences from the shortest to the longest, so that batches hold little padding.
+        Corpora in the order of the tasks, sequences from shortest to longest, so that batches hold little padding.
 
     Raises:
         InputError: the model has no tokenizer, or a task has no text.
     """
     if limit is not None and limit < 1:
-        raise InputError(f"{limit} texts of a task are wanted: 1 or more")
+        raise InputError(f"{arg('limit', limit)} is out of range: 1 or more")
     tokenizer = tokenizer or load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
-        raise InputError(f"{structure.checkpoint.name} has no tokenizer: the texts of tasks cannot be read by it")
+        raise InputError(f"{structure.checkpoint.name} has no tokenizer, which the texts of tasks need")
     longest = structure.checkpoint.text_config.get("max_position_embeddings")
     return [_corpus(task, texts, tokenizer, longest, limit, seed) for task, texts in documents.items()]
 
@@ -78,12 +110,13 @@ def _corpus(
     encoded = tokenizer(chosen, add_special_tokens=False, verbose=False)["input_ids"] if chosen else []
     rows = sorted((ids[-longest:] if longest else ids for ids in encoded if ids), key=len)
     if not rows:
-        raise InputError(f"task {task} has no text: nothing tells which experts it uses")
+        raise InputError(f"task {task} has no text, so the experts that it uses are not known")
     tokens = np.zeros((len(rows), len(rows[-1])), dtype=np.int64)
     mask = np.zeros(tokens.shape, dtype=bool)
     for i, ids in enumerate(rows):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
-    origin = {"source": f"task {task}", "seed": seed, "documents": len(texts), "cut": sum(len(ids) > (longest or len(ids)) for ids in encoded)}  # fmt: skip
+    cut = sum(len(ids) > (longest or len(ids)) for ids in encoded)
+    origin = {"source": f"task {task}", "seed": seed, "documents": len(texts), "cut": cut}
     return make_corpus(task, tokens, mask, origin)
 
 
@@ -94,34 +127,24 @@ def usage(
     *,
     saliency: str = DEFAULT_SALIENCY,
     keep: int | None = None,
-) -> dict[str, Any]:
-    """What generic utility says about the tasks' use of the experts, and what every plan left of it.
+) -> Usage:
+    """How well utility on generic corpora predicts the tasks' use of the experts, and what every plan left of that use.
 
     Args:
         corpora: the profile that plans are made from.
         tasks: a profile of `task_corpora` on the same model.
-        plans: by name (the cell's id), of the same model.
+        plans: of the same model, by name (the cell's id).
         saliency: the utility of the corpora.
-        keep: how many best experts are compared; None: half of them.
-
-    Returns:
-        ``schema``, ``model``, ``saliency``, ``keep``, ``experts``, ``tokens`` by task, ``tasks``, ``layers`` (decoder indices);
-        ``corpora[corpus][task]``: ``jaccard`` of the ``keep`` best by utility and most used experts, and ``spearman`` over all
-        experts (None where one of the two is constant), each ``[layer]``; ``plans[name][task]``: ``kept_weight`` ``[layer]``,
-        the share of the task's routing weight that went to kept experts.
+        keep: number of best experts to compare; None for half of them.
 
     Raises:
         InputError: profiles or plans of different models, or ``keep`` out of range.
     """
     topology = corpora.topology
-    if tasks.topology != topology or tasks.model["fingerprint"] != corpora.model["fingerprint"]:
-        raise InputError(f"the profile of the tasks is of {tasks.model['name']}, that of the corpora of {corpora.model['name']}: they must be of one model")  # fmt: skip
-    for name, plan in plans.items():
-        if plan.topology_fingerprint not in (None, topology.fingerprint) or tuple(r.decoder_layer for r in plan.layers) != topology.decoder_layers:  # fmt: skip
-            raise InputError(f"plan {name} was made for {plan.model}, the profiles are of {tasks.model['name']}. Give plans of that model")  # fmt: skip
+    _check_one_model(corpora, tasks, plans)
     keep = max(1, topology.num_experts // 2) if keep is None else keep
     if not 1 <= keep <= topology.num_experts:
-        raise InputError(f"the best {keep} experts cannot be compared: 1 to {topology.num_experts}")
+        raise InputError(f"{arg('keep', keep)} is out of range: 1 to {topology.num_experts}")
     used = {task: scaled(router_weight(s)) for task, s in tasks.statistics.items()}
     utility = {corpus: np.maximum(utility_of(saliency, s), 0) for corpus, s in corpora.statistics.items()}
     return {
@@ -141,9 +164,25 @@ def usage(
     }
 
 
-def _agreement(utility: NDArray[np.float64], use: NDArray[np.float64], keep: int) -> dict[str, list[float | None]]:
-    """Overlap of the best and rank correlation of all experts in every layer; both ``[layer, expert]``."""
-    overlaps: list[float | None] = []
+def _check_one_model(corpora: Profile, tasks: Profile, plans: Mapping[str, Plan]) -> None:
+    topology = corpora.topology
+    if tasks.topology != topology or tasks.model["fingerprint"] != corpora.model["fingerprint"]:
+        raise InputError(
+            f"the profile of the tasks is of {tasks.model['name']}, that of the corpora of {corpora.model['name']}: "
+            "they must be of one model"
+        )
+    for name, plan in plans.items():
+        layers = tuple(layer.decoder_layer for layer in plan.layers)
+        if plan.topology_fingerprint not in (None, topology.fingerprint) or layers != topology.decoder_layers:
+            raise InputError(
+                f"plan {name} was made for {plan.model}, the profiles are of {tasks.model['name']}. "
+                "Give plans of that model"
+            )
+
+
+def _agreement(utility: NDArray[np.float64], use: NDArray[np.float64], keep: int) -> Agreement:
+    """Overlap of the best experts and rank correlation of all, by layer; arguments are ``[layer, expert]``."""
+    overlaps = list[float]()
     for one, two in zip(ranked(utility)[:, :keep].tolist(), ranked(use)[:, :keep].tolist(), strict=True):
         overlaps.append(len(set(one) & set(two)) / len(set(one) | set(two)))
     ranks = [correlations(one, two)["spearman"] for one, two in zip(utility, use, strict=True)]
@@ -151,11 +190,16 @@ def _agreement(utility: NDArray[np.float64], use: NDArray[np.float64], keep: int
 
 
 def kept_weight(use: NDArray[np.float64], plan: Plan) -> list[float]:
-    """Share of a task's routing weight that went to the kept experts, ``[layer]``; ``use`` is ``[layer, expert]``, sums 1."""
+    """Share of a task's routing weight that went to kept experts, ``[layer]``.
+
+    Args:
+        use: ``[layer, expert]``, every row sums to 1.
+        plan: which experts are kept.
+    """
     shares = np.where(plan.mask(use.shape[1]), use, 0.0).sum(axis=1)
     return [min(1.0, float(share)) for share in shares]
 
 
-def save(usages: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write usage.json, a list with an entry of `usage` for every model; the file appears only when complete."""
+def save(usages: Sequence[Usage], path: Path) -> None:
+    """Write usage.json, a list with one entry a model; the file appears only when complete."""
     write_text(path, json.dumps(list(usages), indent=1, allow_nan=False) + "\n")

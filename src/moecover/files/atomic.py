@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,17 @@ _held = threading.local()  # the lock files that this thread holds
 def canonical_json(value: Any) -> str:
     """JSON text that depends on the value alone (sorted keys, no NaN), for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a JSON value, in hexadecimal: equal values have equal digests, whatever the order of their keys."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def stamp(path: Path) -> list[int]:
+    """Size in bytes and modification time in nanoseconds of a file: both stay the same while nobody writes to it."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def sync(path: Path) -> None:

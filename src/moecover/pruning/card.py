@@ -1,94 +1,113 @@
-"""The model card of a pruned checkpoint: README.md in the hub's form."""
+"""The model card of a pruned checkpoint: README.md in the hub's format, with a YAML header."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moecover.text import markdown_table
 
 if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
     from moecover.planning.artifact import Plan
+    from moecover.repairing.store import Repaired
 
 
 CARRIED_KEYS = ("license", "license_name", "license_link", "pipeline_tag")
 
 
-def _front_matter(card: str, key: str) -> str | None:
+def _header_entry(card: str, key: str) -> str | None:
     """A one-line entry of a card's YAML header."""
     header = re.match(r"---\n(.*?)\n---", card, flags=re.DOTALL)
     entry = re.search(rf"^{key}:[ \t]*(\S.*)$", header[1], flags=re.MULTILINE) if header else None
     return entry[1].strip() if entry else None
 
 
-def _weights(repair: dict[str, Any] | None) -> str:
-    """A sentence on what the remaining weights are."""
-    if repair is None:
-        return "The weights that remain are those of the original, byte for byte; nothing was trained."
-    texts = ", ".join(f"{record['tokens used']:,} tokens of {record['name']}" for record in repair["corpora"])
-    before, after = repair["mean"]
+def _header(structure: Structure, original_card: str) -> list[str]:
+    """Lines of the YAML header."""
+    checkpoint = structure.checkpoint
+    lines = ["---", "library_name: transformers", "tags: [moe, expert-pruning, moecover]"]
+    if "/" in checkpoint.name and checkpoint.revision:
+        lines.append(f"base_model: {checkpoint.name}")
+    carried = {key: _header_entry(original_card, key) for key in CARRIED_KEYS}
+    return [*lines, *(f"{key}: {value}" for key, value in carried.items() if value), "---"]
+
+
+def _weights(repaired: Repaired | None) -> str:
+    """What the remaining weights are."""
+    if repaired is None:
+        return "The remaining weights are those of the original, byte for byte; nothing was trained."
+    texts = ", ".join(f"{record['tokens used']:,} tokens of {record['name']}" for record in repaired.corpora)
+    before, after = repaired.mean_errors()
     return (
-        f"{len(repair['tensors'])} tensors, down projections of experts, were refitted in closed form (repair: "
-        f"{repair['kind']}) on {texts}, so that they take over part of what was removed: the squared error of a layer's "
-        f"output fell from {before:.3f} to {after:.3f} of the output's square on that text (mean over layers). All others "
-        "are those of the original, byte for byte; nothing was trained. `moecover.json` names every one that changed, "
-        "and the error before and after by layer and corpus."
+        f"{len(repaired.hashes)} tensors, down projections of experts, were refitted in closed form (repair: "
+        f"{repaired.kind}) on {texts}, to compensate in part for the removed experts: the squared error of a layer's "
+        f"output, relative to its square, fell from {before:.3f} to {after:.3f} on that text (mean over layers). "
+        "All other weights are those of the original, byte for byte; nothing was trained. `moecover.json` names every "
+        "changed tensor, and gives the error before and after by layer and corpus."
     )
 
 
+def _sizes(structure: Structure, plan: Plan) -> str:
+    """The table of sizes, original beside pruned."""
+    topology = structure.topology
+    before, after = structure.checkpoint.num_bytes, structure.num_bytes(plan.keep)
+    rows = (
+        ("routed experts per MoE layer", str(topology.num_experts), str(plan.keep)),
+        ("experts per token", str(topology.top_k), str(topology.top_k)),
+        ("tensors, MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}"),
+    )
+    return markdown_table([dict(zip(("", "original", "pruned"), row, strict=True)) for row in rows])
+
+
 def model_card(
-    structure: Structure, plan: Plan, *, repair: dict[str, Any] | None, command: str, original_card: str,
-    measured: str = "",
-) -> str:  # fmt: skip
-    """Text of README.md.
+    structure: Structure,
+    plan: Plan,
+    *,
+    repaired: Repaired | None,
+    command: str,
+    original_card: str,
+    figures: str = "",
+) -> str:
+    """The text of README.md.
 
     Args:
         structure: the source.
-        plan: what was kept.
-        repair: what the manifest says of it, see `repair_files.Repaired`; None where nothing was repaired.
-        command: what made the checkpoint.
+        plan: which experts stay.
+        repaired: refitted tensors; None where nothing was repaired.
+        command: the command line that made the checkpoint; empty for none.
         original_card: card of the source; its licence is carried over.
-        measured: what evaluations say of the plan, see `measured`.
+        figures: a section of measured numbers, see `card_numbers.measured`; empty for none.
     """
     topology, checkpoint = structure.topology, structure.checkpoint
-    before, after = checkpoint.num_bytes, structure.num_bytes(plan.keep)
-    header = ["library_name: transformers", "tags: [moe, expert-pruning, moecover]"]
-    if "/" in checkpoint.name and checkpoint.revision:
-        header.append(f"base_model: {checkpoint.name}")
-    carried = {key: _front_matter(original_card, key) for key in CARRIED_KEYS}
-    header += [f"{key}: {value}" for key, value in carried.items() if value]
-    options = ", ".join(f"{key} {value}" for key, value in plan.options.items()) or "none"
     name = checkpoint.name.rstrip("/").rpartition("/")[2] or checkpoint.name
+    options = ", ".join(f"{key} {value}" for key, value in plan.options.items()) or "none"
+    revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
     lines = [
-        "---",
-        *header,
-        "---",
+        *_header(structure, original_card),
         "",
         f"# {name}, {plan.keep} of {topology.num_experts} experts",
         "",
-        f"This is `{name}` ({topology.family}) with whole routed experts removed by moecover. {_weights(repair)}",
+        f"This is `{name}` ({topology.family}) with whole routed experts removed by moecover. {_weights(repaired)}",
         "",
-        "| | original | here |",
-        "|---|---|---|",
-        f"| routed experts per MoE layer | {topology.num_experts} | {plan.keep} |",
-        f"| experts per token | {topology.top_k} | {topology.top_k} |",
-        f"| tensors, MB | {before / 1e6:.1f} | {after / 1e6:.1f} |",
+        _sizes(structure, plan),
         "",
         f"Method: {plan.method}; options: {options}. `moecover.json` holds the plan with every expert's saliency, the "
         "original id of every expert, and a hash of every file.",
         "",
     ]
-    if measured:
-        lines += [measured]
+    if figures:
+        lines.append(figures)
     if command:
-        lines += ["Made by:", "", "```", command, "```", ""]
+        lines += ["Command:", "", "```", command, "```", ""]
     lines += [
-        "Check it against the original (same outputs as the original with the removed experts masked"
-        f"{' and these tensors in place' if repair else ''}):",
+        "To check it against the original (its outputs equal those of the original with the removed experts masked"
+        f"{' and the refitted tensors in place' if repaired else ''}):",
         "",
         "```",
-        f"moecover verify {checkpoint.name} . {f'--revision {checkpoint.revision}' if checkpoint.revision else ''}".strip(),
+        f"moecover verify {checkpoint.name} .{revision}",
         "```",
     ]
     if original_card:
-        lines += ["", "The card of the original is in README.original.md."]
+        lines += ["", "The model card of the original is README.original.md."]
     return "\n".join(lines) + "\n"

@@ -1,50 +1,106 @@
-"""Measured numbers for a model card: reads evaluations of a plan and of the model it cuts, gives markdown.
+"""Measured numbers for a model card: reads evaluations of a plan and of the model that it cuts, gives markdown.
 
-A plan that was evaluated in memory is bit for bit its checkpoint, so the card of the checkpoint takes the plan's numbers.
+A plan evaluated in memory computes bit for bit what its checkpoint does, so the plan's numbers are the checkpoint's.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NotRequired, Protocol, TypedDict
 
 from moecover.checkpoints.structure import Structure
-from moecover.errors import InputError
+from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan, kept_hash
+from moecover.text import markdown_table
+
+
+class ModelFacts(TypedDict):
+    """What the card says of the model that was measured."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+    device: str
+
+
+class TextFacts(TypedDict):
+    """What the card says of a held-out text."""
+
+    sha256: str
+    tokens: int
+    length: NotRequired[int]
+    split: NotRequired[str]
+
+
+class TaskFacts(TypedDict):
+    """What the card says of a task."""
+
+    num_fewshot: int
+    items: int
+    metrics: list[str]
+    metric: str
+    harness: str
+
+
+class PlanFacts(TypedDict):
+    """What identifies the plan of a row."""
+
+    fingerprint: str
+    repair: NotRequired[str]
+
+
+class Score(Protocol):
+    """A metric of a task, as a share, and its standard error."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def stderr(self) -> float | None: ...
+
+
+class TextResult(Protocol):
+    """Perplexity on a text, and closeness to the model itself."""
+
+    @property
+    def perplexity(self) -> float: ...
+    @property
+    def kl(self) -> float | None: ...
+    @property
+    def top1(self) -> float | None: ...
 
 
 class Row(Protocol):
     """One variant of a model; see `evaluation.artifact.Row`."""
 
     @property
-    def plan(self) -> Mapping[str, Any] | None: ...
+    def plan(self) -> PlanFacts | None: ...
     @property
-    def perplexity(self) -> Mapping[str, Any]: ...
+    def perplexity(self) -> Mapping[str, TextResult]: ...
     @property
-    def tasks(self) -> Mapping[str, Mapping[str, Any]]: ...
+    def tasks(self) -> Mapping[str, Mapping[str, Score]]: ...
 
 
 class Measurement(Protocol):
-    """What an evaluation says of a model and its variants; see `evaluation.artifact.Evaluation`."""
+    """The results of an evaluation of a model and its variants; see `evaluation.artifact.Evaluation`."""
 
     @property
-    def model(self) -> Mapping[str, Any]: ...
+    def model(self) -> ModelFacts: ...
     @property
-    def texts(self) -> Mapping[str, Mapping[str, Any]]: ...
+    def texts(self) -> Mapping[str, TextFacts]: ...
     @property
-    def tasks(self) -> Mapping[str, Mapping[str, Any]]: ...
+    def tasks(self) -> Mapping[str, TaskFacts]: ...
     @property
     def rows(self) -> Sequence[Row]: ...
 
 
 def measured(structure: Structure, plan: Plan, evaluations: Mapping[str, Measurement]) -> str:
-    """A table of what evaluations say about a plan, beside the model itself where it was evaluated too.
+    """A markdown section with the numbers of a plan, beside those of the model itself where it was evaluated too.
 
     Args:
         structure: the model that is cut.
-        plan: what is kept.
-        evaluations: by the name that messages give them, what `evaluate` gave or a cell of `compare` holds.
+        plan: which experts stay.
+        evaluations: results of `evaluate`, or cells of a comparison, by the name used in messages.
 
     Raises:
         InputError: one is of another model, none has the plan, or the measurements of plan and model
@@ -53,47 +109,87 @@ def measured(structure: Structure, plan: Plan, evaluations: Mapping[str, Measure
     original: Row | None = None
     found: Row | None = None
     about: Measurement | None = None
-    for folder, one in evaluations.items():
-        if one.model["fingerprint"] != structure.model_fingerprint:
-            raise InputError(f"--evaluation {folder} is of {one.model['name']}, the checkpoint to cut is {structure.checkpoint.name}. Give one of that model")  # fmt: skip
-        if about is not None and (_sources(one), one.tasks) != (_sources(about), about.tasks):
-            raise InputError(f"--evaluation {folder} was measured on other texts or tasks than {next(iter(evaluations))}: they do not compare")  # fmt: skip
+    for name, one in evaluations.items():
+        _check_comparable(structure, name, one, next(iter(evaluations)), about)
         about = one
         original = next((row for row in one.rows if row.plan is None), original)
-        unrepaired = [row for row in one.rows if row.plan is not None and "repair" not in row.plan]
-        found = next((row for row in unrepaired if (row.plan or {})["fingerprint"] == kept_hash(plan)), found)
+        found = next((row for row in one.rows if _is_of(row, plan)), found)
     if found is None or about is None:
-        raise InputError(f"--evaluation {', '.join(evaluations)} holds no row of this plan. Make one with `moecover evaluate {structure.checkpoint.name} --plan ...`")  # fmt: skip
-    return "\n".join(_lines(about, original, found))
+        raise InputError(
+            f"{arg('evaluations', ', '.join(evaluations))} holds no row of this plan. "
+            f"Make one with `moecover evaluate {structure.checkpoint.name} --plan ...`"
+        )
+    columns = {"original": original, "pruned": found} if original is not None else {"pruned": found}
+    return "\n".join(["## Measured", "", _table(about, columns), "", _settings(about), ""])
 
 
-def _sources(evaluation: Measurement) -> list[tuple[str, str]]:
+def _check_comparable(
+    structure: Structure, name: str, one: Measurement, first: str, others: Measurement | None
+) -> None:
+    """Refuse an evaluation of another model, or one of other texts or tasks than those before it."""
+    if one.model["fingerprint"] != structure.model_fingerprint:
+        raise InputError(
+            f"{arg('evaluations', name)} is of {one.model['name']}, the checkpoint to cut is "
+            f"{structure.checkpoint.name}. Give an evaluation of that model"
+        )
+    if others is not None and (_hashes(one), one.tasks) != (_hashes(others), others.tasks):
+        raise InputError(
+            f"{arg('evaluations', name)} was measured on other texts or tasks than {first}: they do not compare"
+        )
+
+
+def _is_of(row: Row, plan: Plan) -> bool:
+    """Whether a row is of this plan, unrepaired."""
+    return row.plan is not None and "repair" not in row.plan and row.plan["fingerprint"] == kept_hash(plan)
+
+
+def _hashes(evaluation: Measurement) -> list[tuple[str, str]]:
     return [(name, record["sha256"]) for name, record in evaluation.texts.items()]
 
 
-def _lines(about: Measurement, original: Row | None, found: Row) -> list[str]:
-    rows = [row for row in (original, found) if row is not None]
-    lines = ["## Measured", "", f"| | {'original | ' if original else ''}here |", f"|---|{'---:|' * len(rows)}"]
+def _table(about: Measurement, columns: Mapping[str, Row]) -> str:
+    """All measurements as a table, one column a row of the evaluation."""
+    lines = [*_text_lines(about, columns), *_task_lines(about, list(columns.values()))]
+    rows = [{"": label, **dict(zip(columns, cells, strict=True))} for label, cells in lines]
+    return markdown_table(rows, columns=["", *columns], right=columns)
 
-    def line(what: str, values: Sequence[str]) -> None:
-        lines.append(f"| {what} | {' | '.join(values)} |")
 
+def _text_lines(about: Measurement, columns: Mapping[str, Row]) -> Iterator[tuple[str, list[str]]]:
+    """Labels and cells for perplexity and closeness."""
     for name, record in about.texts.items():
         shown = f"{name}{' ' + record['split'] if record.get('split') else ''}"
-        line(f"perplexity, {shown}, {record['tokens']:,} tokens in windows of {record['length']}", [f"{row.perplexity[name].perplexity:.3f}" for row in rows])  # fmt: skip
-        if (close := found.perplexity[name]).kl is not None:
-            line(f"KL divergence from the original, {shown}, nats per token", ["0", f"{close.kl:.4f}"][-len(rows) :])
-            line(f"same most likely token, {shown}", ["100 %", f"{100 * (close.top1 or 0):.1f} %"][-len(rows) :])
+        label = f"perplexity, {shown}, {record['tokens']:,} tokens in windows of {record['length']}"
+        yield label, [f"{row.perplexity[name].perplexity:.3f}" for row in columns.values()]
+        close = columns["pruned"].perplexity[name]
+        if close.kl is not None:
+            kl, top1 = ["0", f"{close.kl:.4f}"], ["100 %", f"{100 * (close.top1 or 0):.1f} %"]
+            yield f"KL divergence from the original, {shown}, nats per token", kl[-len(columns) :]
+            yield f"same most likely token, {shown}", top1[-len(columns) :]
+
+
+def _task_lines(about: Measurement, rows: Sequence[Row]) -> Iterator[tuple[str, list[str]]]:
+    """Labels and cells for tasks, and their mean."""
     for task, record in about.tasks.items():
         for metric in record["metrics"]:
-            scores = [row.tasks[task][metric] for row in rows]
-            line(f"{task}, {metric}, {record['num_fewshot']}-shot, {record['items']:,} items", [f"{100 * s.value:.1f}" + (f" ± {100 * s.stderr:.1f}" if s.stderr is not None else "") for s in scores])  # fmt: skip
+            label = f"{task}, {metric}, {record['num_fewshot']}-shot, {record['items']:,} items"
+            yield label, [_percent(row.tasks[task][metric]) for row in rows]
     if len(about.tasks) > 1:
         means = [
             statistics.fmean(row.tasks[task][record["metric"]].value for task, record in about.tasks.items())
             for row in rows
         ]
-        line(f"mean of {len(about.tasks)} tasks", [f"{100 * mean:.1f}" for mean in means])
-    harness = sorted({str(record["harness"]) for record in about.tasks.values()})
-    said = f"In {about.model['dtype']} on {about.model['device']}{', tasks by ' + ', '.join(harness) + ' (± standard error, %)' if harness else ''}; windows do not overlap, and perplexities compare only under one tokeniser."  # fmt: skip
-    return [*lines, "", said, ""]
+        yield f"mean of {len(about.tasks)} tasks", [f"{100 * mean:.1f}" for mean in means]
+
+
+def _percent(score: Score) -> str:
+    return f"{100 * score.value:.1f}" + (f" ± {100 * score.stderr:.1f}" if score.stderr is not None else "")
+
+
+def _settings(about: Measurement) -> str:
+    """How the numbers were measured."""
+    harness = ", ".join(sorted({record["harness"] for record in about.tasks.values()}))
+    tasks = f", tasks by {harness} (%, ± standard error)" if harness else ""
+    return (
+        f"Measured in {about.model['dtype']} on {about.model['device']}{tasks}; windows do not overlap. "
+        "Perplexities compare only under the same tokenizer."
+    )
