@@ -235,7 +235,8 @@ def test_any_dtype_of_the_files_and_of_the_run(checkpoints: Callable[..., Path],
 
 def test_dead_experts_go_first_and_are_reported(checkpoints: Callable[..., Path]) -> None:
     """llm-compressor B9: dead experts are kept in silence."""
-    from moecover.planning.explaining.facts import explain, text_of
+    from moecover.planning.explaining.facts import explain
+    from moecover.planning.explaining.text import text_of
 
     structure = read_structure(checkpoints("qwen2_moe"))
     tokens = np.full((1, 3), 7)
