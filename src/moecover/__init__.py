@@ -19,11 +19,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moecover.checkpoints.deepseek.registration import install
-
 __version__ = "0.1.0"
-
-install()
 
 if TYPE_CHECKING:
     from moecover.checkpoints.inspection import inspect

@@ -65,7 +65,7 @@ def profiled(
 
 def profile_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     """Run the verb: result, text to print, exit status."""
-    from moecover.files.atomic import locked
+    from moecover.files.locks import locked
     from moecover.profiling.artifact import FILE
     from moecover.profiling.run import check_alone
     from moecover.runtime.distributed import joined, own_device, world

@@ -106,7 +106,7 @@ def _check_saved_profile(args: argparse.Namespace) -> None:
 def prune_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     """Run the verb: result, text to print, exit status."""
     from moecover.corpora.sources import parse_corpora
-    from moecover.files.atomic import locked
+    from moecover.files.locks import locked
     from moecover.planning.artifact import Plan
     from moecover.pruning.writer import check_target
     from moecover.registry import unknown_name

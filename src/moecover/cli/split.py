@@ -34,7 +34,8 @@ def split_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.corpora.kinds import FILE, KINDS, split, write_kinds
     from moecover.corpora.packing import load_corpus, load_tokenizer
     from moecover.corpora.sources import parse_corpora
-    from moecover.files.atomic import check_output, locked
+    from moecover.files.atomic import check_output
+    from moecover.files.locks import locked
 
     for name, least in (("sequences", 1), ("length", 2), ("kinds", 2)):
         if (value := getattr(args, name)) is not None and value < least:

@@ -66,7 +66,8 @@ from moecover.corpora.windows import load_windows
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.task_usage import FILE as USAGE
 from moecover.evaluation.task_usage import save, usage
-from moecover.files.atomic import PARTIAL, canonical_json, locked, write_text
+from moecover.files.atomic import PARTIAL, canonical_json, write_text
+from moecover.files.locks import locked
 from moecover.planning.artifact import Plan
 from moecover.planning.run import check_options
 from moecover.profiling.artifact import Profile

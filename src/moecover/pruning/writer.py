@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.config_edit import QUANTISATION_FILES, NewId, edited_config, edited_settings
-from moecover.checkpoints.expert_tensors import MTP
+from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.manifest import MANIFEST
+from moecover.checkpoints.names import MTP
 from moecover.checkpoints.pieces import NOTHING, Piece, coalesced, pieces_by_shard
-from moecover.checkpoints.source import INDEX, OTHER_WEIGHTS, Checkpoint, TensorEntry, read_header
+from moecover.checkpoints.source import INDEX, OTHER_WEIGHTS, Checkpoint
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, MoecoverError
-from moecover.files.atomic import canonical_json, check_output, explained, locked
+from moecover.files.atomic import canonical_json, check_output, explained
 from moecover.files.copying import HASH, file_hash, followed, write_ranges
+from moecover.files.locks import locked
 from moecover.files.resumable import Partial, restore, resumable_folder
 from moecover.planning.artifact import Plan, check_plan
 from moecover.pruning.card import model_card

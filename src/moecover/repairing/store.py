@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from moecover.checkpoints.header import TensorEntry, read_header
+from moecover.checkpoints.model_class import build_on_meta
 from moecover.checkpoints.pieces import Piece, piece, pieces_by_shard
-from moecover.checkpoints.source import Checkpoint, TensorEntry, read_header
-from moecover.checkpoints.structure import Structure, build_on_meta
+from moecover.checkpoints.source import Checkpoint
+from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.files.atomic import canonical_json, write_bytes
