@@ -25,7 +25,8 @@ import numpy as np
 from moecover.corpora.packing import make_corpus
 from moecover.runtime.loading import load_model
 from moecover.corpora.batches import batches
-from moecover.profiling.run import backbone_of, profile
+from moecover.profiling.run import profile
+from moecover.runtime.loading import backbone_of
 from moecover.runtime.streaming import run, streamed
 from moecover.checkpoints.structure import read_structure
 import torch

@@ -7,7 +7,8 @@ moecover ls methods --plugin examples/plugin.py
 
 import numpy as np
 
-from moecover import METHODS, SALIENCIES
+from moecover.planning.method import METHODS
+from moecover.planning.saliency import SALIENCIES
 from moecover.planning.saliency import utility_of
 from moecover.planning.selection import layer_plan, ranked, scaled
 

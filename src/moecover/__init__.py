@@ -34,12 +34,9 @@ if TYPE_CHECKING:
     from moecover.corpora.splitting import Kinds, split
     from moecover.corpora.windows import load_windows
     from moecover.errors import InputError, MoecoverError
-<<<<<<< HEAD
     from moecover.evaluation.artifact import Evaluation
     from moecover.evaluation.bounds import keep_within_size, plan_within
     from moecover.evaluation.job import evaluate
-=======
->>>>>>> evaluation
     from moecover.evaluation.perplexity import perplexity
     from moecover.planning.artifact import LayerPlan, Plan
     from moecover.planning.explaining.facts import Explanation, explain
@@ -64,7 +61,6 @@ if TYPE_CHECKING:
     from moecover.verification.job import verify
     from moecover.verification.verify import Verification
 
-<<<<<<< HEAD
 # Every public name and the module that has it, in the order of the data flow; a test holds the imports above against it.
 PUBLIC = {
     "checkpoints.source": ("open_checkpoint",),
@@ -106,37 +102,6 @@ PUBLIC = {
     "registry": ("load_plugin",),
     "progress": ("Progress",),
     "errors": ("InputError", "MoecoverError"),
-=======
-_MODULE_OF = {
-    "Corpus": "corpora.packing",
-    "CORPORA": "corpora.sources",
-    "load_corpus": "corpora.packing",
-    "load_tokenizer": "corpora.packing",
-    "open_checkpoint": "checkpoints.source",
-    "Topology": "checkpoints.topology",
-    "Structure": "checkpoints.structure",
-    "read_structure": "checkpoints.structure",
-    "inspect": "checkpoints.inspection",
-    "PROVEN_FAMILIES": "checkpoints.families",
-    "Profile": "profiling.artifact",
-    "load_model": "runtime.loading",
-    "profile": "profiling.run",
-    "SALIENCIES": "planning.saliency",
-    "METHODS": "planning.run",
-    "Plan": "planning.artifact",
-    "plan": "planning.run",
-    "plan_budgets": "planning.run",
-    "super_experts": "planning.run",
-    "load_plugin": "registry",
-    "LayerPlan": "planning.artifact",
-    "prune": "pruning.writer",
-    "masked": "planning.masking",
-    "perplexity": "evaluation.perplexity",
-    "verify": "verification.verify",
-    "report": "reporting.page",
-    "MoecoverError": "errors",
-    "InputError": "errors",
->>>>>>> evaluation
 }
 __version__ = VERSION
 _MODULE_OF = {name: module for module, names in PUBLIC.items() for name in names}

@@ -1,6 +1,6 @@
 """Errors that end a command with one line instead of a traceback.
 
-A message says what is wrong, where, what was found, what is allowed and what to do about it. It names arguments by `arg`:
+A message says what is wrong, where, what was found, what is allowed and how to fix it. It names arguments by `arg`:
 in Python they read ``protect=1.5``, on the command line ``--protect 1.5``.
 """
 
@@ -11,29 +11,36 @@ from typing import Self
 
 MARK = "\x1f"  # around an argument's name within a message
 FLAG_OF = {  # flags that are not spelled like the argument
-    "corpora": "corpus", "weights": "weight", "keeps": "keep", "retains": "retain", "options": "option", "plugins": "plugin",
-    "evaluations": "evaluation", "texts": "perplexity", "kind": "repair",
-}  # fmt: skip
+    "corpora": "corpus",
+    "evaluations": "evaluation",
+    "keeps": "keep",
+    "kind": "repair",
+    "options": "option",
+    "plugins": "plugin",
+    "retains": "retain",
+    "texts": "perplexity",
+    "weights": "weight",
+}
 _ARGUMENT = re.compile(f"{MARK}(\\w+)(?:=([^{MARK}]*))?{MARK}")
 
 
 def arg(name: str, value: object = None) -> str:
-    """An argument in a message, with the value that was given: ``{arg('batch_size', 0)} is out of range: 1 or more``.
+    """An argument for use in an error message, as in ``f"{arg('batch_size', 0)} is out of range: 1 or more"``.
 
     Args:
-        name: as in Python.
-        value: what was given; None names the argument alone.
+        name: the name in Python.
+        value: the value that was given; None names the argument alone.
     """
     return f"{MARK}{name}{'' if value is None else f'={value}'}{MARK}"
 
 
 def flag(name: str) -> str:
-    """The command line's flag for an argument."""
+    """The command-line flag of an argument."""
     return f"--{FLAG_OF.get(name, name).replace('_', '-')}"
 
 
 class MoecoverError(Exception):
-    """The job could not be finished, or a check said no (exit status 1)."""
+    """The job could not be finished, or a check failed (exit status 1)."""
 
     exit_code = 1
 
@@ -43,21 +50,21 @@ class MoecoverError(Exception):
 
     @property
     def for_command_line(self) -> str:
-        """The message with flags in place of arguments."""
+        """The message with command-line flags instead of Python arguments."""
         return _ARGUMENT.sub(lambda m: flag(m[1]) if m[2] is None else f"{flag(m[1])} {m[2]}", self.message)
 
     def extended(self, sentence: str) -> Self:
-        """The same error with a sentence more."""
+        """The same error with one more sentence."""
         return type(self)(f"{self.message}. {sentence}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for what Python and torch raise when memory runs out, on the CPU or on a GPU."""
+    """Whether an error from Python or torch means that CPU or GPU memory ran out."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 class InputError(MoecoverError, ValueError):
-    """The request or its input cannot be used as given (exit status 2)."""
+    """The request or its input is not usable as given (exit status 2)."""
 
     exit_code = 2

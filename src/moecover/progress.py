@@ -1,91 +1,149 @@
-"""Progress bars with an estimate, and log lines: on stderr, so that stdout carries the result alone."""
+"""Progress bars with the estimated time left, and log lines: on stderr, so that stdout carries only the result.
+
+`Progress` is what long-running functions take. `Drawn` draws live bars in a terminal and in a Jupyter notebook, and
+prints one line per finished step elsewhere; `SILENT` draws nothing. The functions of this module are those of the
+instance that the command line uses, which its ``--quiet`` silences (`quiet`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Advance = Callable[[int], None]  # called with the amount that was done since the last call
+Relabel = Callable[[str], None]
+Bar = Callable[..., contextlib.AbstractContextManager[Advance]]  # `Progress.bar`
 
 quiet = False
-Bar = Callable[..., contextlib.AbstractContextManager[Callable[[int], None]]]  # `bar`, or what takes its place
 
 
-def say(line: str) -> None:
-    """One line of log."""
-    if not quiet:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads the log: the job goes on
-            print(line, file=sys.stderr, flush=True)  # noqa: T201
+class Progress(Protocol):
+    """Reports the progress of a long-running function."""
 
+    def bar(self, label: str, total: int, *, unit: str = "tokens") -> contextlib.AbstractContextManager[Advance]:
+        """Show a progress bar while the block runs; yields the function that advances it.
 
-@contextlib.contextmanager
-def bar(label: str, total: int, *, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
-    """A progress bar; yields the function that advances it. ``unit`` is bytes, or what is counted.
+        Args:
+            label: what is being done.
+            total: the amount at the end.
+            unit: what is counted; ``bytes`` are shown in decimal units.
+        """
 
-    Where stderr is no terminal, one line says what is done and, at the end, how long it took.
-    """
-    import time
-
-    if quiet:
-        yield lambda amount: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        started = time.monotonic()
-        yield lambda amount: None
-        say(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
-        return
-    amounts = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = [TextColumn("{task.description}"), BarColumn(), amounts, TimeRemainingColumn(elapsed_when_finished=True)]
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda amount: progress.advance(task, amount)
-
-
-@contextlib.contextmanager
-def spinner(label: str) -> Iterator[Callable[[str], None]]:
-    """A turning mark beside a label that can be changed, for steps whose length is not known."""
-    if quiet:
-        yield lambda text: None
-        return
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        say(label)
-        yield say
-        return
-    with console.status(label) as status:
-        yield lambda text: status.update(text)
-
-
-class Progress:
-    """How a job shows its progress: bars, spinners and lines of log. This one is silent."""
-
-    def bar(
-        self, label: str, total: int, *, unit: str = "tokens"
-    ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """See `bar`."""
-        return contextlib.nullcontext(lambda amount: None)
-
-    def spinner(self, label: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
-        """See `spinner`."""
-        return contextlib.nullcontext(lambda text: None)
+    def spinner(self, label: str) -> contextlib.AbstractContextManager[Relabel]:
+        """Show a label while a block of unknown length runs; yields the function that changes the label."""
 
     def say(self, line: str) -> None:
-        """See `say`."""
+        """Log one line."""
 
 
-class Drawn(Progress):
-    """Progress on stderr."""
+class Drawn:
+    """Progress on stderr.
 
-    bar = staticmethod(bar)
-    spinner = staticmethod(spinner)
-    say = staticmethod(say)
+    Args:
+        console: the console to draw on; one on stderr by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+
+    @contextlib.contextmanager
+    def bar(self, label: str, total: int, *, unit: str = "tokens") -> Iterator[Advance]:
+        """See `Progress.bar`; without a terminal or notebook, one line at the end gives the duration."""
+        console = self._open()
+        if not _is_live(console):
+            started = time.monotonic()
+            yield lambda amount: None
+            self.say(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
+            return
+        from rich import progress
+
+        columns = [
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(elapsed_when_finished=True),
+        ]
+        with progress.Progress(*columns, console=console) as drawn:
+            task = drawn.add_task(label, total=total)
+            yield lambda amount: drawn.advance(task, amount)
+
+    @contextlib.contextmanager
+    def spinner(self, label: str) -> Iterator[Relabel]:
+        """See `Progress.spinner`; without a terminal or notebook, every label is a line of the log."""
+        console = self._open()
+        if not _is_live(console):
+            self.say(label)
+            yield self.say
+            return
+        with console.status(label) as status:
+            yield lambda text: status.update(text)
+
+    def say(self, line: str) -> None:
+        """Print one line; a closed stderr is ignored, since the job does not depend on its log."""
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+    def _open(self) -> Console:
+        from rich.console import Console
+
+        return self._console or Console(stderr=True)
+
+
+class Silent:
+    """Progress that is not shown."""
+
+    @contextlib.contextmanager
+    def bar(self, label: str, total: int, *, unit: str = "tokens") -> Iterator[Advance]:
+        """See `Progress.bar`."""
+        yield lambda amount: None
+
+    @contextlib.contextmanager
+    def spinner(self, label: str) -> Iterator[Relabel]:
+        """See `Progress.spinner`."""
+        yield lambda text: None
+
+    def say(self, line: str) -> None:
+        """Drop the line."""
+
+
+DRAWN, SILENT = Drawn(), Silent()
+
+
+def _is_live(console: Console) -> bool:
+    """Whether a console can redraw: a terminal, or a notebook that has what rich draws with there."""
+    from importlib.util import find_spec
+
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 def resolve(progress: bool | Progress = True) -> Progress:
-    """The progress that is meant by a ``progress=`` argument."""
-    return progress if isinstance(progress, Progress) else Drawn() if progress else Progress()
+    """The progress that a function's ``progress`` argument asks for.
+
+    Args:
+        progress: True for bars on stderr (none if the command line is quiet), False for none, or an object of one's
+            own.
+    """
+    if isinstance(progress, bool):
+        return DRAWN if progress and not quiet else SILENT
+    return progress
+
+
+def say(line: str) -> None:
+    """Log one line on stderr."""
+    resolve().say(line)
+
+
+def bar(label: str, total: int, *, unit: str = "tokens") -> contextlib.AbstractContextManager[Advance]:
+    """A progress bar on stderr, see `Progress.bar`."""
+    return resolve().bar(label, total, unit=unit)
+
+
+def spinner(label: str) -> contextlib.AbstractContextManager[Relabel]:
+    """A spinner on stderr, see `Progress.spinner`."""
+    return resolve().spinner(label)

@@ -1,4 +1,8 @@
-"""A table from names to decorated functions, with "did you mean" for a name that is not in it."""
+"""Tables of named entries, with "did you mean" for a name that is unknown, and the plugins that add to them.
+
+A table knows nothing of its entries. It does know which of them come from a plugin (`load_plugin`): built-in entries
+are listed first, and a plugin cannot use the name of a built-in one, whichever of the two is entered first.
+"""
 
 from __future__ import annotations
 
@@ -9,80 +13,144 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
 
-F = TypeVar("F", bound=Callable[..., object])
+R = TypeVar("R")
+T = TypeVar("T")
+P = ParamSpec("P")
 
-_plugin: str | None = None  # the user's file that is being imported
+_plugin: str | None = None  # the plugin that is being imported
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that is not in a table: the closest names, then all of them."""
+    """The error for a name that a table does not have: the closest names, then all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=2)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return InputError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 
-class Registry(Mapping[str, F], Generic[F]):
-    """Functions by name, in the order of their definition; ``paper`` says where the formula comes from.
+class Registry(Mapping[str, R], Generic[R]):
+    """Entries by name: functions, entered by a decorator, or records of any other type, entered by `add`.
+
+    Iteration gives the built-in entries in the order of their definition, then those of plugins.
 
     Attributes:
-        papers: source by name.
-        facts: other keywords of the decorator by name.
+        kind: what an entry is, in messages.
+        papers: source of a decorated function, by name.
+        facts: other keywords of the decorator, by name.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.papers: dict[str, str] = {}
-        self.facts: dict[str, dict[str, Any]] = {}
-        self._functions: dict[str, F] = {}
-        self._plugins: dict[str, str | None] = {}
+        self.facts: dict[str, dict[str, bool]] = {}
+        self._entries: dict[str, R] = {}
+        self._plugin_of: dict[str, str | None] = {}
 
-    def __call__(self, name: str, *, paper: str, **facts: Any) -> Callable[[F], F]:
-        """Decorator that enters a function under ``name``.
+    def add(self, name: str, record: R) -> None:
+        """Enter a record under a name. A built-in entry of the same name is replaced, unless by a plugin.
 
         Raises:
-            InputError: a plugin uses a name that is taken.
+            InputError: a plugin and a built-in entry, or two plugins, have the same name.
+        """
+        plugin = current_plugin()
+        if name in self._entries and self._plugin_of[name] != plugin:
+            raise InputError(
+                f"plugin {plugin or self._plugin_of[name]}: {self.kind} {name} exists already. Choose another name"
+            )
+        self._entries[name], self._plugin_of[name] = record, plugin
+
+    def __call__(self, name: str, *, paper: str, **facts: bool) -> Callable[[R], R]:
+        """Decorator that enters a function under ``name``.
+
+        Args:
+            name: name of the entry.
+            paper: source of the formula or method.
+            facts: anything else to be known of the entry.
+
+        Raises:
+            InputError: see `add`.
         """
 
-        def enter(function: F) -> F:
-            if _plugin is not None and name in self._functions and self._plugins.get(name) != _plugin:
-                raise InputError(f"plugin {_plugin}: {self.kind} {name} exists already. Choose another name")
-            self._functions[name] = function if _plugin is None else _guarded(function, f"{self.kind} {name}", _plugin)
-            self.papers[name], self.facts[name], self._plugins[name] = paper, facts, _plugin
+        def enter(function: R) -> R:
+            self.add(name, guarded(function, f"{self.kind} {name}"))
+            self.papers[name], self.facts[name] = paper, facts
             return function
 
         return enter
 
-    def __getitem__(self, name: str) -> F:
-        if name not in self._functions:
-            raise unknown_name(self.kind, name, self._functions)
-        return self._functions[name]
+    def __getitem__(self, name: str) -> R:
+        if name not in self._entries:
+            raise unknown_name(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._functions)
+        return iter(sorted(self._entries, key=lambda name: self._plugin_of[name] is not None))
 
     def __len__(self) -> int:
-        return len(self._functions)
+        return len(self._entries)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """A block after which what was entered within it is gone."""
-        kept = dict(self._functions), dict(self.papers), dict(self.facts), dict(self._plugins)
+        """Remove at the end of the block what was entered within it."""
+        kept = dict(self._entries), dict(self._plugin_of), dict(self.papers), dict(self.facts)
         try:
             yield
         finally:
-            self._functions, self.papers, self.facts, self._plugins = kept
+            self._entries, self._plugin_of, self.papers, self.facts = kept
 
     def rows(self) -> list[dict[str, str]]:
-        """Name, first line of the docstring and paper of every entry, for listings and docs."""
+        """Name, first line of the docstring and paper of every decorated function, for listings and docs."""
         return [
-            {"name": name, "summary": (f.__doc__ or "").strip().split("\n")[0], "paper": self.papers[name]}
-            for name, f in self._functions.items()
+            {"name": name, "summary": (entry.__doc__ or "").strip().split("\n")[0], "paper": self.papers[name]}
+            for name, entry in self.items()
         ]
+
+
+# ------------------------------------------------------------------------------------------------------------ plugins
+def current_plugin() -> str | None:
+    """The plugin whose code runs now while it is being imported; None for modules of this package that it imports."""
+    if _plugin is None:
+        return None
+    frame = sys._getframe()
+    while frame.f_code.co_name != "<module>" and frame.f_back is not None:
+        frame = frame.f_back  # the innermost module whose body is being executed
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return None if package == __name__.partition(".")[0] else _plugin
+
+
+def guarded(function: T, what: str) -> T:
+    """A plugin's function, wrapped so that any error becomes one line that names its file; others are left as they are.
+
+    Args:
+        function: what is being entered; anything that cannot be called is left as it is.
+        what: name of the function in messages.
+    """
+    plugin = current_plugin()
+    if plugin is None or not callable(function):
+        return function
+    return _guarded(function, what, plugin)  # type: ignore[return-value]  # of the same signature
+
+
+def _guarded(function: Callable[P, T], what: str, plugin: str) -> Callable[P, T]:
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except MoecoverError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise _plugin_error(plugin, what, error) from error
+
+    return call
 
 
 def _plugin_error(plugin: str, what: str, error: Exception) -> InputError:
@@ -95,38 +163,16 @@ def _plugin_error(plugin: str, what: str, error: Exception) -> InputError:
     return InputError(f"plugin {plugin}{line}: {what} raised {type(error).__name__}: {reason}")
 
 
-def _guarded(function: F, what: str, plugin: str) -> F:
-    """The function, whatever it raises turned into one line that names its file."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except MoecoverError:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise _plugin_error(plugin, what, error) from error
-
-    return call  # type: ignore[return-value]
-
-
 def load_plugin(path: str | Path) -> None:
-    """Run a user's Python file, whose decorators enter its saliencies and methods.
+    """Import a user's Python file, whose decorators enter its saliencies and methods.
 
     Raises:
-        InputError: no such file, it raises, or it uses a name that is taken.
+        InputError: the file does not exist, it raises an error, or it uses a name that is taken.
     """
     global _plugin
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"plugin {path}: no such Python file. Give the path of a .py file")
-    for name in (
-        "moecover.planning.saliency",
-        "moecover.planning.run",
-    ):  # what is built in is there first, so that its names are taken
-        importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"moecover_plugin_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Sizes, durations and tables as text, and objects that show themselves: for the terminal, cards, pages and notebooks."""
+"""Sizes, durations and tables as text, and the display of result objects in terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def size_text(num_bytes: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration, rounded to what a reader needs."""
+    """A duration in seconds, minutes or hours, rounded for reading."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def cell_text(value: Cell) -> str:
-    """One cell of a table: floats to four significant digits, nothing for None."""
+    """The text of a table cell: floats with four significant digits, empty for None."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -72,17 +72,17 @@ def _numeric(rows: Sequence[Mapping[str, Cell]], name: str) -> bool:
 
 
 class Shown:
-    """What the public functions return: a short ``repr``, a table in notebooks, a data frame where pandas is installed.
+    """Base class of the results of public functions: a short ``repr``, a table in notebooks, a data frame with pandas.
 
-    A subclass says itself in one line (`summary`) and as rows of a table (`rows_shown`).
+    A subclass describes itself in one line (`summary`) and as the rows of a table (`rows_shown`).
     """
 
     def summary(self) -> str:
-        """One line on the object."""
+        """Describe the object in one line."""
         raise NotImplementedError
 
     def rows_shown(self) -> list[dict[str, Cell]]:
-        """The object as rows of a table, one dictionary a row, all with the same keys."""
+        """The object as table rows: dictionaries with the same keys."""
         raise NotImplementedError
 
     def __repr__(self) -> str:

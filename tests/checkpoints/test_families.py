@@ -1,7 +1,7 @@
-"""Every proven family: statistics against a naive pass, the golden property through the files, dropped logits at minus infinity.
+"""Every proven family: statistics against a naive pass, the golden property, dropped logits at minus infinity.
 
-Nothing here knows a family: the naive pass asks the library's eager experts one slot at a time, and minus infinity is put
-where the router's own matrix gives its logits.
+Nothing here is specific to a family: the naive pass runs the library's eager experts one slot at a time, and minus infinity
+is set where the router's own matrix gives its logits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
+from moecover.checkpoints.derivation import derive
 from moecover.checkpoints.families import PROVEN_FAMILIES, UNSUPPORTED
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.checkpoints.structure_cache import recall, remember
@@ -180,8 +181,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_family(family: str, written: Path, tmp_path: Path) -> None:
     zoo.make_model(family).save_pretrained(tmp_path / "model", save_original_format=True)
     structure = read_structure(tmp_path / "model")
-    remember(structure, tmp_path / "remembered.json")
-    assert recall(structure.checkpoint, tmp_path / "remembered.json") == structure
+    layout = derive(structure.checkpoint)
+    remember(structure.checkpoint, layout, tmp_path / "remembered.json")
+    assert recall(structure.checkpoint, tmp_path / "remembered.json") == layout
     topology, model = structure.topology, load_model(structure)
     corpus = random_corpus("a", sequences=2, length=20, vocab=zoo.SMALL["vocab_size"])
     made = profile(structure, [corpus], model=model, batch_size=2)

@@ -1,4 +1,4 @@
-"""Remembered structures: what was read before is given back exactly or not at all."""
+"""Cached layouts: what was derived before is returned exactly or not at all."""
 
 from __future__ import annotations
 
@@ -18,13 +18,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moecover.checkpoints import structure_cache as structures
-from moecover.checkpoints.source import open_checkpoint
-from moecover.checkpoints.structure import Structure, read_structure
-from moecover.checkpoints.structure_cache import place_of, recall, remember
-from tests.pruning.test_quantised import LAYOUTS, quantise, set_config, with_mtp
+from moecover.checkpoints import structure_cache
+from moecover.checkpoints.derivation import derive
+from moecover.checkpoints.source import Checkpoint, open_checkpoint
+from moecover.checkpoints.structure import read_structure
+from moecover.checkpoints.structure_cache import content_hash, installed_version, place_of, recall, remember, source_hash
+from moecover.checkpoints.topology import ExpertLayout
+from tests.support.quantised import LAYOUTS, MTP, quantise, set_config, with_mtp
 
-MTP = ("model.layers.3", {"num_nextn_predict_layers": 1})
+
+def mtp_checkpoint(checkpoints: Callable[..., Path], folder: Path) -> Path:
+    root, config = MTP["deepseek_v3"]
+    return with_mtp(checkpoints("deepseek_v3"), folder, root, **copy.deepcopy(config))
+
+
+def derived(folder: Path) -> tuple[Checkpoint, ExpertLayout]:
+    checkpoint = open_checkpoint(folder)
+    return checkpoint, derive(checkpoint)
 
 
 @pytest.fixture(params=["qwen2_moe", "olmoe", "deepseek_v3", "gpt_oss", "fp8", "gptq", "mtp", "fp8 with mtp"])
@@ -34,7 +44,7 @@ def model(request: pytest.FixtureRequest, checkpoints: Callable[..., Path], tmp_
     if what in LAYOUTS:
         return quantise(checkpoints("mixtral"), tmp_path / "quantised", what)
     if "mtp" in what:
-        folder = with_mtp(checkpoints("deepseek_v3"), tmp_path / "mtp", MTP[0], **copy.deepcopy(MTP[1]))
+        folder = mtp_checkpoint(checkpoints, tmp_path / "mtp")
         return quantise(folder, tmp_path / "both", "fp8") if "fp8" in what else folder
     return checkpoints(what)
 
@@ -50,25 +60,27 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "transformers")
 
 
-def same(one: Structure | None, two: Structure) -> bool:
+def same(one: ExpertLayout | None, two: ExpertLayout) -> bool:
     """Equal, in the same order too: the order of the files is the order of the work."""
-    return one == two and one is not None and all(
-        list(getattr(one, part)) == list(getattr(two, part)) for part in ("tensors", "parameters", "mtp")
-    )  # fmt: skip
+    if one is None or one != two:
+        return False
+    pairs = [(one.tensors.experts, two.tensors.experts), (one.tensors.mtp, two.tensors.mtp)]
+    return all(list(a) == list(b) for a, b in [*pairs, (one.parameters, two.parameters)])
 
 
-def test_what_is_remembered_is_what_was_read(model: Path, place: Path) -> None:
-    structure = read_structure(model)
-    remember(structure, place)
-    assert same(recall(open_checkpoint(model), place), structure)
+def test_what_is_remembered_is_what_was_derived(model: Path, place: Path) -> None:
+    checkpoint, layout = derived(model)
+    remember(checkpoint, layout, place)
+    assert same(recall(open_checkpoint(model), place), layout)
 
 
 @pytest.mark.parametrize("model", ["qwen2_moe", "fp8 with mtp"], indirect=True)
 def test_the_next_process_needs_no_torch(model: Path, tmp_path: Path) -> None:
     """Equal numbers, and equal to what a process that has loaded transformers derives."""
+    fields = ("topology", "tensors", "parameters", "experts_modules", "count_keys", "mtp", "quantised", "warnings")
     code = (
         "import sys; from moecover import read_structure; s = read_structure(sys.argv[1])\n"
-        "print('torch' in sys.modules, s.topology, s.tensors, s.parameters, s.experts_modules, s.count_keys, s.mtp, s.quantised, s.warnings)"
+        f"print('torch' in sys.modules, *(getattr(s, name) for name in {fields}))"
     )
     environment = os.environ | {"MOECOVER_CACHE": str(tmp_path / "cache")}
     printed = [
@@ -78,8 +90,8 @@ def test_the_next_process_needs_no_torch(model: Path, tmp_path: Path) -> None:
         for _ in range(2)
     ]
     s = read_structure(model)
-    derived = f"{s.topology} {s.tensors} {s.parameters} {s.experts_modules} {s.count_keys} {s.mtp} {s.quantised} {s.warnings}\n"
-    assert printed == [("True", " ", derived), ("False", " ", derived)]
+    expected = " ".join(str(getattr(s, name)) for name in fields) + "\n"
+    assert printed == [("True", " ", expected), ("False", " ", expected)]
     assert len(list((tmp_path / "cache" / "structures").iterdir())) == 1
 
 
@@ -125,30 +137,31 @@ def test_shards_and_weights_do_not_matter(checkpoints: Callable[..., Path]) -> N
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("what", ["_sources", "_installed"])
+@pytest.mark.parametrize("what", ["source_hash", "installed_version"])
 def test_any_change_of_the_code_has_another_place(
     checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     checkpoint = open_checkpoint(checkpoints("mixtral"))
     before = place_of(checkpoint)
-    monkeypatch.setattr(structures, what, lambda *package: "another")
+    monkeypatch.setattr(structure_cache, what, lambda *package: "another")
     assert place_of(checkpoint) not in (None, before)
-    monkeypatch.setattr(structures.metadata, "version", lambda package: "another")
+    monkeypatch.setattr(structure_cache.metadata, "version", lambda package: "another")
     assert len({before, place_of(checkpoint), None}) == 3
 
 
-def test_the_code_is_told_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_is_identified_by_its_files(tmp_path: Path) -> None:
     for name in ("structures.py", "a.py"):
         (tmp_path / name).write_text("1")
-    monkeypatch.setattr(structures, "__file__", str(tmp_path / "structures.py"))
-    hashes = [structures._sources()]
+    hashes = [source_hash(tmp_path)]
     (tmp_path / "a.py").write_text("2")
-    hashes.append(structures._sources())
+    hashes.append(source_hash(tmp_path))
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert len({*hashes, structures._sources()}) == 3
+    assert len({*hashes, source_hash(tmp_path)}) == 3
 
 
-def test_an_installed_package_is_told_by_the_list_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_is_identified_by_the_list_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkout that is found first, or that an editable installation leads to, is not what the list says."""
     site, checkout = tmp_path / "site", tmp_path / "checkout"
     for folder in (site, checkout):
@@ -159,20 +172,20 @@ def test_an_installed_package_is_told_by_the_list_of_its_files(tmp_path: Path, m
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some_package\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(site)
     with pytest.raises(ImportError):
-        structures._installed("some_package")
+        installed_version("some_package")
     (info / "RECORD").write_text("__editable__.some_package.pth,sha256=x,1\n")
     with pytest.raises(ImportError):
-        structures._installed("some_package")
+        installed_version("some_package")
     found = set()
     for digest in "xy":
         (info / "RECORD").write_text(f"some_package/__init__.py,sha256={digest},1\n")
-        found.add(structures._installed("some_package"))
+        found.add(installed_version("some_package"))
     assert len(found) == 2
     monkeypatch.syspath_prepend(checkout)
     with pytest.raises(ImportError):
-        structures._installed("some_package")
+        installed_version("some_package")
     with pytest.raises(ImportError):
-        structures._installed("no_such_package")
+        installed_version("no_such_package")
 
 
 def test_where_files_go(checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,9 +212,8 @@ def test_where_files_go(checkpoints: Callable[..., Path], tmp_path: Path, monkey
 
 
 def test_damage_never_gives_another_structure(model: Path, place: Path) -> None:
-    structure = read_structure(model)
-    checkpoint = structure.checkpoint
-    remember(structure, place)
+    checkpoint, layout = derived(model)
+    remember(checkpoint, layout, place)
     text, rng = place.read_bytes(), random.Random(0)
     for _ in range(300):
         damaged = bytearray(text)
@@ -211,7 +223,7 @@ def test_damage_never_gives_another_structure(model: Path, place: Path) -> None:
         else:
             del damaged[at : at + rng.randrange(1, 50)]
         place.write_bytes(damaged)
-        assert recall(checkpoint, place) in (None, structure)
+        assert recall(checkpoint, place) in (None, layout)
     for damaged in (
         b"",
         b"null",
@@ -220,7 +232,7 @@ def test_damage_never_gives_another_structure(model: Path, place: Path) -> None:
         b"\xff",
         b"[" * 100_000,
         text[:-1],
-        b" " * structures.MOST_BYTES + text,
+        b" " * structure_cache.MAX_BYTES + text,
     ):
         place.write_bytes(damaged)
         assert recall(checkpoint, place) is None
@@ -234,7 +246,7 @@ def forged(place: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a file and give it the hash of what it says now."""
     told = json.loads(place.read_text())["structure"]
     change(told)
-    place.write_text(json.dumps({"sha256": structures._digest(place, told), "structure": told}))
+    place.write_text(json.dumps({"sha256": content_hash(place, told), "structure": told}))
 
 
 GATE, UP = "model.layers.#.mlp.gate.weight", "model.layers.#.mlp.experts.*.up_proj.weight"
@@ -275,68 +287,72 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_what_does_not_fit_the_headers_is_not_believed(
     checkpoints: Callable[..., Path], place: Path, what: str
 ) -> None:
-    structure = read_structure(checkpoints("qwen2_moe"))
-    remember(structure, place)
+    checkpoint, layout = derived(checkpoints("qwen2_moe"))
+    remember(checkpoint, layout, place)
     forged(place, lambda told: None)
-    assert recall(structure.checkpoint, place) == structure
+    assert recall(checkpoint, place) == layout
     forged(place, FORGERIES[what])
-    assert recall(structure.checkpoint, place) is None
+    assert recall(checkpoint, place) is None
 
 
 @pytest.mark.parametrize(
-    "change", [lambda t: t.update(mtp=[]), lambda t: t["mtp_rules"].pop(next(iter(t["mtp_rules"]))),
-               lambda t: t["mtp_rules"].update(dict.fromkeys(t["mtp_rules"]))],
-)  # fmt: skip
+    "change",
+    [
+        lambda t: t.update(mtp=[]),
+        lambda t: t["mtp_rules"].pop(next(iter(t["mtp_rules"]))),
+        lambda t: t["mtp_rules"].update(dict.fromkeys(t["mtp_rules"])),
+    ],
+)
 def test_nor_are_layers_of_multi_token_prediction(
     checkpoints: Callable[..., Path], tmp_path: Path, place: Path, change: Callable[[dict[str, Any]], Any]
 ) -> None:
-    structure = read_structure(with_mtp(checkpoints("deepseek_v3"), tmp_path / "m", MTP[0], **copy.deepcopy(MTP[1])))
-    remember(structure, place)
-    assert recall(structure.checkpoint, place) == structure
+    checkpoint, layout = derived(mtp_checkpoint(checkpoints, tmp_path / "m"))
+    remember(checkpoint, layout, place)
+    assert recall(checkpoint, place) == layout
     forged(place, change)
-    assert recall(structure.checkpoint, place) is None
+    assert recall(checkpoint, place) is None
 
 
 def test_nor_are_fewer_experts_with_places_behind_them(checkpoints: Callable[..., Path], place: Path) -> None:
-    structure = read_structure(checkpoints("gpt_oss"))
-    remember(structure, place)
+    checkpoint, layout = derived(checkpoints("gpt_oss"))
+    remember(checkpoint, layout, place)
 
     def fewer(told: dict[str, Any]) -> None:
         told["topology"]["num_experts"] = 6
         told["rules"] = {kind: [axis, routed, 2] for kind, (axis, routed, _) in told["rules"].items()}
 
     forged(place, lambda told: None)
-    assert recall(structure.checkpoint, place) == structure
+    assert recall(checkpoint, place) == layout
     forged(place, fewer)
-    assert recall(structure.checkpoint, place) is None
+    assert recall(checkpoint, place) is None
 
 
-def test_a_structure_that_rules_do_not_give_back_is_not_remembered(
+def test_a_layout_that_the_rules_do_not_reproduce_is_not_remembered(
     checkpoints: Callable[..., Path], place: Path
 ) -> None:
-    structure = read_structure(checkpoints("qwen2_moe"))
-    name = next(iter(structure.tensors))
-    structure.tensors.pop(name)
-    remember(structure, place)
+    checkpoint, layout = derived(checkpoints("qwen2_moe"))
+    name = next(iter(layout.tensors.experts))
+    layout.tensors.experts.pop(name)
+    remember(checkpoint, layout, place)
     assert not place.exists()
 
 
 def test_files_of_others_are_not_read(
     checkpoints: Callable[..., Path], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    structure = read_structure(checkpoints("mixtral"))
-    remember(structure, place)
+    checkpoint, layout = derived(checkpoints("mixtral"))
+    remember(checkpoint, layout, place)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert recall(structure.checkpoint, place) is None
+    assert recall(checkpoint, place) is None
 
 
 def test_a_folder_that_cannot_be_written_is_as_none(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    structure = read_structure(checkpoints("mixtral"))
+    checkpoint, layout = derived(checkpoints("mixtral"))
     (tmp_path / "file").write_text("")
     (tmp_path / "folder" / "place.json").mkdir(parents=True)
     for place in (tmp_path / "file" / "structures" / "x.json", tmp_path / "folder" / "place.json"):
-        remember(structure, place)
-        assert recall(structure.checkpoint, place) is None
+        remember(checkpoint, layout, place)
+        assert recall(checkpoint, place) is None
     code = "import sys; from moecover import read_structure; read_structure(sys.argv[1]); assert 'torch' in sys.modules"
     environment = os.environ | {"MOECOVER_CACHE": str(tmp_path / "file")}
     subprocess.run([sys.executable, "-c", code, checkpoints("mixtral")], env=environment, check=True)
@@ -345,10 +361,10 @@ def test_a_folder_that_cannot_be_written_is_as_none(checkpoints: Callable[..., P
 def test_the_oldest_files_make_room(
     checkpoints: Callable[..., Path], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    structure = read_structure(checkpoints("mixtral"))
-    monkeypatch.setattr(structures, "MOST_FILES", 3)
+    checkpoint, layout = derived(checkpoints("mixtral"))
+    monkeypatch.setattr(structure_cache, "MAX_FILES", 3)
     for number in range(5):
-        remember(structure, place.with_name(f"{number}.json"))
+        remember(checkpoint, layout, place.with_name(f"{number}.json"))
         os.utime(place.with_name(f"{number}.json"), (number, number))
     assert sorted(p.name for p in place.parent.iterdir()) == ["2.json", "3.json", "4.json"]
 
@@ -357,18 +373,18 @@ def test_writers_and_readers_at_once(
     checkpoints: Callable[..., Path], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever reads finds all of a file or none, whatever is written and removed beside."""
-    structure = read_structure(checkpoints("mixtral"))
-    monkeypatch.setattr(structures, "MOST_FILES", 2)
+    checkpoint, layout = derived(checkpoints("mixtral"))
+    monkeypatch.setattr(structure_cache, "MAX_FILES", 2)
     places = [place.with_name(f"{number}.json") for number in range(3)]
 
-    def work(number: int) -> list[Structure | None]:
-        remember(structure, places[number % 3])
-        return [recall(structure.checkpoint, p) for p in places]
+    def work(number: int) -> list[ExpertLayout | None]:
+        remember(checkpoint, layout, places[number % 3])
+        return [recall(checkpoint, p) for p in places]
 
     with ThreadPoolExecutor(8) as pool:
         found = [one for several in pool.map(work, range(60)) for one in several]
-    assert structure in found
-    assert all(one in (None, structure) for one in found)
-    remember(structure, place)
-    assert recall(structure.checkpoint, place) == structure
+    assert layout in found
+    assert all(one in (None, layout) for one in found)
+    remember(checkpoint, layout, place)
+    assert recall(checkpoint, place) == layout
     assert not [p for p in place.parent.iterdir() if p.name.startswith(".")]

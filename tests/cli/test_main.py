@@ -616,7 +616,7 @@ def test_a_signal_while_writing_keeps_what_is_finished(
     status, _, err = run(capsys, *arguments)
     assert (status, err.splitlines()[-1]) == (
         2,
-        f"moecover: {tmp_path / 'out'} is being written by another run. Wait for its end, or choose another output",
+        f"moecover: {tmp_path / 'out'} is being written by another run. Wait until it ends, or choose another output",
     )
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -625,7 +625,7 @@ def test_a_signal_while_writing_keeps_what_is_finished(
     left = [".out.partial"] if finished else []
     assert sorted(p.name for p in tmp_path.iterdir()) == [*left, "plan.json"]
     if number == signal.SIGINT:
-        kept = f"What was finished is kept in {partial} and is used when the same command runs again"
+        kept = f"Progress is saved in {partial}; rerun the same command to resume"
         assert err.endswith(f"moecover: interrupted. {kept if finished else 'Nothing was left behind'}\n")
     status, _, err = run(capsys, *arguments)
     assert status == 0

@@ -907,7 +907,7 @@ def test_other_mistakes(grid: Callable[..., Path], tmp_path: Path, capsys: Any) 
 
 
 def test_two_runs_do_not_share_a_folder(grid: Callable[..., Path], tmp_path: Path) -> None:
-    from moecover.files.atomic import locked
+    from moecover.files.locks import locked
 
     with locked(tmp_path / "run"):
         process = start(grid(methods=["random"]), tmp_path / "run")

@@ -18,11 +18,12 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from moecover.checkpoints.config_edit import edited_config, expert_count_keys
-from moecover.checkpoints.expert_tensors import ExpertTensor
+from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.inspection import inspect
 from moecover.checkpoints.pieces import piece
-from moecover.checkpoints.source import TensorEntry, open_checkpoint, read_header
+from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import read_structure
+from moecover.checkpoints.topology import ExpertTensor
 from moecover.errors import InputError, MoecoverError
 from moecover.planning.run import plan
 from moecover.profiling.run import profile
@@ -232,7 +233,7 @@ def test_output_that_exists_is_refused_and_overwritten_only_when_ours(
     structure = read_structure(checkpoints("mixtral"))
     chosen = quarter(structure)
     out = prune(structure, chosen, tmp_path / "out")
-    with pytest.raises(InputError, match=r"out exists. Choose another output, or give --overwrite"):
+    with pytest.raises(InputError, match=r"out exists. Choose another output, or give overwrite"):
         prune(structure, chosen, out)
     (out / "stale").write_text("x")
     prune(structure, chosen, out, overwrite=True)
@@ -297,7 +298,7 @@ def test_a_failure_midway_leaves_what_was_finished_and_what_was_there(
         assert "No space left on device; free some space or choose another folder. " in said
         assert partial.exists() == bool(after)  # what was copied when the disk was full is finished
     if partial.exists():
-        assert f"What was finished is kept in {partial} and is used when the same command runs again" in said
+        assert f"Progress is saved in {partial}; rerun the same command to resume" in said
     else:
         assert "Nothing was left behind" in said
     assert leftovers(tmp_path) == [*([".out.partial"] if partial.exists() else []), *(["out"] if existed else [])]

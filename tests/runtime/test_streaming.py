@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from moecover.checkpoints.families import PROVEN_FAMILIES
-from moecover.checkpoints.source import TensorEntry
+from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli import main as cli
 from moecover.corpora.packing import Corpus

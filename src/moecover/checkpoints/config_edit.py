@@ -1,6 +1,6 @@
 """What config.json says about experts, and how it is edited: reads the raw JSON, gives numbers or the edited text.
 
-The raw JSON is edited, never written anew by a configuration class, so that a server reads the hub's own keys.
+The raw JSON is edited and never rewritten by a configuration class, so that a server finds the hub's own keys.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ from typing import Any
 
 from moecover.errors import InputError
 
+Config = dict[str, Any]  # parsed config.json: its keys and their types differ by family
+
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k")
 GROUP_KEYS = ("n_group", "num_expert_group")
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-# A name (or pattern) of something inside one expert: layer number and expert number, dots perhaps escaped.
+# A name (or pattern) of a module or tensor of one expert: layer number and expert number; dots may be escaped.
 EXPERT_NAME = re.compile(r"(\d+)(\\?\.(?:[^.\\]+\\?\.)*?experts\\?\.)(\d+)(?!\d)")
 
-# A name, the layer number and the expert id in it -> the new id; None when that expert is gone.
+# A name, the layer number and the expert id in it -> the new id; None if that expert is removed.
 NewId = Callable[[str, int, int], int | None]
 
 
-def _parts(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """The configuration and those inside it, with their paths."""
+def _parts(config: Config, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Config]]:
+    """The configuration and the ones nested in it, with their paths."""
     yield path, config
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("config") and key not in QUANTISATION_KEYS:
             yield from _parts(value, (*path, key))
 
 
-def expert_count_keys(config: dict[str, Any]) -> dict[tuple[str, ...], int]:
-    """Paths of the keys of a raw config that count the decoder's routed experts, with their values (above one)."""
+def expert_count_keys(config: Config) -> dict[tuple[str, ...], int]:
+    """Paths of the keys of a raw config that count the decoder's routed experts, with their values above one."""
     return {
         (*path, key): value
         for path, part in _parts(config)
@@ -44,7 +46,7 @@ def expert_count_keys(config: dict[str, Any]) -> dict[tuple[str, ...], int]:
     }
 
 
-def with_expert_count(config: dict[str, Any], keys: tuple[tuple[str, ...], ...], count: int) -> dict[str, Any]:
+def with_expert_count(config: Config, keys: tuple[tuple[str, ...], ...], count: int) -> Config:
     """A copy of a raw config with every expert-count key set to ``count``."""
     edited = copy.deepcopy(config)
     for path in keys:
@@ -55,8 +57,8 @@ def with_expert_count(config: dict[str, Any], keys: tuple[tuple[str, ...], ...],
     return edited
 
 
-def first_number(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
-    """The first whole number under one of the keys, in a raw config or its parts; None where there is none."""
+def first_number(config: Config, keys: tuple[str, ...]) -> int | None:
+    """The first integer under one of the keys, in a raw config or the ones nested in it; None if there is none."""
     for _, part in _parts(config):
         for key in keys:
             if isinstance(part.get(key), int):
@@ -64,8 +66,8 @@ def first_number(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
     return None
 
 
-def quantisation(config: dict[str, Any]) -> str | None:
-    """The method by which a checkpoint says that it is quantised (``fp8``, ``gptq``, ...); None when it says nothing."""
+def quantisation(config: Config) -> str | None:
+    """The quantisation that a raw config declares (``fp8``, ``gptq``, ...); None if it declares none."""
     for _, part in _parts(config):
         for key in QUANTISATION_KEYS:
             if isinstance(found := part.get(key), dict):
@@ -73,8 +75,8 @@ def quantisation(config: dict[str, Any]) -> str | None:
     return None
 
 
-def without_mtp(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a raw config that announces no multi-token-prediction layers: counts 0, lists empty, switches off."""
+def without_mtp(config: Config) -> Config:
+    """A copy of a raw config without multi-token-prediction layers: counts are 0, lists empty, switches off."""
     edited = copy.deepcopy(config)
     for _, part in _parts(edited):
         for key, value in part.items():
@@ -90,10 +92,10 @@ def without_mtp(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def renumbered(value: Any, new_id: NewId) -> Any:
-    """A JSON value whose texts and keys that name one expert name it by its new id; those of experts that go are left out.
+    """A JSON value in which strings and keys that name an expert use its new id; those of removed experts are left out.
 
     Raises:
-        InputError: a pattern names an expert without the number of its layer, so that no id fits every layer.
+        InputError: a pattern names an expert without the number of its layer, so that no id fits all layers.
     """
     if isinstance(value, str):
         return _new_name(value, new_id)
@@ -109,7 +111,10 @@ def _new_name(name: str, new_id: NewId) -> str | None:
     match = EXPERT_NAME.search(name)
     if match is None:
         if re.search(r"experts\\?\.\d", name):
-            raise InputError(f"the quantisation settings name one expert of no certain layer ({name}), which cannot be renumbered. Write its layers out")  # fmt: skip
+            raise InputError(
+                f"the quantisation settings name an expert without its layer ({name}), which cannot be renumbered. "
+                "Write out the layers"
+            )
         return name
     new = new_id(name, int(match[1]), int(match[3]))
     return None if new is None else f"{name[: match.start(3)]}{new}{name[match.end(3) :]}"
@@ -118,18 +123,18 @@ def _new_name(name: str, new_id: NewId) -> str | None:
 def edited_config(
     text: str, count_keys: tuple[tuple[str, ...], ...], experts: int, keep: int, *, new_id: NewId, drop_mtp: bool
 ) -> str:
-    """config.json for ``keep`` experts: expert counts, and names of experts in the quantisation settings.
+    """Edit config.json for ``keep`` experts: the expert counts, and names of experts in the quantisation settings.
 
-    The text itself is edited, so order, spacing and the spelling of floats stay; where that cannot be done without doubt
-    (the key occurs twice with other meanings, lists change) the JSON is written anew.
+    The text itself is edited, so that order, spacing and the spelling of floats are kept. Where that is ambiguous (the
+    key occurs twice with different meanings, lists change), the JSON is written anew.
 
     Args:
         text: config.json of the source.
         count_keys: paths of the keys that count experts.
-        experts: experts of the source.
-        keep: experts that remain.
+        experts: number of experts of the source.
+        keep: number of experts that are kept.
         new_id: the new id of an expert.
-        drop_mtp: also announce no multi-token-prediction layers.
+        drop_mtp: also remove multi-token-prediction layers.
     """
     wanted = with_expert_count(json.loads(text), count_keys, keep)
     if drop_mtp:
@@ -150,7 +155,7 @@ def edited_config(
 
 
 def edited_settings(text: str, new_id: NewId) -> str:
-    """A quantiser's own settings file with the names of experts renumbered; the same text when it names none.
+    """A quantiser's own settings file with the names of experts renumbered; the same text if it names none.
 
     Raises:
         InputError: see `renumbered`.
@@ -158,6 +163,6 @@ def edited_settings(text: str, new_id: NewId) -> str:
     try:
         value = json.loads(text)
     except ValueError:
-        return text  # not the file that it is called; copied as it is
+        return text  # not JSON in spite of its name: copied as it is
     edited = renumbered(value, new_id)
     return text if edited == value else json.dumps(edited, indent=4, ensure_ascii=False) + "\n"

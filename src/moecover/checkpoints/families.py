@@ -1,7 +1,7 @@
 """Which model types are proven, and which are refused: two tables. A type in neither runs with a warning."""
 
-# Types proven end to end by tests/checkpoints/test_families.py, with how they route in their class's own configuration (as
-# `routing.recognise` sees it; "its own": not one that expert-sparsity can re-route).
+# Types proven end to end by tests/checkpoints/test_families.py, with the routing of their class's default configuration
+# (as `planning.search.routing` recognises it; "its own": one that expert-sparsity cannot re-route).
 PROVEN_FAMILIES = {
     "afmoe": "sigmoid + bias for the choice, renormalised",
     "aria": "softmax, renormalised",
@@ -77,14 +77,14 @@ PROVEN_FAMILIES = {
 }
 PROVEN_WITH = "5.23.0"  # the version of transformers that the tests ran with
 
-# Why a type is refused by `inspect`, `profile` and `prune`; completes "TYPE is not supported: ...".
+# Why `inspect`, `profile` and `prune` refuse a type; completes "TYPE is not supported: ...".
 UNSUPPORTED: dict[str, str] = {
-    "dbrx": "all experts of a layer lie one under the other in one matrix, and the choice is made outside its router",
-    "deepseek_v4": "its first layers choose experts by the id of the token, from a table",
-    "diffusion_gemma": "its encoder and its decoder have layers with experts each, under one count",
+    "dbrx": "the experts of a layer are stacked in one matrix, and the choice is made outside its router",
+    "deepseek_v4": "its first layers look up a token's experts in a table, by the id of the token",
+    "diffusion_gemma": "its encoder and its decoder both have layers with experts, under one count",
     "doge": "an expert is one row of an embedding, found by a pair of keys",
-    "ernie4_5_vl_moe": "a layer has two groups of experts, for text and for pictures, of two widths and under one count",
+    "ernie4_5_vl_moe": "a layer has two groups of experts, for text and for images, of two widths and under one count",
     "jetmoe": "its attention has experts too, under the same count",
-    "longcat_flash": "a token may go to experts that do nothing, which its router numbers behind the others",
+    "longcat_flash": "a token may go to experts that do nothing, which its router numbers after the others",
     "zaya": "a token may skip the experts of a layer, which its router reports as expert 0 with weight 0",
 }

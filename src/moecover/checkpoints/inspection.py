@@ -1,31 +1,63 @@
-"""Facts about a model's routed experts, before any work: reads configuration and headers, gives a dictionary."""
+"""Facts about a model's routed experts before any work: reads configuration and headers, gives an `Inspection`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from moecover.checkpoints.config_edit import first_number
+from moecover.checkpoints.config_edit import Config, first_number
 from moecover.checkpoints.families import PROVEN_FAMILIES
 from moecover.checkpoints.servers import unmet
 from moecover.checkpoints.source import open_checkpoint
-from moecover.checkpoints.structure import read_structure
+from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import InputError
+from moecover.text import Cell, Shown, size_text
 
 SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+SHARED_WIDTH_KEYS = ("shared_expert_intermediate_size", "shared_intermediate_size")
+PERCENTAGES = (25, 50, 75)  # of the experts, whose sizes are given
 
 
-def inspect(model: str | Path, *, revision: str | None = None, server: str | None = None) -> dict[str, Any]:
-    """Facts about a model's routed experts, from its configuration and headers only.
+class Inspection(Shown, dict[str, Any]):
+    """The facts as a JSON-ready dictionary: what `inspect` returns.
+
+    Keys: ``model``, ``family``, ``total_bytes``, ``shards``, ``refused`` (one line per reason for which `prune` would
+    refuse the model, empty if it would not) and ``warnings``; unless the model is refused also ``family_proven``,
+    ``decoder_layers``, ``moe_layers``, ``experts``, ``top_k``, ``shared_experts``, ``hidden_size``, ``expert_bytes``,
+    ``routed_bytes``, ``sizes``, ``quantised`` and ``mtp_bytes``. Sizes are in bytes.
+    """
+
+    def summary(self) -> str:
+        """Name, family, shape of the routed part and size, or why the model is refused."""
+        name, family, size = self["model"], self["family"], size_text(self["total_bytes"])
+        if self["refused"]:
+            return f"{name}: {family}, {size}, refused: {self['refused'][0]}"
+        layers = f"{len(self['moe_layers'])} MoE layer{'s' if len(self['moe_layers']) > 1 else ''}"
+        return f"{name}: {family}, {layers} x {self['experts']} experts, top-{self['top_k']}, {size}"
+
+    def rows_shown(self) -> list[dict[str, Cell]]:
+        """One row per fact."""
+        return [{"fact": key, "value": _as_cell(value)} for key, value in self.items()]
+
+
+def _as_cell(value: object) -> Cell:
+    return value if value is None or isinstance(value, (str, int, float)) else json.dumps(value)
+
+
+def inspect(model: str | Path, *, revision: str | None = None, server: str | None = None) -> Inspection:
+    """Read facts about a model's routed experts from its configuration and headers.
 
     Args:
         model: local folder or hub id (only config.json and the headers of the shards are fetched).
         revision: branch, tag or commit of a hub model.
-        server: also say what this server would lack at every size, see `servers`.
+        server: also give the requirements of this server that are not met at each size, see `servers`.
 
     Returns:
-        A JSON-ready dictionary: family, layers, experts, top-k, shared experts, sizes in bytes, and ``refused``: one
-        line a reason for which `prune` would refuse, empty when it would not.
+        Family, layers, experts, top-k, shared experts, sizes in bytes, and the reasons for which `prune` would refuse.
+
+    Raises:
+        InputError: the model is missing or malformed.
     """
     checkpoint = open_checkpoint(model, revision=revision, headers_only=True)
     facts: dict[str, Any] = {
@@ -37,40 +69,45 @@ def inspect(model: str | Path, *, revision: str | None = None, server: str | Non
     try:
         structure = read_structure(checkpoint)
     except InputError as error:
-        return {**facts, "refused": [str(error)], "warnings": []}
-    topology, experts = structure.topology, structure.topology.num_experts
-    keeps = {percent: int(experts * percent / 100 + 0.5) for percent in (25, 50, 75)}
-    return {
-        **facts,
-        "family_proven": topology.family in PROVEN_FAMILIES,
-        "decoder_layers": topology.num_layers,
-        "moe_layers": list(topology.decoder_layers),
-        "experts": experts,
-        "top_k": topology.top_k,
-        "shared_experts": _shared_experts(checkpoint.config),
-        "hidden_size": topology.hidden_size,
-        "expert_bytes": structure.expert_num_bytes,
-        "routed_bytes": structure.expert_total_bytes,
-        "sizes": [
-            {
-                "percent": percent,
-                "keep": keep,
-                "bytes": structure.num_bytes(keep),
-                **({"unmet": unmet(topology, keep, server)} if server else {}),
-            }
-            for percent, keep in keeps.items()
-            if keep >= topology.top_k
-        ],
-        "quantised": structure.quantised,
-        "mtp_bytes": sum(checkpoint.tensors[name].num_bytes for name in structure.mtp),
-        "refused": [],
-        "warnings": list(structure.warnings),
-    }
+        return Inspection({**facts, "refused": [str(error)], "warnings": []})
+    topology = structure.topology
+    return Inspection(
+        {
+            **facts,
+            "family_proven": topology.family in PROVEN_FAMILIES,
+            "decoder_layers": topology.num_layers,
+            "moe_layers": list(topology.decoder_layers),
+            "experts": topology.num_experts,
+            "top_k": topology.top_k,
+            "shared_experts": _shared_experts(checkpoint.config),
+            "hidden_size": topology.hidden_size,
+            "expert_bytes": structure.expert_num_bytes,
+            "routed_bytes": structure.expert_total_bytes,
+            "sizes": _sizes(structure, server),
+            "quantised": structure.quantised,
+            "mtp_bytes": sum(checkpoint.tensors[name].num_bytes for name in structure.mtp),
+            "refused": [],
+            "warnings": list(structure.warnings),
+        }
+    )
 
 
-def _shared_experts(config: dict[str, Any]) -> int:
-    """Shared experts per layer: a count where the config has one, else 1 where it gives them a width."""
+def _sizes(structure: Structure, server: str | None) -> list[dict[str, object]]:
+    """Sizes of the pruned checkpoint for several percentages of its experts."""
+    topology, rows = structure.topology, []
+    for percent in PERCENTAGES:
+        keep = int(topology.num_experts * percent / 100 + 0.5)
+        if keep >= topology.top_k:
+            row: dict[str, object] = {"percent": percent, "keep": keep, "bytes": structure.num_bytes(keep)}
+            if server:
+                row["unmet"] = unmet(topology, keep, server)
+            rows.append(row)
+    return rows
+
+
+def _shared_experts(config: Config) -> int:
+    """Shared experts per layer: the config's count, else 1 if it gives them a width."""
     count = first_number(config, SHARED_KEYS)
     if count is not None:
         return count
-    return 1 if (first_number(config, ("shared_expert_intermediate_size", "shared_intermediate_size")) or 0) > 0 else 0
+    return 1 if (first_number(config, SHARED_WIDTH_KEYS) or 0) > 0 else 0

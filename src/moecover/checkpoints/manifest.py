@@ -1,4 +1,4 @@
-"""The manifest of a pruned checkpoint, moecover.json: its name, how it is read, whether the files are still as it says."""
+"""The manifest of a pruned checkpoint, moecover.json: reads it, and checks the files against it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from moecover.errors import InputError
 from moecover.files.copying import HASH, file_hash
 
 MANIFEST = "moecover.json"
+Manifest = dict[str, Any]  # JSON, written by `pruning.writer`
 
 
-def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_manifest(checkpoint: Checkpoint) -> Manifest:
     """The moecover.json of a checkpoint that this program wrote.
 
     Raises:
@@ -22,16 +23,16 @@ def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{checkpoint.name} holds no {MANIFEST}: it was not written by `moecover prune`")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest["plan"], manifest["files"], manifest["source"]["name"], manifest["source"]["fingerprint"]
         if manifest["hash"] != HASH:
             raise ValueError(f"its hashes are {manifest['hash']}, {HASH} is known")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error!r}. Prune again") from error
-    return manifest  # type: ignore[no-any-return]
+    return manifest
 
 
-def changed_files(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
-    """Names of the files whose hash is not the manifest's, or that are missing."""
+def changed_files(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
+    """Names of the files that are missing or whose hash differs from the manifest's."""
     files = {name: checkpoint.path / name for name in manifest["files"]}
     return [name for name, path in files.items() if not path.is_file() or file_hash(path) != manifest["files"][name]]

@@ -1,4 +1,4 @@
-"""What remains of every tensor on disk when experts go: byte ranges of the source's shards, by output shard.
+"""What remains of every tensor on disk when experts are removed: byte ranges of the source's shards, by output shard.
 
 Reads names, shapes and offsets only; `pruning.writer` copies the ranges.
 """
@@ -11,18 +11,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Never
 
-from moecover.checkpoints.expert_tensors import ExpertTensor
-from moecover.checkpoints.source import TensorEntry
+from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.structure import Structure
+from moecover.checkpoints.topology import ExpertTensor
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING: Mapping[str, Never] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the output: its name, shape and the byte ranges that make it up, of its source shard or of a file."""
+    """One tensor of the output.
+
+    Attributes:
+        name: its name in the output.
+        dtype: its type.
+        shape: its shape in the output.
+        ranges: the byte ranges that it consists of, in order.
+        file: the file of these ranges; None for the tensor's source shard.
+    """
 
     name: str
     dtype: str
@@ -32,11 +40,12 @@ class Piece:
 
     @property
     def num_bytes(self) -> int:
+        """Its size in the output."""
         return sum(end - start for start, end in self.ranges)
 
 
 def renamed(name: str, new_expert: int) -> str:
-    """The name of an expert's tensor under another id."""
+    """The name of an expert's tensor with another expert id."""
     return re.sub(r"(\.experts\.)\d+(\.)", rf"\g<1>{new_expert}\2", name, count=1)
 
 
@@ -52,11 +61,11 @@ def _slices(entry: TensorEntry, axis: int, kept: list[int]) -> tuple[tuple[int, 
 
 
 def piece(entry: TensorEntry, tensor: ExpertTensor | None, kept: list[int]) -> Piece | None:
-    """What remains of one tensor on disk; None when it goes.
+    """What remains of one tensor on disk; None if nothing does.
 
     Args:
         entry: the tensor.
-        tensor: how it depends on the experts, None when it does not.
+        tensor: how it depends on the experts, None if it does not.
         kept: ids of its layer's kept experts, ascending.
     """
     whole = ((entry.start, entry.end),)
@@ -75,13 +84,13 @@ def piece(entry: TensorEntry, tensor: ExpertTensor | None, kept: list[int]) -> P
 def pieces_by_shard(
     structure: Structure, kept: Sequence[Sequence[int]], *, mtp: str = "drop", others: Mapping[str, Piece] = NOTHING
 ) -> dict[str, list[Piece]]:
-    """The tensors of every output shard, in the order of the source's bytes; shards that lose everything are left out.
+    """The tensors of every output shard, in the order of the source's bytes; empty shards are left out.
 
     Args:
         structure: the source.
         kept: ids of the kept experts of every MoE layer, ascending.
-        mtp: `drop` leaves multi-token-prediction layers with experts of their own out, `prune` cuts them.
-        others: tensors of the output, by name, that are not the source's.
+        mtp: `drop` leaves out multi-token-prediction layers with experts of their own, `prune` cuts them.
+        others: tensors of the output that are taken from elsewhere, by name.
     """
     shards: dict[str, list[Piece]] = {}
     for name, entry in structure.checkpoint.tensors.items():
@@ -95,7 +104,7 @@ def pieces_by_shard(
 
 
 def coalesced(pieces: Iterable[Piece]) -> Iterator[tuple[int, int]]:
-    """Byte ranges of consecutive pieces of one file, adjacent ones joined."""
+    """The byte ranges of consecutive pieces of one file; adjacent ranges are merged."""
     current: tuple[int, int] | None = None
     for start, end in (r for p in pieces for r in p.ranges):
         if current is not None and current[1] == start:

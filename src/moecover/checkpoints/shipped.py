@@ -11,7 +11,7 @@ DEFAULT = "qwen2-moe-tiny"
 
 
 def shipped_model(name: str = DEFAULT) -> Path:
-    """Folder of a model that comes with the package.
+    """The folder of a model that comes with the package.
 
     Raises:
         InputError: there is none of this name.

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.checkpoints.opening import described, fetched
     from moecover.corpora.own_text import generate
     from moecover.corpora.packing import load_tokenizer
-    from moecover.progress import Progress
+    from moecover.progress import SILENT
 
     made = generate(
         args.model,
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> Outcome:
     )
     rows, length = made.tokens.shape
     lines = [f"{args.output}: {rows} sequences of {length} tokens, for --corpus self={args.output}"]
-    structure = fetched(described(args.model, revision=args.revision, progress=Progress()), progress=Progress())
+    structure = fetched(described(args.model, revision=args.revision, progress=SILENT), progress=SILENT)
     if (tokenizer := load_tokenizer(structure.checkpoint.path)) is not None:
         lines += [f"  {' '.join(tokenizer.decode(row[:40]).split())[:100]} ..." for row in made.tokens[:SHOWN]]
     output = shlex.quote(str(args.output))

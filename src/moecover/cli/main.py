@@ -15,11 +15,12 @@ import signal
 import sys
 from typing import NoReturn, TextIO, cast
 
-from moecover import __version__, progress
+from moecover import progress
 from moecover.cli.verb import Verb
 from moecover.errors import InputError, MoecoverError, is_out_of_memory
 from moecover.runtime.distributed import ALONE, STOPPED, World, first_to_fail, world
 from moecover.signals import behind
+from moecover.version import VERSION
 
 VERBS = (
     "inspect",
@@ -79,7 +80,7 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=_Formatter,
     )
-    parser.add_argument("--version", action="version", version=f"moecover {__version__}")
+    parser.add_argument("--version", action="version", version=f"moecover {VERSION}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument("-q", "--quiet", action="store_true", help="no log and no progress on stderr")

@@ -66,7 +66,8 @@ from moecover.corpora.windows import load_windows
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.task_usage import FILE as USAGE
 from moecover.evaluation.task_usage import save, usage
-from moecover.files.atomic import PARTIAL, canonical_json, locked, write_text
+from moecover.files.atomic import PARTIAL, canonical_json, write_text
+from moecover.files.locks import locked
 from moecover.planning.artifact import Plan
 from moecover.planning.run import check_options
 from moecover.profiling.artifact import Profile
@@ -295,9 +296,9 @@ def _versions() -> dict[str, str]:
     import torch
     import transformers
 
-    from moecover import __version__
+    from moecover.version import VERSION
 
-    return {"moecover": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"moecover": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _fingerprint(config: Config, model: _Model, cell: Cell, tasks: str | None, versions: Mapping[str, str]) -> str:

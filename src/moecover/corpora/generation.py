@@ -20,7 +20,8 @@ from moecover.checkpoints.config_edit import first_number
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import load_tokenizer
 from moecover.errors import InputError
-from moecover.files.atomic import PARTIAL, canonical_json, kept_file, locked
+from moecover.files.atomic import PARTIAL, canonical_json, kept_file
+from moecover.files.locks import locked
 from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moecover.checkpoints.deepseek.registration import register_deepseek_config
 from moecover.corpora.overlap import sketch
 from moecover.corpora.sources import CORPORA, HubCorpus, file_rows
 from moecover.errors import InputError
@@ -304,6 +305,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     with held():
         from transformers import AutoTokenizer
 
+    register_deepseek_config()
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a broken tokenizer makes the library raise

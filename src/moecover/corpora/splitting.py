@@ -13,7 +13,8 @@ from moecover.corpora.kinds import split as split_corpus
 from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
 from moecover.corpora.sources import parse_corpora
 from moecover.errors import InputError, arg
-from moecover.files.atomic import check_output, locked
+from moecover.files.atomic import check_output
+from moecover.files.locks import locked
 from moecover.progress import Progress, resolve
 from moecover.runtime.passes import check_least
 from moecover.text import Cell, Shown

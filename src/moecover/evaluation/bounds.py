@@ -16,23 +16,15 @@ from moecover.corpora.loading import Corpora, parsed
 from moecover.corpora.overlap import WORTH_SAYING, overlap
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
-from moecover.evaluation.budget_search import (
-    BLOCKS,
-    TOGETHER,
-    check_held_out,
-    find,
-    held_out,
-    largest_within,
-    parse_percent,
-    possible_keeps,
-)
+from moecover.evaluation.budget_search import TOGETHER, find, largest_within, parse_percent, possible_keeps
+from moecover.evaluation.held_out import BLOCKS, check_held_out, held_out
 from moecover.evaluation.job import Texts, load_texts, parsed_texts
 from moecover.planning.artifact import Plan
 from moecover.planning.job import ROUND_OPTIONS
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
 from moecover.profiling.artifact import Profile
-from moecover.progress import Progress, resolve
+from moecover.progress import SILENT, Progress, resolve
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened, parse_size
 from moecover.runtime.passes import Passes, RunOptions, check_known, check_least, passes
@@ -159,7 +151,7 @@ def _texts(
 ) -> list[Corpus]:
     """The held-out texts, with a note where calibration text is in them."""
     with progress.spinner("reading held-out text"):
-        loaded = load_texts(named, structure, windows=windows, progress=Progress())
+        loaded = load_texts(named, structure, windows=windows, progress=SILENT)
         loaded = loaded or held_out(profile, files, structure, blocks=windows)
     for text in loaded:
         share = overlap(text, [record for records in profile.corpora.values() for record in records])

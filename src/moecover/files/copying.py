@@ -1,8 +1,9 @@
-"""Bytes from file to file as fast as the system can, and the hash of a file.
+"""Copying bytes from file to file as fast as the system allows, and hashing files.
 
-The kernel copies where it knows how, so no byte passes through this process but the hasher's small buffer, and memory does
-not grow with the files. The hash is taken from the written file, in a second thread that follows the copying: it reads
-what the page cache still holds. The same thread has the disk write early, so that little is left to wait for at the end.
+The kernel copies where it can, so that no byte passes through this process except the hasher's small buffer, and memory
+does not grow with the files. The hash is taken from the written file, in a second thread that follows the copying and
+reads what the page cache still holds. The same thread starts the writing to disk early, so that little remains to wait
+for at the end.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 import xxhash
 
 from moecover.errors import MoecoverError
 
-HASH = "xxh3_128"  # as the manifest calls it
-CHUNK_BYTES = 4 << 20  # at most so much between two looks at signals and at the second thread
-AHEAD_CHUNKS = 32  # what the disk is asked for before its turn
+HASH: Final = "xxh3_128"  # as the manifest calls it
+CHUNK_BYTES = 4 << 20  # the most that is copied between two checks for signals and for errors of the second thread
+AHEAD_CHUNKS = 32  # how far ahead the disk is asked to read
 BUFFER_BYTES = 256 << 10  # fits the second-level cache: the hasher is a fifth faster than with megabytes
-# What a system says that has the call, but not for these files; the next way is tried.
+# Errors of a system that has the call, but not for these files; the next way is tried.
 UNSUPPORTED = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.ENOTSOCK}
 
 
@@ -46,7 +48,7 @@ def _by_hand(source: int, target: int, start: int, count: int) -> int:
 
 
 def _ways() -> list[Callable[[int, int, int, int], int]]:
-    """How this system can append a byte range of one file to another, fastest first."""
+    """The functions by which this system can append a byte range of one file to another, fastest first."""
     found = [way for name, way in (("copy_file_range", _in_kernel), ("sendfile", _sent)) if hasattr(os, name)]
     return [*found, _by_hand]
 
@@ -58,10 +60,10 @@ def _advise(descriptor: int, start: int, count: int, advice: str) -> None:
 
 @contextlib.contextmanager
 def _read_ahead(descriptor: int, ranges: list[tuple[int, int]]) -> Iterator[Iterator[tuple[int, int]]]:
-    """The ranges in chunks, which a second thread asks of the disk some time before their turn.
+    """The ranges in chunks, which a second thread requests from the disk ahead of time.
 
-    The system's own reading ahead goes on into the experts that are skipped and starts anew behind them, at half the speed;
-    asking takes long, since it makes room in the page cache, hence the thread.
+    The system's own read-ahead continues into the experts that are skipped and starts again after them, at half the
+    speed. A request takes long, since it makes room in the page cache, hence the thread.
     """
     chunks = [(at, min(at + CHUNK_BYTES, end)) for start, end in ranges for at in range(start, end, CHUNK_BYTES)]
     room, over = threading.Semaphore(AHEAD_CHUNKS), threading.Event()
@@ -81,7 +83,7 @@ def _read_ahead(descriptor: int, ranges: list[tuple[int, int]]) -> Iterator[Iter
     if not hasattr(os, "posix_fadvise"):
         yield iter(chunks)
         return
-    _advise(descriptor, 0, 0, "RANDOM")  # no reading ahead but ours
+    _advise(descriptor, 0, 0, "RANDOM")  # no read-ahead but ours
     thread = threading.Thread(target=ask, name="reader ahead", daemon=True)
     thread.start()
     try:
@@ -95,13 +97,13 @@ def _read_ahead(descriptor: int, ranges: list[tuple[int, int]]) -> Iterator[Iter
 def write_ranges(
     target: Path, head: bytes, parts: Iterable[tuple[Path, Iterable[tuple[int, int]]]], written: Callable[[int], None]
 ) -> None:
-    """Write a file from some bytes and byte ranges of other files.
+    """Write a file that consists of some bytes followed by byte ranges of other files.
 
     Args:
         target: file to write; replaced.
-        head: what comes first.
-        parts: other files, each with starts and ends in it, in the order of the target.
-        written: called with the size of the target, first when it is there with ``head``, then as it grows.
+        head: its first bytes.
+        parts: source files, each with its ranges (start and end offset), in the order of the target.
+        written: called with the size of the target, first when ``head`` is written, then as it grows.
 
     Raises:
         MoecoverError: a source ends before a range does.
@@ -124,7 +126,7 @@ def write_ranges(
 def _append(
     source: Path, writer: io.FileIO, ranges: list[tuple[int, int]], size: int, written: Callable[[int], None]
 ) -> int:
-    """Append byte ranges of one file; the new size."""
+    """Append byte ranges of one file; returns the new size."""
     told, ways = size, _ways()
     with source.open("rb", buffering=0) as reader, _read_ahead(reader.fileno(), ranges) as chunks:
         for start, end in chunks:
@@ -135,9 +137,11 @@ def _append(
                     if error.errno not in UNSUPPORTED or len(ways) == 1:
                         raise
                     count = 0
-                if count == 0:  # the end of the file, or one that this way cannot read: reading itself tells
+                if count == 0:  # the end of the file, or a file that this way cannot read: the last way tells
                     if len(ways) == 1:
-                        raise MoecoverError(f"{source} ended at byte {start}, {end} is needed: it changed while it was read")  # fmt: skip
+                        raise MoecoverError(
+                            f"{source} ended at byte {start}, {end} is needed: it changed while it was read"
+                        )
                     del ways[0]
                 start, size = start + count, size + count
                 if size - told >= CHUNK_BYTES:
@@ -147,7 +151,7 @@ def _append(
 
 
 def _feed(digest: xxhash.xxh3_128, file: io.FileIO, stop: int = sys.maxsize) -> None:
-    """Read on to the position ``stop`` or the end."""
+    """Hash the file from its position to the position ``stop``, or to the end."""
     buffer = memoryview(bytearray(BUFFER_BYTES))
     while (left := stop - file.tell()) > 0 and (count := file.readinto(buffer[:left])):
         digest.update(buffer[:count])
@@ -165,80 +169,95 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+# ------------------------------------------------------------------------------------------- hashing while writing
 ABANDON = -1  # in place of a size: the file will not be completed
+Told = Path | int | None  # a new file, its size so far, or that it is complete
 
 
 class _StoppedError(Exception):
     """The second thread is to end."""
 
 
-@contextlib.contextmanager
-def followed(finished: Callable[[Path, str], None]) -> Iterator[Callable[[Path | int | None], None]]:
-    """A second thread that hashes and flushes files while they are written.
+class _Follower:
+    """The second thread of `followed`: reads what it is told from a queue, hashes and flushes the files."""
 
-    Yields the function that tells it how far the writing is: the path of a file that has just been made, then its sizes as
-    it grows, then None when it is complete. The block ends when all files are hashed and on the disk. When it fails, those
-    that are complete are still finished; when it is interrupted, the thread stops where it is.
+    def __init__(self, finished: Callable[[Path, str], None]) -> None:
+        self._finished = finished
+        self._told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="follower", daemon=True)
+        self._thread.start()
 
-    Args:
-        finished: called in the second thread with every complete file, once it is on the disk, and its hash.
+    def tell(self, item: Told) -> None:
+        """Pass on an item, or raise what went wrong in the thread."""
+        if self._failure is not None:
+            raise self._failure
+        self._told.put(item)
 
-    Raises:
-        OSError: a file could not be read or flushed; raised by the function that tells, or at the end.
-    """
-    told: queue.SimpleQueue[Path | int | None] = queue.SimpleQueue()
-    stopped, failures = threading.Event(), list[BaseException]()
+    def end(self, item: Told, *, at_once: bool = False) -> None:
+        """Wait for the thread: until it has done what it was told, or with ``at_once`` until it notices."""
+        if at_once:
+            self._stopped.set()
+        self._told.put(item)
+        self._thread.join()
 
-    def get() -> Path | int | None:
-        item = told.get()
-        if stopped.is_set() or item == ABANDON:
+    def check(self) -> None:
+        """Raise what went wrong in the thread."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        try:
+            for path in iter(self._get, None):
+                assert isinstance(path, Path)
+                self._finished(path, self._hashed(path))
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            self._failure = error
+
+    def _get(self) -> Told:
+        item = self._told.get()
+        if self._stopped.is_set() or item == ABANDON:
             raise _StoppedError
         return item
 
-    def hashed(path: Path) -> str:
+    def _hashed(self, path: Path) -> str:
         digest = xxhash.xxh3_128()
-        with path.open("rb", buffering=0) as file:
-            for size in iter(get, None):
-                assert isinstance(size, int)
-                start = file.tell()
-                _feed(digest, file, size)
-                # What is not on the disk yet stays in the cache, but its writing begins now.
-                _advise(file.fileno(), start, size - start, "DONTNEED")
-            os.fsync(file.fileno())
+        try:
+            with path.open("rb", buffering=0) as file:
+                for size in iter(self._get, None):
+                    assert isinstance(size, int)
+                    start = file.tell()
+                    _feed(digest, file, size)
+                    # What is not on disk yet stays in the cache, but its writing begins now.
+                    _advise(file.fileno(), start, size - start, "DONTNEED")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         return digest.hexdigest()
 
-    def follow() -> None:
-        with contextlib.suppress(_StoppedError):
-            for path in iter(get, None):
-                assert isinstance(path, Path)
-                try:
-                    digest = hashed(path)
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, str(path)) from error
-                finished(path, digest)
 
-    def work() -> None:
-        try:
-            follow()
-        except BaseException as error:
-            failures.append(error)
+@contextlib.contextmanager
+def followed(finished: Callable[[Path, str], None]) -> Iterator[Callable[[Told], None]]:
+    """Hash and flush files in a second thread while the block writes them.
 
-    def tell(item: Path | int | None) -> None:
-        if failures:
-            raise failures[0]
-        told.put(item)
+    Yields the function that reports how far the writing is: the path of a file that was just created, then its sizes as
+    it grows, then None when it is complete. The block ends when all files are hashed and on disk. If it fails, the
+    files that are complete are still finished; if it is interrupted, the thread stops at once.
 
-    thread = threading.Thread(target=work, name="follower", daemon=True)
-    thread.start()
+    Args:
+        finished: called in the second thread with every complete file, once it is on disk, and its hash.
+
+    Raises:
+        OSError: a file could not be read or flushed; raised by the yielded function or at the end.
+    """
+    follower = _Follower(finished)
     try:
-        yield tell
-        told.put(None)
-        thread.join()
+        yield follower.tell
+        follower.end(None)
     except BaseException as error:
-        if not isinstance(error, Exception):
-            stopped.set()
-        told.put(ABANDON)
-        thread.join()
+        follower.end(ABANDON, at_once=not isinstance(error, Exception))
         raise
-    if failures:
-        raise failures[0]
+    follower.check()

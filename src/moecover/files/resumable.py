@@ -1,8 +1,8 @@
-"""A folder that is filled over several runs, if need be: what is finished is noted, checked and used again.
+"""A folder that can be filled in several runs: finished files are recorded, checked and used again.
 
-Beside the output OUT lies ``.OUT.partial`` until OUT is complete: ``files``, which takes the name OUT at the end;
-``journal.json``, which says what the files are made from and which of them are finished, with size and hash; for the
-moment of the change, ``replaced``, the folder that stood at OUT before. It may be deleted at any time.
+Until the output OUT is complete, ``.OUT.partial`` lies beside it: ``files``, which is renamed to OUT at the end;
+``journal.json``, which records what the files are made from and which of them are finished, with size and hash; and,
+during the final renames, ``replaced``, the folder that was at OUT before. It may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -13,18 +13,27 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeGuard
 
 from moecover.errors import InputError, MoecoverError
 from moecover.files.atomic import PARTIAL, put_in_place, reason
 from moecover.files.copying import HASH, file_hash
 
+Inputs = dict[str, Any]  # JSON values by the name that a message gives them
+
 FILES, JOURNAL, REPLACED = "files", "journal.json", "replaced"
 NEW_JOURNAL = JOURNAL + ".new"
 
 
+class Entry(TypedDict):
+    """A finished file in the journal."""
+
+    size: int
+    xxh3_128: str  # `HASH`
+
+
 def partial_folder(path: Path) -> Path:
-    """Where an output is made."""
+    """The folder in which an output is made."""
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
@@ -33,14 +42,14 @@ class Partial:
     """An output folder in the making.
 
     Attributes:
-        folder: see the module.
-        inputs: what the files are made from, by the name that a message gives it.
+        folder: the hidden folder beside the output.
+        inputs: what the files are made from.
         finished: size and hash of every finished file, by name.
     """
 
     folder: Path
-    inputs: dict[str, Any]
-    finished: dict[str, dict[str, Any]]
+    inputs: Inputs
+    finished: dict[str, Entry]
 
     @property
     def files(self) -> Path:
@@ -48,57 +57,62 @@ class Partial:
         return self.folder / FILES
 
     def finish(self, file: Path, digest: str) -> None:
-        """Note that a file in `files` is complete and on the disk."""
+        """Record that a file in `files` is complete and on disk."""
         self.finished[file.name] = {"size": file.stat().st_size, HASH: digest}
         new = self.folder / NEW_JOURNAL
         new.write_text(json.dumps({"schema": 1, "inputs": self.inputs, "finished": self.finished}, indent=1) + "\n")
         new.replace(self.folder / JOURNAL)
 
     def forget(self) -> None:
-        """Note that no finished file is of use any more."""
+        """Record that no finished file can be used any more."""
         self.finished.clear()
         (self.folder / JOURNAL).unlink(missing_ok=True)
 
 
-def _read_journal(folder: Path) -> dict[str, Any]:
-    """Inputs and finished files as they were noted; both empty when nothing was, or the journal is damaged."""
-    nothing: dict[str, Any] = {"schema": 1, "inputs": {}, "finished": {}}
+def _is_object(value: object) -> TypeGuard[dict[str, object]]:
+    return isinstance(value, dict)
+
+
+def _read_journal(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
+    """Inputs and finished files as recorded; both empty if nothing was recorded or the journal is damaged."""
     try:
         journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return nothing
-    if not isinstance(journal, dict) or journal.get("schema") != 1:
-        return nothing
-    return journal if all(isinstance(journal.get(key), dict) for key in nothing if key != "schema") else nothing
+        return {}, {}
+    if not _is_object(journal) or journal.get("schema") != 1:
+        return {}, {}
+    inputs, finished = journal.get("inputs"), journal.get("finished")
+    return (inputs, finished) if _is_object(inputs) and _is_object(finished) else ({}, {})
 
 
-def _as_noted(file: Path, entry: Any) -> bool:
-    if not isinstance(entry, dict):
+def _intact(entry: object, file: Path) -> TypeGuard[Entry]:
+    """Whether a file is as its entry in the journal says."""
+    if not _is_object(entry):
         return False
     try:
         return bool(entry.get("size") == file.stat().st_size and entry.get(HASH) == file_hash(file))
-    except OSError:  # gone, or the disk cannot read it
+    except OSError:  # missing, or the disk cannot read it
         return False
 
 
-def _still_good(folder: Path, inputs: dict[str, Any], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def _usable(folder: Path, inputs: Inputs, say: Callable[[str], None]) -> dict[str, Entry]:
     """The finished files that belong to these inputs and are as they were written."""
-    journal = _read_journal(folder)
-    noted, before = journal["finished"], journal["inputs"]
+    before, recorded = _read_journal(folder)
     inputs = json.loads(json.dumps(inputs))
-    if not noted:
+    if not recorded:
         return {}
     if differs := [name for name in {**inputs, **before} if inputs.get(name) != before.get(name)]:
-        say(f"starting anew: {folder} was made from other inputs, {differs[0]} differs")
+        say(f"starting over: {folder} was made from other inputs, {differs[0]} differs")
         return {}
-    good = {name: entry for name, entry in noted.items() if _as_noted(folder / FILES / name, entry)}
-    if bad := sorted(noted.keys() - good.keys()):
-        say(f"{folder / FILES / bad[0]} is not as it was written{f', nor are {len(bad) - 1} others' if bad[1:] else ''}: written again")  # fmt: skip
+    good = {name: entry for name, entry in recorded.items() if _intact(entry, folder / FILES / name)}
+    if bad := sorted(recorded.keys() - good.keys()):
+        others = f" and {len(bad) - 1} other files have" if bad[1:] else " has"
+        say(f"{folder / FILES / bad[0]}{others} changed since: written again")
     return good
 
 
 def restore(path: Path) -> None:
-    """Put back the folder that stood at ``path`` when a kill came between the two renames of a replacement.
+    """Put back the folder that was at ``path`` if a kill came between the two renames of a replacement.
 
     Raises:
         MoecoverError: it cannot be renamed.
@@ -118,10 +132,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _open(folder: Path, inputs: dict[str, Any], say: Callable[[str], None]) -> Partial:
-    """The folder with nothing in it but the finished files of these inputs."""
+def _open(folder: Path, inputs: Inputs, say: Callable[[str], None]) -> Partial:
+    """Create or clean the folder: nothing stays in it but the finished files of these inputs."""
     (folder / FILES).mkdir(parents=True, exist_ok=True)
-    partial = Partial(folder, inputs, _still_good(folder, inputs, say))
+    partial = Partial(folder, inputs, _usable(folder, inputs, say))
     if not partial.finished:
         (folder / JOURNAL).unlink(missing_ok=True)
     for entry in [*partial.files.iterdir(), folder / NEW_JOURNAL, folder / REPLACED]:
@@ -139,33 +153,34 @@ def _check_ours(folder: Path) -> None:
 
 
 def _leave(folder: Path, path: Path) -> str:
-    """Remove what is of no use to a later run; says what stays."""
+    """Remove what a later run cannot use; returns a sentence on what stays."""
     if (folder / REPLACED).exists() and not path.exists():
         (folder / REPLACED).rename(path)
     renamed = folder.exists() and not (folder / FILES).exists()
-    if renamed or not _read_journal(folder)["finished"]:
+    if renamed or not _read_journal(folder)[1]:
         shutil.rmtree(folder, ignore_errors=True)
         return f"{path} is complete" if renamed else "Nothing was left behind"
-    return f"What was finished is kept in {folder} and is used when the same command runs again"
+    return f"Progress is saved in {folder}; rerun the same command to resume"
 
 
 @contextlib.contextmanager
 def resumable_folder(
-    path: Path, inputs: dict[str, Any], *, say: Callable[[str], None] = lambda line: None
+    path: Path, inputs: Inputs, *, say: Callable[[str], None] = lambda line: None
 ) -> Iterator[Partial]:
-    """A folder to fill, which takes the name ``path`` only when the block ends without an error.
+    """Create a folder to fill, which takes the name ``path`` only when the block ends without an error.
 
-    What stood at ``path`` before is replaced. When the block fails or is interrupted, what was finished stays for the next
-    run with the same inputs, and the error says so; when nothing was, nothing stays. To be used within `files.locked`.
+    A folder that existed at ``path`` is replaced. If the block fails or is interrupted, finished files are kept for the
+    next run with the same inputs, and the error says so; if there are none, nothing is kept. Use it while
+    `locks.locked` holds.
 
     Args:
         path: the folder.
-        inputs: what the files are made from, as JSON values, by the name that a message gives it.
-        say: called with a line when something that lies there cannot be used.
+        inputs: what the files are made from, as JSON values, by the name that a message gives them.
+        say: called with a line if something in the partial folder cannot be used.
 
     Raises:
         InputError: something else lies where the folder is to be made.
-        MoecoverError: what was raised in the block, and any OSError, with the words on what stays.
+        MoecoverError: what was raised in the block, and any OSError, extended by what is kept.
     """
     folder = partial_folder(path)
     _check_ours(folder)
@@ -178,7 +193,7 @@ def resumable_folder(
         if isinstance(error, OSError):
             raise MoecoverError(f"{reason(f'writing {path}', error)}. {left}") from error
         if isinstance(error, MoecoverError):
-            raise type(error)(f"{error}. {left}") from error
+            raise error.extended(left) from error
         error.add_note(left)
         raise
     shutil.rmtree(folder, ignore_errors=True)

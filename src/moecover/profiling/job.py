@@ -15,7 +15,8 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.loading import Corpora, JobOptions, load_corpora, parsed
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
-from moecover.files.atomic import PARTIAL, locked
+from moecover.files.atomic import PARTIAL
+from moecover.files.locks import locked
 from moecover.profiling.artifact import FILE, Profile, merged
 from moecover.profiling.layer_inputs import num_bytes, sample_of
 from moecover.profiling.run import check_alone

@@ -255,7 +255,7 @@ def profile(
     import torch
     import transformers
 
-    from moecover import __version__
+    from moecover.version import VERSION
 
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names) or not names:
@@ -280,7 +280,7 @@ def profile(
     if state is not None or here.size > 1:
         how = "layers" if runs.by_layer else "batches"
         sizes = {e.name: [e.shard, e.start, e.dtype] for e in structure.checkpoint.tensors.values()}
-        inputs_of = {"model": about["fingerprint"], "weights": hashlib.sha256(canonical_json([sizes, stamps(structure)]).encode()).hexdigest(), "corpora": [*records.items()], "batch size": batch_size, "dtype": kind, "device": where.type, "way": how, "inputs kept": keep_inputs[0] if keep_inputs else None, "version": __version__}  # fmt: skip
+        inputs_of = {"model": about["fingerprint"], "weights": hashlib.sha256(canonical_json([sizes, stamps(structure)]).encode()).hexdigest(), "corpora": [*records.items()], "batch size": batch_size, "dtype": kind, "device": where.type, "way": how, "inputs kept": keep_inputs[0] if keep_inputs else None, "version": VERSION}  # fmt: skip
         check_same(here, {k: v for k, v in inputs_of.items() if k not in ("way", "weights")})
         if state is not None:
             going_on = State(state, inputs_of | {"process": [here.rank, here.size]}, say=say)
@@ -321,7 +321,7 @@ def profile(
         if hasattr(live.get_submodule(structure.experts_modules[0]), "has_post_expert_norm")
         else "their own",
         "versions": {
-            "moecover": __version__,
+            "moecover": VERSION,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

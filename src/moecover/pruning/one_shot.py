@@ -17,7 +17,7 @@ from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import Topology
 from moecover.corpora.loading import Corpora, JobOptions, load_corpora
 from moecover.corpora.packing import Corpus
-from moecover.files.atomic import locked
+from moecover.files.locks import locked
 from moecover.planning.artifact import Plan, check_plan
 from moecover.planning.job import SEARCH_TOKENS, plan_line, search_resources
 from moecover.planning.methods import METHODS

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.checkpoints.config_edit import QUANTISATION_FILES, NewId, edited_config, edited_settings
-from moecover.checkpoints.expert_tensors import MTP
 from moecover.checkpoints.manifest import MANIFEST
+from moecover.checkpoints.names import MTP
 from moecover.checkpoints.pieces import Piece
 from moecover.checkpoints.source import INDEX, OTHER_WEIGHTS, Checkpoint
 from moecover.checkpoints.structure import Structure
@@ -156,12 +156,12 @@ def write_other_files(cut: Cut, partial: Partial, edited: Mapping[str, bytes]) -
 
 def _manifest(cut: Cut, hashes: Mapping[str, str]) -> dict[str, object]:
     """The content of moecover.json."""
-    from moecover import __version__
+    from moecover.version import VERSION
 
     structure, plan, checkpoint = cut.structure, cut.plan, cut.structure.checkpoint
     return {
         "schema": 1,
-        "created_by": f"moecover {__version__}",
+        "created_by": f"moecover {VERSION}",
         "command": cut.command,
         "source": {
             "name": checkpoint.name,

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.manifest import MANIFEST
 from moecover.checkpoints.pieces import NOTHING, Piece, pieces_by_shard
-from moecover.checkpoints.source import TensorEntry, read_header
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, MoecoverError, arg
-from moecover.files.atomic import check_output, digest, explained, locked, stamp
+from moecover.files.atomic import check_output, digest, explained, stamp
 from moecover.files.copying import followed
+from moecover.files.locks import locked
 from moecover.files.resumable import Partial, restore, resumable_folder
 from moecover.planning.artifact import Plan, check_plan
 from moecover.pruning.card_numbers import Measurement, measured
@@ -63,11 +64,11 @@ def inputs_of(structure: Structure, plan: Plan, config: str, *, mtp: str) -> dic
         InputError: a shard changed since the structure was read.
         OSError: a shard cannot be read.
     """
-    from moecover import __version__
+    from moecover.version import VERSION
 
     checkpoint, entries = structure.checkpoint, dict[str, TensorEntry]()
     inputs: dict[str, object] = {
-        "the version of moecover": __version__,
+        "the version of moecover": VERSION,
         "the plan": digest([[layer.decoder_layer, layer.kept] for layer in plan.layers]),
         "--mtp": mtp,
         "config.json": digest(config),

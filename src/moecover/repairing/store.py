@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from moecover.checkpoints.header import TensorEntry, read_header
+from moecover.checkpoints.model_class import build_on_meta
 from moecover.checkpoints.pieces import Piece, piece, pieces_by_shard
-from moecover.checkpoints.source import Checkpoint, TensorEntry, read_header
-from moecover.checkpoints.structure import Structure, build_on_meta
+from moecover.checkpoints.source import Checkpoint
+from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.files.atomic import canonical_json, write_bytes
@@ -240,7 +242,7 @@ def repair(
     """
     from safetensors.torch import save
 
-    from moecover import __version__
+    from moecover.version import VERSION
 
     layers = plan.layers
     where = places_on_disk(structure)
@@ -248,7 +250,7 @@ def repair(
     inputs: dict[str, Any] = {
         "--repair": kind, "the model": [structure.model_fingerprint, stamps(structure)],
         "the plan": hashlib.sha256(canonical_json(plan.to_dict()).encode()).hexdigest(), "the calibration text": records,
-        "--batch-size": batch_size, "--dtype": dtype, "--device": device, "the version of moecover": __version__,
+        "--batch-size": batch_size, "--dtype": dtype, "--device": device, "the version of moecover": VERSION,
     }  # fmt: skip
     inputs = json.loads(json.dumps(inputs))
     rows, hashes, pieces = list[dict[str, Any]](), dict[str, str](), dict[str, Piece]()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moecover.checkpoints.structure import Structure, auto_class
+from moecover.checkpoints.deepseek.registration import register_deepseek
+from moecover.checkpoints.model_class import auto_class
+from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, is_out_of_memory
 from moecover.signals import held
 
@@ -80,6 +82,7 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
     device = check_device(dtype, device)
     from transformers import AutoConfig
 
+    register_deepseek()
     name = structure.checkpoint.name
     try:
         config = AutoConfig.from_pretrained(structure.checkpoint.path, trust_remote_code=False, local_files_only=True)

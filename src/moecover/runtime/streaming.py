@@ -14,7 +14,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moecover.checkpoints.structure import Structure, auto_class
+from moecover.checkpoints.deepseek.registration import register_deepseek
+from moecover.checkpoints.model_class import auto_class
+from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
 from moecover.runtime.loading import check_device
 from moecover.runtime.lockstep import Here, Passing, current_call, lockstep
@@ -99,6 +101,7 @@ def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
 
     if structure.quantised:
         raise InputError(f"{structure.checkpoint.name} is quantised ({structure.quantised}), which does not run layer by layer. Use the original that it was made from")  # fmt: skip
+    register_deepseek()
     config = AutoConfig.from_pretrained(structure.checkpoint.path, trust_remote_code=False, local_files_only=True)
     if dtype == "auto":
         kind = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32

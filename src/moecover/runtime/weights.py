@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.names import read_names
-from moecover.checkpoints.source import TensorEntry
 from moecover.checkpoints.structure import Structure
 from moecover.errors import MoecoverError
 

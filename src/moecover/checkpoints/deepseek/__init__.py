@@ -1,1 +1,1 @@
-"""Model type `deepseek` (DeepSeek-MoE-16B), which transformers does not have."""
+"""Model type `deepseek` (DeepSeek-MoE-16B), for which transformers has no class."""

@@ -1,4 +1,4 @@
-"""Configuration of model type ``deepseek``, with the keys of the hub's config.json; see `deepseek`. Loads no torch."""
+"""Configuration of model type ``deepseek``, with the keys of the hub's config.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
     scoring_func: str = "softmax"
 
     def validate_architecture(self) -> None:
-        """Refuse what the published code does not do either."""
+        """Refuse a scoring function that the published code does not have either."""
         super().validate_architecture()
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func {self.scoring_func!r} is not known to model type deepseek: softmax is")

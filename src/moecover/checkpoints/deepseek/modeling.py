@@ -1,6 +1,6 @@
 """Model type ``deepseek`` (DeepSeek-MoE-16B) for transformers: reads a hub-format checkpoint with no remote code.
 
-The architecture of arXiv 2401.06066 from parts that the library keeps: Llama's backbone (multi-head attention, rotary
+The architecture of arXiv 2401.06066, built from parts of the library: Llama's backbone (multi-head attention, rotary
 embeddings), a dense MLP in the first layers, then fine-grained routed experts behind a softmax router (top-k after the
 softmax, renormalised only with ``norm_topk_prob``) beside shared experts, which are one wider MLP without a gate.
 `registration` enters it in the Auto classes.
@@ -40,7 +40,7 @@ class DeepseekMoE(nn.Module):
 
 
 class DeepseekPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]
-    """What both classes below tell the library."""
+    """What both classes below declare to the library."""
 
     config_class = DeepseekConfig
     _can_record_outputs = {  # noqa: RUF012 (the library's way)

@@ -1,0 +1,70 @@
+"""Locks on outputs, so that two runs do not write the same one: kernel locks on hidden files beside the outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from moecover.errors import InputError
+from moecover.files.atomic import explained, made_parents
+
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}  # from network file systems without locks
+_held = threading.local()  # the lock files that this thread holds
+
+
+def _lock(file: Path) -> int | None:
+    """A descriptor that holds the lock of a lock file; None if another process holds it."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder has removed the file in the meantime
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock an output for this run until the block ends; nested blocks of the same thread pass.
+
+    The kernel holds the lock, on a hidden file beside the output, and releases it when the process ends for any reason:
+    no lock is ever stale, although the empty file may remain. On file systems without locks nothing is locked.
+
+    Args:
+        path: the output, a file or folder, resolved; missing folders above it are created.
+
+    Raises:
+        InputError: another run holds the lock.
+        MoecoverError: the folder cannot be written.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    held: set[Path] = _held.__dict__.setdefault("files", set())
+    if file in held:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with explained(f"writing {path}"):
+            stack.enter_context(made_parents(path))
+            descriptor = _lock(file)
+        if descriptor is None:
+            raise InputError(f"{path} is being written by another run. Wait until it ends, or choose another output")
+        stack.callback(os.close, descriptor)
+        stack.callback(file.unlink, missing_ok=True)
+        stack.callback(held.discard, file)
+        held.add(file)
+        yield
