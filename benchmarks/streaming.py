@@ -23,10 +23,11 @@ PASS = """
 import functools, sys, time
 import numpy as np
 from moecover.corpora.packing import make_corpus
-from moecover.runtime.loading import load_model
+from moecover.runtime.loading import backbone_of, load_model
 from moecover.corpora.batches import batches
-from moecover.profiling.run import backbone_of, profile
-from moecover.runtime.streaming import run, streamed
+from moecover.profiling.run import profile
+from moecover.runtime.streaming import streamed
+from moecover.runtime.layerwise import run
 from moecover.checkpoints.structure import read_structure
 import torch
 
@@ -48,7 +49,7 @@ else:
         if what == "profile":
             profile(structure, corpora, model=stream, batch_size=1)
         else:
-            run(stream, [functools.partial(backbone_of(stream.model), **one, use_cache=False) for one in inputs], head=False)
+            run(stream, [functools.partial(backbone_of(stream.module), **one, use_cache=False) for one in inputs], head=False)
 ended = time.perf_counter()
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 print(ended - started, ended - ready, peak)

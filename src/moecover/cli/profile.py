@@ -91,7 +91,8 @@ def profile_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
 
 def merge_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     """Run the verb: result, text to print, exit status."""
-    from moecover.profiling.artifact import FILE, Profile, merged
+    from moecover.profiling.artifact import FILE, Profile
+    from moecover.profiling.merging import merged
 
     check_profile_folder(args.output, overwrite=args.overwrite)
     if len(args.profiles) < 2:

@@ -18,7 +18,8 @@ from lm_eval.models.huggingface import HFLM
 
 from moecover.errors import MoecoverError
 from moecover.runtime.running import Within
-from moecover.runtime.streaming import Streamed, run_in_parts
+from moecover.runtime.streaming import Streamed
+from moecover.runtime.layerwise import run_in_parts
 
 Request = tuple[Any, list[int], list[int]]  # its name, tokens of its context and continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, whether every token of it is the most likely one
@@ -34,7 +35,7 @@ class _Batch:
 
 class _ByLayer(HFLM):  # type: ignore[misc]
     def __init__(self, stream: Streamed, tokenizer: Any, batch_size: int) -> None:
-        super().__init__(pretrained=stream.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        super().__init__(pretrained=stream.module, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self._device = stream.device
 
 
