@@ -20,8 +20,8 @@ from moecover.errors import InputError
 from moecover.planning.run import plan
 from moecover.profiling.artifact import STATISTICS, Profile
 from moecover.profiling.hooks import recording
-from moecover.profiling.sums import SCORING, scoring_function
 from moecover.profiling.run import profile
+from moecover.profiling.sums import SCORING, scoring_function
 from moecover.runtime.loading import load_model, routers
 from tests.conftest import random_corpus, write_rows
 

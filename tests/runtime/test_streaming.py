@@ -32,14 +32,14 @@ from moecover.profiling.layer_inputs import sample_of
 from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
 from moecover.runtime import memory as fitting_module
+from moecover.runtime.layerwise import run, run_in_parts
 from moecover.runtime.loading import load_model
 from moecover.runtime.memory import cost, opened, parse_size
 from moecover.runtime.pass_state import FILE, State
 from moecover.runtime.running import unmasked
-from moecover.runtime.streaming import Streamed, streamed
-from moecover.runtime.layerwise import run, run_in_parts
-from moecover.runtime.weights import Weights
 from moecover.runtime.shards import Files
+from moecover.runtime.streaming import Streamed, streamed
+from moecover.runtime.weights import Weights
 from moecover.verification.verify import verify
 from tests.conftest import random_corpus
 from tests.support import zoo

@@ -17,9 +17,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from moecover.errors import MoecoverError
+from moecover.runtime.layerwise import run_in_parts
 from moecover.runtime.running import Within
 from moecover.runtime.streaming import Streamed
-from moecover.runtime.layerwise import run_in_parts
 
 Request = tuple[Any, list[int], list[int]]  # its name, tokens of its context and continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, whether every token of it is the most likely one
