@@ -30,14 +30,7 @@ SCHEMA = 2
 PARTS = 8  # of a corpus, whose running sums are kept
 FILE = "profile.safetensors"
 COUNTS = ("count", "num_tokens")
-SUMS = (
-    "weight_sum",
-    "norm_sum",
-    "weighted_norm_sum",
-    "weighted_sq_sum",
-    "renorm_weighted_norm_sum",
-    "prob_sum",
-)
+SUMS = ("weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "renorm_weighted_norm_sum", "prob_sum")
 MAXIMA = ("max_abs",)
 STATISTICS = (*COUNTS, *SUMS, *MAXIMA)
 

@@ -176,8 +176,7 @@ def writing(
         "model_fingerprint": model_fingerprint,
         "hashes": {c.name: c.record["sha256"] for c in sample},
     }
-    layout = _Layout({"moecover": json.dumps(about)})
-    starts, ids = dict[tuple[str, int], int](), list[tuple[int, bytes]]()
+    layout, starts, ids = _Layout({"moecover": json.dumps(about)}), dict[tuple[str, int], int](), []
     for corpus in sample:
         for name, array in (("tokens", corpus.tokens.astype("<i8")), ("mask", corpus.mask.astype("<i8"))):
             ids.append((layout.place(f"{corpus.name}/{name}", "I64", array.shape, 8), array.tobytes()))

@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.batches import batches
@@ -27,6 +27,8 @@ from moecover.runtime.streaming import Streamed
 
 if TYPE_CHECKING:
     import torch
+
+    from moecover.runtime.pass_state import LayerOutput
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class _ByLayer:
         self.finished = self.state.done if self.state is not None else 0
         self.start = self.finished if self.state is not None and self.state.outputs is not None else 0
         self._outputs: list[Output] = []  # of the layer that runs, for the batches so far
-        self._handed: list[Any] = [None] * len(self.batches)  # footprints of the layer's arguments
+        self._handed: list[object] = [None] * len(self.batches)  # footprints of the layer's arguments
         self._alone = True  # hidden states are all that is passed from layer to layer
         self._walked = 0
 
@@ -182,7 +184,7 @@ class _ByLayer:
             new = number >= self.finished
             self.taps[layer].keep = self.job.keeper(self.batches[at.call], layer) if new else None
 
-    def after(self, at: Passing) -> Any:
+    def after(self, at: Passing) -> LayerOutput | None:
         """Add the statistics of a layer that has run and keep its output; where memory is short, in a file."""
         number, batch = self.start + at.stop, self.batches[at.call]
         if number in self.moe:
@@ -195,7 +197,7 @@ class _ByLayer:
         self._walk(batch.num_tokens)
         return kept[1] if kept and self.stream.spill else None
 
-    def _keep(self, number: int, at: Passing) -> tuple[Output, Any] | None:
+    def _keep(self, number: int, at: Passing) -> tuple[Output, LayerOutput] | None:
         """Write a layer's output to the state, and save the progress after the last batch."""
         assert self.state is not None
         kept = None
@@ -212,7 +214,7 @@ class _ByLayer:
             self.state.save(number + 1, len(self.stream.layers), "layers", self.job.sums, outputs=outputs)
         return kept
 
-    def skipped(self, number: int, hidden: torch.Tensor) -> Any:
+    def skipped(self, number: int, hidden: torch.Tensor) -> LayerOutput:
         """The output of a layer that does not run: from its file for the last one, anything for those before."""
         assert self.state is not None
         call = current_call()
@@ -220,7 +222,7 @@ class _ByLayer:
             return self.state.get(call, self.stream.device)
         return self.state.as_output(call, hidden)
 
-    def embedded(self, call: int, output: torch.Tensor) -> Any:
+    def embedded(self, call: int, output: torch.Tensor) -> LayerOutput | None:
         """Move the output of the token embedding to a file."""
         assert self.state is not None
         kept = self.state.put(-1, call, output)

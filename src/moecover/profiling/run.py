@@ -57,49 +57,35 @@ def profile(
         dtype: dtype of the model that is loaded, see `load_model`.
         device: device of the model that is loaded, see `load_model`.
         keep_inputs: number of tokens for which every layer's inputs are saved, and the folder for the file.
-        state: folder for the state from which an interrupted pass resumes; the caller removes it once the profile is
-            saved.
+        state: folder for the state from which an interrupted pass resumes; to be removed when the profile is saved.
         here: this process among others that profile the same, see `distributed`; each gets the whole profile.
         advance: called with the number of tokens that have been processed.
         say: receives lines of log.
-
-    Returns:
-        The statistics of every expert on every corpus.
 
     Raises:
         MoecoverError: the disk is full, or another process is lost.
         InputError: names that repeat, or what `load_model` and `checked` raise.
     """
     _check_arguments(corpora, batch_size)
-    if model is None:
-        model = load_model(structure, dtype=dtype, device=device)
     if keep_inputs is not None:
         check_alone(here)
-    runs = running(model, structure)
+    runs = running(load_model(structure, dtype=dtype, device=device) if model is None else model, structure)
     kind = str(runs.dtype).removeprefix("torch.")
     sums = {c.name: Sums(structure.topology, runs.device, -(-len(c.tokens) // batch_size)) for c in corpora}
     resumed = None
     if state is not None or here.size > 1:
         depends_on = _depends_on(structure, corpora, runs, batch_size, keep_inputs[0] if keep_inputs else None)
-        check_same(here, {k: v for k, v in depends_on.items() if k not in ("way", "weights")})
-        if state is not None:
-            resumed = State(state, depends_on | {"process": [here.rank, here.size]}, say=say)
-            resumed.restore(sums)
+        resumed = _resumed(state, depends_on, sums, here, say)
     with _sample_writer(structure, corpora, keep_inputs, state, batch_size=batch_size, dtype=kind) as writer:
         _run(runs, Job(structure, corpora, sums, batch_size, writer, resumed, here, checking(here, advance)))
         for one in sums.values():
             one.finish()
         together(here, sums, runs.device)
         statistics = {c.name: checked(sums[c.name], c, structure) for c in corpora}
-    return Profile(
-        structure.topology,
-        statistics,
-        {c.name: [c.record] for c in corpora},
-        model_record(structure),
-        _settings(structure, runs, batch_size),
-        {name: one.parts for name, one in sums.items()},
-        open_inputs(keep_inputs[1]) if keep_inputs is not None else None,
-    )
+    records, parts = {c.name: [c.record] for c in corpora}, {name: one.parts for name, one in sums.items()}
+    about, settings = model_record(structure), _settings(structure, runs, batch_size)
+    inputs = open_inputs(keep_inputs[1]) if keep_inputs is not None else None
+    return Profile(structure.topology, statistics, records, about, settings, parts, inputs)
 
 
 def _check_arguments(corpora: Sequence[Corpus], batch_size: int) -> None:
@@ -145,6 +131,22 @@ def _depends_on(
         "inputs kept": kept_tokens,
         "version": __version__,
     }
+
+
+def _resumed(
+    state: Path | None,
+    depends_on: dict[str, object],
+    sums: Mapping[str, Sums],
+    here: World,
+    say: Callable[[str], None],
+) -> State | None:
+    """The state of an earlier pass with the same inputs, its sums restored; refuses processes with other inputs."""
+    check_same(here, {k: v for k, v in depends_on.items() if k not in ("way", "weights")})
+    if state is None:
+        return None
+    resumed = State(state, depends_on | {"process": [here.rank, here.size]}, say=say)
+    resumed.restore(sums)
+    return resumed
 
 
 @contextlib.contextmanager

@@ -66,10 +66,10 @@ def run(
     *,
     head: bool = True,
     start: int = 0,
-    skipped: Callable[[int, torch.Tensor], Any] = lambda layer, hidden: hidden,
-    embedded: Callable[[int, torch.Tensor], Any] | None = None,
+    skipped: Callable[[int, torch.Tensor], object] = lambda layer, hidden: hidden,
+    embedded: Callable[[int, torch.Tensor], object] | None = None,
     before: Callable[[Passing], None] | None = None,
-    after: Callable[[Passing], Any] | None = None,
+    after: Callable[[Passing], object] | None = None,
     within: Sequence[Within] = (),
 ) -> list[Result]:
     """Run forward passes side by side with one read of the weights.
@@ -141,7 +141,7 @@ def run_in_parts(
 
 def arrivals(
     stream: Layered, calls: Sequence[Callable[[], object]], modules: Sequence[torch.nn.Module]
-) -> Generator[list[Any]]:
+) -> Generator[list[torch.Tensor]]:
     """Like `lockstep`, at modules inside the decoder layers, with the layer's weights loaded; ends at the last of them.
 
     Args:
@@ -194,7 +194,7 @@ def at_layers(stream: Layered, calls: Sequence[Callable[[], object]], here: Here
 
 
 @contextlib.contextmanager
-def _skipping(modules: Sequence[torch.nn.Module], skipped: Callable[[int, torch.Tensor], Any]) -> Iterator[None]:
+def _skipping(modules: Sequence[torch.nn.Module], skipped: Callable[[int, torch.Tensor], object]) -> Iterator[None]:
     """Layers that return what ``skipped`` gives instead of running."""
     try:
         for number, module in enumerate(modules):
@@ -205,12 +205,12 @@ def _skipping(modules: Sequence[torch.nn.Module], skipped: Callable[[int, torch.
             del module.forward
 
 
-def _skip(skipped: Callable[[int, torch.Tensor], Any], number: int, *args: Any, **kwargs: Any) -> Any:
+def _skip(skipped: Callable[[int, torch.Tensor], object], number: int, *args: Any, **kwargs: Any) -> object:
     return skipped(number, args[0] if args else kwargs["hidden_states"])
 
 
 @contextlib.contextmanager
-def _hook(model: torch.nn.Module, embedded: Callable[[int, torch.Tensor], Any] | None) -> Iterator[None]:
+def _hook(model: torch.nn.Module, embedded: Callable[[int, torch.Tensor], object] | None) -> Iterator[None]:
     """A hook after the token embedding, where there is something to call."""
     if embedded is None:
         yield

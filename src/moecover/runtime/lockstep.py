@@ -56,7 +56,7 @@ class Here:
     """
 
     before: Callable[[Passing], None] | None = None
-    after: Callable[[Passing], Any] | None = None
+    after: Callable[[Passing], object] | None = None
     results: list[Any] = field(default_factory=list)
     waiting: list[Passing] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ def current_call() -> int:
 
 def lockstep(
     calls: Sequence[Callable[[], object]], stops: Sequence[torch.nn.Module], *, here: Here | None = None
-) -> Generator[list[Any]]:
+) -> Generator[list[torch.Tensor]]:
     """Yield, at every stop in turn, the first argument of that module's call, one per forward pass.
 
     Changes that the caller makes to the model between two stops apply to all calls from there on. Without ``here`` the
@@ -134,9 +134,9 @@ class _Steps:
             if self._errors:
                 raise self._errors[0]
 
-    def arrived(self) -> list[Any]:
+    def arrived(self) -> list[torch.Tensor]:
         """The first argument with which every call waits at a stop."""
-        first = []
+        first = list[torch.Tensor]()
         for at in self._waiting:
             if at is None:
                 raise MoecoverError(ENDED_EARLY)

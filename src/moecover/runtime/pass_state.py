@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    LayerOutput = torch.Tensor | tuple[torch.Tensor | None, ...]  # hidden states, or a tuple that begins with them
+
 FILE = "state.safetensors"
 REST_IS_SAFE = "Progress up to here is used when the same command runs again"
 
@@ -167,7 +169,7 @@ class State:
         mapped = torch.from_file(str(self._file(call, row["turn"])), shared=True, size=size, dtype=dtype)
         return mapped.view(row["shape"])
 
-    def put(self, layer: int, call: int, output: Any) -> tuple[Output, Any] | None:
+    def put(self, layer: int, call: int, output: object) -> tuple[Output, LayerOutput] | None:
         """Write what a decoder layer (or, as layer -1, the embedding) returned for a pass.
 
         Returns:
@@ -193,13 +195,13 @@ class State:
             mapped.copy_(hidden)
         return row, _formed(mapped, row["form"])
 
-    def get(self, call: int, device: torch.device) -> Any:
+    def get(self, call: int, device: torch.device) -> LayerOutput:
         """What the last finished layer returned for a pass, read from its file, on a device."""
         assert self.outputs is not None
         row = self.outputs[call]
         return _formed(self._mapped(call, row).clone().to(device), row["form"])
 
-    def as_output(self, call: int, hidden: torch.Tensor) -> Any:
+    def as_output(self, call: int, hidden: torch.Tensor) -> LayerOutput:
         """Hidden states in the form in which the decoder layers of this model return them."""
         assert self.outputs is not None
         return _formed(hidden, self.outputs[call]["form"])
@@ -239,11 +241,11 @@ def kept_for_later(folder: Path) -> Iterator[None]:
         raise
 
 
-def _formed(hidden: torch.Tensor, form: int) -> Any:
+def _formed(hidden: torch.Tensor, form: int) -> LayerOutput:
     return (hidden, *[None] * (form - 1)) if form else hidden
 
 
-def footprint(value: Any) -> Any:
+def footprint(value: object) -> object:
     """The identities of everything in nested containers: tells whether a decoder layer changes its arguments."""
     if isinstance(value, dict):
         return tuple((key, footprint(part)) for key, part in value.items())

@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from moecover.runtime.lockstep import Here, Passing, lockstep
 
@@ -77,7 +77,7 @@ class Running(Protocol):
 
     def arrivals(
         self, calls: Sequence[Callable[[], object]], modules: Sequence[torch.nn.Module]
-    ) -> Generator[list[Any]]:
+    ) -> Generator[list[torch.Tensor]]:
         """Yield, at each module in turn (at most one per decoder layer), its first argument, one per forward pass."""
         ...
 
@@ -144,7 +144,7 @@ class InMemory:
 
     def arrivals(
         self, calls: Sequence[Callable[[], object]], modules: Sequence[torch.nn.Module]
-    ) -> Generator[list[Any]]:
+    ) -> Generator[list[torch.Tensor]]:
         """See `Running.arrivals`."""
         return lockstep(calls, modules)
 

@@ -66,7 +66,7 @@ class Streamed:
 
     def arrivals(
         self, calls: Sequence[Callable[[], object]], modules: Sequence[torch.nn.Module]
-    ) -> Generator[list[Any]]:
+    ) -> Generator[list[torch.Tensor]]:
         """See `Running.arrivals`."""
         return layerwise.arrivals(self, calls, modules)
 
