@@ -21,8 +21,9 @@ import torch
 from benchmarks.shapes import VOCABULARY, make_model
 from moecover.checkpoints.structure import read_structure
 from moecover.corpora.packing import make_corpus
-from moecover.profiling.hooks import Sums, recording
+from moecover.profiling.hooks import recording
 from moecover.profiling.run import profile
+from moecover.profiling.sums import Sums
 from moecover.runtime.loading import load_model
 
 

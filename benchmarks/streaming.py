@@ -27,7 +27,8 @@ from moecover.runtime.loading import load_model
 from moecover.corpora.batches import batches
 from moecover.profiling.run import profile
 from moecover.runtime.loading import backbone_of
-from moecover.runtime.streaming import run, streamed
+from moecover.runtime.layerwise import run
+from moecover.runtime.streaming import streamed
 from moecover.checkpoints.structure import read_structure
 import torch
 

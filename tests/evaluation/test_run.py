@@ -354,7 +354,7 @@ def test_tasks_layer_by_layer(
     )  # type: ignore[arg-type]
     tasks, loads, answered = found_tasks(structure, names, data, **given), list[str](), list[int]()  # type: ignore[arg-type]
     with streamed(structure) as stream:
-        variants = [unmasked, *(masked_layers(stream.model, structure, plan) for plan in plans.values())]
+        variants = [unmasked, *(masked_layers(stream.module, structure, plan) for plan in plans.values())]
         scored = tasks.score(counted(stream, loads), variants, advance=answered.append)
     assert len(loads) == len(set(loads)) >= structure.topology.num_layers
     assert len(answered) == 3 * tasks.num_requests == 3 * (7 * 3 + 6 * 2 + 7 * 3)
@@ -388,7 +388,7 @@ def test_answers_are_to_the_last_bit(data: Path, checkpoints: Callable[..., Path
     with masked(model, structure, plan):
         expected = HFLM(pretrained=model, tokenizer=tasks.tokenizer, batch_size=2, backend="causal").loglikelihood(requests)  # fmt: skip
     with streamed(structure) as stream:
-        variants = [unmasked, masked_layers(stream.model, structure, plan)]
+        variants = [unmasked, masked_layers(stream.module, structure, plan)]
         replay = Replay(stream, variants, tokenizer=tasks.tokenizer, batch_size=2)
         replay.variant = 1
         assert replay.loglikelihood(requests) == expected

@@ -452,7 +452,7 @@ def test_the_sample_is_bounded_shared_and_whole_sequences() -> None:
     corpora = [random_corpus("a", sequences=6), random_corpus("b", sequences=2)]
     assert [c.num_tokens for c in sample_of(corpora, 200)] == [96, 48]
     assert [c.num_tokens for c in sample_of(corpora, 48)] == [24, 24]
-    with pytest.raises(InputError, match="--keep-inputs 40: 20 tokens a corpus are less than the first sequence of a .24 tokens.. Give 48 or more"):  # fmt: skip
+    with pytest.raises(InputError, match="keep_inputs=40: 20 tokens a corpus are less than the first sequence of a .24 tokens.. Give 48 or more"):  # fmt: skip
         sample_of(corpora, 40)
 
 

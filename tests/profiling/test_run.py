@@ -19,8 +19,9 @@ from moecover.corpora.packing import load_corpus, make_corpus
 from moecover.errors import InputError
 from moecover.planning.run import plan
 from moecover.profiling.artifact import STATISTICS, Profile
-from moecover.profiling.hooks import SCORING, recording, scoring_function
+from moecover.profiling.hooks import recording
 from moecover.profiling.run import profile
+from moecover.profiling.sums import SCORING, scoring_function
 from moecover.runtime.loading import load_model, routers
 from tests.conftest import random_corpus, write_rows
 
@@ -319,9 +320,9 @@ def test_missing_tensor_is_refused_not_filled_at_random(checkpoints: Callable[..
 
 
 def test_unknown_dtype_and_device(structure: Structure) -> None:
-    with pytest.raises(InputError, match="unknown --dtype 'float17'"):
+    with pytest.raises(InputError, match="unknown dtype=float17"):
         load_model(structure, dtype="float17")
-    with pytest.raises(InputError, match="--device nowhere is not available"):
+    with pytest.raises(InputError, match="device=nowhere is not available"):
         load_model(structure, device="nowhere")
 
 

@@ -179,7 +179,7 @@ def test_no_thread_uses_the_store_any_more_at_the_end(monkeypatch: pytest.Monkey
         def check(self, keys: list[str]) -> bool:
             return False
 
-    monkeypatch.setattr(distributed, "_store", Slow)
+    monkeypatch.setattr(distributed, "store", Slow)
     monkeypatch.setattr(distributed, "PULSE", 0.01)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **kwargs: None)
     monkeypatch.setattr("torch.distributed.PrefixStore", lambda prefix, store: store)

@@ -33,12 +33,14 @@ from moecover.profiling.layer_inputs import sample_of
 from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
 from moecover.runtime import memory as fitting_module
+from moecover.runtime.layerwise import run, run_in_parts
 from moecover.runtime.loading import load_model
 from moecover.runtime.memory import cost, opened, parse_size
 from moecover.runtime.pass_state import FILE, State
 from moecover.runtime.running import unmasked
-from moecover.runtime.streaming import Streamed, run, run_in_parts, streamed
-from moecover.runtime.weights import Files, Weights
+from moecover.runtime.shards import Files
+from moecover.runtime.streaming import Streamed, streamed
+from moecover.runtime.weights import Weights
 from moecover.verification.verify import verify
 from tests.conftest import random_corpus
 from tests.support import zoo
@@ -86,7 +88,7 @@ def test_every_family_layer_by_layer(family: str, tmp_path: Path, monkeypatch: p
     with torch.inference_mode():
         logits = [model(input_ids=one, use_cache=False).logits for one in tokens]
     with streamed(structure) as stream:
-        calls = [functools.partial(stream.model, input_ids=one, use_cache=False) for one in tokens]
+        calls = [functools.partial(stream.module, input_ids=one, use_cache=False) for one in tokens]
         for one, two in zip(logits, run(stream, calls), strict=True):
             assert torch.equal(one, two.logits)
         same(profile(structure, texts, model=stream, batch_size=2), expected)
@@ -161,8 +163,8 @@ def test_an_interrupted_pass_goes_on(
     same(made, once)
     assert (tmp_path / "again" / "inputs.safetensors").read_bytes() == (tmp_path / "once" / "inputs.safetensors").read_bytes()  # fmt: skip
     # All of it is done: nothing runs any more.
-    monkeypatch.setattr("moecover.profiling.run.run", None)
-    monkeypatch.setattr("moecover.profiling.run.backbone_of", lambda model: None)
+    monkeypatch.setattr("moecover.profiling.passes.run", None)
+    monkeypatch.setattr("moecover.profiling.passes.backbone_of", lambda model: None)
     (tmp_path / "third").mkdir()
     shutil.copy(tmp_path / "again" / "inputs.safetensors", state / "inputs.safetensors")
     same(go("third"), once)
@@ -303,7 +305,7 @@ def test_passes_in_parts(structure: Structure, monkeypatch: pytest.MonkeyPatch, 
         assert isinstance(stream, Streamed)
         load = stream.weights.load
         stream.weights.load = lambda prefix: (loads.append(prefix), load(prefix))[1]  # type: ignore[method-assign,func-returns-value]
-        calls = [lambda: stream.model(ids, use_cache=False).logits] * passes
+        calls = [lambda: stream.module(ids, use_cache=False).logits] * passes
         found = run_in_parts(stream, calls, [8] * passes, within=[unmasked] * passes)
     assert len(found) == passes
     assert all(torch.equal(found[0], other) for other in found[1:])

@@ -164,7 +164,9 @@ def check(args: argparse.Namespace) -> None:
             raise InputError("--evaluation goes with --plan: in one shot no plan has been evaluated yet")
         return
     names = (*ONE_SHOT, *(option.name for option, _ in options_of_all()))
-    given = [name for name in names if (value := getattr(args, name)) is not None and value is not False and value != []]
+    given = [
+        name for name in names if (value := getattr(args, name)) is not None and value is not False and value != []
+    ]
     if repairs:
         given = [name for name in given if name not in OF_PASS]
         if not args.corpus:

@@ -32,7 +32,7 @@ from moecover.evaluation.tasks import Tasks, resolve
 from moecover.files.atomic import PARTIAL, canonical_json, new_folder, write_text
 from moecover.planning.artifact import Plan
 from moecover.planning.run import check_options, plan_budgets
-from moecover.profiling.artifact import Profile
+from moecover.profiling.artifact import Profile, model_record
 from moecover.profiling.run import profile
 from moecover.registry import load_plugin
 from moecover.repairing.layers import LayerRepair
@@ -381,9 +381,7 @@ def _searched(path: Path, cell: Cell, made: Profile, options: dict[str, Any]) ->
 def blind_plan(structure: Structure, cell: Cell) -> Plan:
     """The plan of a method that looks at no statistics."""
     assert cell.variant is not None
-    checkpoint = structure.checkpoint
-    about = {"name": checkpoint.name, "revision": checkpoint.revision, "fingerprint": structure.model_fingerprint}
-    nothing = Profile(structure.topology, {}, {}, about)
+    nothing = Profile(structure.topology, {}, {}, model_record(structure))
     return plan_budgets(nothing, method=cell.variant.method, keeps=[cell.keep], **options_of(cell))[0]
 
 

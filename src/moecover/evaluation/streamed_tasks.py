@@ -18,8 +18,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from moecover.errors import MoecoverError
+from moecover.runtime.layerwise import run_in_parts
 from moecover.runtime.running import Within
-from moecover.runtime.streaming import Streamed, run_in_parts
+from moecover.runtime.streaming import Streamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

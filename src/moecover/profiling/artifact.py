@@ -1,52 +1,79 @@
-"""The artefact of stage 2: what a profile holds, how it adds up, and its file, profile.safetensors.
+"""The artefact of stage 2: what a profile holds, how profiles add up, and the file, profile.safetensors.
 
-Arrays are numpy's, so that planning on a profile needs no torch.
+Arrays are numpy arrays, so that planning on a profile needs no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from moecover.checkpoints.topology import Topology
-from moecover.errors import InputError
+from moecover.errors import InputError, arg
 from moecover.files.atomic import canonical_json, write_bytes
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import Inputs, open_inputs
+from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
+    import pandas
     from numpy.typing import NDArray
+
+    from moecover.checkpoints.structure import Structure
 
 SCHEMA = 2
 PARTS = 8  # of a corpus, whose running sums are kept
 FILE = "profile.safetensors"
 COUNTS = ("count", "num_tokens")
-SUMS = (
-    "weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "renorm_weighted_norm_sum", "prob_sum",
-)  # fmt: skip
+SUMS = ("weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "renorm_weighted_norm_sum", "prob_sum")
 MAXIMA = ("max_abs",)
 STATISTICS = (*COUNTS, *SUMS, *MAXIMA)
+
+REMAKE = "Make it anew with `moecover profile`"
 
 Statistics = dict[str, "NDArray[Any]"]
 
 
+class ModelRecord(TypedDict):
+    """The model of a profile."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+def model_record(structure: Structure) -> ModelRecord:
+    """What a profile records of its model."""
+    checkpoint = structure.checkpoint
+    return {"name": checkpoint.name, "revision": checkpoint.revision, "fingerprint": structure.model_fingerprint}
+
+
+class Settings(TypedDict, total=False):
+    """How a profile was made; empty where that is unknown."""
+
+    batch_size: int
+    dtype: str
+    device: str
+    experts: str
+    versions: dict[str, str]
+
+
 def added(one: Statistics, two: Statistics) -> Statistics:
-    """The statistics of both token sets; shapes broadcast."""
+    """The statistics of two token sets together; shapes broadcast."""
     return {n: np.maximum(one[n], two[n]) if n in MAXIMA else one[n] + two[n] for n in STATISTICS}
 
 
-@dataclass(frozen=True)
-class Profile:
+@dataclass(frozen=True, repr=False)
+class Profile(Shown):
     """Statistics of every routed expert on every corpus.
 
     With T_e the tokens that the model's router sent to expert e, g_e(x) the routing weight that it used, f_e(x) the
-    expert's output before weighting and p_e(x) the router's probability, each over one corpus:
+    output of the expert before weighting and p_e(x) the router's probability, each over one corpus:
 
     ================================ ====================================================== =======
     ``count``                        tokens in T_e                                          int64
@@ -60,30 +87,30 @@ class Profile:
     ``max_abs``                      largest component of |f_e(x)|                          float64
     ================================ ====================================================== =======
 
-    Where the model scales an expert's input by the weight instead of its output (llama4), f_e(x) is what the expert gives
-    for the scaled input, and 1 stands for g_e(x) in all but ``weight_sum``: g_e(x) f_e(x) is always what is added.
+    Where the model scales the input of an expert by the weight instead of its output (llama4), f_e(x) is the output for
+    the scaled input, and g_e(x) is 1 in all but ``weight_sum``: g_e(x) f_e(x) is always what the model adds.
 
     Attributes:
         topology: shape of the routed part of the model.
         statistics: ``statistics[corpus][name]``, each of shape ``[layer, expert]``; padding is in none of them.
-        corpora: origin and hash of every corpus, a list of records for a profile that was added up.
+        corpora: origin and hash of every corpus; several records where profiles were added up.
         model: name, revision and fingerprint of the model.
-        settings: how the pass was run, and the versions that ran it.
-        parts: ``parts[corpus][name]`` of shape ``[part, layer, expert]``: the statistics as they stood after each
-            eighth of the corpus but the last (fewer when it has fewer batches), for `stages`.
-        inputs: a sample of what enters the experts, where the profile keeps one.
+        settings: how the pass was run, and with which versions.
+        parts: ``parts[corpus][name]`` of shape ``[part, layer, expert]``: the running statistics after each eighth of
+            the corpus but the last (fewer if it has fewer batches), for `stages`.
+        inputs: a sample of the inputs of the experts, where the profile has one.
     """
 
     topology: Topology
     statistics: dict[str, Statistics]
     corpora: dict[str, list[dict[str, Any]]]
-    model: dict[str, Any]
-    settings: dict[str, Any] = field(default_factory=dict)
+    model: ModelRecord
+    settings: Settings = field(default_factory=Settings)
     parts: dict[str, Statistics] = field(default_factory=dict)
     inputs: Inputs | None = None
 
     def __add__(self, other: Profile) -> Profile:
-        """The profile of both token sets: sums add, maxima take the larger, a corpus of one side stays as it is.
+        """The profile of both token sets: sums add up, the larger maximum is taken, other corpora are kept as they are.
 
         Raises:
             InputError: the profiles are of different models.
@@ -91,7 +118,8 @@ class Profile:
         if not isinstance(other, Profile):
             return NotImplemented
         if self.topology != other.topology or self.model["fingerprint"] != other.model["fingerprint"]:
-            raise InputError(f"profiles of different models do not add up: {self.model['name']} ({self.model['fingerprint'][:12]}) and {other.model['name']} ({other.model['fingerprint'][:12]})")  # fmt: skip
+            names = " and ".join(f"{one.model['name']} ({one.model['fingerprint'][:12]})" for one in (self, other))
+            raise InputError(f"profiles of different models do not add up: {names}")
         statistics = {**self.statistics, **other.statistics}
         corpora = {**self.corpora, **other.corpora}
         parts = {**self.parts, **other.parts}
@@ -107,9 +135,10 @@ class Profile:
         return Profile(self.topology, statistics, corpora, self.model, self.settings, parts)
 
     def stages(self) -> list[Profile]:
-        """The profile as it would have been after less text, from the shortest to the whole.
+        """The profiles of growing amounts of text, up to this one.
 
-        Every corpus contributes the part whose share of its tokens is nearest; one stage alone where no parts were kept.
+        Every corpus contributes the running sums whose share of its tokens is nearest; a single stage where none were
+        kept.
         """
         whole = {c: {n: v[None] for n, v in s.items()} for c, s in self.statistics.items()}
         running = {
@@ -126,16 +155,53 @@ class Profile:
         return found
 
     def pooled(self) -> Statistics:
-        """The statistics of all corpora taken as one, each ``[layer, expert]``."""
-        corpora = list(self.statistics.values())
-        return {
-            name: np.max([c[name] for c in corpora], axis=0) if name in MAXIMA else np.sum([c[name] for c in corpora], axis=0)
-            for name in STATISTICS
-        }  # fmt: skip
+        """The statistics of all corpora together, each ``[layer, expert]``."""
+        stacked = {name: [corpus[name] for corpus in self.statistics.values()] for name in STATISTICS}
+        return {n: np.max(values, axis=0) if n in MAXIMA else np.sum(values, axis=0) for n, values in stacked.items()}
+
+    def summary(self) -> str:
+        """One line: model, shape and corpora."""
+        shape = f"{len(self.topology.decoder_layers)} layers x {self.topology.num_experts} experts"
+        corpora = ", ".join(f"{corpus} ({self._num_tokens(corpus):,} tokens)" for corpus in self.statistics)
+        return f"{self.model['name']}: {shape}, {corpora}"
+
+    def _num_tokens(self, corpus: str) -> int:
+        return int(self.statistics[corpus]["num_tokens"].max(initial=0))
+
+    def rows_shown(self) -> list[dict[str, Cell]]:
+        """One row per corpus: its tokens, its samples and the experts that it never selects."""
+        return [
+            {
+                "corpus": corpus,
+                "tokens": self._num_tokens(corpus),
+                "samples": len(self.corpora[corpus]),
+                "experts never selected": int((statistics["count"] == 0).sum()),
+            }
+            for corpus, statistics in self.statistics.items()
+        ]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """All statistics as a pandas data frame, one row per corpus, MoE layer and expert.
+
+        Columns: ``corpus``, ``layer`` (index of the MoE layer), ``decoder_layer``, ``expert``, and the statistics.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        shape = (len(self.topology.decoder_layers), self.topology.num_experts)
+        layer, expert = (index.reshape(-1) for index in np.indices(shape))
+        where = {"layer": layer, "decoder_layer": np.array(self.topology.decoder_layers)[layer], "expert": expert}
+        frames = [
+            pandas.DataFrame({"corpus": corpus, **where, **{n: statistics[n].reshape(-1) for n in STATISTICS}})
+            for corpus, statistics in self.statistics.items()
+        ]
+        return pandas.concat(frames, ignore_index=True)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of model, corpora in their order, and statistics; versions and the machine do not enter."""
+        """Hash of the model, the corpora in their order, and the statistics, but not of versions and the machine."""
         digest = hashlib.sha256(canonical_json([self.model["fingerprint"], list(self.corpora.items())]).encode())
         for corpus, statistics in self.statistics.items():
             for name in STATISTICS:
@@ -143,7 +209,7 @@ class Profile:
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``profile.safetensors`` into a folder; the file appears only when complete.
+        """Write ``profile.safetensors`` into a folder; the file appears only when it is complete.
 
         Tensors are named ``{corpus}/{statistic}``; the metadata entry ``moecover`` holds everything else as JSON.
         """
@@ -168,79 +234,62 @@ class Profile:
     def load(cls, folder: str | Path) -> Profile:
         """Read ``profile.safetensors`` from a folder.
 
-        Raises:
-            InputError: no profile there, another schema, or statistics that no pass can give.
-        """
-        from safetensors import SafetensorError, safe_open
+        Args:
+            folder: the folder, or the file itself.
 
+        Raises:
+            InputError: there is no profile, it has another schema, or its statistics are damaged.
+        """
         path = Path(folder)
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
             raise InputError(f"{folder} holds no {FILE}. Make one with `moecover profile`")
-        try:
-            with safe_open(path, framework="np") as file:
-                about = json.loads((file.metadata() or {}).get("moecover", "null"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            raise InputError(f"{path} is damaged: {error}. Make it anew with `moecover profile`") from error
+        about, tensors = _read(path)
         if not isinstance(about, dict) or about.get("schema") != SCHEMA:
             found = about.get("schema") if isinstance(about, dict) else None
-            raise InputError(f"{path} has schema {found}, this version reads {SCHEMA}. Make it anew with `moecover profile`")  # fmt: skip
+            raise InputError(f"{path} has schema {found}, this version reads {SCHEMA}. {REMAKE}")
         try:
             topology = Topology.from_json(about["topology"])
-            statistics: dict[str, Statistics] = {corpus: {} for corpus in about["corpora"]}
+            names = list(about["corpora"])
             about["model"]["fingerprint"], about["model"]["name"], about["settings"]
         except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} is damaged: its metadata lacks {error}. Make it anew with `moecover profile`"
-            ) from error
+            raise InputError(f"{path} is damaged: its metadata lacks {error}. {REMAKE}") from error
         shape = (len(topology.decoder_layers), topology.num_experts)
-
-        def checked(key: str, name: str) -> NDArray[Any]:
-            tensor: NDArray[Any] | None = tensors.get(key)
-            if tensor is None or tensor.shape[-2:] != shape or tensor.ndim != (3 if key.endswith("/parts") else 2):
-                got = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-                raise InputError(f"{path}: {key} is {got}, {list(shape)} is needed")
-            if not np.isfinite(tensor).all() or (name in COUNTS and (tensor < 0).any()):
-                raise InputError(
-                    f"{path}: {key} holds negative or non-finite values. Make it anew with `moecover profile`"
-                )
-            return tensor
-
-        parts: dict[str, Statistics] = {}
-        for corpus, values in statistics.items():
-            for name in STATISTICS:
-                values[name] = checked(f"{corpus}/{name}", name)
+        statistics, parts = dict[str, Statistics](), dict[str, Statistics]()
+        for corpus in names:
+            statistics[corpus] = {n: _checked(path, tensors, f"{corpus}/{n}", shape) for n in STATISTICS}
             if f"{corpus}/count/parts" in tensors:
-                parts[corpus] = {name: checked(f"{corpus}/{name}/parts", name) for name in STATISTICS}
+                parts[corpus] = {n: _checked(path, tensors, f"{corpus}/{n}/parts", shape) for n in STATISTICS}
         inputs = open_inputs(path.parent)
         if inputs is not None:
             known = {(c, record.get("sha256")) for c, records in about["corpora"].items() for record in records}
             if inputs.model_fingerprint != about["model"]["fingerprint"] or not set(inputs.hashes.items()) <= known:
                 raise InputError(
-                    f"{inputs.path} does not belong to {path.name}. Make the profile anew with --keep-inputs"
+                    f"{inputs.path} does not belong to {path.name}. Make the profile anew with {arg('keep_inputs')}"
                 )
         return cls(topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs)
 
 
-def merged(profiles: Sequence[Profile], names: Sequence[str]) -> Profile:
-    """The profile of all token sets together.
+def _read(path: Path) -> tuple[Any, dict[str, NDArray[Any]]]:
+    """The metadata and the tensors of a file."""
+    from safetensors import SafetensorError, safe_open
 
-    Args:
-        profiles: of one model.
-        names: what the user calls them.
+    try:
+        with safe_open(path, framework="np") as file:
+            about = json.loads((file.metadata() or {}).get("moecover", "null"))
+            return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}. {REMAKE}") from error
 
-    Raises:
-        InputError: different models, or the same sample of a corpus in two of them.
-    """
-    seen: dict[tuple[str, str], str] = {}
-    for profile, name in zip(profiles, names, strict=True):
-        for corpus, records in profile.corpora.items():
-            for record in records:
-                if (other := seen.get((corpus, record["sha256"]))) is not None:
-                    raise InputError(f"{name} and {other} hold the same sample of corpus {corpus}: it would count twice. Use other blocks (--seed, --sequences) or leave one out")  # fmt: skip
-                seen[corpus, record["sha256"]] = name
-    total = profiles[0]
-    for profile in profiles[1:]:
-        total = total + profile
-    return total
+
+def _checked(path: Path, tensors: dict[str, NDArray[Any]], key: str, shape: tuple[int, int]) -> NDArray[Any]:
+    """A tensor of the file, of a shape and values that a pass can give."""
+    tensor = tensors.get(key)
+    parts = key.endswith("/parts")
+    if tensor is None or tensor.shape[-2:] != shape or tensor.ndim != (3 if parts else 2):
+        got = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+        raise InputError(f"{path}: {key} is {got}, {list(shape)} is needed")
+    is_count = key.removesuffix("/parts").rpartition("/")[2] in COUNTS
+    if not np.isfinite(tensor).all() or (is_count and (tensor < 0).any()):
+        raise InputError(f"{path}: {key} holds negative or non-finite values. {REMAKE}")
+    return tensor

@@ -17,8 +17,9 @@ from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.files.atomic import PARTIAL
 from moecover.files.locks import locked
-from moecover.profiling.artifact import FILE, Profile, merged
+from moecover.profiling.artifact import FILE, Profile
 from moecover.profiling.layer_inputs import num_bytes, sample_of
+from moecover.profiling.merging import merged
 from moecover.profiling.run import check_alone
 from moecover.profiling.run import profile as run_profile
 from moecover.progress import Progress, resolve

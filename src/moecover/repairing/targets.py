@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moecover.checkpoints.names import read_names
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
-from moecover.runtime.weights import TORCH_NAMES
+from moecover.runtime.shards import TORCH_NAMES
 
 if TYPE_CHECKING:
     import torch

@@ -1,13 +1,13 @@
-"""One profile by many processes: reads what torchrun tells each of them, shares out the batches, adds up their sums.
+"""One profile by many processes: reads the environment set by torchrun, distributes the batches, adds up the sums.
 
     torchrun --nnodes N --nproc-per-node M -m moecover profile ...
 
-Every process takes every N x M-th batch, whole, so a batch gives the same numbers wherever it runs and only the order of
-additions differs. Each has the model in memory or runs it layer by layer, as it fits; the first one writes.
+Each process takes every (N x M)-th batch as a whole, so a batch gives the same numbers wherever it runs and only the
+order of additions differs. Each holds the model in memory or runs it layer by layer, as it fits; rank 0 writes.
 
-Processes wait for each other in torchrun's key-value store, looking at it again and again, and only then start an operation
-of gloo or nccl: those wait in C++, where no signal gets through. A thread gives signs of life meanwhile and looks for
-failures, so that the others learn of one during the pass, on other machines too. The first to fail says why.
+Processes wait for each other by polling torchrun's key-value store and only then start an operation of gloo or nccl:
+those wait in C++, where no signal gets through. Meanwhile a thread sends heartbeats and looks for failures, so that all
+processes learn of one during the pass, on other machines too. The first to fail says why.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from moecover.errors import InputError, MoecoverError
+from moecover.errors import InputError, MoecoverError, arg
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
-TIMEOUT = timedelta(minutes=10)  # of one operation, which starts when all are there; and to reach the store
-PULSE = 5.0  # seconds between two signs of life
-SILENCE = 300.0  # seconds without one, after which a process counts as gone
-GRACE = 30.0  # seconds for the thread to end: a process that exits while it waits for the store is aborted by the C++ runtime
+TIMEOUT = timedelta(minutes=10)  # of one operation, which starts when all have arrived; and to reach the store
+PULSE = 5.0  # seconds between two heartbeats
+SILENCE = 300.0  # seconds without a heartbeat after which a process counts as lost
+GRACE = 30.0  # seconds for the thread to end: the C++ runtime aborts a process that exits while it waits for the store
 GONE = "another process of the job is gone: its own line or torchrun's report says which"
 STOPPED = "stopped with the job: another process of it is gone, or torchrun was ended"
-_lost: list[str] = []  # why the job cannot be finished, as far as the thread has seen
+_lost: list[str] = []  # why the job cannot be finished, as the thread has found
 
 
 @dataclass(frozen=True)
 class World:
-    """A process among its fellows.
+    """The place of a process in the job.
 
     Attributes:
-        rank: its number.
-        size: how many there are.
-        local_rank: its number on its machine.
-        local_size: how many there are on its machine.
+        rank: rank of the process.
+        size: number of processes.
+        local_rank: rank on its machine.
+        local_size: number of processes on its machine.
     """
 
     rank: int = 0
@@ -55,7 +56,7 @@ class World:
     local_size: int = 1
 
     def mine(self, number: int) -> bool:
-        """Whether a batch, counted over all corpora, is this process's."""
+        """Whether a batch, counted over all corpora, belongs to this process."""
         return number % self.size == self.rank
 
 
@@ -63,10 +64,10 @@ ALONE = World()
 
 
 def world() -> World:
-    """The process's place, from torchrun's environment; alone without it.
+    """The place of this process, from the environment set by torchrun; alone without it.
 
     Raises:
-        InputError: the environment is not whole.
+        InputError: the environment is incomplete.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -78,10 +79,10 @@ def world() -> World:
 
 
 def own_device(here: World, device: str) -> str:
-    """The device of a process, by name: of several on a machine each has a GPU of its own.
+    """The device of this process, by name: each process of a machine has its own GPU.
 
     Raises:
-        InputError: there are fewer GPUs than processes, or one GPU is asked for by all.
+        InputError: there are fewer GPUs than processes, or all of them are given the same GPU.
     """
     from moecover.runtime.loading import check_device
 
@@ -89,75 +90,78 @@ def own_device(here: World, device: str) -> str:
     if here.size == 1 or not device.startswith("cuda"):
         return device
     if device != "cuda" and here.local_size > 1:
-        raise InputError(f"--device {device} would be the device of {here.local_size} processes: give --device cuda, each takes its own")  # fmt: skip
+        raise InputError(
+            f"{arg('device', device)} would be the device of {here.local_size} processes: give {arg('device', 'cuda')},"
+            " each takes its own"
+        )
     return check_device("auto", f"cuda:{here.local_rank}") if device == "cuda" else device
 
 
 @functools.cache
-def _store() -> Any:
-    """What all processes can read and write: torchrun's key-value store."""
+def store() -> Store:
+    """The key-value store of torchrun, which all processes share."""
     from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
-    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-    return PrefixStore(f"moecover/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    whole, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    return PrefixStore(f"moecover/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", whole)
 
 
 def first_to_fail(here: World) -> bool:
-    """Whether no other process has said yet why the job fails: one line is enough; the others learn of it here."""
-    reachable = _store.cache_info().currsize or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    """Whether this process is the first to report why the job fails: one line is enough for all of them."""
+    reachable = store.cache_info().currsize or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     half_imported = "torch._C" in sys.modules and "torch" not in sys.modules
     if here.size == 1 or not reachable or half_imported:
         return True
     try:
-        return bool(_store().add("failed", 1) == 1)
-    except Exception:  # the store is gone, or torch is not whole: better two lines than none
+        return bool(store().add("failed", 1) == 1)
+    except Exception:  # the store is gone, or torch is half imported: two lines are better than none
         return True
 
 
 def _watch(here: World, over: threading.Event) -> None:
-    """Give signs of life and look for failures until it is ``over``; the first process looks for the others' signs."""
-    store, seen = _store(), dict[int, tuple[int, float]]()
+    """Send heartbeats and look for failures until it is ``over``; rank 0 watches the heartbeats of the others."""
+    shared, seen = store(), dict[int, tuple[int, float]]()  # by rank: heartbeats, and when the last one was noticed
     while not over.is_set():
         try:
-            store.add(f"alive/{here.rank}", 1)
-            if store.check(["failed"]):
+            shared.add(f"alive/{here.rank}", 1)
+            if shared.check(["failed"]):
                 _lost.append(GONE)
             for rank in range(1, here.size) if here.rank == 0 else ():
-                signs, now = store.add(f"alive/{rank}", 0), time.monotonic()
-                if rank not in seen or seen[rank][0] != signs:
-                    seen[rank] = signs, now
+                beats, now = shared.add(f"alive/{rank}", 0), time.monotonic()
+                if rank not in seen or seen[rank][0] != beats:
+                    seen[rank] = beats, now
                 elif now - seen[rank][1] > SILENCE:
                     _lost.append(f"rank {rank} has given no sign of life for {SILENCE:g} s")
-        except RuntimeError:  # the store is gone, and the machine that held it
+        except RuntimeError:  # the store is gone, with the machine that held it
             _lost.append(GONE)
         if _lost:
             return
         over.wait(PULSE)
 
 
-def _heed() -> None:
+def _check_lost() -> None:
     if _lost:
         raise MoecoverError(_lost[0])
 
 
-def heeding(here: World, advance: Callable[[int], None]) -> Callable[[int], None]:
-    """A function to report progress with, which raises MoecoverError when another process is gone."""
+def checking(here: World, advance: Callable[[int], None]) -> Callable[[int], None]:
+    """A function that reports progress, and raises MoecoverError when another process is lost."""
     if here.size == 1:
         return advance
 
-    def heeded(amount: int) -> None:
-        _heed()
+    def checked(amount: int) -> None:
+        _check_lost()
         advance(amount)
 
-    return heeded
+    return checked
 
 
 @contextlib.contextmanager
 def joined(here: World, device: str) -> Iterator[None]:
-    """The process group of all of them, until the block ends; nothing for a process alone.
+    """Join the process group of the job until the block ends; does nothing for a process alone.
 
     Raises:
-        MoecoverError: they do not find each other, or one of them is gone.
+        MoecoverError: the processes do not find each other, or one of them is lost.
     """
     if here.size == 1:
         yield
@@ -176,14 +180,12 @@ def joined(here: World, device: str) -> Iterator[None]:
     watch = threading.Thread(target=_watch, args=(here, over), daemon=True)
     try:
         with _together():
-            store = _store()
+            shared = store()
         watch.start()
         wait_for_all(here)
         with _together():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpu else "gloo", store=PrefixStore("group", store),
-                rank=here.rank, world_size=here.size, timeout=TIMEOUT,
-            )  # fmt: skip
+            backend, group = "cpu:gloo,cuda:nccl" if gpu else "gloo", PrefixStore("group", shared)
+            dist.init_process_group(backend, store=group, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
         yield
     finally:
         over.set()
@@ -196,7 +198,7 @@ def joined(here: World, device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """Turn the failure of an operation of all processes into one line."""
+    """Turn the failure of a collective operation into one line."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -206,33 +208,37 @@ def _together() -> Iterator[None]:
 
 
 def wait_for_all(here: World) -> None:
-    """Go on when all processes are here.
+    """Wait until all processes have arrived here.
 
     Raises:
-        MoecoverError: a process is gone.
+        MoecoverError: a process is lost.
     """
     if here.size == 1:
         return
     with _together():
-        everyone = -(-_store().add("arrived", 1) // here.size) * here.size  # nobody is at the next meeting before this
-        while _store().add("arrived", 0) < everyone:
-            _heed()
+        everyone = -(-store().add("arrived", 1) // here.size) * here.size  # nobody reaches the next barrier before
+        while store().add("arrived", 0) < everyone:
+            _check_lost()
             time.sleep(0.02)
 
 
-def check_same(here: World, inputs: Mapping[str, Any]) -> None:
-    """Refuse processes that work on different things.
+def check_same(here: World, inputs: Mapping[str, object]) -> None:
+    """Refuse processes that work on different inputs.
+
+    Args:
+        here: this process.
+        inputs: JSON values by name.
 
     Raises:
-        InputError: names what differs.
-        MoecoverError: a process is gone.
+        InputError: an input differs; says which.
+        MoecoverError: a process is lost.
     """
     if here.size == 1:
         return
     import torch.distributed as dist
 
     wait_for_all(here)
-    everyone: list[Any] = [None] * here.size
+    everyone: list[dict[str, object]] = [{}] * here.size
     with _together():
         dist.all_gather_object(everyone, dict(inputs))
     for rank, other in enumerate(everyone):
@@ -243,10 +249,16 @@ def check_same(here: World, inputs: Mapping[str, Any]) -> None:
 def add_up(
     here: World, arrays: Mapping[str, NDArray[Any]], device: torch.device, *, maxima: Collection[str] = ()
 ) -> dict[str, NDArray[Any]]:
-    """Arrays of every process added up, of those named in ``maxima`` the largest; the same on all of them.
+    """Reduce arrays over all processes; every process gets the result.
+
+    Args:
+        here: this process.
+        arrays: arrays by name, of the same names, shapes and dtypes in every process.
+        device: where they are reduced.
+        maxima: names of the arrays of which the elementwise maximum is taken instead of the sum.
 
     Raises:
-        MoecoverError: a process is gone.
+        MoecoverError: a process is lost.
     """
     if here.size == 1:
         return dict(arrays)

@@ -1,26 +1,31 @@
-"""The live model: reads a checkpoint, gives the model in memory, its routers, and inputs in batches.
-
-What the profile and the evaluation share.
-"""
+"""The live model: reads a checkpoint, gives the model in memory and its routers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.deepseek.registration import register_deepseek
 from moecover.checkpoints.model_class import auto_class
 from moecover.checkpoints.structure import Structure
-from moecover.errors import InputError, is_out_of_memory
+from moecover.errors import InputError, arg, is_out_of_memory
 from moecover.signals import held
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")  # what the grouped kernel runs
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # those of the grouped kernel
 
 
 def check_device(dtype: str, device: str) -> str:
-    """The device that is meant, by name.
+    """Check a dtype and resolve a device.
+
+    Args:
+        dtype: one of `DTYPES`.
+        device: a torch device by name; ``auto`` is the first GPU, else the CPU.
+
+    Returns:
+        The device by name, never ``auto``.
 
     Raises:
         InputError: unknown dtype, or a device that this machine does not have.
@@ -29,21 +34,21 @@ def check_device(dtype: str, device: str) -> str:
         import torch
 
     if dtype not in DTYPES:
-        raise InputError(f"unknown --dtype {dtype!r}. Allowed: {', '.join(DTYPES)}")
+        raise InputError(f"unknown {arg('dtype', dtype)}. Allowed: {', '.join(DTYPES)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{arg('device', device)} is not available: {str(error).splitlines()[0]}") from error
     return device
 
 
 def check_loadable(structure: Structure) -> None:
-    """Refuse, before a download, a quantised checkpoint that transformers cannot read here.
+    """Refuse, before its weights are downloaded, a quantised checkpoint that transformers cannot load here.
 
     Raises:
-        InputError: its quantiser is unknown or its package is missing; says which.
+        InputError: the quantisation method is unknown or its package is missing; says which.
     """
     if structure.quantised is None:
         return
@@ -55,21 +60,24 @@ def check_loadable(structure: Structure) -> None:
         return
     try:
         AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
-    except Exception as error:  # each quantiser raises what it likes
+    except Exception as error:  # quantisers raise errors of all kinds
         raise _not_loaded(structure, error) from error
 
 
 def _not_loaded(structure: Structure, error: Exception) -> InputError:
     reason, way_out = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__, ""
     if structure.quantised:
-        way_out = f". It is quantised ({structure.quantised}): profile the original that it was made from, its plan applies here too"  # fmt: skip
+        way_out = (
+            f". It is quantised ({structure.quantised}): profile the original that it was made from, its plan applies"
+            " here too"
+        )
     return InputError(f"{structure.checkpoint.name} could not be loaded: {reason}{way_out}")
 
 
 def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
-    """The live model of a checkpoint, in evaluation mode, its experts run by the library's grouped kernel.
+    """Load the model of a checkpoint in evaluation mode.
 
-    That kernel is the library's default; a few families have none.
+    Its experts run in the grouped kernel of transformers, which is the default there; a few families have none.
 
     Args:
         structure: the checkpoint.
@@ -77,43 +85,48 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
         device: a torch device by name; ``auto`` takes the first GPU, else the CPU.
 
     Raises:
-        InputError: unknown dtype or device, or tensors missing in the files.
+        InputError: unknown dtype or device, or tensors that are missing in the files.
     """
     device = check_device(dtype, device)
     from transformers import AutoConfig
 
     register_deepseek()
-    name = structure.checkpoint.name
+
+    source = {"trust_remote_code": False, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(structure.checkpoint.path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(structure.checkpoint.path, **source)
         auto = auto_class(type(config))
         model, info = auto.from_pretrained(
-            structure.checkpoint.path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, local_files_only=True,
-        )  # fmt: skip
+            structure.checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
+        )
     except Exception as error:  # a quantiser's package may raise anything
         known = isinstance(error, (OSError, ValueError, RuntimeError))
         if is_out_of_memory(error) or not (known or structure.quantised):
             raise
         raise _not_loaded(structure, error) from error
     if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"{name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again"
-        )
+        raise missing_tensors(structure.checkpoint.name, missing)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
+def missing_tensors(name: str, missing: Sequence[str]) -> InputError:
+    """The error for a checkpoint whose files lack tensors."""
+    return InputError(
+        f"{name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again"
+    )
+
+
 def backbone_of(model: torch.nn.Module) -> Any:
-    """The model without its head, which no statistic needs."""
+    """The model without its language-model head."""
     names = (str(model.base_model_prefix), "model")
     return next(getattr(model, name) for name in names if hasattr(model, name))
 
 
 def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Module, ...]:
-    """The router module of every MoE layer: the one of the class that the model itself declares.
+    """The router of every MoE layer: the module whose class the model declares as the source of its router logits.
 
     Raises:
-        InputError: no module or more than one fits a layer.
+        InputError: a layer has no such module, or more than one.
     """
     declared = []
     for module in model.modules():
@@ -125,6 +138,7 @@ def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Modu
         block = model.get_submodule(name.rpartition(".")[0])
         fitting = [m for m in block.modules() if isinstance(m, classes)] if classes else []
         if len(fitting) != 1:
-            raise InputError(f"decoder layer {structure.topology.decoder_layers[layer]} of {structure.topology.family} has {len(fitting)} modules that route, one is needed: not supported")  # fmt: skip
+            where = f"decoder layer {structure.topology.decoder_layers[layer]} of {structure.topology.family}"
+            raise InputError(f"{where} has {len(fitting)} router modules, one is needed: not supported")
         found.append(fitting[0])
     return tuple(found)

@@ -1,7 +1,7 @@
 """Forward passes of several batches side by side, all of them stopped at the same module: for work layer by layer.
 
-Every batch runs the model's own forward in a thread of its own; only one of them computes at a time. So masks, positions
-and whatever else a family hands from layer to layer stay what they are in a plain pass.
+Each batch runs the model's own forward in its own thread, and only one thread computes at a time. Masks, positions and
+whatever else a family passes from layer to layer are therefore those of a plain forward pass.
 """
 
 from __future__ import annotations
@@ -18,14 +18,24 @@ from moecover.errors import MoecoverError
 if TYPE_CHECKING:
     import torch
 
+ENDED_EARLY = "a forward pass ended before it had run every layer once: please report this"
+
 
 class _Cancelled(BaseException):
-    """Unwinds the pass of a batch that is not needed any further."""
+    """Unwinds the forward pass of a batch that is no longer needed."""
 
 
 @dataclass(frozen=True)
 class Passing:
-    """A call at a stop: the number of each, what the module was called with and, behind it, what it gave."""
+    """The call of a stop's module by one forward pass.
+
+    Attributes:
+        stop: index of the module among the stops.
+        call: index of the forward pass.
+        args: positional arguments of the module.
+        kwargs: keyword arguments of the module.
+        output: what the module returned; None before it has run.
+    """
 
     stop: int
     call: int
@@ -36,17 +46,17 @@ class Passing:
 
 @dataclass
 class Here:
-    """That the caller's thread runs the modules: libraries keep scratch memory for every thread that computes.
+    """Runs the modules in the caller's thread: libraries keep scratch memory for every thread that computes.
 
     Attributes:
-        before: called when a call goes on into a stop's module.
-        after: called when a stop's module is done with a call; what it gives, if anything, takes the output's place.
-        results: takes what the calls give, in their order.
-        waiting: at a stop, what its module is about to be called with, one a call.
+        before: called before a stop's module runs for a call.
+        after: called after it has run; what it returns, unless None, replaces the output.
+        results: receives the results of the calls, in order.
+        waiting: at a stop, the pending call of its module by every forward pass.
     """
 
     before: Callable[[Passing], None] | None = None
-    after: Callable[[Passing], Any] | None = None
+    after: Callable[[Passing], object] | None = None
     results: list[Any] = field(default_factory=list)
     waiting: list[Passing] = field(default_factory=list)
 
@@ -55,114 +65,136 @@ _local = threading.local()
 
 
 def current_call() -> int:
-    """The number of the call whose thread this is."""
+    """Index of the call that runs in this thread."""
     return int(_local.index)
 
 
 def lockstep(
-    calls: Sequence[Callable[[], Any]], stops: Sequence[torch.nn.Module], *, here: Here | None = None,
-) -> Generator[list[Any]]:  # fmt: skip
-    """At every stop in turn, the first argument of that module's call, one a call; the passes end at the last stop.
+    calls: Sequence[Callable[[], object]], stops: Sequence[torch.nn.Module], *, here: Here | None = None
+) -> Generator[list[torch.Tensor]]:
+    """Yield, at every stop in turn, the first argument of that module's call, one per forward pass.
 
-    What the caller changes in the model between two stops holds for all calls from there on.
+    Changes that the caller makes to the model between two stops apply to all calls from there on. Without ``here`` the
+    forward passes end at the last stop.
 
     Args:
         calls: forward passes, each of which runs every stop once, in this order.
         stops: modules of the model; one may lie inside another.
-        here: run the stops' modules in this thread, and go on behind the last stop.
+        here: run the modules in the caller's thread, and continue after the last stop to the end of the calls.
 
     Raises:
-        MoecoverError: a pass does not run every stop.
+        MoecoverError: a forward pass does not run every stop.
     """
-    import torch
+    steps = _Steps(calls, stops, here)
+    try:
+        steps.start()
+        for _ in stops:
+            steps.advance()
+            yield steps.arrived()
+        if here is not None:
+            steps.advance()
+            here.results += steps.given
+    finally:
+        steps.end()
 
-    turns = [threading.Semaphore(0) for _ in calls]
-    done = threading.Semaphore(0)
-    waiting: list[tuple[int, tuple[Any, ...], dict[str, Any]] | None] = [None] * len(calls)
-    given: list[Any] = [None] * len(calls)  # what a stop's module gave, at last what the call gave
-    errors: list[BaseException] = []
-    cancelled = False
-    forwards = [module.forward for module in stops]
 
-    def stop(number: int, *args: Any, **kwargs: Any) -> Any:
-        index = getattr(_local, "index", None)
-        if index is None:  # a call of the caller's own
-            return forwards[number](*args, **kwargs)
-        waiting[index] = (number, args, kwargs)
-        done.release()
-        turns[index].acquire()
-        if cancelled:
-            raise _Cancelled
-        waiting[index] = None
-        if here is None:
-            return forwards[number](*args, **kwargs)
-        output, given[index] = given[index], None
-        return output
+class _Steps:
+    """The threads of `lockstep` and what they exchange with the caller's thread."""
 
-    def run(index: int) -> None:
+    def __init__(
+        self, calls: Sequence[Callable[[], object]], stops: Sequence[torch.nn.Module], here: Here | None
+    ) -> None:
+        self.calls, self.stops, self.here = calls, stops, here
+        self.forwards: list[Callable[..., Any]] = [module.forward for module in stops]
+        self.given: list[Any] = [None] * len(calls)  # output of a stop's module, at the end the result of the call
+        self._waiting: list[Passing | None] = [None] * len(calls)
+        self._turns = [threading.Semaphore(0) for _ in calls]
+        self._done = threading.Semaphore(0)
+        self._errors: list[BaseException] = []
+        self._cancelled = False
+        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(len(calls))]
+
+    def start(self) -> None:
+        """Replace the forward of every stop and start the threads, which wait for their first turn."""
+        for number, module in enumerate(self.stops):
+            module.forward = functools.partial(self._stop, number)
+        for thread in self._threads:
+            thread.start()
+
+    def advance(self) -> None:
+        """Run every call, one after the other, to its next stop or its end."""
+        for index, (thread, turn) in enumerate(zip(self._threads, self._turns, strict=True)):
+            if not thread.is_alive():
+                raise MoecoverError(ENDED_EARLY)
+            waiting = self._waiting[index]
+            if self.here is not None and waiting is not None:
+                self.given[index] = self._run_module(waiting, self.here)
+            turn.release()
+            self._done.acquire()
+            if self._errors:
+                raise self._errors[0]
+
+    def arrived(self) -> list[torch.Tensor]:
+        """The first argument with which every call waits at a stop."""
+        first = list[torch.Tensor]()
+        for at in self._waiting:
+            if at is None:
+                raise MoecoverError(ENDED_EARLY)
+            first.append(at.args[0] if at.args else next(iter(at.kwargs.values())))
+        if self.here is not None:
+            self.here.waiting[:] = [at for at in self._waiting if at is not None]
+        return first
+
+    def end(self) -> None:
+        """Cancel the calls that have not ended and restore the modules."""
+        self._cancelled = True
+        for turn in self._turns:
+            turn.release()
+        for thread in self._threads:
+            thread.join()
+        for module in self.stops:
+            del module.forward
+
+    def _run(self, index: int) -> None:
+        """The body of a call's thread."""
+        import torch
+
         _local.index = index
-        turns[index].acquire()
+        self._turns[index].acquire()
         try:
-            if not cancelled:
+            if not self._cancelled:
                 with torch.inference_mode():
-                    given[index] = calls[index]()
+                    self.given[index] = self.calls[index]()
         except _Cancelled:
             pass
         except BaseException as error:
-            errors.append(error)
+            self._errors.append(error)
         finally:
-            done.release()
+            self._done.release()
 
-    def run_module(index: int, here: Here) -> Any:
-        """The module that a call waits at."""
-        asked = waiting[index]
-        assert asked is not None
-        at = Passing(asked[0], index, asked[1], asked[2], None)
+    def _stop(self, number: int, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the forward of a stop's module: waits for the call's next turn."""
+        index: int | None = getattr(_local, "index", None)
+        if index is None:  # called from the caller's own thread
+            return self.forwards[number](*args, **kwargs)
+        self._waiting[index] = Passing(number, index, args, kwargs, None)
+        self._done.release()
+        self._turns[index].acquire()
+        if self._cancelled:
+            raise _Cancelled
+        self._waiting[index] = None
+        if self.here is None:
+            return self.forwards[number](*args, **kwargs)
+        output, self.given[index] = self.given[index], None
+        return output
+
+    def _run_module(self, at: Passing, here: Here) -> Any:
+        """Run the module at which a call waits, in the caller's thread."""
+        import torch
+
         if here.before is not None:
             here.before(at)
         with torch.inference_mode():
-            output = forwards[at.stop](*at.args, **at.kwargs)
-        other = here.after(dataclasses.replace(at, output=output)) if here.after is not None else None
-        return output if other is None else other
-
-    def go() -> None:
-        """One step of every call, up to its next stop or its end."""
-        for index, (thread, turn) in enumerate(zip(threads, turns, strict=True)):
-            if not thread.is_alive():
-                raise MoecoverError("a forward pass ended before it had run every layer once: please report this")
-            if here is not None and waiting[index] is not None:
-                given[index] = run_module(index, here)
-            turn.release()
-            done.acquire()
-            if errors:
-                raise errors[0]
-
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
-    try:
-        for number, module in enumerate(stops):
-            module.forward = functools.partial(stop, number)
-        for thread in threads:
-            thread.start()
-        for _ in stops:
-            go()
-            arrived = [_first(asked) for asked in waiting]
-            if here is not None:
-                here.waiting[:] = [Passing(a[0], index, a[1], a[2], None) for index, a in enumerate(waiting) if a is not None]  # fmt: skip
-            yield arrived
-        if here is not None:
-            go()
-            here.results += given
-    finally:
-        cancelled = True
-        for turn in turns:
-            turn.release()
-        for thread in threads:
-            thread.join()
-        for module in stops:
-            del module.forward
-
-
-def _first(asked: tuple[int, tuple[Any, ...], dict[str, Any]] | None) -> Any:
-    if asked is None:
-        raise MoecoverError("a forward pass ended before it had run every layer once: please report this")
-    return asked[1][0] if asked[1] else next(iter(asked[2].values()))
+            output = self.forwards[at.stop](*at.args, **at.kwargs)
+        replaced = here.after(dataclasses.replace(at, output=output)) if here.after is not None else None
+        return output if replaced is None else replaced

@@ -1,17 +1,18 @@
-"""The model as if only some experts were there: reads a live model and the ids that stay, changes the routers for a while.
+"""A live model that uses only some of its experts: its routers are cut to the kept ones until a block ends.
 
-A masked model is the original whose routers are cut to the kept experts: what the pruned checkpoint computes, with no
-checkpoint written.
+A masked model computes what the pruned checkpoint computes, without a checkpoint being written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
 from moecover.runtime.loading import routers
+from moecover.runtime.running import Within
 
 if TYPE_CHECKING:
     import torch
@@ -28,54 +29,73 @@ def router_tensors(structure: Structure, layer: int) -> dict[str, int]:
 def masked_layer(
     model: torch.nn.Module, structure: Structure, router: torch.nn.Module, layer: int, kept: Sequence[int]
 ) -> Iterator[None]:
-    """One MoE layer as if only ``kept`` (ascending) were there; the block's end restores it.
+    """Mask one MoE layer: only the experts ``kept`` are used until the block ends.
 
-    Every expert-dependent tensor of the router is cut to the kept experts and the selected ids are led back to the
-    original experts, so whatever the router computes (softmax, sigmoid, bias, top-k) is computed over the kept ones
-    only. Equal to the original with the dropped experts' router logits at minus infinity.
+    Every expert-dependent tensor of the router is cut to the kept experts and the selected ids are mapped back to the
+    original experts, so whatever the router computes (softmax, sigmoid, bias, top-k) is computed over the kept experts
+    only. This equals the original with the router logits of the dropped experts at minus infinity.
+
+    Args:
+        model: the live model.
+        structure: its checkpoint.
+        router: the router of the layer, see `routers`.
+        layer: index of the MoE layer.
+        kept: ids of the kept experts, ascending.
     """
     import torch
 
-    undo: list[Callable[[], None]] = []
+    num_experts = structure.topology.num_experts
     ids = torch.tensor(list(kept), device=next(router.parameters()).device)
     owners = {id(router): router}
-    try:
+    with contextlib.ExitStack() as undo:
         for key, axis in router_tensors(structure, layer).items():
             owner_name, _, leaf = key.rpartition(".")
             owner = model.get_submodule(owner_name)
             owners[id(owner)] = owner
-            table = owner._parameters if leaf in owner._parameters else owner._buffers
-            whole = table[leaf]
-            assert whole is not None
-            tail = torch.arange(structure.topology.num_experts, whole.shape[axis], device=ids.device)
-            cut: Any = whole.detach().index_select(axis, torch.cat([ids, tail]))
-            table[leaf] = torch.nn.Parameter(cut, requires_grad=False) if table is owner._parameters else cut
-            undo.append(lambda table=table, leaf=leaf, whole=whole: table.__setitem__(leaf, whole))  # type: ignore[misc]
+            undo.callback(_cut_tensor(owner, leaf, axis, ids, num_experts))
         for owner in owners.values():
             for name, value in list(vars(owner).items()):
-                if "expert" in name and type(value) is int and value == structure.topology.num_experts:
+                if "expert" in name and type(value) is int and value == num_experts:
                     setattr(owner, name, len(ids))
-                    undo.append(lambda owner=owner, name=name, value=value: setattr(owner, name, value))  # type: ignore[misc]
-
-        def to_original(module: Any, args: Any, output: Any) -> Any:
-            if not any(torch.is_tensor(o) and not o.is_floating_point() for o in output):  # scores and logits of all
-                scores, logits = output
-                shape = (len(scores), structure.topology.num_experts)
-                whole = scores.new_zeros(shape), logits.new_full(shape, -torch.inf)
-                return tuple(w.index_copy(1, ids, o) for w, o in zip(whole, output, strict=True))
-            return tuple(ids[o] if torch.is_tensor(o) and not o.is_floating_point() else o for o in output)
-
-        undo.append(router.register_forward_hook(to_original).remove)
+                    undo.callback(setattr, owner, name, value)
+        undo.callback(router.register_forward_hook(_to_original(ids, num_experts)).remove)
         yield
-    finally:
-        for restore in reversed(undo):
-            restore()
 
 
-def masked_layers(
-    model: torch.nn.Module, structure: Structure, kept: Sequence[Sequence[int]]
-) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-    """A context for every decoder layer, in which it is as if only the kept experts were there; see `streaming.run`.
+def _cut_tensor(
+    owner: torch.nn.Module, leaf: str, axis: int, ids: torch.Tensor, num_experts: int
+) -> Callable[[], None]:
+    """Cut a parameter or buffer to the kept experts; returns the function that restores it."""
+    import torch
+
+    table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    whole: torch.Tensor = table[leaf]
+    tail = torch.arange(num_experts, whole.shape[axis], device=ids.device)
+    cut = whole.detach().index_select(axis, torch.cat([ids, tail]))
+    table[leaf] = torch.nn.Parameter(cut, requires_grad=False) if leaf in owner._parameters else cut
+    return functools.partial(table.__setitem__, leaf, whole)
+
+
+def _to_original(ids: torch.Tensor, num_experts: int) -> Callable[..., tuple[Any, ...]]:
+    """A forward hook of a router that maps selected ids, or scores of all experts, back to the original experts."""
+    import torch
+
+    def is_index(output: object) -> bool:
+        return isinstance(output, torch.Tensor) and not output.is_floating_point()
+
+    def to_original(module: torch.nn.Module, args: object, output: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not any(map(is_index, output)):  # scores and logits of all experts
+            scores, logits = output
+            shape = (len(scores), num_experts)
+            whole = scores.new_zeros(shape), logits.new_full(shape, -torch.inf)
+            return tuple(w.index_copy(1, ids, o) for w, o in zip(whole, output, strict=True))
+        return tuple(ids[o] if is_index(o) else o for o in output)
+
+    return to_original
+
+
+def masked_layers(model: torch.nn.Module, structure: Structure, kept: Sequence[Sequence[int]]) -> Within:
+    """A function that returns the context in which a decoder layer uses only the kept experts; see `Running.run`.
 
     Args:
         model: the live model.
@@ -96,7 +116,7 @@ def masked_layers(
 
 @contextlib.contextmanager
 def masked(model: torch.nn.Module, structure: Structure, kept: Sequence[Sequence[int]]) -> Iterator[torch.nn.Module]:
-    """The model as if only the kept experts were there, in every layer; the block's end restores it.
+    """Mask every MoE layer: the model uses only the kept experts until the block ends.
 
     Args:
         model: the live model.

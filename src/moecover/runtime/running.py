@@ -1,6 +1,6 @@
-"""One interface for a model that runs, in memory or layer by layer: stages never ask which it is.
+"""One interface for a model that runs, in memory or layer by layer: no stage needs to know which.
 
-`runtime.memory.opened` gives one, `running` makes one of a live model; `runtime.streaming.Streamed` is the other kind.
+`runtime.memory.opened` gives one, `running` wraps a live model; `runtime.streaming.Streamed` is the other kind.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from moecover.runtime.lockstep import Here, Passing, lockstep
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
 
 Result = TypeVar("Result")
-Within = Callable[[int], contextlib.AbstractContextManager[None]]
+Within = Callable[[int], contextlib.AbstractContextManager[None]]  # index of a decoder layer to the context it runs in
 
 
 def unmasked(number: int) -> contextlib.AbstractContextManager[None]:
-    """Nothing around a decoder layer."""
+    """The context of a decoder layer that runs as it is."""
     return contextlib.nullcontext()
 
 
@@ -42,12 +42,12 @@ class Running(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device for the inputs."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the parameters, of the first where they differ."""
+        """Dtype of the first parameter."""
         ...
 
     @property
@@ -58,28 +58,31 @@ class Running(Protocol):
     def run(
         self, calls: Sequence[Callable[[], Result]], *, head: bool = True, within: Sequence[Within] = ()
     ) -> list[Result]:
-        """Results of forward passes, in inference mode; all of them share one read of the weights.
+        """Results of forward passes in inference mode; layer by layer, all of them share one read of the weights.
 
         Args:
             calls: each runs the model once.
             head: whether they run the language-model head.
-            within: of every call, a context for each decoder layer, in which that layer runs.
+            within: for every call, a function that returns the context in which a decoder layer runs; none at all where
+                the model runs as it is.
         """
         ...
 
-    def at_layers(self, calls: Sequence[Callable[[], Any]], here: Here) -> Generator[list[Passing]]:
-        """At every decoder layer in turn, whose weights are there, what it is called with by every call.
+    def at_layers(self, calls: Sequence[Callable[[], object]], here: Here) -> Generator[list[Passing]]:
+        """Yield, at every decoder layer in turn, the pending call of the layer by every forward pass.
 
-        The layer runs when the next one is asked for.
+        The weights of the layer are loaded; it runs when the generator is resumed.
         """
         ...
 
-    def arrivals(self, calls: Sequence[Callable[[], Any]], modules: Sequence[torch.nn.Module]) -> Generator[list[Any]]:
-        """At each of some modules in turn (at most one a decoder layer), its first argument, one a call."""
+    def arrivals(
+        self, calls: Sequence[Callable[[], object]], modules: Sequence[torch.nn.Module]
+    ) -> Generator[list[torch.Tensor]]:
+        """Yield, at each module in turn (at most one per decoder layer), its first argument, one per forward pass."""
         ...
 
     def loaded(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """The weights of one decoder layer in memory until the block ends."""
+        """Hold the weights of a decoder layer in memory until the block ends."""
         ...
 
 
@@ -94,10 +97,12 @@ class InMemory:
 
     @property
     def device(self) -> torch.device:
+        """See `Running.device`."""
         return next(self.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """See `Running.dtype`."""
         return next(self.module.parameters()).dtype
 
     def run(
@@ -109,30 +114,37 @@ class InMemory:
         with torch.inference_mode():
             if not within:
                 return [call() for call in calls]
-            return [self._inside(call, around) for call, around in zip(calls, within, strict=True)]
+            return [self._run_within(call, around) for call, around in zip(calls, within, strict=True)]
 
-    def _inside(self, call: Callable[[], Result], within: Within) -> Result:
-        """A call whose decoder layers run in contexts, one layer's at a time (a context may hold a layer's weights)."""
-        around, handles = contextlib.ExitStack(), []
-        for number, name in enumerate(self.layers):
-            layer = self.module.get_submodule(name)
-            enter = functools.partial(lambda number, *_: around.enter_context(within(number)), number)
-            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(lambda *_: around.close())]
-        try:
-            with around:
-                return call()
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _run_within(self, call: Callable[[], Result], within: Within) -> Result:
+        """Run a call whose decoder layers run in contexts, one at a time (one may hold the weights of a layer)."""
+        if within is unmasked:
+            return call()
+        contexts = contextlib.ExitStack()
 
-    def at_layers(self, calls: Sequence[Callable[[], Any]], here: Here) -> Generator[list[Passing]]:
+        def enter(number: int, *args: object) -> None:
+            contexts.enter_context(within(number))
+
+        def leave(*args: object) -> None:
+            contexts.close()
+
+        with contextlib.ExitStack() as handles, contexts:
+            for number, name in enumerate(self.layers):
+                layer = self.module.get_submodule(name)
+                handles.callback(layer.register_forward_pre_hook(functools.partial(enter, number)).remove)
+                handles.callback(layer.register_forward_hook(leave).remove)
+            return call()
+
+    def at_layers(self, calls: Sequence[Callable[[], object]], here: Here) -> Generator[list[Passing]]:
         """See `Running.at_layers`."""
         stops = [self.module.get_submodule(name) for name in self.layers]
         with contextlib.closing(lockstep(calls, stops, here=here)) as steps:
             for _ in steps:
                 yield here.waiting
 
-    def arrivals(self, calls: Sequence[Callable[[], Any]], modules: Sequence[torch.nn.Module]) -> Generator[list[Any]]:
+    def arrivals(
+        self, calls: Sequence[Callable[[], object]], modules: Sequence[torch.nn.Module]
+    ) -> Generator[list[torch.Tensor]]:
         """See `Running.arrivals`."""
         return lockstep(calls, modules)
 
@@ -143,7 +155,7 @@ class InMemory:
 
 
 def layer_names(model: torch.nn.Module, structure: Structure) -> tuple[str, ...]:
-    """Names of all decoder layers, dense ones included: the list that holds the layers with experts."""
+    """Names of all decoder layers, dense ones included: the members of the list that holds the MoE layers."""
     parts = structure.experts_modules[0].split(".")
     number = next(i for i, part in enumerate(parts) if part.isdigit())
     stack = ".".join(parts[:number])
@@ -151,7 +163,7 @@ def layer_names(model: torch.nn.Module, structure: Structure) -> tuple[str, ...]
 
 
 def running(model: torch.nn.Module | Running, structure: Structure) -> Running:
-    """A live model, or one that runs already, behind the one interface."""
+    """The model behind the common interface: a live model is wrapped, one that runs already is returned as it is."""
     import torch
 
     if isinstance(model, torch.nn.Module):

@@ -1,7 +1,7 @@
-"""Weights of one module at a time: reads tensors from the files into a model whose parameters have no memory yet.
+"""Weights of one part of a model at a time: reads tensors from the files into parameters that are on ``meta``.
 
-The names and conversions are the library's own. What it only renames or stacks is read straight to its place; anything
-else goes through its converter.
+Names and conversions are those of transformers. Tensors that it only renames or stacks are read straight into place;
+everything else goes through its converter.
 """
 
 from __future__ import annotations
@@ -12,102 +12,30 @@ import os
 import re
 import threading
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.names import read_names
 from moecover.checkpoints.structure import Structure
-from moecover.errors import MoecoverError
+from moecover.runtime.shards import TORCH_NAMES, Files, LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
-
-
-Place = tuple[TensorEntry, tuple[Any, ...]]  # a stored tensor, and where in a parameter it goes
-
-
-class Files:
-    """The shards of a checkpoint, opened when first read; bytes go into memory of the reader's, never a mapping."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._descriptors = folder, dict[str, int]()
-
-    def _descriptor(self, shard: str) -> int:
-        if shard not in self._descriptors:
-            self._descriptors[shard] = os.open(self._folder / shard, os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[shard]
-
-    def read_into(self, entry: TensorEntry, target: torch.Tensor) -> None:
-        """Fill a contiguous tensor on the CPU, of the entry's type and size.
-
-        Raises:
-            MoecoverError: the file ends early or cannot be read.
-        """
-        import torch
-
-        view = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        at = entry.start
-        try:
-            while view:
-                got = os.preadv(self._descriptor(entry.shard), [view[: 1 << 30]], at)
-                if not got:
-                    raise MoecoverError(f"{self._folder / entry.shard} ended at byte {at}, {entry.end} is needed: it changed while it was read")  # fmt: skip
-                view, at = view[got:], at + got
-        except OSError as error:
-            raise MoecoverError(
-                f"{self._folder / entry.shard} cannot be read at byte {at}: {error.strerror}"
-            ) from error
-
-    def read(self, entry: TensorEntry) -> torch.Tensor:
-        """A tensor as it is stored."""
-        import torch
-
-        tensor = torch.empty(entry.shape, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
-        self.read_into(entry, tensor)
-        return tensor
-
-    def will_need(self, entries: Iterable[TensorEntry]) -> None:
-        """Have the system read ahead what comes next."""
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._descriptor(entry.shard), entry.start, entry.num_bytes, os.POSIX_FADV_WILLNEED)
-
-    def close(self) -> None:
-        """Close the shards."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-
-class _Lazy:
-    """A tensor on disk in the form in which the library's converter asks for it."""
-
-    def __init__(self, files: Files, entry: TensorEntry) -> None:
-        self._files, self._entry = files, entry
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._files.read(self._entry)[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self._entry.shape)
-
-    def get_dtype(self) -> str:
-        return self._entry.dtype
+Index = tuple[int | slice, ...]
+Place = tuple[TensorEntry, Index]  # a stored tensor, and which part of a parameter it fills
 
 
 class Weights:
-    """Fills and empties parts of a model on ``meta``; a part is everything whose name begins in one way.
+    """Loads and frees parts of a model on ``meta``; a part is everything whose name has the same prefix.
 
     Args:
         structure: the checkpoint.
-        model: of its class, see `streaming.skeleton`.
-        prefixes: of the names of the parts; everything else is the part ``""``.
-        device: where filled parts lie.
-        ahead: read the part that comes next in a thread, into memory beside the filled one's; without it, as on a CPU, the
-            system is asked to read it into its cache.
+        model: its model without weights, see `streaming.skeleton`.
+        prefixes: name prefixes of the parts, without the dot; everything else is the part ``""``.
+        device: where loaded parts are.
+        ahead: read the next part in a thread, into memory of its own; without it, as on a CPU, the system is asked to
+            read it into its cache.
     """
 
     def __init__(
@@ -118,7 +46,7 @@ class Weights:
         self._entries, self._files = structure.checkpoint.tensors, Files(structure.checkpoint.path)
         self._state = {k: v.to("meta") for k, v in model.state_dict().items()}
         self._names = read_names(structure.checkpoint, model)
-        # Found once: a tap of the recording may stand where a module of the experts is.
+        # Looked up once: while experts are recorded, a tap may take the place of one of their modules.
         self._owners = {k: (model.get_submodule(k.rpartition(".")[0]), k.rpartition(".")[2]) for k in self._state}
         self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._dtypes = [(re.compile(glob.replace("*", ".*")), dtype) for glob, dtype in _dtype_plan(model).items()]
@@ -131,11 +59,11 @@ class Weights:
                 self._parts[match[0] if match else ""].append(key)
 
     def num_bytes(self, prefix: str) -> int:
-        """Bytes that a part takes on disk."""
+        """Bytes of a part on disk."""
         return sum(self._entries[key].num_bytes for key in self._parts[prefix])
 
     def will_need(self, prefix: str) -> None:
-        """Begin to read a part that comes next."""
+        """Start to read the next part."""
         if not self._ahead:
             self._files.will_need(self._entries[key] for key in self._parts[prefix])
             return
@@ -145,7 +73,7 @@ class Weights:
             for parameter, places in self._plan(prefix)[0].items():
                 try:
                     read[parameter] = self._read(parameter, places)
-                except Exception as error:  # raised when its turn has come
+                except Exception as error:  # raised when the part is loaded
                     read[parameter] = error
                     return
 
@@ -154,7 +82,7 @@ class Weights:
         self._coming = prefix, thread, read
 
     def _taken(self, prefix: str) -> dict[str, torch.Tensor | Exception]:
-        """What was read ahead of a part."""
+        """What was read ahead of a part, by parameter."""
         if self._coming is None:
             return {}
         (coming, thread, read), self._coming = self._coming, None
@@ -162,15 +90,15 @@ class Weights:
         return read if coming == prefix else {}
 
     def missing(self) -> list[str]:
-        """Parameters that nothing in the files fills."""
+        """Names of parameters that nothing in the files fills."""
         found = {d.parameter for d in self._names.destinations.values()}
         if any(d.fills_several for d in self._names.destinations.values()):
-            return []  # which ones these fill, the library's converter knows
+            return []  # only the converter knows which ones these fill
         tied = getattr(self._model, "all_tied_weights_keys", {})
         return sorted(self._state.keys() - found - set(tied) - set(tied.values()))
 
     def load(self, prefix: str) -> None:
-        """Fill a part.
+        """Load a part.
 
         Raises:
             MoecoverError: a file cannot be read.
@@ -186,7 +114,7 @@ class Weights:
             self._convert(others)
 
     def _plan(self, prefix: str) -> tuple[dict[str, list[Place]], list[str]]:
-        """Parameters of a part that are read straight to their place, with what goes where; names of all other tensors."""
+        """Parameters of a part that are read straight into place, by name; names of all other stored tensors."""
         sources: dict[str, list[str]] = {}
         for key in self._parts[prefix]:
             sources.setdefault(self._names.destinations[key].parameter, []).append(key)
@@ -200,7 +128,7 @@ class Weights:
         return direct, others
 
     def _places(self, parameter: str, keys: list[str]) -> list[Place] | None:
-        """Where in a parameter every tensor goes, when nothing else has to be done to it; else None."""
+        """Which part of a parameter every tensor fills; None where the converter is needed."""
         shape, entries = tuple(self._state[parameter].shape), [self._entries[key] for key in keys]
         first = self._names.destinations[keys[0]]
         if first.converter is None:
@@ -210,7 +138,7 @@ class Weights:
         stacked = done in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
         if not stacked or first.fills_several or len(keys) != len(parts) * shape[0] or len(shape) < 2:
             return None
-        width, counts, places = shape[1] // len(parts), [0] * len(parts), []
+        width, counts, places = shape[1] // len(parts), [0] * len(parts), list[Place]()
         for key, entry in zip(keys, entries, strict=True):
             part = parts.index(str(self._names.destinations[key].pattern))
             if entry.shape != (width, *shape[2:]):
@@ -257,18 +185,20 @@ class Weights:
 
         model: Any = self._model
         config = LoadStateDictConfig(
-            device_map={"": self._device}, dtype=model.dtype, weight_mapping=self._names.transforms,
+            device_map={"": self._device},
+            dtype=model.dtype,
+            weight_mapping=self._names.transforms,
             dtype_plan=_dtype_plan(model),
-        )  # fmt: skip
-        lazy = {key: _Lazy(self._files, self._entries[key]) for key in keys}
+        )
+        lazy = {key: LazyTensor(self._files, self._entries[key]) for key in keys}
         convert_and_load_state_dict_in_model(model, lazy, config)
 
     def free(self, prefix: str, *, again: bool = False) -> None:
-        """Empty a part, if there is one of this name.
+        """Free a part, if there is one with this prefix.
 
         Args:
-            prefix: of the part.
-            again: keep its memory for the next part of the same shapes (new memory costs as much as reading into it).
+            prefix: of the part, with its dot.
+            again: keep the memory for the next part with the same shapes (new memory costs as much as reading into it).
         """
         if prefix not in self._parts:
             return
@@ -282,7 +212,7 @@ class Weights:
             if again and value is not None and value.device.type == "cpu":
                 self._spare.setdefault((value.shape, value.dtype), []).append(value.detach())
             self._set(parameter, empty)
-        give_back()
+        return_freed()
 
     def close(self) -> None:
         """Close the files."""
@@ -291,16 +221,16 @@ class Weights:
 
 
 def _dtype_plan(model: Any) -> dict[str, torch.dtype]:
-    """Parameters that the library keeps in another type than the model's, by pattern."""
+    """Parameters that transformers keeps in another dtype than the model's, by name pattern."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
     return plan
 
 
-def lean() -> None:
-    """Have libraries keep less memory for later, as far as they have not begun to; the user's own settings stay.
+def limit_caches() -> None:
+    """Make libraries cache less memory, as far as their caches are still empty; the user's own settings are kept.
 
-    One arena for all threads (glibc), so that what one of them frees, the next one uses; and on a CPU half of the usual
-    number of prepared matrix products, of which there is one for every number of tokens that an expert happens to get.
+    One arena for all threads (glibc), so that memory freed by one is reused by the next; and on a CPU half of the usual
+    number of cached oneDNN primitives, of which there is one for every number of tokens that an expert receives.
     """
     os.environ.setdefault("LRU_CACHE_CAPACITY", "512")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
@@ -308,7 +238,7 @@ def lean() -> None:
         ctypes.CDLL("libc.so.6").mallopt(-8, 1)  # M_ARENA_MAX
 
 
-def give_back() -> None:
-    """Have the allocator hand freed memory back to the system, where it can (glibc)."""
+def return_freed() -> None:
+    """Return freed memory to the system, where the allocator can (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,34 @@
+"""Merging: adds up profiles of one model that were made from different samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moecover.errors import InputError, arg
+from moecover.profiling.artifact import Profile
+
+
+def merged(profiles: Sequence[Profile], names: Sequence[str]) -> Profile:
+    """Add up profiles of different samples.
+
+    Args:
+        profiles: profiles of one model.
+        names: their names in messages.
+
+    Raises:
+        InputError: the models differ, or two profiles hold the same sample of a corpus.
+    """
+    seen: dict[tuple[str, str], str] = {}
+    for profile, name in zip(profiles, names, strict=True):
+        for corpus, records in profile.corpora.items():
+            for record in records:
+                if (other := seen.get((corpus, record["sha256"]))) is not None:
+                    raise InputError(
+                        f"{name} and {other} hold the same sample of corpus {corpus}: it would count twice. Use other"
+                        f" blocks ({arg('seed')}, {arg('sequences')}) or leave one out"
+                    )
+                seen[corpus, record["sha256"]] = name
+    total = profiles[0]
+    for profile in profiles[1:]:
+        total = total + profile
+    return total

@@ -1,0 +1,213 @@
+"""The statistics of one corpus, added up over batches from what the taps of a forward pass recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecover.checkpoints.topology import Topology
+from moecover.errors import InputError, MoecoverError, arg
+from moecover.profiling.artifact import PARTS, STATISTICS, SUMS, Statistics
+from moecover.profiling.hooks import Tap
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+
+class Sums:
+    """Statistics of one corpus, added up over batches, for all MoE layers of a batch at once or one after the other.
+
+    During the pass each layer records little: one norm, one peak and one weight per (token, slot) pair, and its router
+    logits. `add` adds them up for the given layers, with expert ids that continue from layer to layer.
+
+    Args:
+        topology: shape of the routed part of the model.
+        device: where the sums are kept.
+        batches: number of batches of the corpus; the sums after each of `PARTS` equal shares of them, except the last,
+            are kept too, as far as these are whole batches.
+
+    Attributes:
+        parts: these running sums by statistic, each ``[part, layer, expert]``.
+    """
+
+    def __init__(self, topology: Topology, device: torch.device, batches: int) -> None:
+        import torch
+
+        self.topology, self._device = topology, device
+        slots = len(topology.decoder_layers) * topology.num_experts
+        self._sums = torch.zeros(len(SUMS) - 1, slots, dtype=torch.float64, device=device)  # SUMS without prob_sum
+        self._prob_sum = torch.zeros(slots, dtype=torch.float64, device=device)
+        self._count = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._max_abs = torch.zeros(slots, dtype=torch.float32, device=device)
+        self._num_tokens = np.zeros(len(topology.decoder_layers), dtype=np.int64)
+        self._scoring: str | None = None
+        self._ends = sorted({round(batches * part / PARTS) for part in range(1, PARTS)} - {0, batches})
+        kinds = self.statistics()
+        self.parts: Statistics = {n: np.zeros((len(self._ends), *v.shape), v.dtype) for n, v in kinds.items()}
+        self._noted = np.zeros((len(self._ends), len(topology.decoder_layers)), dtype=bool)  # parts that are complete
+
+    def add(self, taps: Sequence[Tap], first: int, batch: int, token_mask: torch.Tensor | None = None) -> None:
+        """Add what layers recorded in a batch, and clear their taps.
+
+        Args:
+            taps: taps of consecutive MoE layers.
+            first: index of the first of these layers.
+            batch: index of the batch within the corpus.
+            token_mask: bool ``[token]``, None where every token counts.
+
+        Raises:
+            InputError: the weights of a router are not finite.
+            MoecoverError: a layer did not run exactly once.
+        """
+        import torch
+
+        self._note([at for at, end in enumerate(self._ends) if batch >= end], slice(first, first + len(taps)))
+        if not all(len(tap.left) == 1 and tap.logits is not None for tap in taps):
+            raise MoecoverError(
+                "the pass did not run every MoE layer once through the kernel that is recorded: please report this"
+            )
+        weights = torch.stack([tap.weights for tap in taps]).double()  # [layer, token, slot]
+        _check_finite(weights, taps)
+        self._add_probabilities(taps, first, weights, token_mask)
+        self._add_pairs(taps, first, weights, token_mask)
+        self._num_tokens[first : first + len(taps)] += weights.shape[1] if token_mask is None else int(token_mask.sum())
+        for tap in taps:
+            tap.clear()
+
+    def _add_probabilities(
+        self, taps: Sequence[Tap], first: int, weights: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> None:
+        """Add the routing probabilities of all experts, selected or not."""
+        import torch
+
+        logits = torch.stack([tap.logits for tap in taps if tap.logits is not None])  # [layer, token, expert]
+        if self._scoring is None:
+            self._scoring = scoring_function(logits[0, :64], weights[0, :64], taps[0].index[:64])
+        # Layer by layer: the last bit of a vectorised function depends on where in the tensor an element lies.
+        probabilities = torch.stack([SCORING[self._scoring](one) for one in logits])
+        if token_mask is not None:
+            probabilities = probabilities[:, token_mask]
+        experts = slice(first * self.topology.num_experts, (first + len(taps)) * self.topology.num_experts)
+        self._prob_sum[experts] += probabilities.sum(1, dtype=self._prob_sum.dtype).flatten()
+
+    def _add_pairs(
+        self, taps: Sequence[Tap], first: int, weights: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> None:
+        """Add the statistics of the selected (token, expert) pairs."""
+        import torch
+
+        experts, order, norms, peaks = (torch.stack(part) for part in zip(*(tap.left[0] for tap in taps), strict=True))
+        offsets = (first + torch.arange(len(taps), device=self._device)[:, None]) * self.topology.num_experts
+        factors = torch.ones_like(weights) if taps[0].weighs_inputs else weights  # of the outputs, in their sum
+        total = factors.sum(-1, keepdim=True)
+        renormalised = (factors / (total + (total == 0))).flatten(1).gather(1, order)
+        used, norms = weights.flatten(1).gather(1, order), norms.double()
+        columns = (experts + offsets, used, factors.flatten(1).gather(1, order), renormalised, norms, peaks)
+        if token_mask is None:
+            slots, used, factor, renormalised, norms, peaks = (c.flatten() for c in columns)
+        else:
+            keep = token_mask[order // weights.shape[-1]]
+            slots, used, factor, renormalised, norms, peaks = (c[keep] for c in columns)
+        weighted = factor * norms
+        self._sums.index_add_(1, slots, torch.stack([used, norms, weighted, weighted.square(), renormalised * norms]))
+        self._count += torch.bincount(slots, minlength=len(self._count))
+        self._max_abs.scatter_reduce_(0, slots, peaks, "amax")
+
+    def _note(self, parts: list[int], layers: slice) -> None:
+        """Keep the running sums of some layers for the parts that do not have them yet."""
+        for at in parts:
+            if not self._noted[at, layers].all():
+                for name, values in self.statistics().items():
+                    self.parts[name][at, layers] = values[layers]
+                self._noted[at, layers] = True
+
+    def finish(self) -> None:
+        """Complete the parts after whose end no batch came (in a process that ran only some of the batches)."""
+        for layer in range(len(self.topology.decoder_layers)):
+            self._note(list(range(len(self._ends))), slice(layer, layer + 1))
+
+    def statistics(self) -> Statistics:
+        """The sums so far, each ``[layer, expert]``; a copy."""
+        shape = (len(self.topology.decoder_layers), self.topology.num_experts)
+        rows = dict(zip([name for name in SUMS if name != "prob_sum"], self._sums, strict=True))
+        tensors = {"count": self._count, **rows, "prob_sum": self._prob_sum, "max_abs": self._max_abs.double()}
+        values = {name: tensor.cpu().numpy().reshape(shape).copy() for name, tensor in tensors.items()}
+        tokens = np.broadcast_to(self._num_tokens[:, None], shape).copy()
+        return {name: {**values, "num_tokens": tokens}[name] for name in STATISTICS}
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything that has been added up, by name, for a job that is resumed later."""
+        kept = {"scoring": np.array(SCORING_NAMES.index(self._scoring) if self._scoring else -1)}
+        kept |= {f"parts.{name}": values for name, values in self.parts.items()} | {"noted": self._noted}
+        return kept | self.statistics()
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Continue from the result of `state`."""
+        import torch
+
+        def flat(name: str) -> torch.Tensor:
+            return torch.from_numpy(state[name].reshape(-1).copy()).to(self._device)
+
+        self._sums = torch.stack([flat(name) for name in SUMS if name != "prob_sum"])
+        self._prob_sum, self._count, self._max_abs = flat("prob_sum"), flat("count"), flat("max_abs").float()
+        self._num_tokens = state["num_tokens"][:, 0].copy()
+        self._scoring = SCORING_NAMES[number] if (number := int(state["scoring"])) >= 0 else None
+        self.parts = {name: state[f"parts.{name}"].copy() for name in self.parts}
+        self._noted = state["noted"].copy()
+
+
+def _check_finite(weights: torch.Tensor, taps: Sequence[Tap]) -> None:
+    """Refuse routing weights ``[layer, token, slot]`` that are not finite."""
+    import torch
+
+    finite = torch.isfinite(weights.sum(-1))
+    if not bool(finite.all()):
+        bad = taps[int((~finite).any(1).nonzero()[0])].decoder_layer
+        raise InputError(
+            f"decoder layer {bad}: the router's weights are not finite. Its tensors hold NaN or infinity, or the dtype"
+            f" overflows (try {arg('dtype', 'float32')})"
+        )
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.softmax(logits, -1, dtype=torch.float32)
+
+
+def _sigmoid(logits: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.sigmoid(logits.float())
+
+
+SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"softmax": _softmax, "sigmoid": _sigmoid}
+SCORING_NAMES = list(SCORING)
+
+
+def scoring_function(logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> str:
+    """Name in `SCORING` of the function from logits to probabilities that a router applies, inferred from one output.
+
+    The weights of a token's slots are proportional to the probabilities of the selected experts, however the router
+    normalises or scales them afterwards. Softmax is assumed where no function fits (a router that multiplies by
+    something else).
+
+    Args:
+        logits: ``[token, expert]``.
+        weights: ``[token, slot]``.
+        index: selected experts ``[token, slot]``.
+    """
+    import torch
+
+    def shares(values: torch.Tensor) -> torch.Tensor:
+        # A single slot has no proportions: compare the weight itself.
+        return values if values.shape[-1] == 1 else values / values.sum(-1, keepdim=True)
+
+    for name, function in SCORING.items():
+        selected = function(logits).gather(-1, index)
+        if torch.allclose(shares(selected), shares(weights.float()), rtol=0.02, atol=1e-3):
+            return name
+    return "softmax"
