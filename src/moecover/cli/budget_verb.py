@@ -95,7 +95,8 @@ def found_plan(args: argparse.Namespace, profile: Profile, method: str, options:
         loaded = [load_windows(name, path, structure=structure, windows=windows) for name, path in texts.items()]
         loaded = loaded or held_out(profile, files, structure, blocks=windows)
     for text in loaded:
-        share = overlap(text, [record for records in profile.corpora.values() for record in records])
+        calibration = [record for records in profile.corpora.values() for record in records]
+        share = overlap(text.tokens, text.mask, calibration)
         if share >= WORTH_SAYING:
             progress.say(f"note: {share:.0%} of the text {text.name} is in the calibration text too: that perplexity says little of other text")  # fmt: skip
         progress.say(f"held out: {text.num_tokens:,} tokens of {text.name}")

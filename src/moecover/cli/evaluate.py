@@ -91,7 +91,7 @@ def evaluate_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
 
 def texts_of(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
     """Names and files of ``--perplexity NAME[=PATH]``; None for the held-out part of a named corpus."""
-    from moecover.corpora.sources import SUFFIXES
+    from moecover.corpora.rows import SUFFIXES
     from moecover.corpora.windows import check_text
 
     seen = set[str]()

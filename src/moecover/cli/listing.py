@@ -12,10 +12,10 @@ def listing(what: str) -> list[dict[str, str]]:
         InputError: something else.
     """
     if what == "corpora":
-        from moecover.corpora.sources import CORPORA, HubCorpus
+        from moecover.corpora.sources import CORPORA
 
         return [
-            {"name": name, "summary": row.summary, "source": (f"{row.path}, " if isinstance(row, HubCorpus) else "") + row.licence}
+            {"name": name, "summary": row.summary, "source": ", ".join(filter(None, (row.address, row.licence)))}
             for name, row in CORPORA.items()
         ]  # fmt: skip
     if what == "families":

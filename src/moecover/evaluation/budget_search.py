@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecover.corpora.sources import CORPORA, HubCorpus
+from moecover.corpora.sources import CORPORA
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.artifact import FULL
 from moecover.planning.artifact import Plan
@@ -97,9 +97,7 @@ def check_held_out(
             raise InputError(f"the profile's corpus {name} is not one sample of one text, so it is not known which blocks of it are left. {remedy}")  # fmt: skip
         if record.get("blocks_available", 0) <= record["sequences"]:
             raise InputError(f"the profile took all {record['sequences']} blocks of {name}, none is left to measure on. {remedy}, or make the profile with fewer --sequences")  # fmt: skip
-        row = CORPORA.get(name)
-        source = f"{row.path}@{row.revision}" if isinstance(row, HubCorpus) else name
-        named = row is not None and record["source"] == source
+        named = name in CORPORA and record["source"] == CORPORA[name].source(name)
         if not named and not files.get(name):
             raise InputError(f"the profile read {name} from the file {record['source']}: give it as --corpus {name}=PATH, for the blocks that it did not use, or held-out text as --perplexity NAME[=PATH]")  # fmt: skip
         found[name] = None if named else files[name]
