@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCau
 
 from moecover.checkpoints.deepseek.configuration import DeepseekConfig
 from moecover.checkpoints.deepseek.modeling import DeepseekForCausalLM
-from moecover.corpora.sources import stdlib_documents
+from moecover.corpora.documents import stdlib_documents
 
 END = "<|endoftext|>"
 LENGTH = 256

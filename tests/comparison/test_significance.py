@@ -12,7 +12,14 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from moecover.comparison.significance import comparisons, holm, mean_of_tasks, over_seeds, paired_bootstrap, perplexity_difference
+from moecover.comparison.significance import (
+    comparisons,
+    holm,
+    mean_of_tasks,
+    over_seeds,
+    paired_bootstrap,
+    perplexity_difference,
+)
 from moecover.errors import InputError
 
 Array = NDArray[np.float64]

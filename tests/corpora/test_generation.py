@@ -39,7 +39,9 @@ def written(checkpoint: Path, path: Path, model: Any, **changed: Any) -> bytes:
 
 def test_tokens_are_drawn_from_the_model_s_own_distribution(model: Any) -> None:
     """Whatever its generation settings say; their top_k alone would leave most tokens out."""
-    theirs = GenerationConfig(do_sample=True, temperature=0.3, top_k=5, top_p=0.5, repetition_penalty=2.0, eos_token_id=[7, 9])  # fmt: skip
+    theirs = GenerationConfig(
+        do_sample=True, temperature=0.3, top_k=5, top_p=0.5, repetition_penalty=2.0, eos_token_id=[7, 9]
+    )
     model.generation_config = theirs
     draws = 20_000
     with torch.inference_mode():
@@ -91,7 +93,9 @@ def test_first_tokens_are_no_special_ones(checkpoints: Callable[..., Path], tmp_
     np.testing.assert_array_equal(first_tokens(read_structure(bare)), np.arange(300))
 
 
-def test_the_same_file_again_and_another_for_another_seed(checkpoints: Callable[..., Path], model: Any, tmp_path: Path) -> None:  # fmt: skip
+def test_the_same_file_again_and_another_for_another_seed(
+    checkpoints: Callable[..., Path], model: Any, tmp_path: Path
+) -> None:
     checkpoint = checkpoints("qwen2_moe")
     one = written(checkpoint, tmp_path / "a.jsonl", model)
     state = torch.random.get_rng_state()
@@ -122,7 +126,7 @@ def test_an_interrupted_run_goes_on(
         written(checkpoint, path, model)
     assert not path.exists()
     (draft,) = tmp_path.glob(".self.jsonl.*.partial")
-    assert stopped.value.__notes__ == [f"What was done is kept in {draft} and is used when the same command runs again"]
+    assert stopped.value.__notes__ == [f"Progress saved in {draft}; rerun the same command to resume"]
     with draft.open("a") as file:
         file.write(damage)
     said, told = list[str](), list[int]()
@@ -133,7 +137,9 @@ def test_an_interrupted_run_goes_on(
     assert not draft.exists()
 
 
-def test_a_draft_of_other_inputs_is_not_used(checkpoints: Callable[..., Path], model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_draft_of_other_inputs_is_not_used(
+    checkpoints: Callable[..., Path], model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, path = checkpoints("qwen2_moe"), tmp_path / "self.jsonl"
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(generation, "generate", lambda *a, **k: 1 // 0)
@@ -142,7 +148,7 @@ def test_a_draft_of_other_inputs_is_not_used(checkpoints: Callable[..., Path], m
     said = list[str]()
     assert written(checkpoint, path, model, say=said.append) == written(checkpoint, tmp_path / "b.jsonl", model)
     assert not draft.exists()
-    assert said == [f"{draft}, made from other inputs, is removed"]
+    assert said == [f"removing {draft}, which was made from other inputs"]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v2", "deepseek_v3"])
@@ -162,7 +168,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, captured.out, captured.err
 
 
-def test_the_verb_writes_a_corpus_that_a_profile_takes(checkpoints: Callable[..., Path], tmp_path: Path, capsys) -> None:  # fmt: skip
+def test_the_verb_writes_a_corpus_that_a_profile_takes(
+    checkpoints: Callable[..., Path], tmp_path: Path, capsys
+) -> None:
     path, model = tmp_path / "my text.jsonl", tmp_path / "a model"
     model.symlink_to(shipped_model("qwen2-moe-tiny"))
     status, out, _ = run(capsys, "generate", model, "-o", path, "--sequences", 5, "--length", 24)
@@ -173,7 +181,9 @@ def test_the_verb_writes_a_corpus_that_a_profile_takes(checkpoints: Callable[...
     assert shlex.split(following) == ["split", str(model), "--corpus", f"self={path}", "-o", "kinds"]
     found = load_corpus("self", path, structure=read_structure(model))
     assert found.tokens.shape == (5, 24)
-    status, out, _ = run(capsys, "generate", model, "-o", path, "--sequences", 5, "--length", 24, "--overwrite", "--json")  # fmt: skip
+    status, out, _ = run(
+        capsys, "generate", model, "-o", path, "--sequences", 5, "--length", 24, "--overwrite", "--json"
+    )
     assert status == 0
     assert json.loads(out)["sha256"] == found.record["sha256"]
     assert run(capsys, "profile", model, "--corpus", f"self={path}", "-o", tmp_path / "profile", "-q")[0] == 0
@@ -191,21 +201,39 @@ def test_the_verb_writes_a_corpus_that_a_profile_takes(checkpoints: Callable[...
         (["-o", "OUT/new.jsonl", "--device", "abacus"], "--device abacus is not available"),
     ],
 )
-def test_what_cannot_be_done_is_said_first(checkpoints: Callable[..., Path], tmp_path: Path, capsys, options: list[str], words: str) -> None:  # fmt: skip
+def test_what_cannot_be_done_is_said_first(
+    checkpoints: Callable[..., Path], tmp_path: Path, capsys, options: list[str], words: str
+) -> None:
     (tmp_path / "there.jsonl").write_text("")
-    status, _, err = run(capsys, "generate", checkpoints("mixtral"), *(o.replace("OUT", str(tmp_path)) for o in options))  # fmt: skip
+    status, _, err = run(
+        capsys, "generate", checkpoints("mixtral"), *(o.replace("OUT", str(tmp_path)) for o in options)
+    )
     assert status == 2
     assert words in err
     assert [p.name for p in tmp_path.iterdir()] == ["there.jsonl"]
 
 
-def test_a_model_bigger_than_memory_is_refused_with_a_way_out(checkpoints: Callable[..., Path], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_model_bigger_than_memory_is_refused_with_a_way_out(
+    checkpoints: Callable[..., Path], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from moecover.runtime import memory as fitting
 
     structure = read_structure(checkpoints("mixtral"))
     sizes = fitting.cost(structure, tokens=8 * 16, batch_tokens=8, limit=0, head=True)
     limit = (sizes.whole + sizes.streamed) // 2 + cache_bytes(structure, tokens=8 * 16, itemsize=4)
-    status, _, err = run(capsys, "generate", checkpoints("mixtral"), "-o", tmp_path / "self.jsonl", "--sequences", 8, "--length", 16, "--memory-limit", f"{limit}B")  # fmt: skip
+    status, _, err = run(
+        capsys,
+        "generate",
+        checkpoints("mixtral"),
+        "-o",
+        tmp_path / "self.jsonl",
+        "--sequences",
+        8,
+        "--length",
+        16,
+        "--memory-limit",
+        f"{limit}B",
+    )
     assert status == 2
     assert "does not fit into memory, and layer by layer all of it would be read for every token" in err
     assert not list(tmp_path.iterdir())

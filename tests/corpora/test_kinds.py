@@ -27,7 +27,9 @@ END = 0
 def corpus_of(rows: list[list[int]]) -> Corpus:
     width = max(map(len, rows))
     tokens = np.array([row + [9] * (width - len(row)) for row in rows])
-    return make_corpus("self", tokens, np.array([[i < len(row) for i in range(width)] for row in rows]), {"source": "x"})  # fmt: skip
+    return make_corpus(
+        "self", tokens, np.array([[i < len(row) for i in range(width)] for row in rows]), {"source": "x"}
+    )
 
 
 def mixed(seed: int = 0, rows: int = 12) -> Corpus:
@@ -108,14 +110,17 @@ def test_the_best_start_of_k_means_is_taken() -> None:
 
 def test_too_few_kinds_are_refused() -> None:
     alike = corpus_of([[5, 6, END] * 20])
-    with pytest.raises(InputError, match="does not fall into 3 kinds: it has 20 pieces, too few or too much alike"):
+    with pytest.raises(InputError, match="does not fall into 3 kinds: it has 20 pieces, too few or too similar"):
         split(alike, [END], kinds=3)
-    with pytest.raises(InputError, match="has 2 pieces of about 128 tokens, too few for 8 kinds. Give fewer --kinds"):
+    with pytest.raises(InputError, match="has 2 pieces of about 128 tokens, too few for 8 kinds. Give fewer kinds"):
         split(corpus_of([[5, 6, END, 7]]), [END])
 
 
 def test_rows_join_pieces_that_go_on_and_end_others() -> None:
-    pieces = [Piece(np.array(ids), document, place) for ids, document, place in (([1, 2], 0, 0), ([3], 0, 1), ([4, END], 1, 0), ([5], 2, 0), ([6], 2, 2))]  # fmt: skip
+    pieces = [
+        Piece(np.array(ids), document, place)
+        for ids, document, place in (([1, 2], 0, 0), ([3], 0, 1), ([4, END], 1, 0), ([5], 2, 0), ([6], 2, 2))
+    ]
     joined = [1, 2, 3, END, 4, END, 5, END, 6, END]
     assert np.concatenate(rows_of(pieces, 5, END)).tolist() == joined
     assert [row.tolist() for row in rows_of(pieces, 4, END)] == [joined[:4], joined[4:8]]  # the rest is too short
@@ -144,10 +149,10 @@ def test_a_folder_is_a_corpus_a_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds 2.jsonl and 2.txt, which would both be corpus x-2. Rename one"):
         parse_corpora([f"x={tmp_path}"])
     (tmp_path / "2.txt").unlink()
-    with pytest.raises(InputError, match="--corpus x-2 is given twice"):
+    with pytest.raises(InputError, match="corpus x-2 is given twice"):
         parse_corpora([f"x-2={tmp_path}/2.jsonl", f"x={tmp_path}"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no file. Allowed: .txt"):
+    with pytest.raises(InputError, match="holds no corpus file. Allowed: .txt"):
         parse_corpora([f"x={tmp_path}/empty"])
 
 
@@ -167,10 +172,24 @@ def test_what_is_written_is_the_whole_corpus_in_rows(tmp_path: Path) -> None:
 
 def test_from_the_command_line_to_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(shipped_model("qwen2-moe-tiny"))
-    texts = {"web": "The weather of the day is mild, and people walk along the river. ", "code": "def f(x):\n    return self.x[x] + 1\n"}  # fmt: skip
+    texts = {
+        "web": "The weather of the day is mild, and people walk along the river. ",
+        "code": "def f(x):\n    return self.x[x] + 1\n",
+    }
     rows = "".join(json.dumps({"text": text * 30}) + "\n" for text in texts.values() for _ in range(8))
     (tmp_path / "mixed.jsonl").write_text(rows)
-    split_it = ["split", model, "--corpus", f"mixed={tmp_path}/mixed.jsonl", "--kinds", "2", "--length", "64", "-o", str(tmp_path / "my kinds")]  # fmt: skip
+    split_it = [
+        "split",
+        model,
+        "--corpus",
+        f"mixed={tmp_path}/mixed.jsonl",
+        "--kinds",
+        "2",
+        "--length",
+        "64",
+        "-o",
+        str(tmp_path / "my kinds"),
+    ]
     assert main([*split_it, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)["kinds"]
     assert [kind["file"] for kind in facts] == ["1.jsonl", "2.jsonl"]

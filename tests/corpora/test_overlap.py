@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moecover.corpora.overlap import RUN, SIZE, overlap
+from moecover.corpora import overlap as overlapping
+from moecover.corpora.overlap import RUN, SIZE
 from moecover.corpora.packing import Corpus, make_corpus
 
 
 def corpus(rows: np.ndarray, mask: np.ndarray | None = None) -> Corpus:
     return make_corpus("any", rows, np.ones(rows.shape, dtype=bool) if mask is None else mask, {})
+
+
+def overlap(text: Corpus, records: list[dict[str, object]]) -> float:
+    return overlapping.overlap(text.tokens, text.mask, records)
 
 
 def runs(text: Corpus) -> set[tuple[int, ...]]:

@@ -14,7 +14,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moecover.corpora import packing as corpus_module
 from moecover.corpora.packing import load_corpus, load_tokenizer
 from moecover.corpora.sources import CORPORA, parse_corpora
 from moecover.errors import InputError
@@ -92,7 +91,7 @@ def test_too_little_text_is_said_with_the_number_of_blocks(text_files: dict[str,
     available = load_corpus("x", text_files["jsonl"], tokenizer=tokenizer, length=64).record["blocks_available"]
     with pytest.raises(
         InputError,
-        match=rf"corpus x gives {available} blocks of 64 tokens, 500 are wanted. Give --sequences {available}",
+        match=rf"corpus x gives {available} blocks of 64 tokens, 500 are wanted. Give sequences={available}",
     ):
         load_corpus("x", text_files["jsonl"], tokenizer=tokenizer, sequences=500, length=64)
     with pytest.raises(InputError, match=r"corpus x holds \d+ tokens, less than one block of 9000"):
@@ -122,7 +121,7 @@ def test_input_ids_are_taken_as_they_are(tmp_path: Path) -> None:
         ([{"input_ids": [1, True, "5"]}], "must be a list of whole numbers"),
         ([{"input_ids": [1, 2], "attention_mask": [0.6, 1]}], "must be a list of whole numbers"),
         ([{"input_ids": [[1, 2]]}], "two equal lists"),
-        ([{"input_ids": list(range(9)) * 9}], "81 tokens, the model takes 64"),
+        ([{"input_ids": list(range(9)) * 9}], "81 tokens, the model takes at most 64"),
         ([{"title": "x"}], "line 1: a row must hold `text` or `input_ids`"),
         ([{"text": "x"}, {"input_ids": [1]}], "rows with and without it do not mix"),
     ],
@@ -139,7 +138,7 @@ def test_text_without_a_tokenizer_is_refused(text_files: dict[str, Path]) -> Non
 
 
 def test_length_above_the_positions_of_the_model(text_files: dict[str, Path], tokenizer) -> None:
-    with pytest.raises(InputError, match="--length 100 is above the 64 positions"):
+    with pytest.raises(InputError, match="length=100 is above the 64 positions"):
         load_corpus("x", text_files["jsonl"], tokenizer=tokenizer, length=100, max_length=64)
     assert load_corpus("x", text_files["jsonl"], tokenizer=tokenizer, max_length=64).tokens.shape[1] == 64
 
@@ -156,9 +155,9 @@ def test_empty_corpus(tmp_path: Path, tokenizer, content: str) -> None:
     "arguments, message",
     [
         (["wikitxt2"], "unknown corpus 'wikitxt2'. Did you mean wikitext2"),
-        (["c4", "c4"], "--corpus c4 is given twice"),
+        (["c4", "c4"], "corpus c4 is given twice"),
         (["x=/nowhere/f.txt"], "corpus file /nowhere/f.txt does not exist"),
-        (["x="], "no path after the equals sign"),
+        (["x="], "there is no path after the equals sign"),
         (["=f.txt"], "give NAME=PATH"),
         ([], "no corpus"),
     ],
@@ -170,7 +169,7 @@ def test_bad_corpus_arguments(arguments: list[str], message: str) -> None:
 
 def test_unknown_ending_and_broken_files(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "x.csv").write_text("a")
-    with pytest.raises(InputError, match=r"unknown ending. Allowed: .txt"):
+    with pytest.raises(InputError, match=r"unknown file type. Allowed: .txt"):
         parse_corpora([f"x={tmp_path / 'x.csv'}"])
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{oops\n')
     with pytest.raises(InputError, match="line 2: not JSON"):
@@ -271,7 +270,7 @@ def test_real_corpora(checkpoints: Callable[..., Path], tokenizer) -> None:
 
 
 def test_every_corpus_row_says_its_licence() -> None:
-    assert all(row.licence and row.summary for row in corpus_module.CORPORA.values())
+    assert all(row.licence and row.summary for row in CORPORA.values())
 
 
 def test_a_null_mask_is_no_mask(tmp_path: Path) -> None:
@@ -283,7 +282,7 @@ def test_a_null_mask_is_no_mask(tmp_path: Path) -> None:
 
 def test_files_that_are_not_what_they_are_called(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(InputError, match="is no parquet file"):
+    with pytest.raises(InputError, match="is not a parquet file"):
         load_corpus("x", tmp_path / "x.parquet", tokenizer=tokenizer)
     packed = bytearray(gzip.compress(b'{"text": "abc"}\n' * 500))
     packed[20:40] = bytes(20)

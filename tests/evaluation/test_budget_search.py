@@ -103,8 +103,8 @@ def test_unused_blocks_are_all_that_the_sample_left(checkpoints: Callable[..., P
     whole = load_corpus("s", path, **{**options, "sequences": available}) if kind == "rows" else None
     if whole is not None:
         assert set(both) == {tuple(r[m].tolist()) for r, m in zip(whole.tokens, whole.mask, strict=True)}
-    assert overlap(unused, [sample.record]) < 0.01
-    assert overlap(sample, [sample.record]) == 1
+    assert overlap(unused.tokens, unused.mask, [sample.record]) < 0.01
+    assert overlap(sample.tokens, sample.mask, [sample.record]) == 1
     fewer = load_unused("s", path, sample.record, structure=structure, blocks=5)
     rows_of = {row.tobytes() for row in unused.tokens[:, : fewer.tokens.shape[1]]}
     assert len(fewer.tokens) == 5

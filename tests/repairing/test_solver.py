@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moecover.errors import InputError
-from moecover.repairing import solver as repair
-from moecover.repairing.solver import KINDS, Block, Fit, fit
+from moecover.repairing import ridge, sums
+from moecover.repairing.solver import KINDS, Fit, fit
+from moecover.repairing.sums import CHUNK, Block, moments
 
 HIDDEN, WIDTH, TOKENS = 12, 6, 400
 EXACT = {"penalties": (1e-13,), "held_share": 0.0, "sweeps": 5000, "tolerance": 0.0}
@@ -135,19 +136,19 @@ def routed(seed: int) -> tuple[list[Block], torch.Tensor]:
     return blocks, torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("chunk", [repair.CHUNK, 28])
+@pytest.mark.parametrize("chunk", [CHUNK, 28])
 def test_moments_are_sums_over_tokens(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair, "CHUNK", chunk)
+    monkeypatch.setattr(sums, "CHUNK", chunk)
     blocks, residual = routed(3)
     held = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1)) < 0.3
     share = torch.rand(TOKENS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     shares = torch.stack([share * ~held, share * held])
-    products, right, energy = repair._moments(blocks, residual, shares)
+    found = moments(blocks, residual, shares)
     outputs = torch.stack([output([block]) for block in blocks])
     assert (outputs.abs().sum(2) > 0).sum(0).unique().tolist() == [0, 1, 2, 3, 4]
-    torch.testing.assert_close(products, torch.einsum("pt,ath,bth->pab", shares, outputs, outputs))
-    torch.testing.assert_close(right, torch.einsum("pt,ath,th->pa", shares, outputs, residual))
-    torch.testing.assert_close(energy, shares @ residual.square().sum(1))
+    torch.testing.assert_close(found.products, torch.einsum("pt,ath,bth->pab", shares, outputs, outputs))
+    torch.testing.assert_close(found.right, torch.einsum("pt,ath,th->pa", shares, outputs, residual))
+    torch.testing.assert_close(found.energy, shares @ residual.square().sum(1))
 
 
 def test_the_penalty_of_factors_is_the_best_on_held_tokens() -> None:
@@ -273,7 +274,7 @@ def test_the_sketch_chooses_what_the_whole_output_does(monkeypatch: pytest.Monke
     )  # asks for a strong penalty
     penalties = (10.0, 1.0, 0.1, 0.01)
     found = [fit(blocks, target * f, torch.zeros(tokens).long(), kind="ridge", penalties=penalties) for f in (1.0, 1.2)]
-    monkeypatch.setattr(repair, "SKETCH", hidden)
+    monkeypatch.setattr(ridge, "SKETCH", hidden)
     whole = [fit(blocks, target * f, torch.zeros(tokens).long(), kind="ridge", penalties=penalties) for f in (1.0, 1.2)]
     assert [f.penalties["ridge"] for f in found] == [f.penalties["ridge"] for f in whole]
     assert whole[1].penalties["ridge"] in (10.0, 1.0)
@@ -282,7 +283,13 @@ def test_the_sketch_chooses_what_the_whole_output_does(monkeypatch: pytest.Monke
 def test_a_corpus_counts_by_its_weight() -> None:
     block = expert(1)
     target = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    alone = fit([Block("expert 1", block.weight, torch.arange(300), block.features[:300])], target[:300], torch.zeros(300).long(), kind="ridge", **EXACT)  # fmt: skip
+    alone = fit(
+        [Block("expert 1", block.weight, torch.arange(300), block.features[:300])],
+        target[:300],
+        torch.zeros(300).long(),
+        kind="ridge",
+        **EXACT,
+    )
     without = fitted([block], target, weights=[3, 0])
     torch.testing.assert_close(without.weights["expert 1"], alone.weights["expert 1"], rtol=1e-9, atol=1e-9)
     assert without.after[0] == pytest.approx(alone.after[0])
@@ -321,7 +328,8 @@ def test_products_in_float32_end_at_the_same_weights() -> None:
 
 MEMORY = """
 import torch
-from moecover.repairing.solver import Block, fit, peak_bytes
+from moecover.repairing.solver import fit, peak_bytes
+from moecover.repairing.sums import Block
 torch.set_num_threads(1)
 
 def peak():  # of this program alone: `ru_maxrss` begins at the peak of the process that started it

@@ -238,8 +238,12 @@ def test_a_repair_goes_on_at_the_layer_it_was_at(structure: Structure, tmp_path:
 
 @pytest.mark.parametrize(
     "options, differs",
-    [({"kind": "scale"}, "--repair"), ({"corpora": CORPORA[:1]}, "the calibration text"), ({"batch_size": 2}, "--batch-size")],
-)  # fmt: skip
+    [
+        ({"kind": "scale"}, "--repair"),
+        ({"corpora": CORPORA[:1]}, "the calibration text"),
+        ({"batch_size": 2}, "--batch-size"),
+    ],
+)
 def test_layers_of_other_inputs_are_made_anew(
     checkpoints: Callable[..., Path], tmp_path: Path, options: dict[str, Any], differs: str
 ) -> None:
@@ -323,16 +327,38 @@ def test_prune_repairs_from_a_plan_and_in_one_shot(
     passing = ["--corpus", text, "--length", "32", "--sequences", "40"]
     shot = tmp_path / "shot"
     status, out, err = run(
-        capsys, "prune", model, *passing, "--retain", "0.5", "--repair", "ridge", "--repair-tokens", "1000", "-o", str(shot), "--json",
-    )  # fmt: skip
+        capsys,
+        "prune",
+        model,
+        *passing,
+        "--retain",
+        "0.5",
+        "--repair",
+        "ridge",
+        "--repair-tokens",
+        "1000",
+        "-o",
+        str(shot),
+        "--json",
+    )
     assert status == 0, err
     result = json.loads(out)
     assert result["repair"]["after"] < result["repair"]["before"]
     plan = Plan.model_validate(json.loads((shot / "moecover.json").read_text())["plan"])
     status, out, err = run(
-        capsys, "prune", model, "--plan", saved(plan, tmp_path / "plan.json"), *passing, "--repair", "ridge",
-        "--repair-tokens", "1000", "-o", str(tmp_path / "planned"),
-    )  # fmt: skip
+        capsys,
+        "prune",
+        model,
+        "--plan",
+        saved(plan, tmp_path / "plan.json"),
+        *passing,
+        "--repair",
+        "ridge",
+        "--repair-tokens",
+        "1000",
+        "-o",
+        str(tmp_path / "planned"),
+    )
     assert status == 0, err
     assert f"repaired (ridge): {result['repair']['tensors']} down projections" in out
     assert manifest_of(shot) == manifest_of(tmp_path / "planned")
@@ -384,13 +410,25 @@ def test_what_contradicts_itself_is_refused(
     given = ["prune", str(model), "--plan", plan, "-o", str(tmp_path / "out")]
     for more, message in (
         (["--repair", "ridge"], "--repair ridge fits weights on calibration text: give --corpus NAME[=PATH]"),
-        (["--repair", "ridge", "--corpus", text, "--evaluation", "e"], "--evaluation measured the plan without a repair"),
-        (["--repair-tokens", "100"], "--repair-tokens says what a repair runs on: give --repair scale or --repair ridge"),
+        (
+            ["--repair", "ridge", "--corpus", text, "--evaluation", "e"],
+            "--evaluation measured the plan without a repair",
+        ),
+        (
+            ["--repair-tokens", "100"],
+            "--repair-tokens says what a repair runs on: give --repair scale or --repair ridge",
+        ),
         (["--repair", "scale", "--corpus", text, "--keep", "4"], "--plan and --keep do not go together"),
         (["--repair", "scale", "--corpus", text, "--repair-tokens", "0"], "--repair-tokens 0 is out of range"),
-        (["--repair", "scale", "--corpus", text, "--dtype", "bfloat16"], "stored in float32, which a model in bfloat16 does not hold"),
-        (["--repair", "scale", "--corpus", text, "--repair-tokens", "5"], "--repair-tokens 5: 5 tokens a corpus are less than the first sequence"),
-    ):  # fmt: skip
+        (
+            ["--repair", "scale", "--corpus", text, "--dtype", "bfloat16"],
+            "stored in float32, which a model in bfloat16 does not hold",
+        ),
+        (
+            ["--repair", "scale", "--corpus", text, "--repair-tokens", "5"],
+            "--repair-tokens 5: 5 tokens a corpus are less than the first sequence",
+        ),
+    ):
         status, _, err = run(capsys, *given, *more)
         assert status == 2
         assert message in err.splitlines()[-1]
@@ -405,7 +443,10 @@ def test_families_and_formats_without_repair_are_refused_before_any_work(
     given = ["--corpus", text, "--repair", "ridge", "--retain", "0.5", "-o", str(tmp_path / "out")]
     status, _, err = run(capsys, "prune", str(model), *given)
     assert status == 2
-    assert err.splitlines()[-1] == "moecover: --repair does not run on gpt_oss: its experts have biases, a norm or transposed weights. Use --repair none"  # fmt: skip
+    assert (
+        err.splitlines()[-1]
+        == "moecover: --repair does not run on gpt_oss: its experts have biases, a norm or transposed weights. Use --repair none"
+    )
     quantised = Path(shutil.copytree(checkpoints("mixtral"), tmp_path / "quantised"))
     tensors = load_file(quantised / "model.safetensors")
     packed = {k: (v.to(torch.float8_e4m3fn) if ".experts." in k else v) for k, v in tensors.items()}
@@ -415,7 +456,10 @@ def test_families_and_formats_without_repair_are_refused_before_any_work(
     (quantised / "config.json").write_text(json.dumps(config))
     status, _, err = run(capsys, "prune", str(quantised), *given)
     assert status == 2
-    assert "its experts are quantised (fp8), a refitted weight would have to be quantised anew; repair the original" in err.splitlines()[-1]  # fmt: skip
+    assert (
+        "its experts are quantised (fp8), a refitted weight would have to be quantised anew; repair the original"
+        in err.splitlines()[-1]
+    )
 
 
 def test_corpora_count_by_the_weights_of_the_plan(checkpoints: Callable[..., Path]) -> None:

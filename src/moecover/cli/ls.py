@@ -28,13 +28,13 @@ def saliencies() -> Rows:
 
 def corpora() -> Rows:
     """Named corpora."""
-    from moecover.corpora.sources import CORPORA, HubCorpus
+    from moecover.corpora.sources import CORPORA
 
     return [
         {
             "name": name,
             "summary": row.summary,
-            "source": (f"{row.path}, " if isinstance(row, HubCorpus) else "") + row.licence,
+            "source": ", ".join(filter(None, (row.address, row.licence))),
         }
         for name, row in CORPORA.items()
     ]

@@ -239,7 +239,10 @@ def _prepare(asked: Asked, model: _Model) -> None:
 def _warn_of_overlap(model: _Model) -> None:
     """Say where what is measured on is calibration text too, and where the calibration samples are mostly the same text."""
     for text in model.texts:
-        share = max((overlap(text, [c.record for c in corpora]) for corpora in model.samples.values()), default=0.0)
+        share = max(
+            (overlap(text.tokens, text.mask, [c.record for c in corpora]) for corpora in model.samples.values()),
+            default=0.0,
+        )
         if share >= WORTH_SAYING:
             progress.say(f"note: {model.name}: {share:.0%} of the text {text.name} is in the calibration text too: that perplexity says little of other text")  # fmt: skip
     by_corpus: dict[str, list[dict[str, Any]]] = {}

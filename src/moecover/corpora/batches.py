@@ -12,7 +12,18 @@ if TYPE_CHECKING:
 
 
 def batches(corpus: Corpus, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Model inputs of a corpus, ``batch_size`` sequences at a time; mask and positions only where there is padding."""
+    """Yield the model inputs of a corpus.
+
+    Columns that are padding in all sequences of a batch are cut off.
+
+    Args:
+        corpus: token ids and mask.
+        batch_size: sequences per batch.
+
+    Yields:
+        ``input_ids``, int64 ``[sequence, position]``; with padding also ``attention_mask`` and ``position_ids``, the
+        same.
+    """
     import torch
 
     for start in range(0, len(corpus.tokens), batch_size):

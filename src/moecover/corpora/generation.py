@@ -1,16 +1,17 @@
-"""Stage 1 as well, corpus: reads a model, gives token ids that it writes itself, as rows of ``input_ids`` in a file.
+"""Text that a model writes itself: reads a model, writes token ids sampled from it as a file of rows of ``input_ids``.
 
-What a model writes follows what it was trained on, also where named corpora have none of it (Williams et al., "Self-calibration
-for Language Model Quantization and Pruning", arXiv 2410.17170). Every document begins with a token drawn evenly from the
-vocabulary, so that kinds of text that are rare in the model's own choice come up too, and goes on by sampling from the model's
-own distribution, nothing cut off and no temperature. Where one ends the next begins, as in packed training text.
+Such text follows what the model was trained on, even where no named corpus does (Williams et al., "Self-calibration for
+Language Model Quantization and Pruning", arXiv 2410.17170). Every document begins with a token drawn uniformly from the
+vocabulary, so that text that the model itself would rarely begin comes up too; the rest is sampled from the model's own
+distribution, without truncation and at temperature 1. Where a document ends the next one begins, as in packed training
+text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -32,7 +33,7 @@ FORMAT = 2  # of a draft
 
 
 def first_tokens(structure: Structure) -> NDArray[np.int64]:
-    """Ids that a document may begin with: of the tokenizer's vocabulary, no special ones; of the model's where it has none."""
+    """Ids that a document may begin with: the tokenizer's without special ones, the model's if it has none."""
     size = int(structure.checkpoint.text_config["vocab_size"])
     tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
@@ -41,9 +42,15 @@ def first_tokens(structure: Structure) -> NDArray[np.int64]:
 
 
 def cache_bytes(structure: Structure, *, tokens: int, itemsize: int) -> int:
-    """Memory of the keys and values of so many tokens, as if every layer kept all of them."""
+    """Size of the key-value cache in bytes, as if every layer kept all tokens.
+
+    Args:
+        structure: the checkpoint.
+        tokens: in the cache, of all sequences.
+        itemsize: bytes of a number.
+    """
     config = structure.checkpoint.text_config
-    if latent := first_number(config, ("kv_lora_rank",)):  # keys and values are made from it
+    if latent := first_number(config, ("kv_lora_rank",)):  # keys and values are computed from it
         width = latent + (first_number(config, ("qk_rope_head_dim",)) or 0)
     else:
         queries = first_number(config, ("num_attention_heads",)) or 1
@@ -53,7 +60,7 @@ def cache_bytes(structure: Structure, *, tokens: int, itemsize: int) -> int:
 
 
 def ends_of(model: torch.nn.Module) -> list[int]:
-    """Ids that end a document; none where the model names none."""
+    """Ids that end a document, by the model's generation settings or else its configuration."""
     live: Any = model
     for settings in (live.generation_config, live.config.get_text_config()):
         if (ends := settings.eos_token_id) is not None:
@@ -62,20 +69,25 @@ def ends_of(model: torch.nn.Module) -> list[int]:
 
 
 def generate(
-    model: torch.nn.Module, first: NDArray[np.int64], *, sequences: int, length: int, seed: int,
+    model: torch.nn.Module,
+    first: NDArray[np.int64],
+    *,
+    sequences: int,
+    length: int,
+    seed: int,
     advance: Callable[[int], None] = lambda tokens: None,
-) -> NDArray[np.int64]:  # fmt: skip
-    """Sequences that a model writes: documents one after the other, sampled from its own distribution.
+) -> NDArray[np.int64]:
+    """Sample sequences from a model: documents one after the other, from its own distribution.
 
-    The same again for the same model, dtype, device, sizes and seed.
+    Reproducible for the same model, dtype, device, sizes and seed.
 
     Args:
         model: from `load_model`.
-        first: ids that a document may begin with, each as likely as the other.
-        sequences: rows.
-        length: tokens of a sequence, the first one counted.
-        seed: of the draws.
-        advance: told how many tokens more there are.
+        first: ids that a document may begin with, drawn uniformly; int64 ``[id]``.
+        sequences: number of sequences, generated as one batch.
+        length: tokens per sequence, including the first.
+        seed: of the sampling.
+        advance: called with the number of tokens added.
 
     Returns:
         int64 ``[sequence, length]``.
@@ -92,13 +104,13 @@ def generate(
     begins = torch.from_numpy(first).to(live.device)
     ends = torch.tensor(ends_of(model), dtype=torch.int64, device=live.device)
 
-    def begin(input_ids: Any, scores: Any) -> Any:
+    def begin(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """A logits processor that begins a document where one has ended."""
         ended = torch.isin(input_ids[:, -1], ends)
         evenly = torch.full_like(scores[0], -torch.inf).index_fill_(0, begins, 0.0)
         return torch.where(ended[:, None], evenly, scores)
 
-    def step(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+    def step(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """A stopping criterion that only counts."""
         advance(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -119,14 +131,14 @@ def generate(
     return found
 
 
-def draft_of(path: Path, inputs: dict[str, Any]) -> Path:
-    """Where rows that are done lie until all are: a hidden file beside, named by what they are made from."""
+def draft_of(path: Path, inputs: Mapping[str, str | int]) -> Path:
+    """The hidden file that holds finished rows until all are done, named by a hash of what they are made from."""
     digest = hashlib.sha256(canonical_json({"format": FORMAT, **inputs}).encode()).hexdigest()
     return path.with_name(f".{path.name}.{digest[:12]}{PARTIAL}")
 
 
 def _rows_done(file: BinaryIO, length: int, batch_size: int) -> int:
-    """How many rows of a draft can stay: whole batches of whole rows. The file is cut behind them."""
+    """Number of rows of a draft that can stay, complete batches of complete rows; the file is truncated after them."""
     ends = [0]
     for line in file if file.readable() else ():
         try:
@@ -143,37 +155,51 @@ def _rows_done(file: BinaryIO, length: int, batch_size: int) -> int:
 
 
 def write_generated(
-    structure: Structure, model: torch.nn.Module | Running, path: Path, *, sequences: int, length: int, seed: int, batch_size: int,
-    advance: Callable[[int], None] = lambda tokens: None, say: Callable[[str], None] = lambda line: None,
-) -> None:  # fmt: skip
-    """A file of sequences that a model writes, one row of ``input_ids`` a line; an interrupted one is gone on with.
+    structure: Structure,
+    model: torch.nn.Module | Running,
+    path: Path,
+    *,
+    sequences: int,
+    length: int,
+    seed: int,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda tokens: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write a file of sequences sampled from a model, one row of ``input_ids`` per line; an interrupted run is resumed.
 
     Args:
         structure: the checkpoint.
-        model: of it, from `load_model`.
+        model: the loaded model.
         path: of the file, .jsonl.
         sequences: rows.
-        length: tokens a row.
-        seed: of the draws.
-        batch_size: rows at a time, on which the draws depend.
-        advance: told how many tokens more there are.
-        say: takes a line on what an interrupted run left.
+        length: tokens per row.
+        seed: of the sampling.
+        batch_size: rows generated at a time; the result depends on it.
+        advance: called with the number of tokens added.
+        say: called with a line on the state of an interrupted run.
 
     Raises:
         InputError: the model's class cannot generate, or another run writes the file.
         MoecoverError: the disk is full or the folder cannot be written.
     """
     first = first_tokens(structure)
-    seeds = np.random.default_rng(seed).integers(2**63, size=sequences).tolist()  # a batch has that of its first row
+    seeds = np.random.default_rng(seed).integers(2**63, size=sequences).tolist()  # a batch uses its first row's
     runs = running(model, structure)
-    draft = draft_of(path, {
-        "model": structure.model_fingerprint, "sequences": sequences, "length": length, "seed": seed,
-        "batch_size": batch_size, "dtype": str(runs.dtype), "device": str(runs.device.type),
-    })  # fmt: skip
+    inputs: dict[str, str | int] = {
+        "model": structure.model_fingerprint,
+        "sequences": sequences,
+        "length": length,
+        "seed": seed,
+        "batch_size": batch_size,
+        "dtype": str(runs.dtype),
+        "device": str(runs.device.type),
+    }
+    draft = draft_of(path, inputs)
     with locked(path), kept_file(path, draft) as file:
         for other in path.parent.glob(f".{path.name}.*{PARTIAL}"):
             if other != draft:
-                say(f"{other}, made from other inputs, is removed")
+                say(f"removing {other}, which was made from other inputs")
                 other.unlink()
         if done := _rows_done(file, length, batch_size):
             say(f"resuming: {done} of {sequences} sequences are done")
@@ -181,11 +207,15 @@ def write_generated(
         try:
             for start in range(done, sequences, batch_size):
                 rows = generate(
-                    runs.module, first, sequences=min(batch_size, sequences - start), length=length, seed=seeds[start],
+                    runs.module,
+                    first,
+                    sequences=min(batch_size, sequences - start),
+                    length=length,
+                    seed=seeds[start],
                     advance=advance,
-                )  # fmt: skip
+                )
                 file.write(b"".join(json.dumps({"input_ids": row}).encode() + b"\n" for row in rows.tolist()))
                 file.flush()
         except BaseException as error:
-            error.add_note(f"What was done is kept in {draft} and is used when the same command runs again")
+            error.add_note(f"Progress saved in {draft}; rerun the same command to resume")
             raise

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecover.checkpoints.opening import Model, described
 from moecover.checkpoints.structure import Structure
-from moecover.corpora.kinds import FILE, KINDS, write_kinds
+from moecover.corpora.kinds import FILE, KINDS, KindFacts, write_kinds
 from moecover.corpora.kinds import split as split_corpus
 from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
 from moecover.corpora.sources import parse_corpora
@@ -37,7 +37,7 @@ class Kinds(Shown):
 
     output: Path
     name: str
-    kinds: list[dict[str, Any]]
+    kinds: list[KindFacts]
 
     def summary(self) -> str:
         """See `Shown`."""

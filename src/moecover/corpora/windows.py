@@ -1,6 +1,6 @@
-"""Held-out text for perplexity: reads test splits or files, gives non-overlapping windows in the order of the text.
+"""Held-out text for perplexity: reads test splits or files, returns non-overlapping windows in the order of the text.
 
-Calibration text is no measure of what was calibrated on it: a corpus that has a held-out part is only read there.
+A corpus that has a held-out part is read only there: perplexity on calibration text says little.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moecover.corpora.packing import LENGTH, Corpus, load_tokenizer, make_corpus
-from moecover.corpora.sources import CORPORA, HubCorpus, file_rows
+from moecover.corpora.documents import FileCorpus, NamedCorpus
+from moecover.corpora.packing import Corpus, beyond_vocabulary, block_length, load_tokenizer, make_corpus
+from moecover.corpora.sources import CORPORA
 from moecover.errors import InputError
 from moecover.registry import unknown_name
 
@@ -31,35 +32,18 @@ def check_text(name: str) -> None:
     """Refuse a named corpus that calibration uses.
 
     Raises:
-        InputError: it has no held-out part under this name, or there is none of this name.
+        InputError: the corpus is calibration text, or there is none of this name.
     """
-    known = [n for n, row in CORPORA.items() if isinstance(row, HubCorpus) or n.endswith(HELD_OUT)]
+    known = [n for n, corpus in CORPORA.items() if corpus.has_held_out]
     if name in CORPORA and name not in known:
-        raise InputError(f"--perplexity {name} is calibration text. Give {name}{HELD_OUT}, or a file as NAME=PATH")
+        remedy = f"{name}{HELD_OUT}, or a file" if f"{name}{HELD_OUT}" in known else "a file"
+        raise InputError(f"{name} is calibration text, not held-out text. Give {remedy} as NAME=PATH")
     if name not in known:
-        raise unknown_name("--perplexity", name, known)
+        raise unknown_name("held-out text", name, known)
 
 
-def _documents(name: str, path: str | Path | None) -> tuple[dict[str, Any], Iterable[str]]:
-    """Origin and documents of a text."""
-    if path is not None:
-        rows = (row.get("text") for row in file_rows(Path(path)))
-        return {"source": Path(path).name}, (_text(row, name, path) for row in rows)
-    check_text(name)
-    corpus = CORPORA[name]
-    if isinstance(corpus, HubCorpus):
-        return {"source": f"{corpus.path}@{corpus.revision}", "split": corpus.held_out}, corpus.held_out_documents()
-    return {"source": name}, corpus.documents(0)
-
-
-def _text(text: Any, name: str, path: str | Path) -> str:
-    if not isinstance(text, str):
-        raise InputError(f"--perplexity {name}: a row of {path} has no `text`")
-    return text
-
-
-def tokenizer_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Class, number of entries and hash of a tokeniser: perplexities of different ones do not compare."""
+def tokenizer_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:
+    """Class, number of entries and hash of a tokenizer: perplexities of different ones do not compare."""
     vocabulary = "\n".join(f"{token}\t{number}" for token, number in sorted(tokenizer.get_vocab().items()))
     return {
         "class": type(tokenizer).__name__,
@@ -76,34 +60,32 @@ def load_windows(
     length: int | None = None,
     windows: int = WINDOWS,
 ) -> Corpus:
-    """The first windows of a held-out text, in the tokens of a model; the last one may be shorter.
+    """Load the first windows of a held-out text in the tokens of a model; the last one may be shorter.
 
-    Documents are tokenised one by one, with an end-of-text token after each, and joined. Nothing is drawn by chance.
+    Documents are tokenized one by one, with an end-of-text token after each, and concatenated. Nothing is random.
 
     Args:
-        name: what the result calls it; a corpus with a held-out part when there is no path.
+        name: of the text in results; a corpus with a held-out part when there is no path.
         path: .txt, .jsonl, .jsonl.gz or .parquet file.
-        structure: the model; gives the tokeniser and the longest window.
+        structure: the model; gives the tokenizer and the longest window.
         length: tokens per window; None takes 2048, or the model's positions if fewer.
-        windows: at most so many.
+        windows: at most this many.
 
     Raises:
-        InputError: calibration text, an unknown name, an unreadable file, no text, no tokeniser.
+        InputError: calibration text, an unknown name, an unreadable file, no text, no tokenizer.
     """
     text = structure.checkpoint.text_config
-    limit = text.get("max_position_embeddings")
-    length = length or min(LENGTH, limit or LENGTH)
-    if limit is not None and length > limit:
-        raise InputError(f"--length {length} is above the {limit} positions of the model. Give --length {limit} or less")  # fmt: skip
-    origin, documents = _documents(name, path)
+    length = block_length(length, text.get("max_position_embeddings"))
+    source = _held_out(name, path)
+    origin = source.held_out_record(name)
     tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
-        raise InputError(f"--perplexity {name} needs the model's tokenizer, {structure.checkpoint.name} has none")
-    found = list(itertools.islice(_ids(documents, tokenizer), windows * length))
+        raise InputError(f"held-out text {name} needs the model's tokenizer, {structure.checkpoint.name} has none")
+    found = list(itertools.islice(_ids(source.held_out_documents(), tokenizer), windows * length))
     if len(found) < 2:
-        raise InputError(f"--perplexity {name}: {path or origin['source']} holds no text to predict")
+        raise InputError(f"held-out text {name}: {path or origin['source']} holds no text to predict")
     if max(found) >= (size := text.get("vocab_size", max(found) + 1)):
-        raise InputError(f"--perplexity {name}: the tokenizer gives id {max(found)}, the model's vocabulary ends at {size - 1}. Tokenizer and model do not belong together")  # fmt: skip
+        raise InputError(beyond_vocabulary(f"held-out text {name}", max(found), size))
     if len(found) % length == 1:
         del found[-1]  # a window of one token predicts nothing
     count = -(-len(found) // length)
@@ -112,7 +94,14 @@ def load_windows(
     return make_corpus(name, tokens, mask, {**origin, "length": length, "tokenizer": tokenizer_record(tokenizer)})
 
 
-def _ids(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
+def _held_out(name: str, path: str | Path | None) -> NamedCorpus:
+    if path is not None:
+        return FileCorpus(path)
+    check_text(name)
+    return CORPORA[name]
+
+
+def _ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
     end = tokenizer.eos_token_id
     for document in filter(str.strip, documents):
         yield from tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]

@@ -154,7 +154,7 @@ def _texts(
         loaded = load_texts(named, structure, windows=windows, progress=SILENT)
         loaded = loaded or held_out(profile, files, structure, blocks=windows)
     for text in loaded:
-        share = overlap(text, [record for records in profile.corpora.values() for record in records])
+        share = overlap(text.tokens, text.mask, [record for records in profile.corpora.values() for record in records])
         if share >= WORTH_SAYING:
             progress.say(
                 f"note: {share:.0%} of the text {text.name} is also in the calibration text: its perplexity "

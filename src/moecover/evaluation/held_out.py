@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecover.corpora.sources import CORPORA, HubCorpus
+from moecover.corpora.sources import CORPORA
 from moecover.errors import InputError, arg
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def _file_of(name: str, records: Sequence[Mapping[str, Any]], file: str | None) 
             f"the profile took all {record['sequences']} blocks of {name}, none is left to measure on. "
             f"{remedy}, or make the profile with fewer {arg('sequences')}"
         )
-    row = CORPORA.get(name)
-    source = f"{row.path}@{row.revision}" if isinstance(row, HubCorpus) else name
-    if row is not None and record["source"] == source:
+    if name in CORPORA and record["source"] == CORPORA[name].source(name):
         return None
     if not file:
         raise InputError(

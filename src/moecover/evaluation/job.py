@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus, load_tokenizer
-from moecover.corpora.sources import SUFFIXES
+from moecover.corpora.rows import SUFFIXES
 from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import FILE, FULL, Evaluation

@@ -49,7 +49,9 @@ def overlaps(text: Corpus, plans: Mapping[str, Plan], structure: Structure) -> d
     """
     made = {FULL: own.calibration} if (own := plan_of(structure.checkpoint)) is not None else {}
     by_row = {**made, **{name: plan.calibration for name, plan in plans.items()}}
-    found = {name: overlap(text, itertools.chain.from_iterable(c.values())) for name, c in by_row.items()}
+    found = {
+        name: overlap(text.tokens, text.mask, itertools.chain.from_iterable(c.values())) for name, c in by_row.items()
+    }
     return {name: round(share, 4) for name, share in found.items() if share >= WORTH_SAYING}
 
 

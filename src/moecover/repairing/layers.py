@@ -1,14 +1,10 @@
-"""Repair through the layers: reads a model, a plan and calibration text, gives new down projections for every MoE layer.
+"""Repair layer by layer: reads a model, a plan and calibration text, yields new down projections for every MoE layer.
 
-Two passes run side by side over the same text, the original's and the pruned model's, a decoder layer at a time. A layer with
-experts runs twice: first up to its MoE block, whose output is then made here, for both: the original's is the target, the
-pruned one's is repaired (`repair`) before it goes on; then with these outputs in the block's place. So every layer is
-fitted on what the repaired layers before it give, its weights are read once for both, and all else stays the model's
-own. Nothing stays changed in the model.
-
-No table of families: routing weights are what the experts are called with, the shared expert's factor is what the block's
-own output says (`repairable` says which module it is). The linear form that comes of it is compared with the block's
-output; a family that it does not fit is refused.
+Two passes run side by side over the same text, the original's and the pruned model's, one decoder layer at a time. A
+layer with experts runs twice: first up to its MoE block, whose output is then computed here for both passes: the
+original's is the target, the pruned one's is repaired (`solver.fit`) before it is passed on; then with these outputs in
+place of the block. So every layer is fitted on the output of the repaired layers before it, its weights are read once
+for both passes, and everything else stays the model's own. The model is left unchanged.
 """
 
 from __future__ import annotations
@@ -17,14 +13,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.planning.artifact import Plan, check_plan
-from moecover.repairing.solver import Block, Fit, fit, peak_bytes
+from moecover.repairing.blocks import SHARED, blocks_of, output_of
+from moecover.repairing.solver import Fit, FitOptions, fit, peak_bytes
 from moecover.repairing.targets import Place, check_dtype, places, refused
 from moecover.runtime.loading import backbone_of, routers
 from moecover.runtime.lockstep import Here, Passing
@@ -34,13 +31,7 @@ from moecover.runtime.running import Running, Within, running
 if TYPE_CHECKING:
     import torch
 
-SHARED = "shared"
-TOKENS = 65_536  # of calibration text that a repair runs on when nothing else is said
-ROUNDING = {
-    "float32": 1e-4,
-    "float16": 1e-2,
-    "bfloat16": 5e-2,
-}  # share of the output's norm that the linear form may miss
+TOKENS = 65_536  # of calibration text that a repair runs on by default
 
 
 class _ArrivedError(Exception):
@@ -57,8 +48,8 @@ class LayerRepair:
     Attributes:
         decoder_layer: its index.
         experts: new down projections ``[hidden, width]`` by the expert's id in the original.
-        shared: name of the shared expert's down projection in the model and its new weight, None where it stays.
-        fit: how well it fits.
+        shared: name of the shared expert's down projection in the model and its new weight; None where it is unchanged.
+        fit: errors and penalties.
     """
 
     decoder_layer: int
@@ -69,7 +60,7 @@ class LayerRepair:
 
 @contextlib.contextmanager
 def repaired_layer(model: torch.nn.Module, structure: Structure, layer: int, repair: LayerRepair) -> Iterator[None]:
-    """One MoE layer with its repair; the block's end takes it out again. Its weights have to be in memory."""
+    """Apply the repair of one MoE layer, whose weights are in memory; they are restored when the context exits."""
     import torch
 
     experts: Any = model.get_submodule(structure.experts_modules[layer])
@@ -91,7 +82,7 @@ def repaired_layer(model: torch.nn.Module, structure: Structure, layer: int, rep
 def with_repairs(
     model: torch.nn.Module, structure: Structure, within: Within, repair_of: Callable[[int], LayerRepair]
 ) -> Within:
-    """A context for every decoder layer that adds a MoE layer's repair, made when it is entered, to another one."""
+    """Extend the context of every decoder layer by the MoE layer's repair, which is read when the context is entered."""
     layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
 
     @contextlib.contextmanager
@@ -107,110 +98,15 @@ def with_repairs(
 
 @contextlib.contextmanager
 def repaired(model: torch.nn.Module, structure: Structure, repairs: Sequence[LayerRepair]) -> Iterator[torch.nn.Module]:
-    """A model in memory with all repairs; use it within `masking.masked`."""
+    """Apply all repairs to a model in memory; use it within `planning.masking.masked`."""
     with contextlib.ExitStack() as stack:
         for layer, repair in enumerate(repairs):
             stack.enter_context(repaired_layer(model, structure, layer, repair))
         yield model
 
 
-def _activations(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-    """What enters an expert's down projection, ``[row, width]``, by the experts module's own functions."""
-    import torch
-
-    if experts.has_gate:
-        activated: torch.Tensor = experts._apply_gate(torch.nn.functional.linear(hidden, experts.gate_up_proj[expert]))
-    else:
-        activated = experts.act_fn(torch.nn.functional.linear(hidden, experts.up_proj[expert]))
-    return activated
-
-
-def _blocks(
-    model: torch.nn.Module, structure: Structure, layer: int, place: Place, forward: Callable[[Any], Any],
-    arrived: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], kept: Sequence[int],
-) -> list[Block]:  # fmt: skip
-    """All that adds to a masked layer's output, over the tokens of all batches that are no padding.
-
-    The experts themselves run on the first batch only, for the comparison; beyond it their place is taken by zeros.
-
-    Raises:
-        InputError: the block's output is something else than their sum.
-    """
-    import torch
-
-    experts: Any = model.get_submodule(structure.experts_modules[layer])
-    stored = getattr(torch, place.dtype)
-    total = sum(int(mask.sum()) for mask in masks)
-    seen: dict[str, Any] = {}
-
-    def before_experts(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        seen["experts"] = args
-
-    def after_experts(module: Any, args: Any, output: torch.Tensor) -> None:
-        seen["routed"] = output
-
-    def after_shared(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        seen["shared"] = args[0].flatten(0, -2), output.flatten(0, -2)
-
-    handles = [experts.register_forward_pre_hook(before_experts), experts.register_forward_hook(after_experts)]
-    if place.shared is not None:
-        handles.append(model.get_submodule(place.shared[0].removesuffix(".weight")).register_forward_hook(after_shared))
-    called: tuple[list[torch.Tensor], ...] = [], [], []  # what the experts are called with
-    beside = torch.empty(total, place.widths[1], device=experts.down_proj.device)
-    at, missed, norm, first = 0, 0.0, 0.0, torch.empty(0)
-    try:
-        for batch, mask in zip(arrived, masks, strict=True):
-            output = _output(structure, forward(batch))[mask].double()
-            if len(seen["experts"]) != 3 or seen["routed"].shape != seen["experts"][0].shape:
-                raise refused(structure, "its experts are not called with hidden states, experts and weights")
-            for values, given in zip(called, seen["experts"], strict=True):
-                values.append(given[mask])
-            rest = output - seen["routed"].reshape(-1, output.shape[-1])[mask].double()
-            if place.shared is not None:
-                activated, added = (part[mask] for part in seen["shared"])
-                added = added.double()
-                factor = (rest * added).sum(-1) / added.square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
-                beside[at : at + len(output)] = activated.float() * factor.float()[:, None]
-                rest -= factor[:, None] * added
-            missed, norm = missed + float(rest.square().sum()), norm + float(output.square().sum())
-            at += len(output)
-            if "forward" not in experts.__dict__:
-                first = output
-                experts.forward = lambda hidden, *others: torch.zeros_like(hidden)
-    finally:
-        experts.__dict__.pop("forward", None)
-        for handle in handles:
-            handle.remove()
-    tokens, experts_of, weight_of = (torch.cat(part) for part in called)
-    blocks = []
-    for expert in kept:
-        token, slot = (experts_of == expert).nonzero(as_tuple=True)
-        features = _activations(experts, expert, tokens[token]).float() * weight_of[token, slot].float()[:, None]
-        blocks.append(Block(str(expert), experts.down_proj.data[expert].to(stored), token, features))
-    if place.shared is not None:
-        everyone = torch.arange(len(tokens), device=tokens.device)
-        blocks.append(Block(SHARED, model.get_parameter(place.shared[0]).data.to(stored), everyone, beside))
-    squared = float(first.square().sum())
-    for block in blocks:
-        rows = block.tokens < len(first)
-        first.index_add_(0, block.tokens[rows], (block.features[rows] @ block.weight.float().T).double(), alpha=-1)
-    allowed = ROUNDING[str(experts.down_proj.dtype).removeprefix("torch.")]
-    if missed**0.5 > allowed * norm**0.5 or float(first.square().sum()) ** 0.5 > allowed * squared**0.5:
-        raise refused(structure, "its block adds something else than its experts' outputs and one shared expert's")
-    return blocks
-
-
-def _output(structure: Structure, output: Any) -> torch.Tensor:
-    """A block's output ``[token, hidden]``."""
-    import torch
-
-    if not torch.is_tensor(output):
-        raise refused(structure, "its block gives more than the hidden states")
-    return output.reshape(-1, output.shape[-1])
-
-
 def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tokens: int, dtype: str) -> int:
-    """Bytes that the repair of the largest layer takes beside the model, hidden states of both passes included.
+    """Memory in bytes that the repair of the largest layer takes beside the model, with the hidden states of both passes.
 
     Args:
         structure: the checkpoint.
@@ -226,12 +122,114 @@ def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tok
     def of_layer(place: Place) -> int:
         width, shared = place.widths
         features = 4 * tokens * (slots * width + shared)
-        # Target, inputs of the experts, outputs of both blocks; hidden states of both passes, twice as in `fitting`.
+        # Target, inputs of the experts, outputs of both blocks; hidden states of both passes, twice as in `memory`.
         held = 8 * tokens * hidden * int(getattr(torch, place.dtype if dtype == "auto" else dtype).itemsize)
         widths = [width] * keep + [shared] * (shared > 0)
         return features + held + peak_bytes(tokens=tokens, hidden_size=hidden, widths=widths)
 
     return max(map(of_layer, where))
+
+
+class _Passes:
+    """The forward passes of a repair over the calibration text: first all of the original, then all of the pruned model.
+
+    Attributes:
+        calls: each runs one batch.
+        weights: of the corpora.
+    """
+
+    def __init__(
+        self, runs: Running, structure: Structure, plan: Plan, corpora: Sequence[Corpus], batch_size: int
+    ) -> None:
+        import torch
+
+        self._runs, self._structure, self._plan = runs, structure, plan
+        self._model = runs.module
+        self._places, self._routers = places(structure, self._model), routers(self._model, structure)
+        check_dtype(structure, self._places, str(runs.dtype).removeprefix("torch."))
+        said = plan.options.get("weights") or {}
+        self.weights = [float(said.get(corpus.name, 1.0)) for corpus in corpora]
+        if not sum(self.weights) > 0:
+            raise InputError("every corpus has weight 0 in the plan: there is nothing to repair on")
+        inputs, numbers = list[dict[str, torch.Tensor]](), list[torch.Tensor]()
+        self._masks: list[torch.Tensor] = []
+        for number, corpus in enumerate(corpora):
+            for one in batches(corpus, batch_size):
+                inputs.append({key: value.to(runs.device) for key, value in one.items()})
+                mask = one.get("attention_mask", torch.ones_like(one["input_ids"]))
+                self._masks.append(mask.flatten().bool().to(runs.device))
+                numbers.append(torch.full((int(self._masks[-1].sum()),), number, device=runs.device))
+        self._corpus_of = torch.cat(numbers)
+        backbone = backbone_of(self._model)
+        self.calls = [functools.partial(backbone, **one, use_cache=False) for one in inputs] * 2
+        self._stops = [self._model.get_submodule(runs.layers[n]) for n in structure.topology.decoder_layers]
+        self._blocks = [self._model.get_submodule(name.rpartition(".")[0]) for name in structure.experts_modules]
+        self._forwards = [block.forward for block in self._blocks]
+        self._given: dict[int, torch.Tensor] = {}  # what the block of the current layer gives to a pass
+        self._running = 0  # the pass whose layer runs
+
+    def run(self, passing: Passing) -> None:
+        """Note whose layer runs next."""
+        self._running = passing.call
+
+    def repair(
+        self, layer: int, waiting: Sequence[Passing], found: LayerRepair | None, solve: Callable[..., Fit]
+    ) -> LayerRepair:
+        """Repair the layer at which all passes wait, and set what its block gives to each of them.
+
+        Args:
+            layer: index of the MoE layer.
+            waiting: the passes.
+            found: the layer's repair from an earlier run.
+            solve: makes it where there is none, see `fit`.
+        """
+        forward, count = self._forwards[layer], len(self._masks)
+        pruned = [self._arrived_at(layer, passing) for passing in waiting[count:]]
+        originals = [self._arrived_at(layer, passing) for passing in waiting[:count]]
+        self._given.update((i, forward(batch)) for i, batch in enumerate(originals))
+        del originals
+        self._blocks[layer].forward = self._taken
+        kept = self._plan.layers[layer].kept
+        with masked_layer(self._model, self._structure, self._routers[layer], layer, kept):
+            repair = found if found is not None else self._fitted(layer, pruned, solve)
+            if layer < len(self._blocks) - 1:
+                with repaired_layer(self._model, self._structure, layer, repair):
+                    self._given.update((count + i, forward(batch)) for i, batch in enumerate(pruned))
+        return repair
+
+    def restore(self) -> None:
+        """Give all blocks their own forward again."""
+        for block in self._blocks:
+            block.__dict__.pop("forward", None)
+
+    def _fitted(self, layer: int, pruned: Sequence[torch.Tensor], solve: Callable[..., Fit]) -> LayerRepair:
+        import torch
+
+        structure, place, kept = self._structure, self._places[layer], self._plan.layers[layer].kept
+        target = torch.cat([output_of(structure, self._given[i])[mask] for i, mask in enumerate(self._masks)])
+        forward = self._forwards[layer]
+        parts = blocks_of(self._model, structure, layer, place, forward, pruned, self._masks, kept)
+        made = solve(parts, target, self._corpus_of, weights=self.weights)
+        experts = {int(name): weight for name, weight in made.weights.items() if name != SHARED}
+        shared = (place.shared[0], made.weights[SHARED]) if place.shared and SHARED in made.weights else None
+        return LayerRepair(structure.topology.decoder_layers[layer], experts, shared, made)
+
+    def _arrived_at(self, layer: int, passing: Passing) -> torch.Tensor:
+        """What a MoE block is called with in a pass."""
+        self._blocks[layer].forward = self._arriving
+        try:
+            self._stops[layer](*passing.args, **passing.kwargs)
+        except _ArrivedError as arrived:
+            return arrived.hidden
+        raise refused(self._structure, "a layer does not run its block")
+
+    def _arriving(self, hidden: torch.Tensor, *others: object, **more: object) -> None:
+        if others or more:
+            raise refused(self._structure, "its block is called with more than the hidden states")
+        raise _ArrivedError(hidden)
+
+    def _taken(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._given.pop(self._running)
 
 
 def repair_layers(
@@ -243,19 +241,22 @@ def repair_layers(
     kind: str,
     batch_size: int = 4,
     done: Callable[[int], LayerRepair | None] = lambda layer: None,
-    **options: Any,
+    **options: Unpack[FitOptions],
 ) -> Generator[LayerRepair]:
-    """Refitted down projections of a plan's kept experts and of the shared one, layer after layer.
+    """Refit the down projections of a plan's kept experts and of the shared one, layer after layer.
 
     Args:
         model: from `load_model` or `streamed`; it is left as it was.
         structure: its checkpoint.
-        plan: which experts stay; corpora count by its weights, the same where it has none.
+        plan: which experts stay; corpora count by its weights, equally where it has none.
         corpora: calibration text.
-        kind: ``scale`` or ``ridge``, see `repair.fit`.
+        kind: ``scale`` or ``ridge``, see `solver.fit`.
         batch_size: sequences per forward pass.
-        done: the repair of a MoE layer that an earlier run has made, which is not made again; None where there is none.
-        options: of `repair.fit`.
+        done: returns the repair of a MoE layer that an earlier run has made, which is not made again, or None.
+        options: of `solver.fit`.
+
+    Yields:
+        The repair of every MoE layer, in order.
 
     Raises:
         InputError: the plan does not fit, every corpus has weight 0, the model runs in a dtype narrower than the stored
@@ -265,79 +266,18 @@ def repair_layers(
 
     check_plan(plan, structure, other_weights=True)
     runs = running(model, structure)
-    live, device = runs.module, runs.device
-    where, modules = places(structure, live), routers(live, structure)
-    check_dtype(structure, where, str(runs.dtype).removeprefix("torch."))
-    said = plan.options.get("weights") or {}
-    weights = [float(said.get(corpus.name, 1.0)) for corpus in corpora]
-    if not sum(weights) > 0:
-        raise InputError("every corpus has weight 0 in the plan: there is nothing to repair on")
-    passes, masks, numbers = [], [], []
-    for number, corpus in enumerate(corpora):
-        for one in batches(corpus, batch_size):
-            passes.append({key: value.to(device) for key, value in one.items()})
-            masks.append(one.get("attention_mask", torch.ones_like(one["input_ids"])).flatten().bool().to(device))
-            numbers.append(torch.full((int(masks[-1].sum()),), number, device=device))
-    backbone, corpus_of = backbone_of(live), torch.cat(numbers)
-    calls = [functools.partial(backbone, **one, use_cache=False) for one in passes] * 2  # original, pruned
-    blocks = [live.get_submodule(name.rpartition(".")[0]) for name in structure.experts_modules]
-    given: dict[int, Any] = {}
-    forwards = [block.forward for block in blocks]
-    going: list[int] = []  # the pass whose layer runs
-
-    def arriving(hidden: torch.Tensor, *others: Any, **more: Any) -> Any:
-        if others or more:
-            raise refused(structure, "its block is called with more than the hidden states")
-        raise _ArrivedError(hidden)
-
-    def taken(hidden: torch.Tensor) -> Any:
-        return given.pop(going[0])
-
-    def arrived_at(layer: int, passing: Passing) -> torch.Tensor:
-        """What a MoE block is called with in a pass."""
-        blocks[layer].forward = arriving
-        try:
-            stops[layer](*passing.args, **passing.kwargs)
-        except _ArrivedError as arrived:
-            return arrived.hidden
-        raise refused(structure, "a layer does not run its block")
-
-    def run(layer: int, waiting: Sequence[Passing]) -> LayerRepair:
-        """The repair of a layer that all passes wait at; leaves what its block gives them."""
-        forward, kept, place = forwards[layer], plan.layers[layer].kept, where[layer]
-        pruned = [arrived_at(layer, passing) for passing in waiting[len(passes) :]]
-        originals = [arrived_at(layer, passing) for passing in waiting[: len(passes)]]
-        given.update((i, forward(batch)) for i, batch in enumerate(originals))
-        del originals
-        blocks[layer].forward = taken
-        repair = done(layer)
-        with masked_layer(live, structure, modules[layer], layer, kept):
-            if repair is None:
-                target = torch.cat([_output(structure, given[i])[mask] for i, mask in enumerate(masks)])
-                parts = _blocks(live, structure, layer, place, forward, pruned, masks, kept)
-                made = fit(parts, target, corpus_of, kind=kind, weights=weights, **options)
-                del parts, target
-                experts = {int(name): weight for name, weight in made.weights.items() if name != SHARED}
-                shared = (place.shared[0], made.weights[SHARED]) if place.shared and SHARED in made.weights else None
-                repair = LayerRepair(structure.topology.decoder_layers[layer], experts, shared, made)
-            if layer < len(blocks) - 1:
-                with repaired_layer(live, structure, layer, repair):
-                    given.update((len(passes) + i, forward(batch)) for i, batch in enumerate(pruned))
-        return repair
-
-    stops = [live.get_submodule(runs.layers[number]) for number in structure.topology.decoder_layers]
+    passes = _Passes(runs, structure, plan, corpora, batch_size)
+    solve = functools.partial(fit, kind=kind, **options)
     layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
-    here = Here(before=lambda passing: going.__setitem__(slice(None), [passing.call]))
     try:
-        with contextlib.closing(runs.at_layers(calls, here)) as steps:
+        with contextlib.closing(runs.at_layers(passes.calls, Here(before=passes.run))) as steps:
             for number, waiting in enumerate(steps):
                 if (layer := layer_of.get(number)) is None:
                     continue
                 with torch.inference_mode():
-                    repair = run(layer, waiting)
+                    repair = passes.repair(layer, waiting, done(layer), solve)
                 yield repair
-                if layer == len(blocks) - 1:
+                if layer == len(layer_of) - 1:
                     break
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        passes.restore()

@@ -1,9 +1,9 @@
 """Repaired layers as files: reads a model, a plan and calibration text, keeps what the repair of every layer gave.
 
-The folder beside an output holds ``layer-N.safetensors`` for every decoder layer N that is finished: the down projections
-that were refitted, under the names, in the layout and in the dtype that they have in the output, with how well they fit,
-what they were made from and a hash of each. A run that was interrupted goes on behind them; the writer of the checkpoint
-copies their bytes. The folder may be deleted at any time before the output is complete.
+The folder beside an output holds ``layer-N.safetensors`` for every decoder layer N that is finished: the down
+projections that were refitted, under the names, in the layout and in the dtype that they have in the output, with how
+well they fit, what they were made from and a hash of each. A run that was interrupted goes on behind them; the writer
+of the checkpoint copies their bytes. The folder may be deleted at any time before the output is complete.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Repaired:
         kind: of the repair.
         corpora: the records of the calibration text, with the tokens that were used.
         layers: of every MoE layer: ``decoder_layer``; ``experts``, ids in the original of those that were refitted;
-            ``shared``, whether that one was; ``penalties``; squared error as a share of the squared output, ``before`` and
-            ``after``, by corpus; ``kept``, why others were not.
+            ``shared``, whether that one was; ``penalties``; squared error as a share of the squared output, ``before``
+            and ``after``, by corpus; ``kept``, why others were not.
         hashes: of every tensor of the output that is not the original's, by name.
         pieces: where their bytes lie, by name.
     """
@@ -78,7 +78,14 @@ class Repaired:
 
     def manifest(self) -> dict[str, Any]:
         """What the manifest of the output says of it."""
-        return {"kind": self.kind, "corpora": self.corpora, "mean": self.mean_errors(), "layers": self.layers, "hash": HASH, "tensors": self.hashes}  # fmt: skip
+        return {
+            "kind": self.kind,
+            "corpora": self.corpora,
+            "mean": self.mean_errors(),
+            "layers": self.layers,
+            "hash": HASH,
+            "tensors": self.hashes,
+        }
 
 
 def mean_errors(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -168,7 +175,9 @@ def layer_repair(
     return LayerRepair(row["decoder_layer"], experts, shared, Fit({}, before, after, row["penalties"], row["kept"]))
 
 
-def _tensors(structure: Structure, place: Place, kept: Sequence[int], repair: LayerRepair, row: dict[str, Any]) -> dict[str, torch.Tensor]:  # fmt: skip
+def _tensors(
+    structure: Structure, place: Place, kept: Sequence[int], repair: LayerRepair, row: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """The tensors of the output that a layer's repair changes, as they are written."""
     import torch
 
@@ -248,10 +257,15 @@ def repair(
     where = places_on_disk(structure)
     records = [{"name": c.name, "tokens used": c.num_tokens, **c.record} for c in corpora]
     inputs: dict[str, Any] = {
-        "--repair": kind, "the model": [structure.model_fingerprint, stamps(structure)],
-        "the plan": hashlib.sha256(canonical_json(plan.to_dict()).encode()).hexdigest(), "the calibration text": records,
-        "--batch-size": batch_size, "--dtype": dtype, "--device": device, "the version of moecover": VERSION,
-    }  # fmt: skip
+        "--repair": kind,
+        "the model": [structure.model_fingerprint, stamps(structure)],
+        "the plan": hashlib.sha256(canonical_json(plan.to_dict()).encode()).hexdigest(),
+        "the calibration text": records,
+        "--batch-size": batch_size,
+        "--dtype": dtype,
+        "--device": device,
+        "the version of moecover": VERSION,
+    }
     inputs = json.loads(json.dumps(inputs))
     rows, hashes, pieces = list[dict[str, Any]](), dict[str, str](), dict[str, Piece]()
     read: dict[int, tuple[Path, dict[str, TensorEntry]]] = {}
@@ -282,23 +296,36 @@ def repair(
         if layer not in read:
             return None
         path, entries = read[layer]
-        return layer_repair(structure, where[layer], layers[layer].kept, rows[layer], lambda name: stored_bytes(path.parent, entries[name]))  # fmt: skip
+        return layer_repair(
+            structure,
+            where[layer],
+            layers[layer].kept,
+            rows[layer],
+            lambda name: stored_bytes(path.parent, entries[name]),
+        )
 
     if len(rows) == len(layers):
         return Repaired(kind, records, rows, hashes, pieces)
     finished = len(rows)
-    with model as live, contextlib.closing(
-        repair_layers(live, structure, plan, corpora, kind=kind, batch_size=batch_size, done=done)
-    ) as repairs:  # fmt: skip
+    with (
+        model as live,
+        contextlib.closing(
+            repair_layers(live, structure, plan, corpora, kind=kind, batch_size=batch_size, done=done)
+        ) as repairs,
+    ):
         for layer, made in enumerate(repairs):
             if layer < finished:
                 continue
             names = [c.name for c in corpora]
             row: dict[str, Any] = {
-                "decoder_layer": made.decoder_layer, "experts": sorted(made.experts), "shared": made.shared is not None,
-                "penalties": made.fit.penalties, "before": dict(zip(names, made.fit.before, strict=True)),
-                "after": dict(zip(names, made.fit.after, strict=True)), "kept": made.fit.kept,
-            }  # fmt: skip
+                "decoder_layer": made.decoder_layer,
+                "experts": sorted(made.experts),
+                "shared": made.shared is not None,
+                "penalties": made.fit.penalties,
+                "before": dict(zip(names, made.fit.before, strict=True)),
+                "after": dict(zip(names, made.fit.after, strict=True)),
+                "kept": made.fit.kept,
+            }
             tensors = _tensors(structure, where[layer], layers[layer].kept, made, row)
             about = {"inputs": inputs, "row": row, "hashes": {n: _hash(_bytes(t)) for n, t in tensors.items()}}
             write_bytes(file(layer), save(tensors, metadata={"moecover": json.dumps(about)}))

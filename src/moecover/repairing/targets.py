@@ -1,7 +1,7 @@
 """Which down projections of a model a repair refits, and where they lie: reads a checkpoint's names and its model class.
 
-No table of families: the experts hold them stacked, the shared expert is the one linear module of the block that ends at
-the hidden size, and the library's own conversion mapping leads to the tensors on disk. A family of another form is
+No table of families: the experts hold them stacked, the shared expert is the one linear module of the block that ends
+at the hidden size, and the library's own conversion mapping leads to the tensors on disk. A family of another form is
 refused, with the reason. The model may be on ``meta``.
 """
 
@@ -49,7 +49,10 @@ def check_stored(structure: Structure) -> None:
         InputError: they are quantised.
     """
     if structure.quantised:
-        raise refused(structure, f"its experts are quantised ({structure.quantised}), a refitted weight would have to be quantised anew; repair the original that it was made from")  # fmt: skip
+        raise refused(
+            structure,
+            f"its experts are quantised ({structure.quantised}), a refitted weight would have to be quantised anew; repair the original that it was made from",
+        )
 
 
 def check_dtype(structure: Structure, where: Sequence[Place], dtype: str) -> None:
@@ -67,11 +70,15 @@ def check_dtype(structure: Structure, where: Sequence[Place], dtype: str) -> Non
 
     if dtype == "auto":
         configs = structure.checkpoint.text_config, structure.checkpoint.config
-        dtype = next((c[k] for c in configs for k in ("dtype", "torch_dtype") if isinstance(c.get(k), str)), where[0].dtype)  # fmt: skip
+        dtype = next(
+            (c[k] for c in configs for k in ("dtype", "torch_dtype") if isinstance(c.get(k), str)), where[0].dtype
+        )
     for place in where:
         kind = getattr(torch, dtype)
         if torch.promote_types(kind, getattr(torch, place.dtype)) != kind:
-            raise InputError(f"--repair refits weights that are stored in {place.dtype}, which a model in {dtype} does not hold. Give --dtype float32")  # fmt: skip
+            raise InputError(
+                f"--repair refits weights that are stored in {place.dtype}, which a model in {dtype} does not hold. Give --dtype float32"
+            )
 
 
 def places(structure: Structure, model: torch.nn.Module) -> list[Place]:
@@ -96,8 +103,12 @@ def places(structure: Structure, model: torch.nn.Module) -> list[Place]:
         shapes = {checkpoint.tensors[key].shape for key in keys}
         converters = [destinations[key].converter for key in keys]
         plain = all(c is None for c in converters)
-        stacked = all(c is not None and [type(o).__name__ for o in c.operations] == ["MergeModulelist"] for c in converters)  # fmt: skip
-        if (plain and len(keys) == 1 and shapes == {shape}) or (stacked and len(keys) == shape[0] and shapes == {shape[1:]}):  # fmt: skip
+        stacked = all(
+            c is not None and [type(o).__name__ for o in c.operations] == ["MergeModulelist"] for c in converters
+        )
+        if (plain and len(keys) == 1 and shapes == {shape}) or (
+            stacked and len(keys) == shape[0] and shapes == {shape[1:]}
+        ):
             return tuple(keys)
         raise refused(structure, f"{parameter} is not stored as it is used")
 
@@ -112,11 +123,15 @@ def places(structure: Structure, model: torch.nn.Module) -> list[Place]:
             raise refused(structure, "its experts have biases, a norm or transposed weights")
         inside = {id(m) for m in experts.modules()}
         linear = [
-            f"{name}.{k}.weight" for k, m in block.named_modules()
+            f"{name}.{k}.weight"
+            for k, m in block.named_modules()
             if isinstance(m, torch.nn.Linear) and id(m) not in inside and m.out_features == down.shape[1]
-        ]  # fmt: skip
+        ]
         if len(linear) > 1:
-            raise refused(structure, f"{len(linear)} modules beside the experts end at the hidden size, one shared expert is known here")  # fmt: skip
+            raise refused(
+                structure,
+                f"{len(linear)} modules beside the experts end at the hidden size, one shared expert is known here",
+            )
         disk = on_disk(f"{module}.down_proj", tuple(down.shape))
         shared, width = None, 0
         if linear:

@@ -149,7 +149,14 @@ def verify(
         advance("comparing the tensors that were not repaired")
         repair_of, changed_tensors, hashes = _repairs(original, plan, cut_checkpoint, manifest)
     tokens = sum(corpus.num_tokens for corpus in texts)
-    fitting = {"tokens": tokens, "batch_tokens": max(c.tokens.shape[1] for c in texts), "dtype": dtype, "device": device, "memory_limit": memory_limit, "head": True}  # fmt: skip
+    fitting = {
+        "tokens": tokens,
+        "batch_tokens": max(c.tokens.shape[1] for c in texts),
+        "dtype": dtype,
+        "device": device,
+        "memory_limit": memory_limit,
+        "head": True,
+    }
     extra = 2 * sum(e.num_bytes for name, e in cut_checkpoint.tensors.items() if name in hashes) // len(plan.layers)
     with opened(original, **fitting, extra=extra, say=advance) as live:
         advance("running the original, masked")

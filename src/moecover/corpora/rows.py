@@ -1,0 +1,81 @@
+"""Files of text or token ids: reads .txt, .jsonl, .jsonl.gz and .parquet, yields their rows.
+
+A row is one document (``text``) or one sequence of token ids (``input_ids``, with an optional ``attention_mask``).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from moecover.errors import InputError
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+COLUMNS = ("text", "input_ids", "attention_mask")
+
+Row = dict[str, object]
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file, in a format that is chosen by the file's suffix (`SUFFIXES`).
+
+    Raises:
+        InputError: the file cannot be read, or a row holds neither text nor token ids.
+    """
+    try:
+        if path.suffix == ".txt":
+            yield {"text": path.read_text(encoding="utf-8")}
+        else:
+            yield from _parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"corpus file {path} could not be read: {error}") from error
+
+
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a .jsonl or .jsonl.gz file."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict) or not ("text" in row or "input_ids" in row):
+                raise InputError(f"{path}, line {number}: a row must hold `text` or `input_ids`")
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow.lib
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.lib.ArrowException as error:
+        raise InputError(f"corpus file {path} is not a parquet file: {str(error).splitlines()[0]}") from error
+    wanted = [column for column in COLUMNS if column in file.schema_arrow.names]
+    if "text" not in wanted and "input_ids" not in wanted:
+        names = ", ".join(file.schema_arrow.names)
+        raise InputError(f"{path} has the columns {names}; `text` or `input_ids` is required")
+    for batch in file.iter_batches(columns=wanted):
+        yield from batch.to_pylist()
+
+
+def texts(rows: Iterable[Row], where: str) -> Iterator[str]:
+    """Yield the text of every row.
+
+    Args:
+        rows: documents.
+        where: what the error message calls their source.
+
+    Raises:
+        InputError: a row has no text.
+    """
+    for number, row in enumerate(rows, 1):
+        if not isinstance(text := row.get("text"), str):
+            raise InputError(f"{where}: row {number} has no `text`; rows with and without it do not mix")
+        yield text
