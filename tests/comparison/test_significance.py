@@ -12,21 +12,18 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from moecover.comparison.significance import (
-    comparisons,
-    holm,
-    mean_of_tasks,
-    over_seeds,
-    paired_bootstrap,
-    perplexity_difference,
-)
+from moecover.comparison.bootstrap import mean_of_tasks, paired_bootstrap, perplexity_difference
+from moecover.comparison.comparisons import comparisons
+from moecover.comparison.tests import holm, over_seeds
 from moecover.errors import InputError
 
 Array = NDArray[np.float64]
 SIZES = {"arc": 40, "boolq": 150, "piqa": 80}
 
 
-def answers(rng: np.random.Generator, sizes: dict[str, int], gain: float = 0.0, agree: float = 0.7) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
+def answers(
+    rng: np.random.Generator, sizes: dict[str, int], gain: float = 0.0, agree: float = 0.7
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """Right and wrong answers of two methods to the same items; they share an answer with probability ``agree``."""
     a, b = {}, {}
     for i, (task, n) in enumerate(sizes.items()):
@@ -160,7 +157,9 @@ def test_what_is_too_little_for_a_test_says_so() -> None:
     assert nearly.p is None
     assert nearly.low is not None
     assert "4 of 500 differ, 10 are needed" in nearly.test
-    assert perplexity_difference(*windows(np.random.default_rng(0), 6)).test.endswith("no test: 6 windows, 10 are needed")  # fmt: skip
+    assert perplexity_difference(*windows(np.random.default_rng(0), 6)).test.endswith(
+        "no test: 6 windows, 10 are needed"
+    )
 
 
 def test_equal_inputs_are_no_difference() -> None:
@@ -237,9 +236,17 @@ def test_holm_by_hand() -> None:
 def cell(label: str, items: dict[str, Array] | None = None, text: Array | None = None, **about: Any) -> dict[str, Any]:
     method = {"TB-Coverage": "tb-coverage", "random": "random", "full": "full"}.get(label, "pooled")
     return {
-        "model": "m", "method": method, "label": label, "retain": 0.5, "calibration": ["w", "c"], "sample": 0, "seed": None,
-        "items": items or {}, "windows": {} if text is None else {"wiki": text}, **about,
-    }  # fmt: skip
+        "model": "m",
+        "method": method,
+        "label": label,
+        "retain": 0.5,
+        "calibration": ["w", "c"],
+        "sample": 0,
+        "seed": None,
+        "items": items or {},
+        "windows": {} if text is None else {"wiki": text},
+        **about,
+    }
 
 
 def test_comparisons_say_what_was_found() -> None:
@@ -255,17 +262,34 @@ def test_comparisons_say_what_was_found() -> None:
     ]
     found = comparisons(cells)
     assert [(c["b"], c["kind"], c["name"]) for c in found] == [
-        ("REAP", "tasks", "mean of 2 tasks"), ("REAP", "perplexity", "wiki"),
-        ("same", "tasks", "mean of 2 tasks"), ("same", "perplexity", "wiki"),
-    ]  # fmt: skip
-    assert [c["verdict"] for c in found] == ["better", "worse", "no significant difference", "no significant difference"]  # fmt: skip
+        ("REAP", "tasks", "mean of 2 tasks"),
+        ("REAP", "perplexity", "wiki"),
+        ("same", "tasks", "mean of 2 tasks"),
+        ("same", "perplexity", "wiki"),
+    ]
+    assert [c["verdict"] for c in found] == [
+        "better",
+        "worse",
+        "no significant difference",
+        "no significant difference",
+    ]
     assert all(c["a"] == "TB-Coverage" and c["retain"] == 0.5 for c in found)
     assert found[0]["p_holm"] == pytest.approx(4 * found[0]["p"])
-    assert found[0]["family"] == "the 4 comparisons of TB-Coverage on m: every other method, budget, calibration set and measure"  # fmt: skip
-    assert found[0]["words"].startswith("At 50 % of the experts, TB-Coverage is better than REAP on the mean of 2 tasks: +")  # fmt: skip
+    assert (
+        found[0]["family"]
+        == "the 4 comparisons of TB-Coverage on m: every other method, budget, calibration set and measure"
+    )
+    assert found[0]["words"].startswith(
+        "At 50 % of the experts, TB-Coverage is better than REAP on the mean of 2 tasks: +"
+    )
     assert "points (95 % interval +" in found[0]["words"]
-    assert found[1]["words"].startswith("At 50 % of the experts, TB-Coverage is worse than REAP in perplexity on wiki: +")  # fmt: skip
-    assert found[2]["words"] == "At 50 % of the experts, there is no significant difference between TB-Coverage and same on the mean of 2 tasks: every item gives the same."  # fmt: skip
+    assert found[1]["words"].startswith(
+        "At 50 % of the experts, TB-Coverage is worse than REAP in perplexity on wiki: +"
+    )
+    assert (
+        found[2]["words"]
+        == "At 50 % of the experts, there is no significant difference between TB-Coverage and same on the mean of 2 tasks: every item gives the same."
+    )
     assert found[0]["by_task"]["arc"]["value"] == pytest.approx(good["arc"].mean() - rival["arc"].mean())
     assert found[0]["over_tasks"]["p"] is None
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -318,7 +342,9 @@ def test_several_seeds_of_random_against_one_plan() -> None:
     assert found["test"].endswith("with the spread over 5 runs of random")
     assert ", mean of 5 runs of random)" in found["words"]
     assert (found["runs_a"], found["runs_b"]) == (1, 5)
-    assert found["over_runs"]["p"] == pytest.approx(stats.ttest_1samp(mean_of_tasks(ours["items"])[0] - np.array(numbers), 0).pvalue)  # fmt: skip
+    assert found["over_runs"]["p"] == pytest.approx(
+        stats.ttest_1samp(mean_of_tasks(ours["items"])[0] - np.array(numbers), 0).pvalue
+    )
 
 
 def test_calibration_samples_are_paired() -> None:
@@ -356,9 +382,18 @@ def test_false_alarms_with_seeds_by_simulation() -> None:
 
 def test_every_calibration_set_is_compared_in_itself() -> None:
     a, b = answers(np.random.default_rng(12), SIZES, gain=0.3)
-    cells = [cell(label, items, calibration=c) for c in (["w"], ["w", "c"]) for label, items in (("TB-Coverage", a), ("REAP", b))]  # fmt: skip
+    cells = [
+        cell(label, items, calibration=c)
+        for c in (["w"], ["w", "c"])
+        for label, items in (("TB-Coverage", a), ("REAP", b))
+    ]
     found = comparisons([*cells, cell("random", b, calibration=[], seed=0)])
-    assert [(c["calibration"], c["b"]) for c in found] == [(["w"], "REAP"), (["w"], "random"), (["w", "c"], "REAP"), (["w", "c"], "random")]  # fmt: skip
+    assert [(c["calibration"], c["b"]) for c in found] == [
+        (["w"], "REAP"),
+        (["w"], "random"),
+        (["w", "c"], "REAP"),
+        (["w", "c"], "random"),
+    ]
     assert ", calibrated on w + c, TB-Coverage" in found[2]["words"]
     assert ", one seed of random: another may give more or less)" in found[3]["words"]
     assert (found[2]["one_seed"], found[3]["one_seed"]) == ([], ["random"])
@@ -377,4 +412,7 @@ def test_too_few_items_are_said_in_words() -> None:
     a = {"t": np.ones(5)}
     (found,) = comparisons([cell("TB-Coverage", a), cell("REAP", {"t": np.zeros(5)})])
     assert (found["verdict"], found["p"], found["p_holm"]) == ("no significant difference", None, None)
-    assert found["words"] == "At 50 % of the experts, no significant difference between TB-Coverage and REAP on t can be shown: +100.00 points, too little for a test (5 items, at least 10 and 2 in every task are needed)."  # fmt: skip
+    assert (
+        found["words"]
+        == "At 50 % of the experts, no significant difference between TB-Coverage and REAP on t can be shown: +100.00 points, too little for a test (5 items, at least 10 and 2 in every task are needed)."
+    )

@@ -75,9 +75,10 @@ def add_verb(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
 
 def compare_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
     """Run the verb; one line a failed cell, exit status 1 where there is one."""
-    from moecover.comparison.config import read
+    from moecover import progress
+    from moecover.comparison.reading import read
+    from moecover.comparison.results import MARKDOWN
     from moecover.comparison.run import compare
-    from moecover.comparison.tables import MARKDOWN
 
     flags = {name: value for flag, name, *_ in FLAGS if (value := getattr(args, flag.replace("-", "_"))) is not None}
     if args.corpus is not None:
@@ -91,9 +92,16 @@ def compare_verb(args: argparse.Namespace) -> tuple[Any, str, int]:
         flags["models"] = args.what
         if args.corpus is None:
             raise InputError("give calibration corpora with --corpus NAME or NAME=PATH, or a configuration CONFIG.yaml")
-    outcome = compare(read(path, flags), args.output, jobs=args.jobs, command=shlex.join(["moecover", *args.argv]))
+    outcome = compare(
+        read(path, flags),
+        args.output,
+        jobs=args.jobs,
+        command=shlex.join(["moecover", *args.argv]),
+        say=progress.say,
+        bar=progress.bar,
+        spinner=progress.spinner,
+    )
     lines = [(args.output / MARKDOWN).read_text(encoding="utf-8").rstrip(), ""]
     lines += [f"FAILED {name}: {reason}" for name, reason in outcome.failures.items()]
-    done = len(outcome.results["cells"]) - len(outcome.failures)
-    lines.append(f"{args.output}: {done} cells, {outcome.made} of them new{f', {len(outcome.failures)} failed' if outcome.failures else ''}")  # fmt: skip
+    lines.append(outcome.summary())
     return outcome.results, "\n".join(lines), 1 if outcome.failures else 0
