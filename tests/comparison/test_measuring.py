@@ -22,7 +22,7 @@ from moecover.runtime.memory import cost
 from tests.support.grids import rows, run, write_arc, written
 
 PLUGIN = """
-from moecover.planning.run import METHODS
+from moecover.planning.methods import METHODS
 @METHODS("NAME", paper="none")
 def broken(profile, budget, *, seed: int = 0):
     '''Fails.'''

@@ -130,7 +130,7 @@ def budgets(config: Config, topology: Topology, name: str) -> list[tuple[float, 
         try:
             count = resolve_keep(topology, keep=keep, retain=retain)
         except InputError as error:
-            raise InputError(f"{name}: {str(error).replace('--retain', 'retain').replace('--keep', 'keep')}") from error
+            raise InputError(f"{name}: {error}") from error
         found.append((retain if retain is not None else round(count / topology.num_experts, 4), count))
     keeps = [count for _, count in found]
     if len(set(keeps)) < len(keeps):

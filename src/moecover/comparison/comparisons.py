@@ -18,11 +18,10 @@ from moecover.comparison.measures import Draws, Measure, MeasuredCell
 from moecover.comparison.tests import holm, over_seeds, with_spread
 from moecover.comparison.words import BETTER, NONE_FOUND, WORSE, Compared, Verdict, sentence
 from moecover.errors import InputError
+from moecover.planning.methods import default_method
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-STUDIED = "tb-coverage"
 
 
 class OfTask(TypedDict):
@@ -96,7 +95,7 @@ def studied(cells: Sequence[MeasuredCell], against: str | None = None) -> str | 
     labels = list(dict.fromkeys(c.label for c in cells))
     if against is not None and against not in labels:
         raise InputError(f"no cell is labelled {against!r}. There are: {', '.join(labels)}")
-    return against or next((c.label for c in cells if c.method == STUDIED), None)
+    return against or next((c.label for c in cells if c.method == default_method().name), None)
 
 
 def comparisons(

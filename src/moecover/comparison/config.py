@@ -13,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from moecover.corpora.sources import each_file, set_name
 from moecover.corpora.windows import WINDOWS
 from moecover.errors import InputError
-from moecover.planning.run import DEFAULT_SALIENCY
+from moecover.planning.methods import METHODS
+from moecover.planning.saliency import DEFAULT_SALIENCY
 from moecover.registry import unknown_name
 from moecover.repairing.solver import KINDS
 
@@ -88,13 +89,13 @@ class MethodEntry(BaseModel):
 
 
 def default_methods() -> list[MethodEntry]:
-    """The methods of a configuration that names none."""
-    return [
-        MethodEntry(method="random"),
-        MethodEntry(method="pooled", saliency=["reap"]),
-        MethodEntry(method="expert-sparsity"),
-        MethodEntry(method="tb-coverage"),
-    ]
+    """The methods of a configuration that names none: the baseline first, the default method last.
+
+    A method that is a published one with some saliency is compared with that saliency.
+    """
+    chosen = [method for method in METHODS.values() if method.compared]
+    chosen.sort(key=lambda method: (not method.baseline, method.default, method.rank))
+    return [MethodEntry(method=m.name, saliency=list(m.published) or None) for m in chosen]
 
 
 class Config(BaseModel):

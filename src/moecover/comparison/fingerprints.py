@@ -20,7 +20,7 @@ from moecover.comparison.config import Config
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.variants import SUPER_EXPERTS
 from moecover.files.atomic import canonical_json
-from moecover.planning.run import check_options
+from moecover.planning.methods import METHODS
 from moecover.runtime.loading import check_device
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _plan_inputs(config: Config, model: ComparedModel, cell: Cell) -> list[objec
     if variant is None:
         return None
     options = variant.plan_options(cell.seed)
-    complete = check_options(variant.method, {k: v for k, v in options.items() if k != SUPER_EXPERTS})
+    complete = METHODS[variant.method].complete({k: v for k, v in options.items() if k != SUPER_EXPERTS})
     known = {k: v for k, v in complete.items() if isinstance(v, (str, int, float, bool, dict, type(None)))}
     found = [variant.method, known | options, cell.keep, config.search_tokens if variant.searches else None]
     if cell.repaired:

@@ -23,7 +23,8 @@ from moecover.errors import InputError
 from moecover.evaluation.task_usage import task_corpora
 from moecover.files.atomic import PARTIAL, canonical_json, write_text
 from moecover.planning.artifact import Plan
-from moecover.planning.run import check_options, plan_budgets
+from moecover.planning.methods import METHODS
+from moecover.planning.run import plan_budgets
 from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
 from moecover.runtime.pass_state import kept_for_later, remove
@@ -158,7 +159,7 @@ def _is_searched(path: Path, cell: Cell, found: Profile) -> bool:
         return False
     options = variant.plan_options(cell.seed)
     protect = options.pop(SUPER_EXPERTS, False)
-    complete = check_options(variant.method, options)
+    complete = METHODS[variant.method].complete(options)
     wanted = {k: v for k, v in complete.items() if k in plan.options or k in options}
     return (
         plan.profile_fingerprint == found.fingerprint

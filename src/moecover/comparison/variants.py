@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from moecover.comparison.config import UNREPAIRED, MethodEntry
 from moecover.comparison.reading import Request
 from moecover.errors import InputError
-from moecover.planning.run import METHODS, check_options
+from moecover.planning.methods import METHODS
 
 SUPER_EXPERTS = "protect_super_experts"  # an option of every method, so none of a method's own
 
@@ -49,15 +48,12 @@ class Variant:
         return options
 
 
-NAMES = {"tb-coverage": "TB-Coverage", "expert-sparsity": "ExpertSparsity", "worst-corpus": "worst corpus"}
-
-
 def label_of(method: str, saliency: str | None, options: Mapping[str, object]) -> str:
     """The default label of a variant: ``TB-Coverage (contribution)``, ``REAP``, ``ExpertSparsity``, ``random``."""
-    name, inside = NAMES.get(method, method), [saliency] if saliency else []
-    if method == "pooled" and saliency == "reap":
-        name, inside = "REAP", []
+    published = saliency is not None and saliency in METHODS[method].published
+    inside = [saliency] if saliency and not published else []
     inside += [f"{k.replace('_', ' ')} {v}" if v is not True else k.replace("_", " ") for k, v in options.items()]
+    name = METHODS.label(method, saliency)
     return f"{name} ({', '.join(inside)})" if inside else name
 
 
@@ -83,18 +79,17 @@ def variants(request: Request) -> list[Variant]:
 def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
     """The variants of one method: by saliency and repair."""
     config, found = request.config, list[Variant]()
-    parameters = inspect.signature(METHODS[entry.method]).parameters
-    given: dict[str, object] = dict(entry.model_extra or {})
-    takes_saliency, seeded = "saliency" in parameters, "seed" in parameters
+    method, given = METHODS[entry.method], dict[str, object](entry.model_extra or {})
+    takes_saliency = method.has("saliency")
     if entry.saliency and not takes_saliency:
         raise InputError(f"method {entry.method} has no saliency")
-    if entry.seeds and not seeded:
+    if entry.seeds and not method.seeded:
         raise InputError(f"method {entry.method} is deterministic: it has no seeds")
     saliencies: list[str | None] = [*(entry.saliency or config.saliencies)] if takes_saliency else [None]
-    blind = bool(METHODS.facts[entry.method].get("blind")) and not entry.protect_super_experts
-    seeds = tuple(entry.seeds or config.seeds) if seeded else ()
+    blind = method.blind and not entry.protect_super_experts
+    seeds = tuple(entry.seeds or config.seeds) if method.seeded else ()
     for saliency in saliencies:
-        check_options(entry.method, given | ({"saliency": saliency} if takes_saliency else {}))
+        method.complete(given | ({"saliency": saliency} if takes_saliency else {}))
         options = given | ({SUPER_EXPERTS: True} if entry.protect_super_experts else {})
         label = entry.label or label_of(entry.method, saliency, options)
         if entry.label and len(entry.saliency or [0]) > 1:
@@ -109,7 +104,7 @@ def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
                     seeds=seeds,
                     label=label if plain else f"{label} + {repair}",
                     blind=blind and plain,
-                    searches="model" in parameters,
+                    searches=method.runs_experts,
                     repair=repair,
                 )
             )
