@@ -35,7 +35,7 @@ REPAIRED: list[Any] = [{"method": "random", "seeds": 0}, {"method": "tb-coverage
         ),
     ],
 )
-def test_other_inputs_make_a_cell_anew(
+def test_a_cell_with_other_inputs_is_recomputed(
     grid: Callable[..., Path], tmp_path: Path, capsys: Any, change: dict[str, Any], stays: set[str]
 ) -> None:
     out = tmp_path / "run"
@@ -50,7 +50,7 @@ def test_other_inputs_make_a_cell_anew(
     assert (fresh / "results.csv").read_bytes() == (out / "results.csv").read_bytes()
 
 
-def test_other_text_and_other_weights_make_cells_anew(grid: Callable[..., Path], tmp_path: Path) -> None:
+def test_cells_with_other_text_or_weights_are_recomputed(grid: Callable[..., Path], tmp_path: Path) -> None:
     out, model = tmp_path / "run", make_checkpoint(tmp_path / "model", "qwen3_moe")
     path = grid(models=[str(model)], methods=["tb-coverage"])
     assert run(path, out) == 0
@@ -73,7 +73,7 @@ def test_other_text_and_other_weights_make_cells_anew(grid: Callable[..., Path],
     assert written(out)["model-full"] != second["model-full"]
 
 
-def test_other_text_for_the_repair_makes_repaired_cells_anew(grid: Callable[..., Path], tmp_path: Path) -> None:
+def test_repaired_cells_with_other_repair_text_are_recomputed(grid: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(grid(methods=REPAIRED), out) == 0
     before = written(out)

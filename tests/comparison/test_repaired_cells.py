@@ -28,7 +28,7 @@ REPAIRED: list[Any] = [{"method": "random", "seeds": 0}, {"method": "tb-coverage
 
 
 def test_repaired_cells(grid: Callable[..., Path], tmp_path: Path) -> None:
-    """A repaired cell has the perplexity of the checkpoint that `prune --repair` writes, and the plan of the unrepaired one."""
+    """A repaired cell has the plan of the unrepaired one, and the perplexity of what `prune --repair` writes."""
     out, path = tmp_path / "run", grid(methods=REPAIRED, repairs=["none", "scale"])
     assert run(path, out) == 0
     found = {p.name: json.loads((p / "cell.json").read_text()) for p in (out / "cells").iterdir()}
@@ -70,7 +70,7 @@ def test_repaired_cells(grid: Callable[..., Path], tmp_path: Path) -> None:
 def test_a_repair_goes_on_where_it_was(
     grid: Callable[..., Path], tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    """What was repaired before the measuring was interrupted is not repaired again; one that fails fails its cell alone."""
+    """What was repaired before an interrupt is not repaired again; a repair that fails affects its cell alone."""
     out, path = tmp_path / "run", grid(methods=[REPAIRED[1]], repairs=["scale"])
     evaluate, repair, fits = measuring.evaluate, measuring.repair, []
 

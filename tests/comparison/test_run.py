@@ -106,7 +106,7 @@ def test_a_smaller_grid_leaves_the_other_cells(grid: Callable[..., Path], tmp_pa
     assert {r["label"] for r in rows(out)} == {"full model", "random"}
 
 
-def test_a_damaged_cell_is_made_anew(grid: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_damaged_cell_is_recomputed(grid: Callable[..., Path], tmp_path: Path) -> None:
     path, out = grid(methods=["random"]), tmp_path / "run"
     assert run(path, out) == 0
     results = (out / "results.csv").read_bytes()

@@ -42,3 +42,12 @@ def test_methods_with_options(grid: Callable[..., Path]) -> None:
         ("random", None, (7,)),
         ("ours", "frequency", ()),
     ]
+
+
+def test_default_methods(grid: Callable[..., Path]) -> None:
+    """The paper's grid: random choice first, the default method last."""
+    found = variants(read(grid(), {}))
+    assert [v.label for v in found] == ["random", "REAP", "ExpertSparsity", "TB-Coverage (contribution)"]
+    assert [v.seeds for v in found] == [(0, 1), (), (), ()]
+    assert [v.blind for v in found] == [True, False, False, False]
+    assert [v.searches for v in found] == [False, False, True, False]
