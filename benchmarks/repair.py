@@ -32,9 +32,11 @@ import yaml
 from benchmarks.methods import FAR, NEAR, sources
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
-from moecover.comparison.config import FULL, read
+from moecover.comparison.bootstrap import Difference, paired_bootstrap
+from moecover.comparison.cells import FULL
+from moecover.comparison.reading import read
 from moecover.comparison.run import compare
-from moecover.comparison.significance import Difference, holm, over_seeds, paired_bootstrap
+from moecover.comparison.tests import holm, over_seeds
 from moecover.corpora.generation import write_generated
 from moecover.corpora.kinds import split, write_kinds
 from moecover.corpora.packing import load_corpus

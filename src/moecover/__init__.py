@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from moecover.checkpoints.source import open_checkpoint
     from moecover.checkpoints.structure import Structure, read_structure
     from moecover.checkpoints.topology import Topology
-    from moecover.comparison.run import Comparison, compare
+    from moecover.comparison.results import Comparison
+    from moecover.comparison.run import compare
     from moecover.corpora.own_text import generate
     from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
     from moecover.corpora.sources import CORPORA
@@ -96,7 +97,8 @@ PUBLIC = {
     "evaluation.perplexity": ("perplexity",),
     "evaluation.job": ("evaluate",),
     "evaluation.bounds": ("keep_within_size", "plan_within"),
-    "comparison.run": ("Comparison", "compare"),
+    "comparison.results": ("Comparison",),
+    "comparison.run": ("compare",),
     "reporting.sections": ("SECTIONS",),
     "reporting.page": ("Report", "report"),
     "registry": ("load_plugin",),

@@ -136,9 +136,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Fill the run; print its table and one line per failed cell, exit status 1 where there is one."""
-    from moecover.comparison.config import read
+    from moecover.comparison.reading import read
+    from moecover.comparison.results import MARKDOWN
     from moecover.comparison.run import compare
-    from moecover.comparison.tables import MARKDOWN
 
     flags: dict[str, object] = {
         one.field: value for one in FLAGS if (value := getattr(args, one.name.replace("-", "_"))) is not None
@@ -157,7 +157,4 @@ def run(args: argparse.Namespace) -> Outcome:
     made = compare(read(path, flags), args.output, jobs=args.jobs, command=shlex.join(["moecover", *args.argv]))
     lines = [(args.output / MARKDOWN).read_text(encoding="utf-8").rstrip(), ""]
     lines += [f"FAILED {name}: {reason}" for name, reason in made.failures.items()]
-    done = len(made.results["cells"]) - len(made.failures)
-    failed = f", {len(made.failures)} failed" if made.failures else ""
-    lines.append(f"{args.output}: {done} cells, {made.made} of them new{failed}")
-    return Outcome(made.results, "\n".join(lines), 1 if made.failures else 0)
+    return Outcome(made.results, "\n".join([*lines, made.summary()]), 1 if made.failures else 0)

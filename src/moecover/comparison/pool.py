@@ -1,8 +1,7 @@
-"""Several processes that work on one list of jobs: takes jobs from a queue, gives what they report, as it comes.
+"""A pool of processes that work on one queue of jobs: yields what they report, as it comes.
 
-A worker is a fresh process (spawn) with a bench of its own, on which it handles job after job; with one worker all runs in
-this process. A worker that dies (killed, out of memory) costs the job it had and is replaced; the workers end with this
-process, however that ends.
+A worker is a fresh process (spawn) that handles job after job; a single worker runs in this process. A worker that dies
+(killed, out of memory) loses the job it had and is replaced. Workers end with this process, however that ends.
 """
 
 from __future__ import annotations
@@ -18,26 +17,35 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from multiprocessing.process import BaseProcess
+from typing import Generic, Protocol, TypeVar
 
 from moecover.signals import deliver_again
 
 
-class Job(Protocol):
-    """What a worker handles."""
+class HasModel(Protocol):
+    """A job, as far as the pool knows it."""
 
     @property
     def model(self) -> str:
-        """Jobs of the same model are preferred by the worker that has it open."""
+        """The worker that has this model open prefers the job."""
 
 
-Handle = Callable[[Any], Iterator[Any]]
-Bench = Callable[[], AbstractContextManager[Handle]]
+J = TypeVar("J", bound=HasModel)
+R = TypeVar("R")
+Opened = Callable[
+    [], AbstractContextManager[Callable[[J], Iterator[R]]]
+]  # opens what a worker needs, gives its handler
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job has ended; follows its reports."""
 
 
 @dataclass(frozen=True)
 class Died:
-    """A worker's process ended in the middle of a job.
+    """The process of a worker ended in the middle of a job.
 
     Attributes:
         code: its exit status, negative for a signal.
@@ -47,99 +55,64 @@ class Died:
 
     @property
     def reason(self) -> str:
-        if self.code is not None and self.code < 0:
-            name = signal.Signals(-self.code).name
-            why = ", as the system does when memory runs out: fewer --jobs, or a smaller batch_size" if name == "SIGKILL" else ""  # fmt: skip
-            return f"its process was ended by {name}{why}"
-        return f"its process ended with status {self.code}"
+        if self.code is None or self.code >= 0:
+            return f"its process ended with status {self.code}"
+        name = signal.Signals(-self.code).name
+        killed = ", as the system does when memory runs out: fewer --jobs, or a smaller batch_size"
+        return f"its process was ended by {name}{killed if name == 'SIGKILL' else ''}"
 
 
 @dataclass(frozen=True)
 class Crash:
-    """An error that no job may raise: passed on with its traceback as text."""
+    """An error that a handler must not raise, with its traceback as text."""
 
     text: str
 
 
-END = "end"  # what a worker sends behind the reports of a job
-
-
-def _work(bench: Bench, pipe: Connection) -> None:
-    """Life of a worker."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the first process says when to end
-    sys.unraisablehook = deliver_again
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with bench() as handle:
-        while (job := pipe.recv()) is not None:
-            try:
-                for report in handle(job):
-                    pipe.send(report)
-                pipe.send(END)
-            except Exception:
-                import traceback
-
-                pipe.send(Crash(traceback.format_exc()))
-                raise
-
-
 @dataclass
-class _Worker:
-    process: Any
+class _Worker(Generic[J]):
+    process: BaseProcess
     pipe: Connection
-    job: Any = None
+    job: J | None = None
     model: str = ""
 
 
-def _started(bench: Bench) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    mine, its = context.Pipe()
-    process = context.Process(target=_work, args=(bench, its), daemon=True)
-    process.start()
-    its.close()
-    return _Worker(process, mine)
-
-
-def _next(queue: deque[Any], model: str) -> Any:
-    job = next((job for job in queue if job.model == model), queue[0])
-    queue.remove(job)
-    return job
-
-
-def work(queue: deque[Any], bench: Bench, *, jobs: int) -> Generator[tuple[Any, Any]]:
+def work(queue: deque[J], opened: Opened[J, R], *, jobs: int) -> Generator[tuple[J, R | Ended | Died]]:
     """Handle all jobs of a queue, to which the caller may add between two reports.
 
     Args:
         queue: of jobs; emptied.
-        bench: opens what a worker needs and gives its handler; picklable.
-        jobs: workers.
+        opened: opens what a worker needs and gives its handler; picklable.
+        jobs: number of workers.
 
     Yields:
-        A job with a report of its handler, with `END` behind its last one, or with `Died`.
+        A job with a report of its handler, with `Ended` after the last one, or with `Died`.
 
     Raises:
-        RuntimeError: a handler let an error through.
+        RuntimeError: a handler raised an error.
     """
-    if jobs == 1:
-        with bench() as handle:
-            model = ""
-            while queue:
-                job = _next(queue, model)
-                model = job.model
-                for report in handle(job):
-                    yield job, report
-                yield job, END
+    if jobs > 1:
+        yield from _in_processes(queue, opened, jobs)
         return
-    workers: list[_Worker] = []
+    with opened() as handle:
+        model = ""
+        while queue:
+            job = _next(queue, model)
+            model = job.model
+            for report in handle(job):
+                yield job, report
+            yield job, Ended()
+
+
+def _in_processes(queue: deque[J], opened: Opened[J, R], jobs: int) -> Generator[tuple[J, R | Ended | Died]]:
+    workers: list[_Worker[J]] = []
     try:
         while queue or any(w.job is not None for w in workers):
             for worker in workers:
                 if queue and worker.job is None:
                     _give(worker, queue)
             while queue and len(workers) < jobs:
-                workers.append(_started(bench))
+                workers.append(_started(opened))
                 _give(workers[-1], queue)
             busy = [w for w in workers if w.job is not None]
             wait([w.pipe for w in busy])
@@ -156,22 +129,60 @@ def work(queue: deque[Any], bench: Bench, *, jobs: int) -> Generator[tuple[Any, 
             worker.pipe.close()
 
 
-def _give(worker: _Worker, queue: deque[Any]) -> None:
-    worker.job = _next(queue, worker.model)
-    worker.model = worker.job.model
-    with contextlib.suppress(BrokenPipeError):  # it is gone: the pipe's end says so
-        worker.pipe.send(worker.job)
+def _started(opened: Opened[J, R]) -> _Worker[J]:
+    context = multiprocessing.get_context("spawn")
+    mine, its = context.Pipe()
+    process = context.Process(target=_serve, args=(opened, its), daemon=True)
+    process.start()
+    its.close()
+    return _Worker(process, mine)
 
 
-def _reports(worker: _Worker, workers: list[_Worker]) -> Iterator[tuple[Any, Any]]:
+def _serve(opened: Opened[J, R], pipe: Connection) -> None:
+    """Handle jobs from a pipe until it says None: the main function of a worker's process."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process ends the workers
+    sys.unraisablehook = deliver_again
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with opened() as handle:
+        while (job := pipe.recv()) is not None:
+            try:
+                for report in handle(job):
+                    pipe.send(report)
+                pipe.send(Ended())
+            except Exception:
+                import traceback
+
+                pipe.send(Crash(traceback.format_exc()))
+                raise
+
+
+def _next(queue: deque[J], model: str) -> J:
+    """Take a job from the queue: the first of a model if there is one, else the first."""
+    job = next((job for job in queue if job.model == model), queue[0])
+    queue.remove(job)
+    return job
+
+
+def _give(worker: _Worker[J], queue: deque[J]) -> None:
+    job = _next(queue, worker.model)
+    worker.job, worker.model = job, job.model
+    with contextlib.suppress(BrokenPipeError):  # it has died: the end of its pipe will say so
+        worker.pipe.send(job)
+
+
+def _reports(worker: _Worker[J], workers: list[_Worker[J]]) -> Iterator[tuple[J, R | Ended | Died]]:
     """What a worker has sent so far, and its death: the pipe ends with the process."""
     job = worker.job
+    assert job is not None
     try:
         while worker.job is not None and worker.pipe.poll():
             report = worker.pipe.recv()
             if isinstance(report, Crash):
                 raise RuntimeError(report.text)
-            if report == END:
+            if isinstance(report, Ended):
                 worker.job = None
             yield job, report
     except (EOFError, ConnectionResetError):

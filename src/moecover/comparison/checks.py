@@ -1,0 +1,125 @@
+"""Checks before the first cell: reads a configuration and the headers of its models, refuses what cannot run.
+
+Nothing is downloaded here but headers. An error names the line of the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from moecover.checkpoints.shipped import shipped_model
+from moecover.checkpoints.source import open_checkpoint
+from moecover.checkpoints.structure import Structure, read_structure
+from moecover.comparison.cells import cells
+from moecover.comparison.config import SHIPPED, UNREPAIRED
+from moecover.comparison.models import ComparedModel
+from moecover.comparison.reading import Request
+from moecover.corpora.sources import parse_corpora
+from moecover.corpora.windows import check_text
+from moecover.errors import InputError
+from moecover.progress import Progress
+from moecover.registry import load_plugin
+from moecover.repairing.store import places_on_disk
+from moecover.repairing.targets import Place, check_dtype
+from moecover.runtime.loading import check_device, check_loadable
+from moecover.runtime.memory import parse_size
+from moecover.signals import held
+
+Spinner = Callable[[str], AbstractContextManager[Callable[[str], None]]]
+
+
+def checked(request: Request, progress: Progress) -> list[ComparedModel]:
+    """The models of a configuration with their cells.
+
+    Raises:
+        InputError: anything that cannot run, before anything is downloaded; with the line.
+    """
+    config = request.config
+    _load_plugins(request)
+    _check_sources(request)
+    _check_machine(request)
+    with held():
+        structures = [_headers(request, number, progress) for number in range(len(config.models))]
+    found = []
+    for entry, structure in zip(config.models, structures, strict=True):
+        model = ComparedModel(entry, structure, cells(request, entry, structure.topology))
+        if any(cell.repaired for cell in model.cells):
+            model.places = _repaired_places(request, entry.name, structure)
+        found.append(model)
+    return found
+
+
+def _load_plugins(request: Request) -> None:
+    for number, path in enumerate(request.config.plugins):
+        try:
+            load_plugin(path)
+        except InputError as error:
+            raise request.error(error, "plugins", number) from error
+
+
+def _check_sources(request: Request) -> None:
+    """Refuse corpora and texts with unknown names and files that do not exist."""
+    config = request.config
+    try:
+        for number, arguments in enumerate(config.calibration):
+            at: tuple[str | int, ...] = ("calibration", number)
+            parse_corpora(arguments)
+        at = ("perplexity",)
+        for name, path in parse_corpora(config.perplexity).items() if config.perplexity else ():
+            if not path:
+                check_text(name)
+    except InputError as error:
+        raise request.error(str(error).replace("--corpus ", "").replace("--perplexity ", ""), *at) from error
+
+
+def _check_machine(request: Request) -> None:
+    """Refuse a memory limit, dtype or device that cannot be used."""
+    config = request.config
+    if config.memory_limit is not None:
+        try:
+            parse_size(config.memory_limit)
+        except InputError as error:
+            raise request.error(error, "memory_limit") from error
+    try:
+        check_device(config.dtype, config.device)
+    except InputError as error:
+        raise request.error(error, "device" if "device" in str(error) else "dtype") from error
+
+
+def _headers(request: Request, number: int, progress: Progress) -> Structure:
+    """The structure of a model; of a hub model from its headers alone."""
+    entry = request.config.models[number]
+    try:
+        name = entry.model
+        source = shipped_model(name.removeprefix(SHIPPED)) if name.startswith(SHIPPED) else name
+        with progress.spinner(f"reading {entry.name}"):
+            structure = read_structure(open_checkpoint(source, revision=entry.revision, headers_only=True))
+        check_loadable(structure)
+    except InputError as error:
+        raise request.error(error, "models", number) from error
+    for warning in structure.warnings:
+        progress.say(f"note: {entry.name}: {warning}")
+    return structure
+
+
+def _repaired_places(request: Request, name: str, structure: Structure) -> list[Place]:
+    """What a repair refits in a model.
+
+    Raises:
+        InputError: the model cannot be repaired, with the line.
+    """
+    config = request.config
+    try:
+        found = places_on_disk(structure)
+        check_dtype(structure, found, config.dtype)
+    except InputError as error:
+        field = "methods" if config.repairs == [UNREPAIRED] else "repairs"
+        raise request.error(f"{name}: {_with_fields(str(error))}", field) from error
+    return found
+
+
+def _with_fields(text: str) -> str:
+    """A message on flags, in the words of the configuration."""
+    text = text.replace("--repair none", f"repair: {UNREPAIRED}")
+    return text.replace("--repair", "repair").replace("--dtype", "dtype:")

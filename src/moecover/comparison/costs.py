@@ -1,0 +1,119 @@
+"""What cells cost in memory and time: limits of a worker, cells that share a pass, an estimate for the whole run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from moecover.comparison.config import Config
+from moecover.comparison.jobs import ModelSetup
+from moecover.comparison.models import ComparedModel
+from moecover.comparison.reading import Request
+from moecover.repairing.layers import needed_bytes
+from moecover.runtime.loading import check_device
+from moecover.runtime.memory import Cost, available_memory, cost, parse_size, seconds_of
+
+REPAIR_PASSES = 10  # passes over its text that a repair is taken to cost, until one was timed
+
+
+def memory_limit(config: Config, jobs: int) -> int:
+    """Bytes of memory that one of several workers may use."""
+    if config.memory_limit is not None:
+        return parse_size(config.memory_limit)
+    return int(0.9 * available_memory(check_device(config.dtype, config.device)) / jobs)
+
+
+def setup_of(model: ComparedModel, config: Config, limit: int) -> ModelSetup:
+    """What workers need to open a model and to measure its cells; ``limit``: bytes of memory of one worker."""
+    texts = [*model.texts, *(corpus for sample in model.samples.values() for corpus in sample)]
+    longest = max([corpus.tokens.shape[1] for corpus in texts] + [model.longest])
+    passes = [model.texts, *model.samples.values()]
+    extra = 0
+    if model.places:
+        keep = max(cell.keep for cell in model.cells if cell.repaired)
+        tokens = max(sum(c.num_tokens for c in corpora) for corpora in model.repaired_on.values())
+        extra = needed_bytes(model.structure, model.places, keep=keep, tokens=tokens, dtype=config.dtype)
+    return ModelSetup(
+        name=model.name,
+        folder=model.structure.checkpoint.path,
+        weights=model.weights,
+        limit=limit,
+        batch_tokens=config.batch_size * longest,
+        tokens=max(sum(corpus.num_tokens for corpus in corpora) for corpora in passes),
+        in_parts=(model.in_tasks[0] * len(model.cells), model.in_tasks[1] * len(model.cells)),
+        extra=extra,
+        texts=model.texts,
+    )
+
+
+def pass_cost(
+    model: ComparedModel, setup: ModelSetup, config: Config, tokens: int, in_parts: tuple[int, int] = (0, 0)
+) -> Cost:
+    """What a pass of a model takes, see `runtime.memory.cost`."""
+    return cost(
+        model.structure,
+        tokens=tokens,
+        batch_tokens=setup.batch_tokens,
+        in_parts=in_parts,
+        dtype=config.dtype,
+        limit=setup.limit,
+        head=True,
+        extra=setup.extra,
+    )
+
+
+def check_fits(request: Request, model: ComparedModel, setup: ModelSetup) -> None:
+    """Refuse a model of which not even one layer fits, and tasks that need a model in memory which does not fit.
+
+    Raises:
+        InputError: with the line of the limit, or of the tasks.
+    """
+    found = pass_cost(model, setup, request.config, setup.tokens, setup.in_parts)
+    allowed = f"{setup.limit / 1e9:.1f} GB may be used"
+    if found.by_layer and model.in_memory:
+        text = (
+            f"{model.name}: {', '.join(model.in_memory)} needs the model in memory, which does not fit: "
+            f"{found.whole / 1e9:.1f} GB of memory are needed, {allowed}. "
+            "Leave the task out, or give a larger memory_limit"
+        )
+        raise request.error(text, "tasks")
+    if found.by_layer and found.streamed > setup.limit:
+        text = (
+            f"{model.name}: one layer at a time still needs {found.streamed / 1e9:.1f} GB of memory, {allowed}. "
+            "Give a smaller batch_size or length, fewer --jobs, or a larger memory_limit"
+        )
+        raise request.error(text, "memory_limit")
+
+
+def cells_per_pass(model: ComparedModel, setup: ModelSetup, config: Config) -> int | None:
+    """How many cells of a model that runs layer by layer share one read of its weights; None for a model in memory.
+
+    Every cell needs hidden states of its own for all texts, twice, and the repair of one layer.
+    """
+    found = pass_cost(model, setup, config, sum(text.num_tokens for text in model.texts))
+    if not found.by_layer:
+        return None
+    refitted = {name for p in model.places for name in (*p.experts, *(p.shared or ())[1:])}
+    repairs = sum(e.num_bytes for n, e in model.structure.checkpoint.tensors.items() if n in refitted)
+    each = 2 * found.hidden + repairs // max(len(model.places), 1)
+    return max(1, int((setup.limit - found.streamed + each) // max(each, 1)))
+
+
+def estimated_seconds(models: Sequence[ComparedModel], setups: Mapping[str, ModelSetup], config: Config) -> float:
+    """How long the pending cells take in one worker: from cells that were timed, else from a trial of this machine."""
+    return sum(_seconds(model, setups[model.name], config) for model in models if model.pending)
+
+
+def _seconds(model: ComparedModel, setup: ModelSetup, config: Config) -> float:
+    if model.walls:
+        return len(model.pending) * sum(model.walls) / len(model.walls)
+    device = check_device(config.dtype, config.device)
+    passes = [(sum(text.num_tokens for text in model.texts), model.in_tasks)] * len(model.pending)
+    passes += [(sum(c.num_tokens for c in sample), (0, 0)) for sample in model.samples.values()]
+    repaired = [model.repaired_on[c.calibrated_on] for c in model.pending if c.repaired]
+    passes += [(REPAIR_PASSES * sum(c.num_tokens for c in sample), (0, 0)) for sample in repaired]
+    seconds = 0.0
+    for (tokens, in_parts), times in Counter(passes).items():
+        one = pass_cost(model, setup, config, tokens, in_parts)
+        seconds += times * seconds_of(one, model.structure, dtype=config.dtype, device=device)
+    return seconds

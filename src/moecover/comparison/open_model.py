@@ -1,0 +1,144 @@
+"""The model that a worker holds: opened when a job first needs it, closed when a job asks for another one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import platform
+import resource
+import sys
+from pathlib import Path
+
+from moecover.checkpoints.structure import Structure, read_structure
+from moecover.comparison.config import Config
+from moecover.comparison.jobs import ModelSetup, RunFacts, WorkerSetup
+from moecover.corpora.packing import load_tokenizer
+from moecover.evaluation.tasks import Tasks, resolve
+from moecover.runtime.memory import opened
+from moecover.runtime.running import Running
+
+
+class OpenModel:
+    """At most one model at a time, with its structure and tasks; all of them by the model's name.
+
+    Args:
+        setup: of the worker.
+    """
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.setup, self._name = setup, ""
+        self._stack = contextlib.ExitStack()
+        self._failure: Exception | None = None
+        self._running: Running | None = None
+        self._tasks: Tasks | None = None
+        self._structure: Structure | None = None
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.setup.run
+
+    @property
+    def config(self) -> Config:
+        return self.setup.config
+
+    def setup_of(self, name: str) -> ModelSetup:
+        """The setup of a model."""
+        return self.setup.models[name]
+
+    def structure(self, name: str) -> Structure:
+        """The checkpoint of a model, headers only."""
+        if name != self._name:
+            self.close()
+            self._name, self._failure = name, None
+            self._structure = read_structure(self.setup_of(name).folder)
+        assert self._structure is not None
+        return self._structure
+
+    def running(self, name: str) -> Running:
+        """The live model.
+
+        Raises:
+            Exception: what loading it raised, again for every cell that asks.
+        """
+        structure = self.structure(name)
+        if self._failure is not None:
+            raise self._failure
+        if self._running is None:
+            setup, config = self.setup_of(name), self.config
+            model = opened(
+                structure,
+                tokens=setup.tokens,
+                batch_tokens=setup.batch_tokens,
+                in_parts=setup.in_parts,
+                dtype=config.dtype,
+                device=config.device,
+                memory_limit=setup.limit,
+                head=True,
+                extra=setup.extra,
+            )
+            try:
+                self._running = self._stack.enter_context(model)
+            except Exception as error:
+                self._failure = error
+                raise
+        return self._running
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a model is loaded and in memory as a whole."""
+        return self._running is not None and not self._running.by_layer
+
+    def tasks(self, name: str) -> Tasks | None:
+        """The tasks in the tokens of a model, None if the comparison has none."""
+        structure = self.structure(name)
+        if self._tasks is None and self.config.tasks:
+            self._tasks = tasks_of(self.config, structure)
+        return self._tasks
+
+    def close(self) -> None:
+        """Free the model."""
+        self._running = self._tasks = None
+        self._stack.close()
+
+
+def tasks_of(config: Config, structure: Structure) -> Tasks:
+    """The tasks of a comparison in the tokens of a model.
+
+    Raises:
+        InputError: an unknown task, or its documents are missing.
+    """
+    return resolve(
+        config.tasks,
+        tokenizer=load_tokenizer(structure.checkpoint.path),
+        data_dir=None if config.data_dir is None else Path(config.data_dir),
+        include_path=None if config.include_path is None else Path(config.include_path),
+        limit=config.limit,
+        batch_size=config.batch_size,
+    )
+
+
+def facts_of(model: Running) -> RunFacts:
+    """How a model runs in this process."""
+    import torch
+
+    device = model.device
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "cpu": processor(),
+        "layer_by_layer": model.by_layer,
+    }
+
+
+@functools.cache
+def processor() -> str:
+    """Name of the processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

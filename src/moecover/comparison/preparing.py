@@ -1,0 +1,130 @@
+"""Preparing the models of a comparison: downloads them, reads texts and samples, gives every cell its fingerprint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moecover.checkpoints.structure import read_structure
+from moecover.comparison.config import corpora_of
+from moecover.comparison.fingerprints import cell_fingerprint, tasks_fingerprint, versions, weights_fingerprint
+from moecover.comparison.models import ComparedModel
+from moecover.comparison.open_model import tasks_of
+from moecover.comparison.reading import Request
+from moecover.comparison.yaml_lines import KeyPath
+from moecover.corpora.overlap import WORTH_SAYING, overlap
+from moecover.corpora.packing import load_corpus
+from moecover.corpora.sources import parse_corpora, set_name
+from moecover.corpora.windows import load_windows
+from moecover.errors import InputError
+from moecover.profiling.layer_inputs import sample_of
+from moecover.progress import Progress
+
+MOSTLY = 0.5  # of the text: samples that take more of it overlap, so that their spread is underestimated
+
+
+def prepare(request: Request, model: ComparedModel, progress: Progress) -> None:
+    """Download a model, read what its cells depend on, and give every cell its fingerprint.
+
+    Raises:
+        InputError: a text or task that cannot be read, with the line.
+    """
+    if model.structure.checkpoint.folder is None:
+        progress.say(f"fetching {model.entry.model}")
+        model.structure = read_structure(model.entry.model, revision=model.entry.revision)
+    _read_texts(request, model, progress)
+    _read_samples(request, model, progress)
+    _warn_of_overlap(model, progress)
+    tasks = _read_tasks(request, model, progress) if request.config.tasks else None
+    model.weights, computed_by = weights_fingerprint(model.structure), versions()
+    for cell in model.cells:
+        model.fingerprints[cell.id] = cell_fingerprint(request.config, model, cell, tasks, computed_by)
+
+
+def _read_texts(request: Request, model: ComparedModel, progress: Progress) -> None:
+    """Read the texts for perplexity."""
+    config = request.config
+    texts = parse_corpora(config.perplexity) if config.perplexity else {}
+    for number, (name, path) in enumerate(texts.items()):
+        try:
+            with progress.spinner(f"{model.name}: reading text {name}"):
+                text = load_windows(
+                    name, path or None, structure=model.structure, length=config.window, windows=config.windows
+                )
+        except InputError as error:
+            raise request.error(f"{model.name}: {error}", "perplexity", number) from error
+        model.texts += (text,)
+
+
+def _read_samples(request: Request, model: ComparedModel, progress: Progress) -> None:
+    """Read the calibration samples, and the part of them that repairs run on."""
+    config = request.config
+    sets = [tuple(corpora_of(arguments)) for arguments in config.calibration]
+    for names, seed in dict.fromkeys(c.calibrated_on for c in model.cells if c.calibration):
+        number = sets.index(names)
+        try:
+            with progress.spinner(f"{model.name}: reading corpora {set_name(names, ' and ')}, sample {seed}"):
+                model.samples[names, seed] = tuple(
+                    load_corpus(
+                        name,
+                        path or None,
+                        structure=model.structure,
+                        sequences=config.sequences,
+                        length=config.length,
+                        seed=seed,
+                    )
+                    for name, path in parse_corpora(config.calibration[number]).items()
+                )
+        except InputError as error:
+            raise request.error(f"{model.name}: {error}", "calibration", number) from error
+    try:
+        for sample in dict.fromkeys(c.calibrated_on for c in model.cells if c.repaired):
+            taken = sample_of(model.samples[sample], config.repair_tokens, flag="repair_tokens")
+            model.repaired_on[sample] = tuple(taken)
+    except InputError as error:
+        raise request.error(f"{model.name}: {error}", "repair_tokens") from error
+
+
+def _read_tasks(request: Request, model: ComparedModel, progress: Progress) -> str:
+    """Read the tasks and note their sizes.
+
+    Returns:
+        Their fingerprint.
+
+    Raises:
+        InputError: a task that is unknown or whose documents are missing, with the line.
+    """
+    at: KeyPath = ("tasks",)
+    try:
+        with progress.spinner("reading the tasks"):
+            tasks = tasks_of(request.config, model.structure)
+            passes = -(-tasks.num_requests // request.config.batch_size)
+            model.in_tasks, model.longest = (tasks.num_tokens(), passes), tasks.longest
+            model.in_memory = tasks.in_memory()
+    except InputError as error:
+        raise request.error(str(error).removeprefix("--tasks "), *at) from error
+    return tasks_fingerprint(tasks, request.config.limit)
+
+
+def _warn_of_overlap(model: ComparedModel, progress: Progress) -> None:
+    """Say which test texts are calibration text too, and which calibration samples are mostly the same text."""
+    for text in model.texts:
+        share = max(
+            (overlap(text.tokens, text.mask, [c.record for c in corpora]) for corpora in model.samples.values()),
+            default=0.0,
+        )
+        if share >= WORTH_SAYING:
+            progress.say(
+                f"note: {model.name}: {share:.0%} of the text {text.name} is in the calibration text too, so its "
+                "perplexity says little about unseen text"
+            )
+    by_corpus: dict[str, list[dict[str, Any]]] = {}
+    for corpora in model.samples.values():
+        for corpus in corpora:
+            by_corpus.setdefault(corpus.name, []).append(corpus.record)
+    for name, records in by_corpus.items():
+        share = max(r["sequences"] / r["blocks_available"] for r in records)
+        if len({r["sha256"] for r in records}) > 1 and share > MOSTLY:
+            progress.say(
+                f"note: {model.name}: every sample of {name} takes {share:.0%} of the available text, so the samples "
+                "overlap and their spread is underestimated. Give fewer sequences or more text"
+            )

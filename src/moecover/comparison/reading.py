@@ -1,0 +1,126 @@
+"""From a YAML file, flags, or a mapping to a checked configuration: gives a `Request`.
+
+An error is one line with the file and the line number (or the flag) of the mistake.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ValidationError
+
+from moecover.comparison.config import Config, MethodEntry, ModelEntry
+from moecover.comparison.yaml_lines import KeyPath, Places, load
+from moecover.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+FOLDERS = ("data_dir", "include_path", "plugins")  # fields that hold paths
+
+
+@dataclass(frozen=True)
+class Request:
+    """A configuration, and where its fields come from, so that a mistake that is found later has its line too."""
+
+    config: Config
+    places: Places = field(default_factory=Places)
+
+    def error(self, error: InputError | str, *at: str | int) -> InputError:
+        """The error with its place in the file."""
+        return self.places.error(str(error), at)
+
+
+def read(path: Path | None, flags: Mapping[str, object]) -> Request:
+    """Read a configuration from a YAML file, from flags, or from both: a flag replaces the file's field.
+
+    Args:
+        path: the file; None if there are only flags. Paths in it are relative to its folder.
+        flags: fields of `Config` by name. Paths are relative to the current folder.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, a wrong value; with the line.
+    """
+    value: dict[str, object] = {}
+    lines: dict[KeyPath, int] = {}
+    if path is not None:
+        value, lines = load(path)
+        value = _absolute(value, path.absolute().parent)
+    value = {**value, **_absolute(flags, Path.cwd())}
+    if "retain" in flags or "keep" in flags:
+        value = {k: v for k, v in value.items() if k not in ("retain", "keep") or k in flags}
+    places = Places("" if path is None else str(path), lines, tuple(flags))
+    return Request(_validated(value, places), places)
+
+
+def request(config: Config | Mapping[str, object] | Path | str) -> Request:
+    """What `read` gives, from any form of a configuration: an object, its fields, or the path of a YAML file.
+
+    Raises:
+        InputError: as `read`.
+    """
+    if isinstance(config, Config):
+        return Request(config)
+    if isinstance(config, Mapping):
+        return Request(_validated(_absolute(config, Path.cwd()), Places()))
+    return read(Path(config), {})
+
+
+def _validated(value: Mapping[str, object], places: Places) -> Config:
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise places.error(_message(first), first["loc"]) from error
+
+
+def _message(error: ErrorDetails) -> str:
+    """What pydantic found, in one line."""
+    at = tuple(part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("function-", "list["))))
+    name = ".".join(str(part) for part in at)
+    if error["type"] == "extra_forbidden":
+        known = list(_keys_at(at[:-1]))
+        close = difflib.get_close_matches(str(at[-1]), known, n=1)
+        return f"unknown key {at[-1]!r}.{f' Did you mean {close[0]}?' if close else ''} Known: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"`{name}` is missing"
+    if error["type"] == "too_short":
+        return f"`{name}`: at least one value is needed"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    got = f", not {error['input']!r}" if not isinstance(error["input"], (dict, BaseModel)) else ""
+    return f"`{name}`: {error['msg'][0].lower()}{error['msg'][1:]}{got}"
+
+
+def _keys_at(at: KeyPath) -> Iterable[str]:
+    """The keys that are allowed at a place."""
+    entries: dict[str, type[BaseModel]] = {"models": ModelEntry, "methods": MethodEntry}
+    entry = entries.get(str(at[0])) if at else Config
+    return entry.model_fields if entry is not None else ()
+
+
+def _absolute(value: Mapping[str, object], folder: Path) -> dict[str, object]:
+    """The fields with relative paths joined to a folder; values that are no paths stay."""
+
+    def path(text: object) -> object:
+        return str(folder / text) if isinstance(text, str) else text
+
+    def source(text: object) -> object:
+        name, equals, file = text.partition("=") if isinstance(text, str) else ("", "", "")
+        return f"{name}={folder / file}" if equals and file else text
+
+    def model(entry: object) -> object:
+        if isinstance(entry, dict):
+            return {**entry, "model": model(entry["model"])} if "model" in entry else entry
+        return str((folder / entry).resolve()) if isinstance(entry, str) and (folder / entry).is_dir() else entry
+
+    def each(change: Callable[[object], object], found: object) -> object:
+        return [each(change, one) for one in found] if isinstance(found, list) else change(found)
+
+    changes: dict[str, Callable[[object], object]] = {"models": model, "calibration": source, "perplexity": source}
+    changes |= dict.fromkeys(FOLDERS, path)
+    return {key: each(changes[key], found) if key in changes else found for key, found in value.items()}

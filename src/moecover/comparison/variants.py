@@ -1,0 +1,116 @@
+"""Variants: the ways to choose experts that a configuration asks for, without budget and seed, and their labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moecover.comparison.config import UNREPAIRED, MethodEntry
+from moecover.comparison.reading import Request
+from moecover.errors import InputError
+from moecover.planning.methods import METHODS
+
+SUPER_EXPERTS = "protect_super_experts"  # an option of every method, so none of a method's own
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to choose experts, and the repair of those that stay: without budget and seed.
+
+    Attributes:
+        method: name in `METHODS`.
+        saliency: its saliency, None for a method that takes none.
+        options: the method's other options, and ``protect_super_experts``.
+        seeds: one plan each; empty for a deterministic method.
+        label: name in tables and figures.
+        blind: it uses no statistics and no repair, so it needs no calibration text.
+        searches: it needs the live model and a sample of the inputs of its MoE layers.
+        repair: of the experts that stay, see `repairing.solver.KINDS`, or ``none``.
+    """
+
+    method: str
+    saliency: str | None
+    options: dict[str, object]
+    seeds: tuple[int, ...]
+    label: str
+    blind: bool
+    searches: bool
+    repair: str = UNREPAIRED
+
+    def plan_options(self, seed: int | None) -> dict[str, object]:
+        """The options of `plan_budgets`: those of the method with the saliency and a seed, where it takes them."""
+        options = dict(self.options)
+        if self.saliency is not None:
+            options["saliency"] = self.saliency
+        if seed is not None:
+            options["seed"] = seed
+        return options
+
+
+def label_of(method: str, saliency: str | None, options: Mapping[str, object]) -> str:
+    """The default label of a variant: ``TB-Coverage (contribution)``, ``REAP``, ``ExpertSparsity``, ``random``."""
+    published = saliency is not None and saliency in METHODS[method].published
+    inside = [saliency] if saliency and not published else []
+    inside += [f"{k.replace('_', ' ')} {v}" if v is not True else k.replace("_", " ") for k, v in options.items()]
+    name = METHODS.label(method, saliency)
+    return f"{name} ({', '.join(inside)})" if inside else name
+
+
+def variants(request: Request) -> list[Variant]:
+    """The variants of a configuration, in its order.
+
+    Raises:
+        InputError: unknown method or saliency, an option that the method does not have, or two variants of one label.
+    """
+    found: list[Variant] = []
+    for number, entry in enumerate(request.config.methods):
+        try:
+            found += _of_entry(request, entry)
+        except InputError as error:
+            raise request.error(error, "methods", number) from error
+        slugs = [slug(v.label) for v in found]
+        if repeated := [v.label for i, v in enumerate(found) if slugs[i] in slugs[:i]]:
+            text = f"two methods are called {repeated[0]}. Give one of them another label"
+            raise request.error(text, "methods", number)
+    return found
+
+
+def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
+    """The variants of one method: by saliency and repair."""
+    config, found = request.config, list[Variant]()
+    method, given = METHODS[entry.method], dict[str, object](entry.model_extra or {})
+    takes_saliency = method.has("saliency")
+    if entry.saliency and not takes_saliency:
+        raise InputError(f"method {entry.method} has no saliency")
+    if entry.seeds and not method.seeded:
+        raise InputError(f"method {entry.method} is deterministic: it has no seeds")
+    saliencies: list[str | None] = [*(entry.saliency or config.saliencies)] if takes_saliency else [None]
+    blind = method.blind and not entry.protect_super_experts
+    seeds = tuple(entry.seeds or config.seeds) if method.seeded else ()
+    for saliency in saliencies:
+        method.complete(given | ({"saliency": saliency} if takes_saliency else {}))
+        options = given | ({SUPER_EXPERTS: True} if entry.protect_super_experts else {})
+        label = entry.label or label_of(entry.method, saliency, options)
+        if entry.label and len(entry.saliency or [0]) > 1:
+            label = f"{label} ({saliency})"
+        for repair in entry.repair or config.repairs:
+            plain = repair == UNREPAIRED
+            found.append(
+                Variant(
+                    method=entry.method,
+                    saliency=saliency,
+                    options=options,
+                    seeds=seeds,
+                    label=label if plain else f"{label} + {repair}",
+                    blind=blind and plain,
+                    searches=method.runs_experts,
+                    repair=repair,
+                )
+            )
+    return found
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name."""
+    return re.sub(r"[^\w.+]+", "-", text).strip("-").lower()
