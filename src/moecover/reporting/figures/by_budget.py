@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.reporting.data import Estimate, ModelFindings, Usage
+from moecover.reporting.data import Usage
 from moecover.reporting.figures.plan_figures import expected_overlap
 from moecover.reporting.figures.style import COLOURS, FAINT, MARKERS, REFERENCE, STROKES, layer_axis, page, short
+from moecover.reporting.findings import Estimate, ModelFindings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,7 +184,7 @@ def perplexity_picture(model: ModelFindings, text: str) -> Figure | None:
     return lines_picture(lines, title=title, xlabel="experts kept, %", ylabel="perplexity, lower is better", reference=reference, may_be_log=True)  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------- the mechanism
+# -------------------------------------------------------------------------------------------------------- the mechanism
 def kept_weight_picture(model: ModelFindings, usage: Usage) -> Figure | None:
     """Share of the tasks' routing weight that went to kept experts, against the experts kept, by method."""
     lines = []
