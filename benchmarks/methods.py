@@ -26,8 +26,9 @@ from moecover.corpora.packing import Corpus, load_corpus
 from moecover.evaluation.run import perplexity
 from moecover.planning.artifact import Plan, keep_all
 from moecover.planning.masking import masked
-from moecover.planning.run import DEFAULT_PROTECT, DEFAULT_SALIENCY, plan_budgets
-from moecover.planning.saliency import SALIENCIES
+from moecover.planning.options import PROTECT
+from moecover.planning.run import plan_budgets
+from moecover.planning.saliency import DEFAULT_SALIENCY, SALIENCIES
 from moecover.profiling.artifact import Profile
 from moecover.profiling.layer_inputs import sample_of
 from moecover.profiling.run import profile
@@ -51,8 +52,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
     default = {"saliency": DEFAULT_SALIENCY, "protect_super_experts": True}
     yield f"pooled, {DEFAULT_SALIENCY}, super experts", {"method": "pooled", **default}
     yield (
-        f"tb-coverage, {DEFAULT_SALIENCY}, protect {DEFAULT_PROTECT}, super experts",
-        {"method": "tb-coverage", "protect": DEFAULT_PROTECT, **default},
+        f"tb-coverage, {DEFAULT_SALIENCY}, protect {PROTECT.default}, super experts",
+        {"method": "tb-coverage", "protect": PROTECT.default, **default},
     )
 
 

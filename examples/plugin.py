@@ -8,8 +8,8 @@ moecover ls methods --plugin examples/plugin.py
 import numpy as np
 
 from moecover import METHODS, SALIENCIES
-from moecover.planning.run import chosen, utility_of
-from moecover.planning.selection import ranked, scaled
+from moecover.planning.saliency import utility_of
+from moecover.planning.selection import layer_plan, ranked, scaled
 
 
 @SALIENCIES("energy", paper="example")
@@ -27,5 +27,5 @@ def loudest(profile, budget, *, saliency="contribution", floor=0.0):
     plans = []
     for layer, order in enumerate(orders.tolist()):
         room = budget.room(layer)  # the places of the layer: required experts are in it, router groups stay equal
-        plans.append(chosen(profile, layer, room, room.fill(order), utility=shares))
+        plans.append(layer_plan(profile, layer, room, room.fill(order), utility=shares))
     return plans

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from moecover.evaluation.run import perplexity
     from moecover.planning.artifact import LayerPlan, Plan
     from moecover.planning.masking import masked
-    from moecover.planning.run import METHODS, plan, plan_budgets, super_experts
+    from moecover.planning.methods import METHODS
+    from moecover.planning.run import plan, plan_budgets
     from moecover.planning.saliency import SALIENCIES
+    from moecover.planning.super_experts import super_experts
     from moecover.profiling.artifact import Profile
     from moecover.profiling.run import profile
     from moecover.pruning.writer import prune
@@ -61,11 +63,11 @@ _MODULE_OF = {
     "load_model": "runtime.loading",
     "profile": "profiling.run",
     "SALIENCIES": "planning.saliency",
-    "METHODS": "planning.run",
+    "METHODS": "planning.methods",
     "Plan": "planning.artifact",
     "plan": "planning.run",
     "plan_budgets": "planning.run",
-    "super_experts": "planning.run",
+    "super_experts": "planning.super_experts",
     "load_plugin": "registry",
     "LayerPlan": "planning.artifact",
     "prune": "pruning.writer",

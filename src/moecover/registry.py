@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib.util
@@ -66,6 +67,15 @@ class Registry(Mapping[str, F], Generic[F]):
 
     def __len__(self) -> int:
         return len(self._functions)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """A block after which what was entered within it is gone."""
+        kept = dict(self._functions), dict(self.papers), dict(self.facts), dict(self._plugins)
+        try:
+            yield
+        finally:
+            self._functions, self.papers, self.facts, self._plugins = kept
 
     def rows(self) -> list[dict[str, str]]:
         """Name, first line of the docstring and paper of every entry, for listings and docs."""

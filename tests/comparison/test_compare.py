@@ -349,7 +349,7 @@ def test_an_interrupt_keeps_what_is_done(
 
 # -------------------------------------------------------------------------------------------------------------- failures
 PLUGIN = """
-from moecover.planning.run import METHODS
+from moecover.planning.methods import METHODS
 @METHODS("NAME", paper="none")
 def broken(profile, budget, *, seed: int = 0):
     '''Fails.'''
@@ -823,7 +823,7 @@ perplexity: [test=test.jsonl]
     [
         ("retain: [0.5]", "retian: [0.5]", 8, "unknown key 'retian'. Did you mean retain? Known: models, calibration"),
         ("retain: [0.5]", "retain: [half]", 8, "`retain.0`: input should be a valid number, not 'half'"),
-        ("retain: [0.5]", "retain: [0.5, 0.1]", 8, "qwen: retain 0.1 keeps 1 of 12 experts, which leaves fewer experts than the router's top-k of 4"),
+        ("retain: [0.5]", "retain: [0.5, 0.1]", 8, "qwen: retain=0.1 keeps 1 of 12 experts, which leaves fewer experts than the router's top-k of 4"),
         ("retain: [0.5]", "retain: [0.5, 0.51]", 8, "qwen: the budgets keep 6, 6 experts: give every one once"),
         ("retain: [0.5]", "retain: 0.5\nkeep: 6", None, "give one of `retain` (fractions) and `keep`"),
         ("retain: [0.5]", "retain: [0.5]\nseeds: []", 9, "`seeds`: at least one value is needed"),
@@ -876,7 +876,7 @@ def test_mistakes_in_the_file(
     ("flags", "message"),
     [
         (["--retain", "0.5", "--keep", "6"], "give one of `retain`"),
-        (["--retain", "0.01"], "--retain: qwen: retain 0.01 keeps 0 of 12 experts"),
+        (["--retain", "0.01"], "--retain: qwen: retain=0.01 keeps 0 of 12 experts"),
         (["--memory-limit", "600MB"], "--memory-limit: qwen: one layer at a time still needs 0."),
         (["--jobs", "0"], "--jobs 0 is out of range"),
         (["--method", "rndom"], "unknown method 'rndom'. Did you mean random?"),

@@ -19,8 +19,10 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import make_corpus
 from moecover.errors import InputError
 from moecover.planning.run import plan_budgets
+from moecover.planning.search.eliminate import eliminate
+from moecover.planning.search.exhaust import count_subsets, exhaust, kind_of_search, subsets
+from moecover.planning.search.products import Products
 from moecover.planning.search.routing import recognise
-from moecover.planning.search.subsets import Products, count_subsets, eliminate, subsets
 from moecover.planning.selection import Budget
 from moecover.profiling.artifact import Profile
 from moecover.profiling.layer_inputs import FILE, open_inputs, sample_of
@@ -268,7 +270,6 @@ def test_ties_keep_the_lowest_ids(cases: Callable[..., Case]) -> None:
         products = Products(case.model.get_submodule(case.structure.experts_modules[0]), routing, hidden, logits)
         assert eliminate(products, [Budget(7, 8), Budget(6, 8)], frozenset())[0] == [0, 1, 2, 3, 4, 5, 7]
         assert eliminate(products, [Budget(6, 8)], frozenset()) == [[0, 1, 2, 3, 4, 7]]
-        from moecover.planning.search.subsets import exhaust
 
         assert exhaust(products, Budget(7, 8), frozenset()) == [0, 1, 2, 3, 4, 5, 7]
 
@@ -318,12 +319,11 @@ def test_groups_and_super_experts_in_the_search(cases: Callable[..., Case]) -> N
 
 
 def test_auto_is_exhaustive_up_to_100_000_subsets() -> None:
-    from moecover.planning.search.subsets import kind_of_search
 
     assert count_subsets(Budget(10, 19)) == 92378
     assert kind_of_search(Budget(10, 19), "auto") == "exhaustive"
     assert kind_of_search(Budget(10, 20), "auto") == "greedy"
-    with pytest.raises(InputError, match="--search exhaustive would try 1.18e.17 subsets of 60 experts"):
+    with pytest.raises(InputError, match="search=exhaustive would try 1.18e.17 subsets of 60 experts"):
         kind_of_search(Budget(30, 60), "exhaustive")
 
 
@@ -388,7 +388,7 @@ def test_an_error_in_a_pass_ends_all_passes(cases: Callable[..., Case], monkeypa
 
     monkeypatch.setattr(case.model.model.layers[1], "forward", lost)
     monkeypatch.setattr(
-        "moecover.planning.search.subsets.observe_calls", lambda model, structure, modules, forward: (modules, modules)
+        "moecover.planning.search.driver.observe_calls", lambda model, structure, modules, forward: (modules, modules)
     )
     with pytest.raises(RuntimeError, match="lost"):
         plan_budgets(case.profile, method="expert-sparsity", keeps=[6], model=case.model, structure=case.structure, mode="progressive")  # fmt: skip

@@ -16,8 +16,10 @@ from moecover.checkpoints.topology import Topology
 from moecover.cli.main import main
 from moecover.errors import InputError
 from moecover.planning.artifact import LayerPlan, Plan
-from moecover.planning.explaining.facts import covered_rank, explain, text_of
-from moecover.planning.run import METHODS, plan, runs_experts
+from moecover.planning.explaining.facts import covered_rank, explain
+from moecover.planning.explaining.text import text_of
+from moecover.planning.methods import METHODS
+from moecover.planning.run import plan, runs_experts
 from moecover.profiling.artifact import MAXIMA, STATISTICS, Profile
 from moecover.profiling.run import profile
 from tests.conftest import hand_plan, random_corpus

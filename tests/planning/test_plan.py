@@ -17,9 +17,11 @@ from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError
 from moecover.planning.artifact import Plan, check_plan, keep_all
 from moecover.planning.keep import resolve_keep
-from moecover.planning.run import METHODS, plan, plan_budgets, runs_experts, super_experts
+from moecover.planning.methods import METHODS
+from moecover.planning.run import plan, plan_budgets, runs_experts
 from moecover.planning.saliency import SALIENCIES
 from moecover.planning.selection import Room, cover, ranked
+from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import STATISTICS, Profile
 from tests.conftest import hand_plan
 
@@ -210,7 +212,7 @@ def test_a_corpus_that_speaks_louder_gets_no_more() -> None:
 
 
 def test_required_experts_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InputError, match="3 super experts do not fit into --keep 2"):
+    with pytest.raises(InputError, match="3 super experts do not fit into keep=2"):
         Room(2, 6, required=[0, 1, 2])
     with pytest.raises(InputError, match="do not fit"):
         Room(2, 6, num_groups=2, required=[0, 1])
@@ -304,11 +306,11 @@ def test_group_limited_routers_keep_the_same_number_in_every_group(method: str, 
 def test_keeps_that_no_group_can_hold_are_refused(keep: int) -> None:
     topology = Topology("deepseek_v3", (3,), 32, 4, 8, 6, num_groups=4, top_groups=2)
     with pytest.raises(
-        InputError, match="4 groups of experts: every group must keep the same number, 2 or more. Near: --keep"
+        InputError, match="4 groups of experts: every group must keep the same number, 2 or more. Near: keep="
     ):
         resolve_keep(topology, keep=keep, retain=None)
     narrow = Topology("deepseek_v3", (3,), 32, 4, 8, 6, num_groups=4, top_groups=1)
-    with pytest.raises(InputError, match="Near: --keep 16"):  # 8 / 4 groups leave 2 in the one group of a token: top-4
+    with pytest.raises(InputError, match="Near: keep=16"):  # 8 / 4 groups leave 2 in the one group of a token: top-4
         resolve_keep(narrow, keep=8, retain=None)
 
 
@@ -406,15 +408,15 @@ TOPOLOGY = Topology("qwen2_moe", (0, 1), 60, 4, 32, 2)
 @pytest.mark.parametrize(
     "keep, retain, message",
     [
-        (None, None, "exactly one of --keep"),
-        (30, 0.5, "exactly one of --keep"),
-        (3, None, r"--keep 3 leaves fewer experts than the router's top-k of 4. Allowed: --keep 4 to 60"),
-        (61, None, "--keep 61 is above the 60 experts"),
+        (None, None, "exactly one of keep"),
+        (30, 0.5, "exactly one of keep"),
+        (3, None, r"keep=3 leaves fewer experts than the router's top-k of 4. Allowed: keep=4 to 60"),
+        (61, None, "keep=61 is above the 60 experts"),
         (0, None, "fewer experts"),
-        (None, 0.0, r"--retain 0.0 is out of range"),
-        (None, 1.5, r"--retain 1.5 is out of range"),
+        (None, 0.0, r"retain=0.0 is out of range"),
+        (None, 1.5, r"retain=1.5 is out of range"),
         (None, float("nan"), "out of range"),
-        (None, 0.01, "--retain 0.01 keeps 1 of 60 experts, which leaves fewer"),
+        (None, 0.01, "retain=0.01 keeps 1 of 60 experts, which leaves fewer"),
     ],
 )
 def test_budgets_out_of_range(keep: int | None, retain: float | None, message: str) -> None:
@@ -450,20 +452,20 @@ def test_retain_rounds_to_the_nearest(retain: float, keep: int) -> None:
     [
         ({"method": "tb-covrage"}, "unknown method 'tb-covrage'. Did you mean tb-coverage"),
         ({"saliency": "reep"}, "unknown saliency 'reep'. Did you mean reap"),
-        ({"protect": 1.2}, "--protect 1.2 is out of range"),
-        ({"method": "random", "saliency": "reap"}, "--saliency is no option of method random. It has: --seed"),
-        ({"method": "pooled", "weights": {"a": 2}}, "--weights is no option of method pooled. It has: --saliency"),
-        ({"method": "pooled", "mode": "layerwise"}, "--mode is no option of method pooled"),
-        ({"weights": {"c": 2}}, "unknown corpus in --weight 'c'. Known: a, b"),
-        ({"weights": {"a": 1.5}}, "--weight a=1.5 is out of range: a whole number"),
-        ({"weights": {"a": True}}, "--weight a=True is out of range: a whole number"),
+        ({"protect": 1.2}, "protect=1.2 is out of range"),
+        ({"method": "random", "saliency": "reap"}, "saliency is no option of method random. It has: seed"),
+        ({"method": "pooled", "weights": {"a": 2}}, "weights is no option of method pooled. It has: saliency"),
+        ({"method": "pooled", "mode": "layerwise"}, "mode is no option of method pooled"),
+        ({"weights": {"c": 2}}, "unknown corpus in weights 'c'. Known: a, b"),
+        ({"weights": {"a": 1.5}}, "weights=a=1.5 is out of range: a whole number"),
+        ({"weights": {"a": True}}, "weights=a=True is out of range: a whole number"),
         ({"weights": {"a": 0, "b": 0}}, "every corpus has weight 0"),
-        ({"method": "expert-sparsity"}, "expert-sparsity runs the experts: give --model MODEL"),
+        ({"method": "expert-sparsity"}, "expert-sparsity runs the experts: give model and structure"),
         (
             {"method": "expert-sparsity", "mode": "sideways"},
-            "--mode sideways is unknown. Allowed: layerwise, progressive",
+            "mode=sideways is unknown. Allowed: layerwise, progressive",
         ),
-        ({"method": "expert-sparsity", "search": "all"}, "--search all is unknown. Allowed: auto, exhaustive, greedy"),
+        ({"method": "expert-sparsity", "search": "all"}, "search=all is unknown. Allowed: auto, exhaustive, greedy"),
     ],
 )
 def test_bad_options(small_profile: Profile, options: dict, message: str) -> None:

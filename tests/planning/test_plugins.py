@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecover import registry
 from moecover.cli.main import main
-from moecover.planning import run as planning
-from moecover.planning import saliency
+from moecover.errors import InputError
+from moecover.planning.methods import METHODS
+from moecover.planning.saliency import SALIENCIES
 from moecover.planning.selection import ranked
+from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import Profile
+from moecover.registry import load_plugin
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin.py"
 
@@ -29,11 +31,8 @@ def family() -> str:
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """What a plugin enters is gone after the test."""
-    tables = (planning.METHODS, saliency.SALIENCIES)
-    kept = [(dict(t._functions), dict(t.papers), dict(t.facts)) for t in tables]
-    yield
-    for table, (functions, papers, facts) in zip(tables, kept, strict=True):
-        table._functions, table.papers, table.facts = functions, papers, facts
+    with METHODS.restored(), SALIENCIES.restored():
+        yield
 
 
 @pytest.fixture
@@ -177,7 +176,7 @@ def test_a_plugin_that_goes_wrong_is_one_line_and_nothing_is_written(
 
 def test_a_method_that_drops_super_experts_is_refused(folder: Path, small_profile: Profile, tmp_path: Path, capsys) -> None:  # fmt: skip
     plugin, keep = tmp_path / "mine.py", small_profile.topology.top_k
-    extreme = planning.super_experts(small_profile)
+    extreme = super_experts(small_profile)
     layer = next(i for i, experts in enumerate(extreme) if experts)
     others = sorted(set(range(small_profile.topology.num_experts)) - extreme[layer])[:keep]
     plugin.write_text(HEAD + f"@METHODS('mine', paper='x')\ndef f(profile, budget):\n    return [LayerPlan(decoder_layer=d, kept={others}) for d in profile.topology.decoder_layers]\n")  # fmt: skip
@@ -196,9 +195,10 @@ def test_no_such_plugin(name: str, folder: Path, tmp_path: Path, capsys) -> None
 
 def test_a_failed_import_does_not_leave_the_registry_guarded(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("1 / 0\n")
-    with pytest.raises(registry.InputError):
-        registry.load_plugin(tmp_path / "bad.py")
-    assert registry._plugin is None
+    with pytest.raises(InputError):
+        load_plugin(tmp_path / "bad.py")
+    SALIENCIES("reap", paper="not from a plugin: may replace what is built in")(lambda s: s["count"])
+    assert SALIENCIES.papers["reap"].startswith("not from a plugin")
 
 
 def test_plugins_get_no_shell_of_their_own(monkeypatch, tmp_path: Path, folder: Path, capsys) -> None:

@@ -25,7 +25,8 @@ from moecover.checkpoints.structure import read_structure
 from moecover.cli.main import main
 from moecover.corpora.packing import load_corpus, make_corpus
 from moecover.errors import InputError
-from moecover.planning.run import METHODS, plan, runs_experts
+from moecover.planning.methods import METHODS
+from moecover.planning.run import plan, runs_experts
 from moecover.planning.saliency import SALIENCIES
 from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
@@ -234,7 +235,8 @@ def test_any_dtype_of_the_files_and_of_the_run(checkpoints: Callable[..., Path],
 
 def test_dead_experts_go_first_and_are_reported(checkpoints: Callable[..., Path]) -> None:
     """llm-compressor B9: dead experts are kept in silence."""
-    from moecover.planning.explaining.facts import explain, text_of
+    from moecover.planning.explaining.facts import explain
+    from moecover.planning.explaining.text import text_of
 
     structure = read_structure(checkpoints("qwen2_moe"))
     tokens = np.full((1, 3), 7)

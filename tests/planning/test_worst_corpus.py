@@ -13,8 +13,10 @@ import torch
 
 from moecover.checkpoints.structure import read_structure
 from moecover.planning.run import plan_budgets
+from moecover.planning.search.eliminate import eliminate
+from moecover.planning.search.exchange import exchange
+from moecover.planning.search.products import WorstCorpusProducts
 from moecover.planning.search.routing import recognise
-from moecover.planning.search.subsets import Corpora, eliminate, exchange
 from moecover.planning.selection import Budget
 from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
@@ -63,12 +65,14 @@ def naive_errors(case: Case, layer: int, corpora: list[torch.Tensor], kept: list
     return found
 
 
-def products_of(case: Case, layer: int, corpora: list[torch.Tensor]) -> Corpora:
+def products_of(case: Case, layer: int, corpora: list[torch.Tensor]) -> WorstCorpusProducts:
     router = routers(case.model, case.structure)[layer]
     with torch.inference_mode():
         routing = recognise(case.model, case.structure, router, router, layer, torch.cat(corpora))
         logits = torch.cat([router(hidden)[0] for hidden in corpora])
-        return Corpora(case.model.get_submodule(case.structure.experts_modules[layer]), routing, corpora, logits)
+        return WorstCorpusProducts(
+            case.model.get_submodule(case.structure.experts_modules[layer]), routing, corpora, logits
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,9 +24,13 @@ def listing(what: str) -> list[dict[str, str]]:
         proven = [{"name": n, "summary": routing, "source": f"proven with transformers {PROVEN_WITH}"} for n, routing in PROVEN_FAMILIES.items()]  # fmt: skip
         return proven + [{"name": n, "summary": reason, "source": "refused"} for n, reason in UNSUPPORTED.items()]
     if what == "methods":
-        from moecover.planning.run import METHODS as REGISTRY
+        from moecover.planning.methods import METHODS
+
+        rows = METHODS.rows()
     elif what == "saliencies":
-        from moecover.planning.saliency import SALIENCIES as REGISTRY
+        from moecover.planning.saliency import SALIENCIES
+
+        rows = SALIENCIES.rows()
     else:
         raise InputError(f"nothing is listed under {what!r}. Allowed: methods, saliencies, corpora, families")
-    return [{"name": r["name"], "summary": r["summary"], "source": r["paper"]} for r in REGISTRY.rows()]
+    return [{"name": r["name"], "summary": r["summary"], "source": r["paper"]} for r in rows]

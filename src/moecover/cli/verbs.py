@@ -90,7 +90,8 @@ def _demo(args: argparse.Namespace) -> tuple[Any, str, int]:
 
 def _explain(args: argparse.Namespace) -> tuple[Any, str, int]:
     from moecover.planning.artifact import Plan
-    from moecover.planning.explaining.facts import explain, text_of
+    from moecover.planning.explaining.facts import explain
+    from moecover.planning.explaining.text import text_of
     from moecover.profiling.artifact import Profile
     from moecover.reporting.figures.plan_figures import NAMES, check_folder, draw
 

@@ -23,7 +23,9 @@ from moecover.corpora.sources import each_file, parse_corpora, set_folder, set_n
 from moecover.corpora.windows import WINDOWS, check_text
 from moecover.errors import InputError
 from moecover.planning.keep import resolve_keep
-from moecover.planning.run import DEFAULT_SALIENCY, METHODS, check_options
+from moecover.planning.methods import METHODS
+from moecover.planning.run import check_options
+from moecover.planning.saliency import DEFAULT_SALIENCY
 from moecover.registry import unknown_name
 from moecover.repairing.solver import KINDS
 
@@ -364,7 +366,7 @@ def variants(asked: Asked) -> list[Variant]:
     config, found = asked.config, list[Variant]()
     for number, entry in enumerate(config.methods):
         try:
-            parameters = inspect.signature(METHODS[entry.method]).parameters
+            parameters = inspect.signature(METHODS[entry.method].function).parameters
             given = dict(entry.model_extra or {})
             takes, seeded = "saliency" in parameters, "seed" in parameters
             if entry.saliency and not takes:
@@ -374,7 +376,7 @@ def variants(asked: Asked) -> list[Variant]:
             for saliency in (entry.saliency or config.saliencies) if takes else [None]:
                 check_options(entry.method, given | ({"saliency": saliency} if takes else {}))
                 options = given | ({"protect_super_experts": True} if entry.protect_super_experts else {})
-                blind = bool(METHODS.facts[entry.method].get("blind")) and not entry.protect_super_experts
+                blind = METHODS[entry.method].blind and not entry.protect_super_experts
                 label = entry.label or label_of(entry.method, saliency, options)
                 if entry.label and len(entry.saliency or [0]) > 1:
                     label = f"{label} ({saliency})"

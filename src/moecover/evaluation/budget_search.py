@@ -21,8 +21,8 @@ from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.artifact import FULL
 from moecover.planning.artifact import Plan
 from moecover.planning.keep import allowed_keeps
-from moecover.planning.run import super_experts
 from moecover.planning.selection import Budget
+from moecover.planning.super_experts import super_experts
 
 if TYPE_CHECKING:
     import torch

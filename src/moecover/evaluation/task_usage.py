@@ -18,8 +18,7 @@ from moecover.errors import InputError
 from moecover.files.atomic import write_text
 from moecover.planning.artifact import Plan
 from moecover.planning.explaining.facts import correlations
-from moecover.planning.run import DEFAULT_SALIENCY, utility_of
-from moecover.planning.saliency import router_weight
+from moecover.planning.saliency import DEFAULT_SALIENCY, router_weight, utility_of
 from moecover.planning.selection import ranked, scaled
 from moecover.profiling.artifact import Profile
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moecover.errors import InputError
 from moecover.registry import Registry
 
 if TYPE_CHECKING:
@@ -21,6 +22,30 @@ if TYPE_CHECKING:
     Saliency = Callable[[Statistics], NDArray[np.float64]]
 
 SALIENCIES: Registry[Callable[..., Any]] = Registry("saliency")
+DEFAULT_SALIENCY = "contribution"
+
+
+def utility_of(saliency: str, statistics: Statistics) -> NDArray[np.float64]:
+    """A saliency by name, ``[layer, expert]``.
+
+    Raises:
+        InputError: unknown name, or a function that gives another shape or non-finite values.
+    """
+    function = SALIENCIES[saliency]
+    shape = statistics["count"].shape
+    values = np.asarray(function(statistics))
+    if values.shape != shape or values.dtype.kind not in "iuf":
+        raise InputError(
+            f"saliency {saliency} gives shape {list(values.shape)} of {values.dtype}, numbers of shape {list(shape)} "
+            "are needed (layer, expert)"
+        )
+    if not np.isfinite(values).all():
+        layer, expert = np.argwhere(~np.isfinite(values))[0]
+        raise InputError(
+            f"saliency {saliency} gives {values[layer, expert]} for MoE layer {layer}, expert {expert}: "
+            "finite numbers are needed"
+        )
+    return values.astype(np.float64)
 
 
 def _per_token(total: NDArray[Any], count: NDArray[Any]) -> NDArray[np.float64]:

@@ -5,16 +5,19 @@ What every method shares: ties go to the lower id, every router group keeps the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.errors import InputError
+from moecover.errors import InputError, arg
+from moecover.planning.artifact import LayerPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from moecover.profiling.artifact import Profile
 
 
 def ranked(utility: NDArray[Any]) -> NDArray[np.int64]:
@@ -35,7 +38,10 @@ class Room:
         self.chosen: dict[int, None] = {}
         for expert in sorted(required):
             if not self.take(expert):
-                raise InputError(f"{len(set(required))} super experts do not fit into --keep {keep}. Keep more, or leave --protect-super-experts out")  # fmt: skip
+                raise InputError(
+                    f"{len(set(required))} super experts do not fit into {arg('keep', keep)}. Keep more, or leave "
+                    f"{arg('protect_super_experts')} out"
+                )
 
     def __len__(self) -> int:
         """Places that are still free."""
@@ -111,3 +117,33 @@ def cover(
         corpus = cycle[turn % len(cycle)]
         protected[corpus].append(next(e for e in orders[corpus] if room.take(e)))
     return protected, room.fill(ranked(np.average(shares, axis=0, weights=weights)).tolist())
+
+
+def layer_plan(
+    profile: Profile,
+    layer: int,
+    room: Room,
+    filled: list[int],
+    *,
+    protected: Mapping[str, list[int]] | None = None,
+    utility: Mapping[str, NDArray[np.float64]] | None = None,
+) -> LayerPlan:
+    """The choice in one MoE layer, from the room that was filled.
+
+    Args:
+        profile: that was planned on.
+        layer: MoE layer.
+        room: its places, all taken.
+        filled: experts that took a place by the method's own order, best first.
+        protected: by corpus, the experts that it protected, in the order of its turns.
+        utility: by corpus, the saliency ``[layer, expert]``, recorded in the plan.
+    """
+    named = {e for ids in (protected or {}).values() for e in ids} | set(filled)
+    return LayerPlan(
+        decoder_layer=profile.topology.decoder_layers[layer],
+        kept=sorted(room.chosen),
+        required=[e for e in room.chosen if e not in named],
+        protected=dict(protected or {}),
+        filled=filled,
+        saliency={corpus: values[layer].tolist() for corpus, values in (utility or {}).items()},
+    )

@@ -1,11 +1,12 @@
-"""A router as a function of its logits, recognised from what it does: for searches that re-route without running it.
+"""A router as a function of its logits, recognised by its behaviour, so that a search can re-route without running it.
 
-Reads a live router and hidden states; gives a `Routing`, or says that the router is of no kind that is known here. It is
-recognised by its outputs on the whole and on a reduced set of experts, never by the name of its family.
+Reads a live router and hidden states; gives a `Routing`, or refuses a router of unknown kind. A router is recognised by
+its outputs on all experts and on a reduced set, never by the name of its family.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,16 +14,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
-from moecover.errors import InputError
+from moecover.checkpoints.topology import Topology
+from moecover.errors import InputError, arg
 from moecover.runtime.masking import masked_layer, router_tensors
 
 if TYPE_CHECKING:
     import torch
 
+AskRouter = Callable[["torch.Tensor"], Any]  # from hidden states to what the router returns: logits, weights, ids, ...
+
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router goes from logits to the experts of a token and their weights.
+    """How a router gets from logits to the experts of a token and their weights.
 
     Attributes:
         scoring: ``softmax`` over all experts, or ``sigmoid``.
@@ -52,7 +56,7 @@ class Routing:
         return torch.softmax(logits, -1) if self.scoring == "softmax" else torch.sigmoid(logits)
 
     def choice(self, scores: torch.Tensor) -> torch.Tensor:
-        """What the choice goes by, ``[..., expert]``; minus infinity outside the groups that a token may use."""
+        """Scores that experts are chosen by, ``[..., expert]``; minus infinity outside the groups that a token may use."""
         import torch
 
         choice = scores if self.bias is None else scores + self.bias
@@ -64,9 +68,9 @@ class Routing:
         return torch.where(allowed[..., None], groups, -torch.inf).flatten(-2)
 
     def weights(self, selected: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """Weights of selected experts from their scores ``[..., slot]`` and the sum over the experts that are there.
+        """Weights of selected experts from their scores ``[..., slot]`` and the sum over all remaining experts.
 
-        With dropped experts' logits at minus infinity a softmax runs over the others: their scores over ``total``.
+        With dropped experts' logits at minus infinity, a softmax runs over the others: their scores over ``total``.
         """
         if self.renormalise:
             return self.scale * selected / selected.sum(-1, keepdim=True)
@@ -74,7 +78,7 @@ class Routing:
 
 
 def describe(routing: Routing) -> str:
-    """A routing in words, without its numbers."""
+    """A routing in words, such as ``softmax, renormalised``."""
     bias = "" if routing.bias is None else " + bias for the choice"
     groups = "" if routing.num_groups == 1 else ", best groups first"
     return f"{routing.scoring}{bias}{groups}{', renormalised' if routing.renormalise else ''}"
@@ -97,9 +101,13 @@ def _fits(routing: Routing, logits: torch.Tensor, weights: torch.Tensor, index: 
 
 
 def recognise(
-    model: torch.nn.Module, structure: Structure, router: torch.nn.Module, ask: Callable[[torch.Tensor], Any], layer: int,
+    model: torch.nn.Module,
+    structure: Structure,
+    router: torch.nn.Module,
+    ask: AskRouter,
+    layer: int,
     hidden: torch.Tensor,
-) -> Routing:  # fmt: skip
+) -> Routing:
     """The routing of a MoE layer's router.
 
     Args:
@@ -111,14 +119,13 @@ def recognise(
         hidden: what enters the router, ``[token, hidden]``.
 
     Raises:
-        InputError: the router does something else.
+        InputError: the router is of another kind.
     """
     import torch
 
     topology = structure.topology
     hidden = hidden[:256]
-    size = topology.num_experts // topology.num_groups
-    fewer = sorted(e for e in range(topology.num_experts) if e % size < max(2, -(-size // 2), -(-topology.top_k // topology.top_groups)))  # fmt: skip
+    fewer = _reduced(topology)
     whole = ask(hidden)
     with masked_layer(model, structure, router, layer, fewer):
         reduced = ask(hidden)
@@ -129,25 +136,101 @@ def recognise(
     biases: list[torch.Tensor | None] = [None]
     vectors = [state[name] for name in router_tensors(structure, layer)]
     biases += [v.flatten().double() for v in vectors if v.numel() == topology.num_experts]
-    kinds = itertools.product(("softmax", "sigmoid"), (False, True), biases, (1, 2) if topology.num_groups > 1 else (1,))  # fmt: skip
-    for scoring, renormalise, bias, best in kinds:
-        tried = Routing(scoring, renormalise, 1.0, topology.top_k, bias, topology.num_groups, topology.top_groups, best)
+    group_bests = (1, 2) if topology.num_groups > 1 else (1,)
+    for scoring, renormalise, bias, best in itertools.product(
+        ("softmax", "sigmoid"), (False, True), biases, group_bests
+    ):
+        groups = topology.num_groups, topology.top_groups, best
+        tried = Routing(scoring, renormalise, 1.0, topology.top_k, bias, *groups)
         scale = _fits(tried, whole[0], whole[1], whole[2])
-        cut = Routing(scoring, renormalise, 1.0, topology.top_k, None if bias is None else bias[ids], topology.num_groups, topology.top_groups, best)  # fmt: skip
-        again = None if scale is None else _fits(cut, reduced[0], reduced[1], position[reduced[2]])
-        if scale is not None and again is not None and abs(again / scale - 1) < 0.01:
-            return Routing(scoring, renormalise, scale, topology.top_k, bias, topology.num_groups, topology.top_groups, best)  # fmt: skip
-    raise InputError(f"the router of decoder layer {topology.decoder_layers[layer]} of {topology.family} is of a kind that a search cannot re-route. Use another --method")  # fmt: skip
+        if scale is None:
+            continue
+        cut = dataclasses.replace(tried, bias=None if bias is None else bias[ids])
+        again = _fits(cut, reduced[0], reduced[1], position[reduced[2]])
+        if again is not None and abs(again / scale - 1) < 0.01:
+            return dataclasses.replace(tried, scale=scale)
+    raise InputError(
+        f"the router of decoder layer {topology.decoder_layers[layer]} of {topology.family} is of a kind that a search "
+        f"cannot re-route. Use another {arg('method')}"
+    )
+
+
+def _reduced(topology: Topology) -> list[int]:
+    """Half of the experts of every group, or as many as the router needs."""
+    size = topology.num_experts // topology.num_groups
+    count = max(2, -(-size // 2), -(-topology.top_k // topology.top_groups))
+    return [e for e in range(topology.num_experts) if e % size < count]
+
+
+class _Calls:
+    """What the routers of a model were called with in one pass, and where their blocks and experts were called."""
+
+    def __init__(self, model: torch.nn.Module, structure: Structure, modules: Sequence[torch.nn.Module]) -> None:
+        self.model, self.structure, self.modules = model, structure, modules
+        self.seen: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.names: dict[int, dict[int, str]] = {}  # by layer: names of the router's tensors by their id in the pass
+
+    def block(self, layer: int) -> torch.nn.Module:
+        """The MoE block: router and experts."""
+        return self.model.get_submodule(self.structure.experts_modules[layer].rpartition(".")[0])
+
+    def tensor(self, name: str) -> Any:
+        """A tensor of the model as it is now."""
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(owner), leaf)
+
+    def observe(self, forward: Callable[[], object]) -> None:
+        """Run the model once and record the calls."""
+        import torch
+
+        hooks = []
+        for layer, module in enumerate(self.modules):
+            experts = self.model.get_submodule(self.structure.experts_modules[layer])
+            for what, watched in (("block", self.block(layer)), ("router", module), ("experts", experts)):
+                record = functools.partial(self._record, what, layer)
+                hooks.append(watched.register_forward_pre_hook(record, with_kwargs=True))
+        try:
+            with torch.inference_mode():
+                forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _record(
+        self, what: str, layer: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.seen[what, layer] = (args, kwargs)
+        self.names.setdefault(layer, {id(self.tensor(n)): n for n in router_tensors(self.structure, layer)})
+
+    def repeat(self, layer: int, hidden: torch.Tensor) -> Any:
+        """Call a router again, on other hidden states ``[token, hidden]``; its tensors are looked up anew."""
+        (first, *args), kwargs = self.seen["router", layer]
+        names = self.names[layer]
+
+        def current(value: Any) -> Any:
+            return self.tensor(names[id(value)]) if id(value) in names else value
+
+        shaped = hidden.reshape(*(1,) * (first.dim() - 2), *hidden.shape)  # some routers need a batch axis
+        return self.modules[layer](shaped, *map(current, args), **{k: current(v) for k, v in kwargs.items()})
+
+    def same(self, one: str, two: str, layer: int) -> bool:
+        """Whether two modules of a layer were called with the same hidden states."""
+        import torch
+
+        (first, *_), (second, *_) = self.seen[one, layer][0] or (None,), self.seen[two, layer][0]
+        return (
+            first is not None and first.numel() == second.numel() and torch.equal(first.reshape(second.shape), second)
+        )
 
 
 def observe_calls(
-    model: torch.nn.Module, structure: Structure, modules: Sequence[torch.nn.Module], forward: Callable[[], Any]
-) -> tuple[list[Callable[[torch.Tensor], Any]], list[torch.nn.Module]]:
-    """How the model calls the router of every MoE layer, as a function of the hidden states alone, and where it arrives.
+    model: torch.nn.Module, structure: Structure, modules: Sequence[torch.nn.Module], forward: Callable[[], object]
+) -> tuple[list[AskRouter], list[torch.nn.Module]]:
+    """How the model calls the router of every MoE layer, as a function of the hidden states, and where these arrive.
 
-    Some families hand a router more than the hidden states: a bias that lies in the block. It is looked up at every
-    call, so that a masked layer's bias is the masked one. For the same reason a pass that is to be stopped before a
-    layer's routing is stopped at the block, before it looks the bias up, where the block sees what its router sees.
+    Some families hand a router more than the hidden states: a bias that belongs to the block. It is looked up at every
+    call, so that a masked layer's bias is the masked one. For the same reason a pass that is to stop before a layer's
+    routing stops at the block, before the bias is looked up, if the block sees what its router sees.
 
     Args:
         model: the live model.
@@ -156,52 +239,19 @@ def observe_calls(
         forward: runs the model once on a few tokens.
 
     Returns:
-        The functions, and the modules at which to stop.
+        The functions, and the modules to stop at.
 
     Raises:
-        InputError: a router sees something else than its experts.
+        InputError: a router sees other hidden states than its experts.
     """
-    import torch
-
-    seen: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    names: dict[int, dict[int, str]] = {}  # by layer: the router's tensors, by what they are while it is called
-
-    def owner_of(key: str) -> tuple[Any, str]:
-        owner, _, leaf = key.rpartition(".")
-        return model.get_submodule(owner), leaf
-
-    def note(what: str, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[what, layer] = (args, kwargs)
-        names.setdefault(layer, {id(getattr(*owner_of(key))): key for key in router_tensors(structure, layer)})
-
-    hooks = []
-    for layer, module in enumerate(modules):
-        experts_name = structure.experts_modules[layer]
-        block = model.get_submodule(experts_name.rpartition(".")[0])
-        for what, watched in (("block", block), ("router", module), ("experts", model.get_submodule(experts_name))):
-            hooks.append(watched.register_forward_pre_hook(functools.partial(note, what, layer), with_kwargs=True))
-    try:
-        with torch.inference_mode():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    def call(layer: int, hidden: torch.Tensor) -> Any:
-        (first, *args), kwargs = seen["router", layer]
-
-        def current(value: Any) -> Any:
-            return getattr(*owner_of(names[layer][id(value)])) if id(value) in names[layer] else value
-
-        shaped = hidden.reshape(*(1,) * (first.dim() - 2), *hidden.shape)  # some routers ask for a batch axis
-        return modules[layer](shaped, *map(current, args), **{k: current(v) for k, v in kwargs.items()})
-
+    calls = _Calls(model, structure, modules)
+    calls.observe(forward)
     stops = []
     for layer, module in enumerate(modules):
-        router, experts = seen["router", layer][0][0], seen["experts", layer][0][0]
-        block_args = seen["block", layer][0]
-        alike = bool(block_args) and block_args[0].numel() == router.numel() and torch.equal(block_args[0].reshape(router.shape), router)  # fmt: skip
-        stops.append(model.get_submodule(structure.experts_modules[layer].rpartition(".")[0]) if alike else module)
-        if router.numel() != experts.numel() or not torch.equal(router.reshape(experts.shape), experts):
-            raise InputError(f"the routers of {structure.topology.family} see something else than its experts: a search does not run on it. Use another --method")  # fmt: skip
-    return [functools.partial(call, layer) for layer in range(len(modules))], stops
+        stops.append(calls.block(layer) if calls.same("block", "router", layer) else module)
+        if not calls.same("router", "experts", layer):
+            raise InputError(
+                f"the routers of {structure.topology.family} see other hidden states than its experts, so that no search "
+                f"can run on it. Use another {arg('method')}"
+            )
+    return [functools.partial(calls.repeat, layer) for layer in range(len(modules))], stops

@@ -18,7 +18,7 @@ import numpy as np
 
 from moecover.errors import InputError
 from moecover.files.atomic import explained, write_bytes
-from moecover.planning.explaining.facts import MOST_PAIRS
+from moecover.planning.explaining.text import MOST_PAIRS
 from moecover.reporting.figures.heatmap import utility_picture
 from moecover.reporting.figures.style import (
     BLUE,

@@ -1,0 +1,190 @@
+"""An explanation in words and tables, for the terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moecover.planning.explaining.records import Changes, LayerFacts, Overall, Stability
+
+MOST_PAIRS = 10  # of corpora, that have a line each; more are a matrix
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, heading in enumerate(headings):
+        drawn.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    out = io.StringIO()
+    Console(file=out, width=160).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def pair_of(facts: Mapping[str, Any], one: str, two: str) -> str:
+    """The key of two corpora in ``agreement``."""
+    first, second = sorted((one, two), key=facts["corpora"].index)
+    return f"{first} | {second}"
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _named(method: str, options: Mapping[str, object]) -> str:
+    """A method with its options."""
+    inside = ", ".join(f"{k} {v}" for k, v in options.items())
+    return f"{method} ({inside})" if inside else method
+
+
+def text_of(facts: Mapping[str, Any], *, layers: bool = False) -> str:
+    """The facts of `explain` in words and tables.
+
+    Args:
+        facts: of the plan.
+        layers: add a line for every layer.
+    """
+    overall: Overall = facts["overall"]
+    rows: list[LayerFacts] = facts["layers"]
+    corpora: list[str] = facts["corpora"]
+    name, model = _named(facts["method"], facts["options"]), facts["model"] or "a model"
+    parts = [f"{name} keeps {facts['keep']} of {facts['experts']} experts in {len(rows)} layers of {model}."]
+    parts += [_corpora_table(overall, rows, corpora), _utility_text(overall, facts["saliency"])]
+    parts.append(_guarantee_text(overall["guarantee"], [len(row["filled"]) for row in rows]))
+    parts += _agreement_text(facts, overall, corpora)
+    if "never_routed" in overall:
+        parts.append(
+            f"Never routed by any corpus: {overall['never_routed']} experts, {overall['never_routed_kept']} of them "
+            f"kept. Super experts: {overall['super_experts']}, {overall['super_experts_dropped']} of them dropped."
+        )
+    if any(row["loss"] is not None for row in rows):
+        ways = " and ".join(sorted({row["search"] for row in rows if row["search"]}))
+        parts.append(f"Reconstruction loss {sum(row['loss'] or 0 for row in rows):.4g} over the layers, {ways} search.")
+    if (stable := facts.get("stability")) is not None:
+        parts.append(_stability_text(stable))
+    if "changes" in facts:
+        parts.append(_changes_text(facts["changes"], facts["keep"]))
+    if layers:
+        parts.append(_layers_table(rows, corpora))
+    return "\n\n".join(parts)
+
+
+def _corpora_table(overall: Overall, rows: Sequence[LayerFacts], corpora: Sequence[str]) -> str:
+    table = []
+    for corpus in corpora:
+        wanted = f"{overall['wanted_by_one_kept'][corpus]} of {overall['wanted_by_one'][corpus]}"
+        table.append(
+            [
+                corpus,
+                f"{overall['kept_utility'][corpus]:.1%}",
+                f"{overall['least_kept_utility'][corpus]:.1%}",
+                str(overall["covered_rank"][corpus]),
+                _span([len(row["protected"].get(corpus, ())) for row in rows]),
+                wanted if len(corpora) > 1 else "-",
+            ]
+        )
+    headings = [
+        "corpus",
+        "utility kept",
+        "least in a layer",
+        "best experts all kept",
+        "protected per layer",
+        "wanted by it alone, kept",
+    ]
+    return _table(headings, table)
+
+
+def _utility_text(overall: Overall, saliency: str) -> str:
+    worst = overall["worst_corpus"]
+    return (
+        f"Utility is {saliency}, scaled to sum 1 in every layer and corpus. "
+        f"Worst served: {worst}, {overall['kept_utility'][worst]:.1%}."
+    )
+
+
+def _guarantee_text(best: int, filled: Sequence[int]) -> str:
+    if best > 1:
+        holds = f"every corpus keeps its best {best} experts"
+    elif best:
+        holds = "every corpus keeps its best expert"
+    else:
+        holds = "none, some corpus loses its best expert in some layer"
+    return f"Guarantee in every layer: {holds}. Places filled by the method's own order, per layer: {_span(filled)}."
+
+
+def _agreement_text(facts: Mapping[str, Any], overall: Overall, corpora: Sequence[str]) -> list[str]:
+    """A table of the pairs of corpora, a matrix if they are many, nothing for one corpus."""
+    if len(overall["agreement"]) > MOST_PAIRS:
+        overlap = {pair: v["jaccard"] for pair, v in overall["agreement"].items()}
+        matrix = [
+            [one, *("" if one == two else _number(overlap[pair_of(facts, one, two)]) for two in corpora)]
+            for one in corpora
+        ]
+        title = f"Overlap of the best {facts['keep']} experts of two corpora, mean over layers:"
+        return [f"{title}\n{_table(['', *corpora], matrix)}"]
+    if not overall["agreement"]:
+        return []
+    table = [
+        [pair.replace(" | ", " and "), _number(v["jaccard"]), _number(v["spearman"]), _number(v["kendall"])]
+        for pair, v in overall["agreement"].items()
+    ]
+    headings = ["corpora, mean over layers", f"overlap of the best {facts['keep']}", "Spearman", "Kendall"]
+    return [_table(headings, table)]
+
+
+def _layers_table(rows: Sequence[LayerFacts], corpora: Sequence[str]) -> str:
+    table = []
+    for row in rows:
+        pairs = [v["jaccard"] for v in row["agreement"].values()]
+        table.append(
+            [
+                str(row["decoder_layer"]),
+                *(f"{row['kept_utility'][c]:.1%}" for c in corpora),
+                row["worst_corpus"],
+                str(row["guarantee"]),
+                _number(min(pairs)) if pairs else "-",
+                str(len(row.get("never_routed", []))),
+            ]
+        )
+    return _table(["decoder layer", *corpora, "worst served", "guarantee", "least overlap", "never routed"], table)
+
+
+def _stability_text(stable: Stability) -> str:
+    curve = stable["curve"]
+    whole = curve[-1]["tokens"]
+    points = ", ".join(f"{point['tokens']:,}: {point['changed']:.1%}" for point in curve[:-1])
+    if stable["enough_tokens"] is not None:
+        verdict = (
+            f"{stable['enough_tokens']:,} tokens are enough: at most {stable['change']:.0%} of the kept experts still "
+            f"change up to {whole:,}."
+        )
+    else:
+        verdict = (
+            f"{whole:,} tokens may not be enough: from {curve[-2]['tokens']:,} to all of them, "
+            f"{curve[-2]['changed']:.1%} of the kept experts changed. Calibrate on more."
+        )
+    return (
+        f"Stability: {verdict}\nShare of kept experts that the whole text exchanges, by tokens seen: {points}. "
+        f"Plans of the two halves of the text differ in {stable['halves']:.1%}."
+    )
+
+
+def _changes_text(change: Changes, keep: int) -> str:
+    name = f"{_named(change['method'], change['options'])}, keep {change['keep']}"
+    if change["same"]:
+        return f"Against {name}: the same experts."
+    most = max(change["layers"], key=lambda row: len(row["only_here"]) + len(row["only_there"]))
+    return (
+        f"Against {name}: {change['only_here']} of {keep * len(change['layers'])} kept experts are only here, "
+        f"{change['only_there']} only there; overlap {change['jaccard']:.2f}, least in decoder layer "
+        f"{most['decoder_layer']} ({most['jaccard']:.2f})."
+    )

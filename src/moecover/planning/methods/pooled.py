@@ -1,0 +1,40 @@
+"""Pooled: one ranking of the experts over all corpora together; with saliency ``reap`` it is REAP (arXiv 2510.13999)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moecover.planning.method import METHODS
+from moecover.planning.options import SALIENCY
+
+if TYPE_CHECKING:
+    from moecover.planning.artifact import LayerPlan
+    from moecover.planning.selection import Budget
+    from moecover.profiling.artifact import Profile
+
+
+@METHODS(
+    "pooled",
+    paper="arXiv 2510.13999 with --saliency reap",
+    options=(SALIENCY,),
+    compared=True,
+    published={"reap": "REAP"},
+    rank=1,
+)
+def pooled(profile: Profile, budget: Budget, *, saliency: str = "contribution") -> list[LayerPlan]:
+    """The best of one saliency over all corpora taken as one text.
+
+    Args:
+        profile: statistics of every corpus, which are added up.
+        budget: experts to keep.
+        saliency: name in `SALIENCIES`.
+    """
+    from moecover.planning.saliency import utility_of
+    from moecover.planning.selection import layer_plan, ranked
+
+    utility = {"pooled": utility_of(saliency, profile.pooled())}
+    plans = []
+    for layer, order in enumerate(ranked(utility["pooled"]).tolist()):
+        room = budget.room(layer)
+        plans.append(layer_plan(profile, layer, room, room.fill(order), utility=utility))
+    return plans

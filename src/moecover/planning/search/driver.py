@@ -1,0 +1,224 @@
+"""Subset search over all MoE layers: finds the experts of each whose routed output, re-routed, is nearest to the full one.
+
+ExpertSparsity (arXiv 2402.14800) tries every subset, which 60 experts do not allow. Here every subset is tried if there
+are at most 100,000 (`exhaust`); otherwise experts are eliminated one by one, each time the one whose removal costs least
+(`eliminate`). The loss that a plan states is measured on the chosen subset by forward passes in the model's dtype, with
+differences in float64.
+
+The method worst-corpus is the same search with another loss: the largest over the corpora of ||Z - Z_S||_F / ||Z||_F,
+each over all tokens of the corpus. After the elimination, kept experts are exchanged as long as that helps (`exchange`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moecover.errors import InputError, arg
+from moecover.planning.artifact import LayerPlan
+from moecover.planning.search.eliminate import eliminate
+from moecover.planning.search.exchange import exchange
+from moecover.planning.search.exhaust import exhaust, kind_of_search
+from moecover.planning.search.hidden_states import sample_of
+from moecover.planning.search.products import Products, WorstCorpusProducts
+from moecover.planning.search.routing import AskRouter, observe_calls, recognise
+from moecover.runtime.loading import backbone_of, routers
+from moecover.runtime.masking import masked_layer
+from moecover.runtime.running import Running, running
+
+if TYPE_CHECKING:
+    import torch
+
+    from moecover.checkpoints.structure import Structure
+    from moecover.corpora.packing import Corpus
+    from moecover.planning.selection import Budget
+    from moecover.profiling.artifact import Profile
+
+
+@dataclass(frozen=True)
+class LiveLayer:
+    """One MoE layer of a live model.
+
+    Attributes:
+        model: the live model.
+        structure: its checkpoint.
+        router: of the layer.
+        ask: calls the router as the model does, see `observe_calls`.
+        layer: MoE layer.
+    """
+
+    model: torch.nn.Module
+    structure: Structure
+    router: torch.nn.Module
+    ask: AskRouter
+    layer: int
+
+    @property
+    def experts(self) -> torch.nn.Module:
+        """The module of the routed experts."""
+        return self.model.get_submodule(self.structure.experts_modules[self.layer])
+
+    def masked(self, kept: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """A block in which the layer routes to the kept experts only."""
+        return masked_layer(self.model, self.structure, self.router, self.layer, kept)
+
+    def routed(self, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Routed output of every batch ``[token, hidden]``."""
+        found = []
+        for batch in hidden:
+            _, weights, index, *_ = self.ask(batch)
+            found.append(self.experts(batch, index, weights))
+        return found
+
+    def products(self, hidden: Sequence[torch.Tensor], corpus_of: Sequence[int] | None) -> Products:
+        """What the losses of subsets follow from.
+
+        Raises:
+            InputError: the router cannot be re-routed.
+        """
+        import torch
+
+        sample = torch.cat(list(hidden))
+        routing = recognise(self.model, self.structure, self.router, self.ask, self.layer, sample[:256])
+        logits = torch.cat([self.ask(batch)[0] for batch in hidden])
+        if corpus_of is None:
+            return Products(self.experts, routing, hidden, logits)
+        sizes = [0] * (1 + max(corpus_of))
+        for batch, corpus in zip(hidden, corpus_of, strict=True):
+            sizes[corpus] += len(batch)
+        return WorstCorpusProducts(self.experts, routing, torch.split(sample, sizes), logits)
+
+
+def squared_errors(live: LiveLayer, kept: Sequence[int], hidden: Sequence[torch.Tensor]) -> list[tuple[float, float]]:
+    """||Z - Z_S||^2 and ||Z||^2 of every batch: forward passes in the model's dtype, differences in float64."""
+    whole = live.routed(hidden)
+    with live.masked(kept):
+        cut = live.routed(hidden)
+    return [
+        (float((a.double() - b.double()).square().sum()), float(a.double().square().sum()))
+        for a, b in zip(whole, cut, strict=True)
+    ]
+
+
+def worst_error(squares: Sequence[tuple[float, float]], corpus_of: Sequence[int]) -> float:
+    """The largest over corpora of ||Z - Z_S||_F / ||Z||_F, from the squares of every batch."""
+    sums = [[0.0, 0.0] for _ in range(1 + max(corpus_of))]
+    for (difference, whole), corpus in zip(squares, corpus_of, strict=True):
+        sums[corpus][0] += difference
+        sums[corpus][1] += whole
+    return max(math.sqrt(difference / whole) if whole else 0.0 for difference, whole in sums)
+
+
+def search_layer(
+    live: LiveLayer,
+    hidden: Sequence[torch.Tensor],
+    budgets: Sequence[Budget],
+    search: str,
+    corpus_of: Sequence[int] | None = None,
+) -> list[LayerPlan]:
+    """The best subset of one MoE layer for every budget.
+
+    Args:
+        live: the layer.
+        hidden: what enters it, calibration batches ``[token, hidden]``.
+        budgets: experts to keep.
+        search: ``auto``, ``exhaustive`` or ``greedy``.
+        corpus_of: index of every batch's corpus, for the loss of the worst corpus; None for ExpertSparsity's.
+
+    Raises:
+        InputError: the router cannot be re-routed, or an exhaustive search would not end.
+    """
+    required = budgets[0].required[live.layer] if budgets[0].required else frozenset()
+    for budget in budgets:
+        budget.room(live.layer)  # the required experts fit
+    products = live.products(hidden, corpus_of)
+    kinds = [kind_of_search(budget, search) for budget in budgets]
+    by_elimination = [budget for budget, kind in zip(budgets, kinds, strict=True) if kind == "greedy"]
+    eliminated = iter(eliminate(products, by_elimination, required) if by_elimination else [])
+    found = []
+    for budget, kind in zip(budgets, kinds, strict=True):
+        kept = next(eliminated) if kind == "greedy" else exhaust(products, budget, required)
+        if kind == "greedy" and corpus_of is not None:
+            kept, kind = exchange(products, kept, budget, required), "greedy with exchanges"
+        squares = squared_errors(live, kept, hidden)
+        found.append(
+            LayerPlan(
+                decoder_layer=live.structure.topology.decoder_layers[live.layer],
+                kept=kept,
+                required=sorted(required),
+                filled=[e for e in kept if e not in required],
+                search=kind,
+                tokens=sum(map(len, hidden)),
+                loss=sum(math.sqrt(d) for d, _ in squares) if corpus_of is None else worst_error(squares, corpus_of),
+            )
+        )
+    return found
+
+
+def search_layers(
+    profile: Profile,
+    budgets: Sequence[Budget],
+    model: torch.nn.Module | Running,
+    structure: Structure,
+    *,
+    mode: str,
+    search: str,
+    worst: bool = False,
+    sample: Sequence[Corpus] | None = None,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> list[list[LayerPlan]]:
+    """The best subsets of all MoE layers, a list of layers for every budget.
+
+    Args:
+        profile: of the model.
+        budgets: experts to keep.
+        model: the live model, from `load_model`, or a `Running` one.
+        structure: its checkpoint.
+        mode: ``layerwise`` (inputs of the full model) or ``progressive`` (inputs of the pruned layers before).
+        search: ``auto``, ``exhaustive`` or ``greedy``.
+        worst: minimise the loss of the worst corpus, not ExpertSparsity's.
+        sample: token ids to search on instead of the sample that the profile keeps.
+        advance: called with 1 after every layer.
+
+    Raises:
+        InputError: the model is not the profile's, there is no sample, or what `search_layer` raises.
+    """
+    import torch
+
+    _check_model(profile, structure)
+    text = sample_of(profile, sample)
+    for budget in budgets:
+        kind_of_search(budget, search)
+    runs = running(model, structure)
+    modules = routers(runs.module, structure)
+    few = torch.arange(4, device=runs.device)[None]
+    once = functools.partial(backbone_of(runs.module), input_ids=few, use_cache=False)
+    calls, stops = observe_calls(runs.module, structure, modules, lambda: runs.run([once], head=False))
+    corpus_of = text.corpus_of if worst else None
+    found: list[list[LayerPlan]] = [[] for _ in budgets]
+    layerwise, every = mode == "layerwise", list(range(len(budgets)))
+    for chosen in [every] if layerwise else [[i] for i in every]:
+        stored = layerwise and text.stored is not None
+        source = text.from_disk(runs, structure) if stored else text.running(runs, stops)
+        with torch.inference_mode(), contextlib.closing(source), contextlib.ExitStack() as masks:
+            for layer, hidden in enumerate(source):
+                live = LiveLayer(runs.module, structure, modules[layer], calls[layer], layer)
+                rows = search_layer(live, hidden, [budgets[i] for i in chosen], search, corpus_of)
+                for i, row in zip(chosen, rows, strict=True):
+                    found[i].append(row)
+                if not layerwise:
+                    masks.enter_context(live.masked(rows[0].kept))
+                advance(1)
+    return found
+
+
+def _check_model(profile: Profile, structure: Structure) -> None:
+    if structure.model_fingerprint != profile.model["fingerprint"]:
+        raise InputError(
+            f"the profile is of another model ({profile.model['name']}), not of {structure.checkpoint.name}: topology "
+            f"or routers differ. Give the {arg('model')} that was profiled"
+        )
