@@ -20,7 +20,7 @@ from PIL import Image
 from moecover.cli.main import main
 from moecover.errors import InputError
 from moecover.reporting.data import read_run
-from moecover.reporting.figures.by_budget import apart
+from moecover.reporting.figures.lines import apart
 from moecover.reporting.findings import findings, over_runs
 from moecover.reporting.page import rendered, report
 from moecover.reporting.svg import source_hash

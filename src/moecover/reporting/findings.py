@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from moecover.corpora.sources import set_name
 from moecover.evaluation.artifact import FULL
-from moecover.planning.run import DEFAULT_METHOD
+from moecover.planning.methods import default_method
 from moecover.reporting.data import Cell, Comparison, Row, Run, ScoreRow, Usage
 
 
@@ -187,7 +187,7 @@ def _unique(values: Iterable[str]) -> tuple[str, ...]:
 
 def _main_first(cell: Cell) -> tuple[int, int]:
     """Sort key: the main method before all others, calibrated on the most corpora first; stable for the rest."""
-    return (0, -len(cell.calibration)) if cell.method == DEFAULT_METHOD else (1, 0)
+    return (0, -len(cell.calibration)) if cell.method == default_method().name else (1, 0)
 
 
 def _found_on(name: str, about: dict[str, JsonValue], run: Run) -> ModelFindings:

@@ -224,7 +224,8 @@ def _with_details(table: Table | None, summary: str, further: Table | None) -> l
 
 
 def _usage_pictures(data: ModelData) -> list[Picture]:
-    from moecover.reporting.figures.by_budget import correlation_picture, kept_weight_picture, usage_by_layer_picture
+    from moecover.reporting.figures.by_budget import kept_weight_picture
+    from moecover.reporting.figures.utility_and_use import correlation_picture, usage_by_layer_picture
 
     model, usage, add = data.model, data.usage, data.album.add
     chance = "; dashed: expected of random choice" if usage.keep and usage.experts else ""
