@@ -19,8 +19,9 @@ from PIL import Image
 
 from moecover.cli.main import main
 from moecover.errors import InputError
-from moecover.reporting.data import findings, over_runs, read_run
-from moecover.reporting.figures.by_budget import apart
+from moecover.reporting.data import read_run
+from moecover.reporting.figures.lines import apart
+from moecover.reporting.findings import findings, over_runs
 from moecover.reporting.page import rendered, report
 from moecover.reporting.svg import source_hash
 from tests.support.runs import HOSTILE, METHODS, OURS, TASKS, make_run
@@ -333,10 +334,10 @@ def test_long_names_and_many_methods(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content, said",
     [
-        (None, r"is no run of `moecover compare`: it holds no results.json"),
-        ("{", r"results.json is damaged: .*Make it anew"),
-        ("[]", r"has schema None, this version reads 1"),
-        ('{"schema": 2}', r"has schema 2, this version reads 1"),
+        (None, r"is not a run of `moecover compare`: it contains no results.json"),
+        ("{", r"results.json is damaged: .*Run `moecover compare` again"),
+        ("[]", r"has schema None, but this version reads 1"),
+        ('{"schema": 2}', r"has schema 2, but this version reads 1"),
         ('{"schema": 1, "models": []}', r"is damaged: cells: Field required"),
         (
             '{"schema": 1, "models": [], "cells": [{"id": 1}]}',
@@ -363,7 +364,7 @@ def test_damaged_usage_and_comparisons_are_refused(tmp_path: Path) -> None:
     usage[0]["corpora"]["c4"]["boolq"]["spearman"].pop()
     (folder / "usage.json").write_text(json.dumps(usage))
     with pytest.raises(
-        InputError, match=r"usage.json is damaged: 0: .*not one value for each of the 3 layers.*Make it anew"
+        InputError, match=r"usage.json is damaged: 0: .*does not have one value for each of the 3 layers.*Run `moecover compare` again"
     ):
         rendered(folder)
     del results["comparisons"][2]["verdict"]
@@ -373,7 +374,7 @@ def test_damaged_usage_and_comparisons_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="it is not there"):
+    with pytest.raises(InputError, match="it does not exist"):
         read_run(tmp_path / "none")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="it is a file"):
@@ -411,7 +412,7 @@ def test_page_and_pictures_are_written_and_not_overwritten(tmp_path: Path, capsy
     assert main(["report", str(folder), "-o", str(page), "-q", "--overwrite"]) == 0
     assert page.read_bytes() == before  # the same run gives the same bytes
     (tmp_path / "out" / "report_files" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds notes.txt, which is no picture"):
+    with pytest.raises(InputError, match=r"holds notes.txt, which is not a figure"):
         report(folder, page, overwrite=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report_files"]
 

@@ -184,7 +184,7 @@ def _agreement_of_all(facts: Mapping[str, Any]) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------- stability and changes
+# ------------------------------------------------------------------------------------------------ stability and changes
 def stability_picture(facts: Mapping[str, Any]) -> Figure:
     """Share of the kept experts that still change, by calibration tokens."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter

@@ -1,0 +1,195 @@
+"""What was found, in sentences: the summary of a model, and lines on memory, usage and the grid."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from moecover.corpora.sources import in_rows
+from moecover.evaluation.artifact import FULL
+from moecover.reporting.blocks import Tile
+from moecover.reporting.comparison_tables import mark_of
+from moecover.reporting.data import Cell, Comparison, Run, Usage
+from moecover.reporting.figures.plan_figures import expected_overlap
+from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
+from moecover.reporting.numbers import counted, listed, percentage, perplexity_text, points, size
+
+NONE_FOUND = "no significant difference"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The first thing to read about a model; ``verdicts`` are the CSS class and the sentence of every comparison."""
+
+    tiles: tuple[Tile, ...] = ()
+    sentences: tuple[str, ...] = ()
+    verdicts: tuple[tuple[str, str], ...] = ()
+
+
+def summary_of(model: ModelFindings) -> Summary:
+    """Tiles, sentences and verdicts about a model."""
+    sentences = [*_full_model(model), *_budgets(model), *_caveats(model)]
+    for first in dict.fromkeys(c.a for c in model.comparisons):
+        for kind, word in (("tasks", "accuracy"), ("perplexity", "perplexity")):
+            mine = [c for c in model.comparisons if c.a == first and c.kind == kind]
+            sentences += [tally(mine, f"{first} on {word}")] if mine else []
+    verdicts = [(mark_of(c.verdict), c.words) for c in model.comparisons if c.words]
+    return Summary(tuple(_tiles(model)), tuple(sentences), tuple(verdicts))
+
+
+def tally(comparisons: Iterable[Comparison], what: str) -> str:
+    """How often the method was better, worse or neither, in a sentence."""
+    verdicts = [mark_of(c.verdict) for c in comparisons]
+    better, worse, same = (verdicts.count(v) for v in ("better", "worse", "same"))
+    total = counted(len(verdicts), "comparison")
+    return f"{what}: better in {better}, worse in {worse}, {NONE_FOUND} in {same} of {total}."
+
+
+def _full_model(model: ModelFindings) -> list[str]:
+    """How well the full model does."""
+    full = model.full
+    if full is None:
+        return ["The full model was not evaluated, so nothing says what was lost."]
+    if full.mean:
+        error = f" (standard error {points(full.mean.stderr)})" if full.mean.stderr is not None else ""
+        tasks = counted(len(model.tasks), "task")
+        return [f"The full model answers {points(full.mean.value)}% right{error}, the mean of {tasks}."]
+    if full.perplexity:
+        known = [f"{perplexity_text(e.value)} on {text}" for text, e in full.perplexity.items()]
+        return [f"The full model's perplexity is {listed(known)}."]
+    return []
+
+
+def _budgets(model: ModelFindings) -> list[str]:
+    """What the main method reaches, budget by budget, largest first."""
+    if model.main is None:
+        return ["No pruned variant was finished."]
+    return [_at_budget(model, model.main.name, p) for p in reversed(model.main.points)]
+
+
+def _caveats(model: ModelFindings) -> list[str]:
+    """What the run cannot say."""
+    found: list[str] = []
+    if not model.series:
+        return found
+    if not model.tasks:
+        found.append("No tasks were scored: perplexity alone does not say what a model can still do.")
+    if not model.comparisons and len(model.series) == 1:
+        found.append("One method alone was run, so there is nothing to compare it with.")
+    elif not model.comparisons:
+        found.append("No comparison was tested: read differences between methods with care.")
+    if all(p.runs == 1 for s in model.series for p in s.points):
+        found.append(
+            "Every method ran once: the error bars know the number of questions, not the luck of seeds and calibration "
+            "samples."
+        )
+    return found
+
+
+def _at_budget(model: ModelFindings, method: str, p: Point) -> str:
+    """One budget in a sentence: what the main method reaches, and the best of the others."""
+    others = [(s.name, q) for s in model.series[1:] for q in s.points if q.retain == p.retain]
+    head = f"With {percentage(p.retain)} of the experts ({p.keep} a layer) {method} reaches"
+    if p.mean:
+        rivals = [(name, q.mean) for name, q in others if q.mean]
+        best = max(rivals, key=lambda r: r[1].value, default=None)
+        rest = f"; the best of the others is {best[0]} with {_accuracy(best[1])}" if best else ""
+        return f"{head} {_accuracy(p.mean)}{rest}."
+    if not p.perplexity:
+        return f"{head} no result that all its runs share."
+    lower = []
+    for text, e in p.perplexity.items():
+        found = [(name, q.perplexity[text]) for name, q in others if text in q.perplexity]
+        least = min(found, key=lambda r: r[1].value, default=None)
+        if least and least[1].value < e.value and perplexity_text(least[1].value) != perplexity_text(e.value):
+            lower.append(f"{least[0]} on {text} ({perplexity_text(least[1].value)})")
+    reached = listed([f"{perplexity_text(e.value)} on {text}" for text, e in p.perplexity.items()])
+    rest = f"; lower: {listed(lower)}" if lower else "; no other method is lower" if others else ""
+    return f"{head} a perplexity of {reached}{rest}."
+
+
+def _accuracy(e: Estimate) -> str:
+    return f"{points(e.value)}%{'' if e.stderr is None else f' ±{points(e.stderr)}'}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- tiles
+def _tiles(model: ModelFindings) -> list[Tile]:
+    """One tile per budget of the main method: its result relative to the full model's."""
+    tiles = []
+    for p in reversed(model.main.points if model.main else ()):
+        relative = _relative(model, p)
+        if relative is not None:
+            number, of = relative
+            words = f"{of} with {percentage(p.retain)} of the experts, {size(p.num_bytes)}"
+            tiles.append(Tile(number, words))
+    return tiles
+
+
+def _relative(model: ModelFindings, p: Point) -> tuple[str, str] | None:
+    """A point's mean accuracy over the full model's, else its perplexity over the full model's on the first text."""
+    if model.full is None:
+        return None
+    if p.mean and model.full.mean and model.full.mean.value > 0:
+        return f"{100 * (p.mean.value / model.full.mean.value):.1f}%", "of the full model's mean accuracy"
+    for text, e in p.perplexity.items():
+        before = model.full.perplexity.get(text)
+        if before and math.isfinite(e.value) and math.isfinite(before.value):
+            return f"×{e.value / before.value:.2f}", f"the full model's perplexity on {text}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- other lines
+def memory_words(model: ModelFindings) -> str:
+    """Peak memory of the run in a sentence; empty where it is not known."""
+    peaks = [
+        (model.about.get("peak_rss_bytes"), "of the machine's memory"),
+        (model.about.get("peak_device_bytes"), "of the device's memory"),
+    ]
+    known = [f"{size(value)} {what}" for value, what in peaks if isinstance(value, int)]
+    if not known:
+        return ""
+    return f"The weights take as much memory as on the disk. Profiling and evaluating took at most {listed(known)}."
+
+
+def usage_words(usage: Usage) -> str:
+    """How far utility on the corpora agrees with the tasks' use of experts, in a sentence; empty where it is not known."""
+    parts = []
+    for corpus, tasks in usage.corpora.items():
+        ranks = [v for t in tasks.values() for v in t.spearman if v is not None]
+        overlaps = [v for t in tasks.values() for v in t.jaccard if v is not None]
+        if ranks and overlaps:
+            parts.append(f"{statistics.fmean(ranks):.2f} and {statistics.fmean(overlaps):.2f} on {corpus}")
+    if not parts:
+        return ""
+    best = "the best experts"
+    if usage.keep and usage.experts:
+        chance = expected_overlap(usage.keep, usage.experts)
+        best = f"the best {usage.keep} of {usage.experts} experts ({chance:.2f} by chance)"
+    return (
+        f"Rank correlation of utility with use by the tasks, and overlap of {best}, means over tasks and layers: "
+        f"{listed(parts)}."
+    )
+
+
+def cells_in_words(run: Run) -> str:
+    """How many cells there are, and how they ended."""
+    done, not_done = sum(c.status == "done" for c in run.cells), len(failed(run))
+    hours = sum(c.wall_s or 0.0 for c in run.cells) / 3600
+    took = f", {hours:.1f} hours of computing" if hours >= 0.1 else ""
+    return f"{counted(done, 'cell')} done{f', {not_done} failed' if not_done else ''}{took}"
+
+
+def grid_in_words(cells: Sequence[Cell]) -> str:
+    """The grid in a sentence: methods, budgets, calibration corpora and samples."""
+    pruned = [c for c in cells if c.method != FULL]
+    if not pruned:
+        return "No pruned variant was asked for."
+    budgets = [percentage(r) for r in sorted({c.retain for c in pruned})]
+    labels, samples = {c.label for c in pruned}, {c.sample for c in pruned if c.calibration}
+    corpora = list(dict.fromkeys(itertools.chain.from_iterable(c.calibration for c in pruned)))
+    text = f"{counted(len(labels), 'method')} at {listed(budgets)} of the experts"
+    text += f", calibrated on {listed(in_rows(corpora))}" if corpora else ""
+    return f"{text}, {counted(len(samples), 'calibration sample')}." if len(samples) > 1 else f"{text}."
