@@ -11,8 +11,8 @@ import yaml
 
 from moecover.comparison.config import Config
 from moecover.comparison.run import compare
-from moecover.progress import SILENT
 from moecover.errors import InputError
+from moecover.progress import SILENT
 
 
 class Log:

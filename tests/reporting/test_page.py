@@ -364,7 +364,8 @@ def test_damaged_usage_and_comparisons_are_refused(tmp_path: Path) -> None:
     usage[0]["corpora"]["c4"]["boolq"]["spearman"].pop()
     (folder / "usage.json").write_text(json.dumps(usage))
     with pytest.raises(
-        InputError, match=r"usage.json is damaged: 0: .*does not have one value for each of the 3 layers.*Run `moecover compare` again"
+        InputError,
+        match=r"usage.json is damaged: 0: .*does not have one value for each of the 3 layers.*Run `moecover compare` again",
     ):
         rendered(folder)
     del results["comparisons"][2]["verdict"]
