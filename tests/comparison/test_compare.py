@@ -34,7 +34,7 @@ from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
 from moecover.profiling.artifact import Profile
 from moecover.repairing.layers import needed_bytes
-from moecover.repairing.store import places_on_disk
+from moecover.repairing.targets import places_on_disk
 from moecover.runtime.loading import load_model
 from tests.support.tiny import TEXT, make_checkpoint
 

@@ -63,8 +63,7 @@ def _check_prune(args: argparse.Namespace) -> None:
 def _repair_bytes(args: argparse.Namespace, structure: Any, keep: int) -> int:
     """Memory that the repair takes beside the model, 0 without one; refuses a model that cannot be repaired."""
     from moecover.repairing.layers import TOKENS, needed_bytes
-    from moecover.repairing.store import places_on_disk
-    from moecover.repairing.targets import check_dtype
+    from moecover.repairing.targets import check_dtype, places_on_disk
 
     if args.repair == "none":
         return 0

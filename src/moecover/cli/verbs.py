@@ -64,7 +64,7 @@ def _verify(args: argparse.Namespace) -> tuple[Any, str, int]:
             args.model, args.pruned, revision=args.revision, corpora=corpora,
             dtype=args.dtype or "auto", device=args.device or "auto",
             tolerance=args.tolerance, memory_limit=memory_limit(args), advance=advance,
-        )  # fmt: skip
+        ).to_dict()  # fmt: skip
     on = f"{result['tokens']:,} tokens of {', '.join(result['corpora'])}"
     if result["equal"]:
         repaired = f" with its {result['repaired']} repaired tensors in place, all others its own" if result["repaired"] else ""  # fmt: skip

@@ -73,8 +73,7 @@ from moecover.profiling.artifact import Profile
 from moecover.profiling.layer_inputs import sample_of
 from moecover.registry import load_plugin
 from moecover.repairing.layers import needed_bytes
-from moecover.repairing.store import places_on_disk
-from moecover.repairing.targets import Place, check_dtype
+from moecover.repairing.targets import Place, check_dtype, places_on_disk
 from moecover.runtime.loading import check_device, check_loadable
 from moecover.runtime.memory import Cost, available_memory, cost, parse_size, seconds_of
 from moecover.signals import held
@@ -184,7 +183,7 @@ def _repairable(asked: Asked, name: str, structure: Structure) -> list[Place]:
         where = places_on_disk(structure)
         check_dtype(structure, where, asked.config.dtype)
     except InputError as error:
-        text = str(error).replace("--repair none", f"repair: {UNREPAIRED}").replace("--repair", "repair").replace("--dtype", "dtype:")  # fmt: skip
+        text = str(error).replace("repair=none", f"repair: {UNREPAIRED}").replace("dtype=", "dtype: ")  # fmt: skip
         raise asked.wrong(
             InputError(f"{name}: {text}"), "methods" if asked.config.repairs == [UNREPAIRED] else "repairs"
         ) from error
