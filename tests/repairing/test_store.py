@@ -215,7 +215,7 @@ def test_a_repair_goes_on_at_the_layer_it_was_at(structure: Structure, tmp_path:
     with pytest.raises(KeyboardInterrupt) as interrupt, kept_for_later(folder):
         mended(structure, plan, folder)
     assert interrupt.value.__notes__ == [
-        f"The finished layers of the repair (1) are kept in {folder} and are used when the same command runs again"
+        f"Progress of the repair (1 layers) saved in {folder}; rerun the same command to resume"
     ]
     fits.clear()
     said: list[str] = []
@@ -251,7 +251,7 @@ def test_layers_of_other_inputs_are_made_anew(
     plan, folder, said = half(structure), tmp_path / "state", list[str]()
     mended(structure, plan, folder)
     again = mended(structure, plan, folder, say=said.append, **options)
-    assert said == [f"repairing anew: {folder} was made from other inputs, {differs} differs"]
+    assert said == [f"starting the repair over: {folder} was made from other inputs, {differs} differs"]
     assert again.manifest() == mended(structure, plan, tmp_path / "new", **options).manifest()
 
 

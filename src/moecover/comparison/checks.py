@@ -20,8 +20,7 @@ from moecover.corpora.windows import check_text
 from moecover.errors import InputError
 from moecover.progress import Progress
 from moecover.registry import load_plugin
-from moecover.repairing.store import places_on_disk
-from moecover.repairing.targets import Place, check_dtype
+from moecover.repairing.targets import Place, check_dtype, places_on_disk
 from moecover.runtime.loading import check_device, check_loadable
 from moecover.runtime.memory import parse_size
 from moecover.signals import held

@@ -113,6 +113,6 @@ def versions() -> dict[str, str]:
     import torch
     import transformers
 
-    from moecover import __version__
+    from moecover.version import VERSION
 
-    return {"moecover": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"moecover": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -147,7 +147,7 @@ def _terms(
     arrived: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
 ) -> _Terms:
-    """Run a block over all batches; the experts themselves only run in the first one, zeros take their place in others."""
+    """Run a block over all batches; the experts run in the first one only, zeros take their place in the others."""
     import torch
 
     total = sum(int(mask.sum()) for mask in masks)

@@ -19,9 +19,9 @@ from moecover.planning.artifact import Plan, check_plan
 from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress, resolve
 from moecover.repairing.layers import TOKENS, needed_bytes
-from moecover.repairing.store import Repaired, kept_for_later, places_on_disk
+from moecover.repairing.store import Repaired, kept_for_later
 from moecover.repairing.store import repair as repair_to_files
-from moecover.repairing.targets import check_dtype, check_stored
+from moecover.repairing.targets import check_dtype, check_stored, places_on_disk
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.passes import Passes, check_known, check_least, passes

@@ -82,7 +82,7 @@ def repaired_layer(model: torch.nn.Module, structure: Structure, layer: int, rep
 def with_repairs(
     model: torch.nn.Module, structure: Structure, within: Within, repair_of: Callable[[int], LayerRepair]
 ) -> Within:
-    """Extend the context of every decoder layer by the MoE layer's repair, which is read when the context is entered."""
+    """Add the repair of each MoE layer to a context for decoder layers; it is read when the layer is entered."""
     layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
 
     @contextlib.contextmanager
@@ -106,7 +106,7 @@ def repaired(model: torch.nn.Module, structure: Structure, repairs: Sequence[Lay
 
 
 def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tokens: int, dtype: str) -> int:
-    """Memory in bytes that the repair of the largest layer takes beside the model, with the hidden states of both passes.
+    """Bytes of memory that the repair of the largest layer takes beside the model, with hidden states of both passes.
 
     Args:
         structure: the checkpoint.
@@ -131,7 +131,7 @@ def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tok
 
 
 class _Passes:
-    """The forward passes of a repair over the calibration text: first all of the original, then all of the pruned model.
+    """The forward passes of a repair over the calibration text: all of the original, then all of the pruned model.
 
     Attributes:
         calls: each runs one batch.

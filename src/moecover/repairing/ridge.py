@@ -77,7 +77,7 @@ def ridge_changes(
     sweeps: int,
     tolerance: float,
 ) -> tuple[list[torch.Tensor], float] | None:
-    """Solve for the changes of the blocks' weights; the penalty is chosen on held-out tokens, the solve uses all tokens.
+    """Solve for the changes of the blocks' weights, with a penalty that is chosen on held-out tokens.
 
     Args:
         blocks: that may change.

@@ -1,4 +1,4 @@
-"""The closed-form repair of one MoE layer: reads activations and the original's output, returns refitted down projections.
+"""Closed-form repair of one MoE layer: reads activations and the original's output, returns new down projections.
 
 Pure: tensors in, tensors out. A layer's output is linear in the down projections of its experts, so what is lost with
 the removed ones is fitted by regularised least squares towards the original weights: docs/repair.md derives it. Blocks
@@ -106,7 +106,7 @@ class _Calibration:
         return self._by_corpus(squares(residual)) * self.inverse
 
     def share(self) -> torch.Tensor:
-        """The weight of every token, float64 ``[token]`` with mean 1, so that no product leaves the range of its dtype."""
+        """The weight of every token, float64 ``[token]``; the mean is 1, so that products stay in the range of their dtype."""
         share = (self.of_corpus * self.inverse)[self.corpus]
         share /= share.mean()
         return share

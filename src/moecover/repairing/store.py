@@ -1,9 +1,9 @@
-"""Repaired layers as files: reads a model, a plan and calibration text, keeps what the repair of every layer gave.
+"""Repaired layers as files: reads a model, a plan and calibration text, keeps the repair of every layer in a folder.
 
-The folder beside an output holds ``layer-N.safetensors`` for every decoder layer N that is finished: the down
-projections that were refitted, under the names, in the layout and in the dtype that they have in the output, with how
-well they fit, what they were made from and a hash of each. A run that was interrupted goes on behind them; the writer
-of the checkpoint copies their bytes. The folder may be deleted at any time before the output is complete.
+The folder beside an output holds ``layer-N.safetensors`` for every finished decoder layer N: the refitted down
+projections under the names, in the layout and in the dtype of the output, with errors, inputs and a hash of each. An
+interrupted run resumes after the last finished layer; the writer of the checkpoint copies the bytes. The folder may be
+deleted at any time before the output is complete.
 """
 
 from __future__ import annotations
@@ -11,29 +11,33 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import xxhash
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from moecover.checkpoints.header import TensorEntry, read_header
-from moecover.checkpoints.model_class import build_on_meta
-from moecover.checkpoints.pieces import Piece, piece, pieces_by_shard
-from moecover.checkpoints.source import Checkpoint
+from moecover.checkpoints.pieces import Piece
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.files.atomic import canonical_json, write_bytes
-from moecover.files.copying import CHUNK_BYTES, HASH
+from moecover.files.copying import HASH
 from moecover.planning.artifact import Plan
 from moecover.profiling.run import stamps
 from moecover.repairing.layers import LayerRepair, repair_layers
-from moecover.repairing.solver import Fit
-from moecover.repairing.targets import Place, places
+from moecover.repairing.targets import places_on_disk
+from moecover.repairing.tensors import (
+    LayerRow,
+    bytes_of,
+    hash_of,
+    layer_repair,
+    layer_row,
+    stored_bytes,
+    written_tensors,
+)
 from moecover.runtime.pass_state import remove
+from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
     import torch
@@ -41,28 +45,26 @@ if TYPE_CHECKING:
     from moecover.runtime.running import Running
 
 
-@dataclass(frozen=True)
-class Repaired:
+@dataclass(frozen=True, repr=False)
+class Repaired(Shown):
     """The repair of a whole model.
 
     Attributes:
-        kind: of the repair.
-        corpora: the records of the calibration text, with the tokens that were used.
-        layers: of every MoE layer: ``decoder_layer``; ``experts``, ids in the original of those that were refitted;
-            ``shared``, whether that one was; ``penalties``; squared error as a share of the squared output, ``before``
-            and ``after``, by corpus; ``kept``, why others were not.
+        kind: ``scale`` or ``ridge``.
+        corpora: the records of the calibration text, with the number of tokens used.
+        layers: the repair of every MoE layer.
         hashes: of every tensor of the output that is not the original's, by name.
-        pieces: where their bytes lie, by name.
+        pieces: where the bytes of these tensors lie, by name.
     """
 
     kind: str
     corpora: list[dict[str, Any]]
-    layers: list[dict[str, Any]]
+    layers: list[LayerRow]
     hashes: dict[str, str]
     pieces: dict[str, Piece]
 
     def of_layer(self, structure: Structure, plan: Plan) -> Callable[[int], LayerRepair]:
-        """What reads the repair of a MoE layer from its file, as `repairing.with_repairs` takes it."""
+        """A function that reads the repair of a MoE layer from its file, for `with_repairs`."""
         where, shards = places_on_disk(structure), dict[Path, dict[str, TensorEntry]]()
 
         def read(name: str) -> bytes:
@@ -74,10 +76,11 @@ class Repaired:
 
     def mean_errors(self) -> tuple[float, float]:
         """Squared error as a share of the squared output before and after, mean over corpora and layers."""
-        return mean_errors(self.layers)
+        before = sum(_mean(row["before"]) for row in self.layers) / len(self.layers)
+        return before, sum(_mean(row["after"]) for row in self.layers) / len(self.layers)
 
     def manifest(self) -> dict[str, Any]:
-        """What the manifest of the output says of it."""
+        """The entry in the manifest of the output."""
         return {
             "kind": self.kind,
             "corpora": self.corpora,
@@ -87,129 +90,113 @@ class Repaired:
             "tensors": self.hashes,
         }
 
+    def summary(self) -> str:
+        before, after = self.mean_errors()
+        return f"{self.kind}: {len(self.hashes)} tensors, mean relative squared error {before:.3f} -> {after:.3f}"
 
-def mean_errors(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Errors ``before`` and ``after`` of `Repaired.layers`, mean over corpora and layers."""
-    before, after = (
-        sum(sum(row[when].values()) / len(row[when]) for row in rows) / len(rows) for when in ("before", "after")
-    )
-    return before, after
+    def rows_shown(self) -> list[dict[str, Cell]]:
+        return [
+            {
+                "layer": row["decoder_layer"],
+                "experts refitted": len(row["experts"]),
+                "shared refitted": row["shared"],
+                "error before": _mean(row["before"]),
+                "error after": _mean(row["after"]),
+            }
+            for row in self.layers
+        ]
 
 
-def places_on_disk(structure: Structure) -> list[Place]:
-    """`places` from the configuration and the headers alone, before anything is loaded.
+def _mean(errors: Mapping[str, float]) -> float:
+    return sum(errors.values()) / len(errors)
 
-    Raises:
-        InputError: the model cannot be repaired; says why.
+
+class _About(TypedDict):
+    """What the file of a layer says of itself."""
+
+    inputs: dict[str, object]
+    row: LayerRow
+    hashes: dict[str, str]
+
+
+class _Layers:
+    """The finished layers of a repair in their folder.
+
+    Attributes:
+        rows: of every finished layer.
+        hashes: see `Repaired`.
+        pieces: see `Repaired`.
     """
-    return places(structure, build_on_meta(structure.checkpoint.config, structure.checkpoint.name))
+
+    def __init__(self, structure: Structure, plan: Plan, folder: Path, inputs: dict[str, object]) -> None:
+        self._structure, self._plan, self._folder, self._inputs = structure, plan, folder, inputs
+        self._places = places_on_disk(structure)
+        self.rows: list[LayerRow] = []
+        self.hashes: dict[str, str] = {}
+        self.pieces: dict[str, Piece] = {}
+        self._entries: list[dict[str, TensorEntry]] = []
+
+    def resume(self, say: Callable[[str], None]) -> None:
+        """Take over the layers that an earlier run with the same inputs has finished."""
+        for layer in range(len(self._plan.layers)):
+            found = _read(self._file(layer))
+            if found is None:
+                break
+            made_from = found[1]["inputs"]
+            if differs := [name for name in self._inputs if made_from.get(name) != self._inputs[name]]:
+                say(f"starting the repair over: {self._folder} was made from other inputs, {differs[0]} differs")
+                remove(self._folder)
+                break
+            self._take(*found)
+        if self.rows:
+            say(f"resuming: {len(self.rows)} of {len(self._plan.layers)} layers are repaired")
+
+    def done(self, layer: int) -> LayerRepair | None:
+        """The repair of a layer that is finished."""
+        if layer >= len(self.rows):
+            return None
+        entries, kept = self._entries[layer], self._plan.layers[layer].kept
+
+        def read(name: str) -> bytes:
+            return stored_bytes(self._folder, entries[name])
+
+        return layer_repair(self._structure, self._places[layer], kept, self.rows[layer], read)
+
+    def add(self, made: LayerRepair, corpora: Sequence[str]) -> None:
+        """Write the repair of the next layer.
+
+        Raises:
+            MoecoverError: the disk is full or the folder cannot be written.
+        """
+        from safetensors.torch import save
+
+        layer, row = len(self.rows), layer_row(made, corpora)
+        tensors = written_tensors(self._structure, self._places[layer], self._plan.layers[layer].kept, made, row)
+        hashes = {name: hash_of(bytes_of(tensor)) for name, tensor in tensors.items()}
+        about: _About = {"inputs": self._inputs, "row": row, "hashes": hashes}
+        write_bytes(self._file(layer), save(tensors, metadata={"moecover": json.dumps(about)}))
+        self._take(read_header(self._file(layer))[0], about)
+
+    def _file(self, layer: int) -> Path:
+        return self._folder / f"layer-{self._plan.layers[layer].decoder_layer}.safetensors"
+
+    def _take(self, entries: dict[str, TensorEntry], about: _About) -> None:
+        file = self._file(len(self.rows))
+        self.rows.append(about["row"])
+        self.hashes.update(about["hashes"])
+        self._entries.append(entries)
+        self.pieces.update({n: Piece(n, e.dtype, e.shape, ((e.start, e.end),), file) for n, e in entries.items()})
 
 
-def _hash(content: Any) -> str:
-    return str(xxhash.xxh3_128_hexdigest(content))
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    import torch
-
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def stored_bytes(folder: Path, entry: TensorEntry) -> bytes:
-    """The bytes of a tensor on disk."""
-    with (folder / entry.shard).open("rb") as file:
-        file.seek(entry.start)
-        return file.read(entry.num_bytes)
-
-
-def _tensor(content: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
-    import torch
-
-    return torch.frombuffer(bytearray(content), dtype=getattr(torch, dtype)).view(*shape)
-
-
-def names_of(structure: Structure, place: Place, kept: Sequence[int], row: dict[str, Any]) -> dict[str, list[int]]:
-    """The tensors of the output that a layer's repair changed: name, and the refitted experts in it (none: the shared one).
-
-    Args:
-        structure: the original.
-        place: of the layer.
-        kept: ids of its kept experts, ascending.
-        row: of `Repaired.layers`.
-    """
-    found: dict[str, list[int]] = {}
-    for expert in row["experts"]:
-        name = place.experts[expert if len(place.experts) > 1 else 0]
-        there = piece(structure.checkpoint.tensors[name], structure.tensors[name], list(kept))
-        if there is None:
-            raise KeyError(f"expert {expert} of {name} is not kept")
-        found.setdefault(there.name, []).append(expert)
-    if row["shared"] and place.shared is not None:
-        found[place.shared[1]] = []
-    return found
-
-
-def layer_repair(
-    structure: Structure, place: Place, kept: Sequence[int], row: dict[str, Any], read: Callable[[str], bytes]
-) -> LayerRepair:
-    """The repair of a layer from tensors of the output.
-
-    Args:
-        structure: the original.
-        place: of the layer.
-        kept: ids of its kept experts, ascending.
-        row: of `Repaired.layers`.
-        read: the bytes of a tensor of the output, by name.
-    """
-    hidden, stacked = structure.topology.hidden_size, len(place.experts) == 1
-    experts, shared = {}, None
-    for name, ids in names_of(structure, place, kept, row).items():
-        if not ids and place.shared is not None:
-            shared = place.shared[0], _tensor(read(name), place.dtype, (hidden, place.widths[1]))
-        elif stacked:
-            whole = _tensor(read(name), place.dtype, (len(kept), hidden, place.widths[0]))
-            experts.update({expert: whole[kept.index(expert)] for expert in ids})
-        else:
-            experts[ids[0]] = _tensor(read(name), place.dtype, (hidden, place.widths[0]))
-    before, after = list(row["before"].values()), list(row["after"].values())
-    return LayerRepair(row["decoder_layer"], experts, shared, Fit({}, before, after, row["penalties"], row["kept"]))
-
-
-def _tensors(
-    structure: Structure, place: Place, kept: Sequence[int], repair: LayerRepair, row: dict[str, Any]
-) -> dict[str, torch.Tensor]:
-    """The tensors of the output that a layer's repair changes, as they are written."""
-    import torch
-
-    found = {}
-    for name, ids in names_of(structure, place, kept, row).items():
-        if not ids:
-            assert repair.shared is not None
-            found[name] = repair.shared[1].cpu().contiguous()
-        elif len(place.experts) > 1:
-            found[name] = repair.experts[ids[0]].cpu().contiguous()
-        else:
-            entry = structure.checkpoint.tensors[place.experts[0]]
-            size = entry.num_bytes // entry.shape[0]
-            with (structure.checkpoint.path / entry.shard).open("rb", buffering=0) as file:
-                originals = [os.pread(file.fileno(), size, entry.start + expert * size) for expert in kept]
-            parts = [
-                repair.experts[expert].cpu() if expert in ids else _tensor(content, place.dtype, entry.shape[1:])
-                for expert, content in zip(kept, originals, strict=True)
-            ]
-            found[name] = torch.stack(parts)
-    return found
-
-
-def _read(path: Path) -> tuple[dict[str, TensorEntry], dict[str, Any]] | None:
-    """The tensors of a finished layer and what it says of itself; None where it is missing or damaged."""
+def _read(path: Path) -> tuple[dict[str, TensorEntry], _About] | None:
+    """The tensors of a finished layer and what its file says of itself; None where it is missing or damaged."""
     try:
         entries, metadata = read_header(path)
-        about = json.loads((metadata or {})["moecover"])
+        about: _About = json.loads((metadata or {})["moecover"])
         about["inputs"].keys(), about["row"].keys()
         if about["hashes"].keys() != entries.keys():
             return None
-        if any(_hash(stored_bytes(path.parent, entry)) != about["hashes"][name] for name, entry in entries.items()):
+        if any(hash_of(stored_bytes(path.parent, e)) != about["hashes"][name] for name, e in entries.items()):
             return None
     except (OSError, InputError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -230,33 +217,29 @@ def repair(
     advance: Callable[[int], None] = lambda layers: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Repaired:
-    """The repair of a model for a plan, layer by layer, each kept in a file as soon as it is done.
+    """Repair a model for a plan, layer by layer; each layer is saved in a file as soon as it is done.
 
     Args:
         structure: the original.
         plan: which experts stay.
         corpora: calibration text, each with its record.
         model: opens the original; entered only where a layer is left to be done.
-        kind: see `repairing.repair_layers`.
+        kind: ``scale`` or ``ridge``, see `solver.fit`.
         folder: for the files; the caller removes it when the output is complete.
         batch_size: sequences per forward pass.
         dtype: of the model, by name.
         device: of the model, by name.
-        advance: called with 1 behind every layer.
-        say: takes a line on what is there from an earlier run.
+        advance: called with the number of layers that are done.
+        say: called with a line on what an earlier run left.
 
     Raises:
-        InputError: what `repair_layers` raises.
+        InputError: see `repair_layers`.
         MoecoverError: the disk is full or the folder cannot be written.
     """
-    from safetensors.torch import save
-
     from moecover.version import VERSION
 
-    layers = plan.layers
-    where = places_on_disk(structure)
     records = [{"name": c.name, "tokens used": c.num_tokens, **c.record} for c in corpora]
-    inputs: dict[str, Any] = {
+    given = {
         "--repair": kind,
         "the model": [structure.model_fingerprint, stamps(structure)],
         "the plan": hashlib.sha256(canonical_json(plan.to_dict()).encode()).hexdigest(),
@@ -266,125 +249,41 @@ def repair(
         "--device": device,
         "the version of moecover": VERSION,
     }
-    inputs = json.loads(json.dumps(inputs))
-    rows, hashes, pieces = list[dict[str, Any]](), dict[str, str](), dict[str, Piece]()
-    read: dict[int, tuple[Path, dict[str, TensorEntry]]] = {}
-
-    def file(layer: int) -> Path:
-        return folder / f"layer-{layers[layer].decoder_layer}.safetensors"
-
-    def take(layer: int, entries: dict[str, TensorEntry], about: dict[str, Any]) -> None:
-        rows.append(about["row"])
-        hashes.update(about["hashes"])
-        read[layer] = file(layer), entries
-        pieces.update({n: Piece(n, e.dtype, e.shape, ((e.start, e.end),), file(layer)) for n, e in entries.items()})
-
-    for layer in range(len(layers)):
-        found = _read(file(layer))
-        if found is None:
-            break
-        if differs := [n for n in inputs if found[1]["inputs"].get(n) != inputs[n]]:
-            say(f"repairing anew: {folder} was made from other inputs, {differs[0]} differs")
-            remove(folder)
-            break
-        take(layer, *found)
-    if rows:
-        say(f"resuming: {len(rows)} of {len(layers)} layers are repaired")
-    advance(len(rows))
-
-    def done(layer: int) -> LayerRepair | None:
-        if layer not in read:
-            return None
-        path, entries = read[layer]
-        return layer_repair(
-            structure,
-            where[layer],
-            layers[layer].kept,
-            rows[layer],
-            lambda name: stored_bytes(path.parent, entries[name]),
-        )
-
-    if len(rows) == len(layers):
-        return Repaired(kind, records, rows, hashes, pieces)
-    finished = len(rows)
+    inputs: dict[str, Any] = json.loads(json.dumps(given))
+    layers = _Layers(structure, plan, folder, inputs)
+    layers.resume(say)
+    finished = len(layers.rows)
+    advance(finished)
+    made = Repaired(kind, records, layers.rows, layers.hashes, layers.pieces)
+    if finished == len(plan.layers):
+        return made
     with (
         model as live,
         contextlib.closing(
-            repair_layers(live, structure, plan, corpora, kind=kind, batch_size=batch_size, done=done)
+            repair_layers(live, structure, plan, corpora, kind=kind, batch_size=batch_size, done=layers.done)
         ) as repairs,
     ):
-        for layer, made in enumerate(repairs):
-            if layer < finished:
-                continue
-            names = [c.name for c in corpora]
-            row: dict[str, Any] = {
-                "decoder_layer": made.decoder_layer,
-                "experts": sorted(made.experts),
-                "shared": made.shared is not None,
-                "penalties": made.fit.penalties,
-                "before": dict(zip(names, made.fit.before, strict=True)),
-                "after": dict(zip(names, made.fit.after, strict=True)),
-                "kept": made.fit.kept,
-            }
-            tensors = _tensors(structure, where[layer], layers[layer].kept, made, row)
-            about = {"inputs": inputs, "row": row, "hashes": {n: _hash(_bytes(t)) for n, t in tensors.items()}}
-            write_bytes(file(layer), save(tensors, metadata={"moecover": json.dumps(about)}))
-            take(layer, read_header(file(layer))[0], about)
-            del made, tensors
-            advance(1)
+        names = [corpus.name for corpus in corpora]
+        for layer, one in enumerate(repairs):
+            if layer >= finished:
+                layers.add(one, names)
+                advance(1)
+            del one
     if inputs["the model"][1] != json.loads(json.dumps(stamps(structure))):
         remove(folder)
         raise MoecoverError(f"{structure.checkpoint.name} changed while it was read. Start again when it is at rest")
-    return Repaired(kind, records, rows, hashes, pieces)
+    return made
 
 
 @contextlib.contextmanager
 def kept_for_later(folder: Path) -> Iterator[None]:
-    """Have an error or an interrupt of the block say that finished layers stay for the next run."""
+    """Make an error or an interrupt in the block say that finished layers were saved for the next run."""
     try:
         yield
     except BaseException as error:
         if count := len([*folder.glob("layer-*.safetensors")]):
-            left = f"The finished layers of the repair ({count}) are kept in {folder} and are used when the same command runs again"
+            left = f"Progress of the repair ({count} layers) saved in {folder}; rerun the same command to resume"
             if isinstance(error, MoecoverError):
-                raise type(error)(f"{error}. {left}") from error
+                raise error.extended(left) from error
             error.add_note(left)
         raise
-
-
-def changed_tensors(
-    structure: Structure, plan: Plan, cut: Checkpoint, hashes: dict[str, str], *, mtp: str
-) -> list[str]:
-    """Names of the tensors of a repaired checkpoint that are neither the original's, byte for byte, nor of the noted hash.
-
-    Args:
-        structure: the original.
-        plan: what was kept.
-        cut: the repaired checkpoint.
-        hashes: of the repaired tensors, by name.
-        mtp: see `checkpoint.prune`.
-    """
-    expected = {p.name: (shard, p) for shard, ps in pieces_by_shard(structure, plan.kept, mtp=mtp).items() for p in ps}
-    found = [*expected.keys() ^ cut.tensors.keys(), *hashes.keys() - expected.keys()]
-    for name in expected.keys() & cut.tensors.keys():
-        there, (shard, one) = cut.tensors[name], expected[name]
-        if (there.dtype, there.shape) != (one.dtype, one.shape):
-            found.append(name)
-        elif name in hashes:
-            found += [name] * (_hash(stored_bytes(cut.path, there)) != hashes[name])
-        elif not _same_bytes(structure.checkpoint.path / shard, one.ranges, cut.path / there.shard, there.start):
-            found.append(name)
-    return sorted(set(found))
-
-
-def _same_bytes(one: Path, ranges: Sequence[tuple[int, int]], other: Path, start: int) -> bool:
-    """Whether byte ranges of a file are what another one holds from ``start`` on."""
-    with one.open("rb") as first, other.open("rb") as second:
-        second.seek(start)
-        for begin, end in ranges:
-            first.seek(begin)
-            for at in range(begin, end, CHUNK_BYTES):
-                size = min(CHUNK_BYTES, end - at)
-                if first.read(size) != second.read(size):
-                    return False
-    return True

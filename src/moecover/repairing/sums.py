@@ -162,7 +162,7 @@ class _Outputs:
         self.slots = int(torch.bincount(torch.cat(self._tokens)).max())
 
     def between(self, first: int, last: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs ``[token, slot, hidden]`` and the block of every slot, int64; an empty slot has the number of blocks."""
+        """Outputs ``[token, slot, hidden]`` and the block index of every slot, the number of blocks in an empty one."""
         import torch
 
         device, hidden = residual.device, residual.shape[1]

@@ -1,7 +1,7 @@
-"""Which down projections of a model a repair refits, and where they lie: reads a checkpoint's names and its model class.
+"""Which down projections a repair refits and where they are stored: reads a checkpoint's names and its model class.
 
-No table of families: the experts hold them stacked, the shared expert is the one linear module of the block that ends
-at the hidden size, and the library's own conversion mapping leads to the tensors on disk. A family of another form is
+No table of families: the experts hold them stacked, the shared expert is the one linear module of the block that ends at
+the hidden size, and the library's own conversion mapping leads to the tensors on disk. A family of another form is
 refused, with the reason. The model may be on ``meta``.
 """
 
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moecover.checkpoints.model_class import build_on_meta
 from moecover.checkpoints.names import read_names
 from moecover.checkpoints.structure import Structure
-from moecover.errors import InputError
+from moecover.errors import InputError, arg
 from moecover.runtime.shards import TORCH_NAMES
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ class Place:
 
 
 def refused(structure: Structure, reason: str) -> InputError:
-    """That a family cannot be repaired, and why."""
-    return InputError(f"--repair does not run on {structure.topology.family}: {reason}. Use --repair none")
+    """The error for a family that cannot be repaired."""
+    return InputError(
+        f"{arg('repair')} does not run on {structure.topology.family}: {reason}. Use {arg('repair', 'none')}"
+    )
 
 
 def check_stored(structure: Structure) -> None:
@@ -51,12 +54,13 @@ def check_stored(structure: Structure) -> None:
     if structure.quantised:
         raise refused(
             structure,
-            f"its experts are quantised ({structure.quantised}), a refitted weight would have to be quantised anew; repair the original that it was made from",
+            f"its experts are quantised ({structure.quantised}), a refitted weight would have to be quantised anew; "
+            "repair the original that it was made from",
         )
 
 
 def check_dtype(structure: Structure, where: Sequence[Place], dtype: str) -> None:
-    """Refuse to refit weights in a dtype that does not hold the stored ones.
+    """Refuse to refit weights in a dtype that cannot represent the stored ones.
 
     Args:
         structure: the checkpoint.
@@ -70,75 +74,101 @@ def check_dtype(structure: Structure, where: Sequence[Place], dtype: str) -> Non
 
     if dtype == "auto":
         configs = structure.checkpoint.text_config, structure.checkpoint.config
-        dtype = next(
-            (c[k] for c in configs for k in ("dtype", "torch_dtype") if isinstance(c.get(k), str)), where[0].dtype
-        )
+        named = (c[k] for c in configs for k in ("dtype", "torch_dtype") if isinstance(c.get(k), str))
+        dtype = next(named, where[0].dtype)
     for place in where:
         kind = getattr(torch, dtype)
         if torch.promote_types(kind, getattr(torch, place.dtype)) != kind:
             raise InputError(
-                f"--repair refits weights that are stored in {place.dtype}, which a model in {dtype} does not hold. Give --dtype float32"
+                f"{arg('repair')} refits weights that are stored in {place.dtype}, which a model in {dtype} does not "
+                f"hold. Give {arg('dtype', 'float32')}"
             )
 
 
 def places(structure: Structure, model: torch.nn.Module) -> list[Place]:
-    """Where the down projections of every MoE layer lie.
+    """Where the down projections of every MoE layer are stored.
 
     Raises:
         InputError: quantised experts, experts of another form than down projection x activation, or weights that are
             stored in another form than the model's.
     """
+    check_stored(structure)
+    stored = _Stored(structure, model)
+    return [_place(structure, model, module, stored) for module in structure.experts_modules]
+
+
+def places_on_disk(structure: Structure) -> list[Place]:
+    """`places` from the configuration and the headers alone, before anything is loaded.
+
+    Raises:
+        InputError: the model cannot be repaired; says why.
+    """
+    return places(structure, build_on_meta(structure.checkpoint.config, structure.checkpoint.name))
+
+
+class _Stored:
+    """The tensors on disk by the parameter that they fill."""
+
+    def __init__(self, structure: Structure, model: torch.nn.Module) -> None:
+        self._structure = structure
+        self._destinations = read_names(structure.checkpoint, model).destinations
+        self._keys: dict[str, list[str]] = {}
+        for key, destination in self._destinations.items():
+            self._keys.setdefault(destination.parameter, []).append(key)
+
+    def tensors(self, parameter: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The tensors that fill a parameter as they are: one, or one for every index of its first axis.
+
+        Raises:
+            InputError: they are stored in another form.
+        """
+        keys = self._keys.get(parameter, [])
+        shapes = {self._structure.checkpoint.tensors[key].shape for key in keys}
+        converters = [self._destinations[key].converter for key in keys]
+        if all(converter is None for converter in converters):
+            fits = len(keys) == 1 and shapes == {shape}
+        else:
+            names = [[type(o).__name__ for o in c.operations] if c is not None else [] for c in converters]
+            fits = all(n == ["MergeModulelist"] for n in names) and len(keys) == shape[0] and shapes == {shape[1:]}
+        if not fits:
+            raise refused(self._structure, f"{parameter} is not stored as it is used")
+        return tuple(keys)
+
+
+def _place(structure: Structure, model: torch.nn.Module, module: str, stored: _Stored) -> Place:
+    """The down projections of one MoE layer, by the name of its experts module."""
     import torch
 
-    check_stored(structure)
-    checkpoint = structure.checkpoint
-    stored: dict[str, list[str]] = {}
-    destinations = read_names(checkpoint, model).destinations
-    for key, destination in destinations.items():
-        stored.setdefault(destination.parameter, []).append(key)
+    experts: Any = model.get_submodule(module)
+    down = getattr(experts, "down_proj", None)
+    if not isinstance(down, torch.nn.Parameter) or not hasattr(experts, "has_post_expert_norm"):
+        raise refused(structure, "its experts hold no stacked down projection")
+    if experts.has_bias or experts.is_transposed or experts.has_post_expert_norm:
+        raise refused(structure, "its experts have biases, a norm or transposed weights")
+    disk = stored.tensors(f"{module}.down_proj", tuple(down.shape))
+    shared, width = None, 0
+    if (linear := _shared(structure, model, module, down.shape[1])) is not None:
+        shape = tuple(model.get_parameter(linear).shape)
+        shared, width = (linear, stored.tensors(linear, shape)[0]), shape[1]
+    dtypes = {structure.checkpoint.tensors[key].dtype for key in (*disk, *(shared or ())[1:])}
+    if len(dtypes) > 1:
+        raise refused(structure, f"the down projections of a layer are stored as {' and '.join(sorted(dtypes))}")
+    return Place(disk, shared, (int(down.shape[2]), width), TORCH_NAMES[dtypes.pop()])
 
-    def on_disk(parameter: str, shape: tuple[int, ...]) -> tuple[str, ...]:
-        """The tensors that fill a parameter as they are: one, or one a place of its first axis."""
-        keys = stored.get(parameter, [])
-        shapes = {checkpoint.tensors[key].shape for key in keys}
-        converters = [destinations[key].converter for key in keys]
-        plain = all(c is None for c in converters)
-        stacked = all(
-            c is not None and [type(o).__name__ for o in c.operations] == ["MergeModulelist"] for c in converters
+
+def _shared(structure: Structure, model: torch.nn.Module, module: str, hidden_size: int) -> str | None:
+    """The shared expert's down projection: the linear module beside the experts that ends at the hidden size."""
+    import torch
+
+    name = module.rpartition(".")[0]
+    inside = {id(m) for m in model.get_submodule(module).modules()}
+    linear = [
+        f"{name}.{key}.weight"
+        for key, m in model.get_submodule(name).named_modules()
+        if isinstance(m, torch.nn.Linear) and id(m) not in inside and m.out_features == hidden_size
+    ]
+    if len(linear) > 1:
+        raise refused(
+            structure, f"{len(linear)} modules beside the experts end at the hidden size, at most one is supported"
         )
-        if (plain and len(keys) == 1 and shapes == {shape}) or (
-            stacked and len(keys) == shape[0] and shapes == {shape[1:]}
-        ):
-            return tuple(keys)
-        raise refused(structure, f"{parameter} is not stored as it is used")
-
-    found = []
-    for module in structure.experts_modules:
-        experts: Any = model.get_submodule(module)
-        name = module.rpartition(".")[0]
-        block, down = model.get_submodule(name), getattr(experts, "down_proj", None)
-        if not isinstance(down, torch.nn.Parameter) or not hasattr(experts, "has_post_expert_norm"):
-            raise refused(structure, "its experts hold no stacked down projection")
-        if experts.has_bias or experts.is_transposed or experts.has_post_expert_norm:
-            raise refused(structure, "its experts have biases, a norm or transposed weights")
-        inside = {id(m) for m in experts.modules()}
-        linear = [
-            f"{name}.{k}.weight"
-            for k, m in block.named_modules()
-            if isinstance(m, torch.nn.Linear) and id(m) not in inside and m.out_features == down.shape[1]
-        ]
-        if len(linear) > 1:
-            raise refused(
-                structure,
-                f"{len(linear)} modules beside the experts end at the hidden size, one shared expert is known here",
-            )
-        disk = on_disk(f"{module}.down_proj", tuple(down.shape))
-        shared, width = None, 0
-        if linear:
-            shape = tuple(model.get_parameter(linear[0]).shape)
-            shared, width = (linear[0], on_disk(linear[0], shape)[0]), shape[1]
-        dtypes = {checkpoint.tensors[key].dtype for key in (*disk, *(shared or ())[1:])}
-        if len(dtypes) > 1:
-            raise refused(structure, f"the down projections of a layer are stored as {' and '.join(sorted(dtypes))}")
-        found.append(Place(disk, shared, (int(down.shape[2]), width), TORCH_NAMES[dtypes.pop()]))
-    return found
+    return linear[0] if linear else None

@@ -1,0 +1,169 @@
+"""The tensors of a pruned checkpoint that a repair changes: names, bytes, and a layer's repair read from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+import xxhash
+
+from moecover.checkpoints.header import TensorEntry
+from moecover.checkpoints.pieces import piece
+from moecover.checkpoints.structure import Structure
+from moecover.repairing.layers import LayerRepair
+from moecover.repairing.solver import Fit
+from moecover.repairing.targets import Place
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LayerRow(TypedDict):
+    """The repair of one MoE layer as the manifest records it.
+
+    Attributes:
+        decoder_layer: its index.
+        experts: ids in the original of the experts that were refitted.
+        shared: whether the shared expert was refitted.
+        penalties: see `Fit.penalties`.
+        before: squared error as a share of the squared output without repair, by corpus.
+        after: the same with repair.
+        kept: why other experts were not refitted, by name.
+    """
+
+    decoder_layer: int
+    experts: list[int]
+    shared: bool
+    penalties: dict[str, float]
+    before: dict[str, float]
+    after: dict[str, float]
+    kept: dict[str, str]
+
+
+def layer_row(repair: LayerRepair, corpora: Sequence[str]) -> LayerRow:
+    """The record of a layer's repair.
+
+    Args:
+        repair: of the layer.
+        corpora: names of the calibration corpora.
+    """
+    return {
+        "decoder_layer": repair.decoder_layer,
+        "experts": sorted(repair.experts),
+        "shared": repair.shared is not None,
+        "penalties": repair.fit.penalties,
+        "before": dict(zip(corpora, repair.fit.before, strict=True)),
+        "after": dict(zip(corpora, repair.fit.after, strict=True)),
+        "kept": repair.fit.kept,
+    }
+
+
+def hash_of(content: bytes | memoryview) -> str:
+    """The hash of a tensor's bytes."""
+    return str(xxhash.xxh3_128_hexdigest(content))
+
+
+def stored_bytes(folder: Path, entry: TensorEntry) -> bytes:
+    """The bytes of a tensor on disk."""
+    with (folder / entry.shard).open("rb") as file:
+        file.seek(entry.start)
+        return file.read(entry.num_bytes)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in memory."""
+    import torch
+
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _tensor(content: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(content), dtype=getattr(torch, dtype)).view(*shape)
+
+
+def names_of(structure: Structure, place: Place, kept: Sequence[int], row: LayerRow) -> dict[str, list[int]]:
+    """The tensors of the output that a layer's repair changed.
+
+    Args:
+        structure: the original.
+        place: of the layer.
+        kept: ids of its kept experts, ascending.
+        row: what was repaired.
+
+    Returns:
+        By name, the refitted experts that are in the tensor; none for the shared expert's.
+
+    Raises:
+        KeyError: a refitted expert is not kept.
+    """
+    found: dict[str, list[int]] = {}
+    for expert in row["experts"]:
+        name = place.experts[expert if len(place.experts) > 1 else 0]
+        there = piece(structure.checkpoint.tensors[name], structure.tensors[name], list(kept))
+        if there is None:
+            raise KeyError(f"expert {expert} of {name} is not kept")
+        found.setdefault(there.name, []).append(expert)
+    if row["shared"] and place.shared is not None:
+        found[place.shared[1]] = []
+    return found
+
+
+def layer_repair(
+    structure: Structure, place: Place, kept: Sequence[int], row: LayerRow, read: Callable[[str], bytes]
+) -> LayerRepair:
+    """The repair of a layer from tensors of the output.
+
+    Args:
+        structure: the original.
+        place: of the layer.
+        kept: ids of its kept experts, ascending.
+        row: what was repaired.
+        read: returns the bytes of a tensor of the output by its name.
+    """
+    hidden, stacked = structure.topology.hidden_size, len(place.experts) == 1
+    experts, shared = {}, None
+    for name, ids in names_of(structure, place, kept, row).items():
+        if not ids and place.shared is not None:
+            shared = place.shared[0], _tensor(read(name), place.dtype, (hidden, place.widths[1]))
+        elif stacked:
+            whole = _tensor(read(name), place.dtype, (len(kept), hidden, place.widths[0]))
+            experts.update({expert: whole[kept.index(expert)] for expert in ids})
+        else:
+            experts[ids[0]] = _tensor(read(name), place.dtype, (hidden, place.widths[0]))
+    before, after = list(row["before"].values()), list(row["after"].values())
+    return LayerRepair(row["decoder_layer"], experts, shared, Fit({}, before, after, row["penalties"], row["kept"]))
+
+
+def written_tensors(
+    structure: Structure, place: Place, kept: Sequence[int], repair: LayerRepair, row: LayerRow
+) -> dict[str, torch.Tensor]:
+    """The tensors of the output that a layer's repair changes, as they are written; arguments as in `layer_repair`."""
+    found = {}
+    for name, ids in names_of(structure, place, kept, row).items():
+        if not ids:
+            assert repair.shared is not None
+            found[name] = repair.shared[1].cpu().contiguous()
+        elif len(place.experts) > 1:
+            found[name] = repair.experts[ids[0]].cpu().contiguous()
+        else:
+            found[name] = _stacked(structure, place, kept, repair)
+    return found
+
+
+def _stacked(structure: Structure, place: Place, kept: Sequence[int], repair: LayerRepair) -> torch.Tensor:
+    """The kept experts in one tensor, those that were not refitted from the original's file."""
+    import torch
+
+    entry = structure.checkpoint.tensors[place.experts[0]]
+    size = entry.num_bytes // entry.shape[0]
+    with (structure.checkpoint.path / entry.shard).open("rb", buffering=0) as file:
+        originals = [os.pread(file.fileno(), size, entry.start + expert * size) for expert in kept]
+    parts = [
+        repair.experts[expert].cpu() if expert in repair.experts else _tensor(content, place.dtype, entry.shape[1:])
+        for expert, content in zip(kept, originals, strict=True)
+    ]
+    return torch.stack(parts)
