@@ -1,4 +1,4 @@
-"""What `explain` says of a plan, against hand-checked cases and plain loops; stability against plans made from less text."""
+"""The facts of `explain` against hand-checked cases and plain loops; stability against plans made from less text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.explaining.facts import covered_rank, explain
 from moecover.planning.explaining.text import text_of
 from moecover.planning.methods import METHODS
-from moecover.planning.run import plan, runs_experts
+from moecover.planning.run import plan
 from moecover.profiling.artifact import MAXIMA, STATISTICS, Profile
 from moecover.profiling.run import profile
 from tests.conftest import hand_plan, random_corpus
@@ -42,10 +42,12 @@ def made_of(utilities: dict[str, list[list[float]]]) -> Profile:
 
 
 # Layer 1: a likes 0 1 2, b likes 5 4 3 0. Layer 2: both like 0 1 2.
-PROFILE = made_of({
-    "a": [[5, 4, 1, 0, 0, 0], [4, 3, 2, 1, 0, 0]],
-    "b": [[1, 0, 0, 2, 3, 4], [8, 6, 4, 2, 0, 0]],
-})  # fmt: skip
+PROFILE = made_of(
+    {
+        "a": [[5, 4, 1, 0, 0, 0], [4, 3, 2, 1, 0, 0]],
+        "b": [[1, 0, 0, 2, 3, 4], [8, 6, 4, 2, 0, 0]],
+    }
+)
 
 
 def test_facts_by_hand() -> None:
@@ -71,7 +73,14 @@ def test_facts_by_hand() -> None:
     assert overall["wanted_by_one_kept"] == {"a": 2, "b": 1}
     assert json.loads(json.dumps(facts)) == facts
     text = text_of(facts, layers=True)
-    for part in ("keeps 3 of 6 experts in 2 layers of m", "Worst served: b, 70.0%", "every corpus keeps its best expert.", "2 of 3", "Never routed by any corpus: 2 experts, 0 of them kept", "decoder layer"):  # fmt: skip
+    for part in (
+        "keeps 3 of 6 experts in 2 layers of m",
+        "Worst served: b, 70.0%",
+        "every corpus keeps its best expert.",
+        "2 of 3",
+        "Never routed by any corpus: 2 experts, 0 of them kept",
+        "decoder layer",
+    ):
         assert part in text
 
 
@@ -183,7 +192,10 @@ def test_merged_profiles_keep_their_parts(checkpoints: Callable[..., Path]) -> N
     joined = one + two
     tokens = joined.parts["a"]["num_tokens"][:, 0, 0].tolist()
     assert tokens == [48, 96, 144, 192, 240, 288, 336]
-    expected = {n: np.maximum(one.statistics["a"][n], v[0]) if n in MAXIMA else one.statistics["a"][n] + v[0] for n, v in two.parts["a"].items()}  # fmt: skip
+    expected = {
+        n: np.maximum(one.statistics["a"][n], v[0]) if n in MAXIMA else one.statistics["a"][n] + v[0]
+        for n, v in two.parts["a"].items()
+    }
     for name in STATISTICS:
         np.testing.assert_array_equal(joined.parts["a"][name][4], expected[name])
     many = joined
@@ -214,7 +226,9 @@ def test_stability_equals_plans_from_less_text(checkpoints: Callable[..., Path])
     while settled > 1 and changed[settled - 2] <= 0.2:
         settled -= 1
     assert stable["enough_tokens"] == (96 * settled if settled < 8 else None)
-    halves = [plan(profile(structure, [c[i : i + 8] for c in corpora], dtype="float32", batch_size=2), keep=6) for i in (0, 8)]  # fmt: skip
+    halves = [
+        plan(profile(structure, [c[i : i + 8] for c in corpora], dtype="float32", batch_size=2), keep=6) for i in (0, 8)
+    ]
     pairs = zip(halves[0].layers, halves[1].layers, strict=True)
     assert stable["halves"] == pytest.approx(np.mean([len(set(a.kept) - set(b.kept)) / 6 for a, b in pairs]))
     assert stable["half_tokens"] == 384
@@ -250,7 +264,7 @@ def test_another_profile_tells_shares_but_no_stability(checkpoints: Callable[...
     assert "stability" not in facts
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])
 def test_every_method_can_be_explained(small_profile: Profile, method: str) -> None:
     keep = small_profile.topology.num_experts - 1
     facts = explain(plan(small_profile, method=method, keep=keep, protect_super_experts=True), profile=small_profile)

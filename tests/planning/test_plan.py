@@ -18,7 +18,7 @@ from moecover.errors import InputError
 from moecover.planning.artifact import Plan, check_plan, keep_all
 from moecover.planning.keep import resolve_keep
 from moecover.planning.methods import METHODS
-from moecover.planning.run import plan, plan_budgets, runs_experts
+from moecover.planning.run import plan, plan_budgets
 from moecover.planning.saliency import SALIENCIES
 from moecover.planning.selection import Room, cover, ranked
 from moecover.planning.super_experts import super_experts
@@ -43,9 +43,13 @@ def statistics_of(
     for e, g, total, y in routed:
         norm = math.hypot(*y)
         for name, value in {
-            "count": 1, "weight_sum": g, "norm_sum": norm, "weighted_norm_sum": g * norm,
-            "weighted_sq_sum": (g * norm) ** 2, "renorm_weighted_norm_sum": g / total * norm,
-        }.items():  # fmt: skip
+            "count": 1,
+            "weight_sum": g,
+            "norm_sum": norm,
+            "weighted_norm_sum": g * norm,
+            "weighted_sq_sum": (g * norm) ** 2,
+            "renorm_weighted_norm_sum": g / total * norm,
+        }.items():
             s[name][0, e] += value
         s["max_abs"][0, e] = max(s["max_abs"][0, e], max(map(abs, y)))
     return s
@@ -79,13 +83,14 @@ utilities = st.integers(1, 5).flatmap(
             # Few distinct values, zeros among them: ties and never-routed experts are the rule.
             st.lists(
                 st.lists(st.sampled_from([0.0, 0.0, 0.125, 0.5, 1.0, 3.0, 7.5]), min_size=experts, max_size=experts),
-                min_size=corpora, max_size=corpora,
+                min_size=corpora,
+                max_size=corpora,
             ),
             st.integers(1, experts),
             st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),
         )
     )
-)  # fmt: skip
+)
 
 
 def naive_cover(utility, keep, protect, *, groups=1, required=(), weights=None):
@@ -219,7 +224,7 @@ def test_required_experts_that_do_not_fit_are_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
-@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])  # those have files of their own
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])  # those have files of their own
 def test_every_method_is_deterministic_and_keeps_exactly_k(small_profile: Profile, method: str) -> None:
     topology = small_profile.topology
     for keep in range(topology.top_k, topology.num_experts + 1):
@@ -291,7 +296,7 @@ def random_statistics(topology: Topology, seed: int) -> dict[str, np.ndarray]:
     return found | {"count": rng.integers(0, 9, shape), "num_tokens": np.full(shape, 99)}
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])
 @pytest.mark.parametrize("extreme", [False, True])
 def test_group_limited_routers_keep_the_same_number_in_every_group(method: str, extreme: bool) -> None:
     topology = Topology("deepseek_v3", (3, 4, 5), 32, 4, 8, 6, num_groups=4, top_groups=2)
@@ -359,7 +364,7 @@ def test_the_quantile_limits_super_experts_too() -> None:
     assert super_experts(profile_of({"a": s}, SPARSE)) == (frozenset(), frozenset({198, 199}))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])
 @pytest.mark.parametrize("saliency", ["frequency", "reap"])
 def test_every_method_keeps_the_super_experts(method: str, saliency: str) -> None:
     """Also with the score `frequency`, where a rival's protection has no effect."""
@@ -426,8 +431,17 @@ def test_budgets_out_of_range(keep: int | None, retain: float | None, message: s
 
 @pytest.mark.parametrize(
     "keep, multiple_of, groups, expected",
-    [(30, 8, 1, 32), (28, 8, 1, 32), (27, 8, 1, 24), (60, 8, 1, 56), (4, 8, 1, 8), (33, 1, 1, 33), (30, 8, 3, 24), (37, 8, 3, 48)],
-)  # fmt: skip
+    [
+        (30, 8, 1, 32),
+        (28, 8, 1, 32),
+        (27, 8, 1, 24),
+        (60, 8, 1, 56),
+        (4, 8, 1, 8),
+        (33, 1, 1, 33),
+        (30, 8, 3, 24),
+        (37, 8, 3, 48),
+    ],
+)
 def test_counts_are_rounded_to_a_multiple(keep: int, multiple_of: int, groups: int, expected: int) -> None:
     topology = dataclasses.replace(TOPOLOGY, num_experts=60, num_groups=groups, top_groups=groups)
     assert resolve_keep(topology, keep=keep, retain=None, multiple_of=multiple_of) == expected

@@ -131,30 +131,62 @@ def test_what_is_built_in_cannot_be_replaced_by_the_first_import(kind: str, name
 
 
 HEAD = "from moecover import METHODS, SALIENCIES\nfrom moecover.planning.artifact import LayerPlan\n"
+
+
+def method_that_keeps(ids: str) -> str:
+    """A plugin's method that keeps the same experts in every layer."""
+    layers = f"[LayerPlan(decoder_layer=d, kept={ids}) for d in profile.topology.decoder_layers]"
+    return f"@METHODS('mine', paper='x')\ndef f(profile, budget):\n    return {layers}\n"
+
+
 BROKEN = {
     "raises on import": ("x = 1 / 0\n", "line 3: the file raised ZeroDivisionError: division by zero"),
     "syntax": ("def (:\n", "the file raised SyntaxError"),
-    "taken name": ("@SALIENCIES('reap', paper='x')\ndef f(s):\n    return s['count']\n", "saliency reap exists already"),
-    "saliency raises": ("@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['cuont']\n", "line 5: saliency mine raised KeyError: 'cuont'"),
-    "saliency of another shape": ("@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['count'][0]\n", "saliency mine gives shape"),
-    "saliency not finite": ("@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['count'] / 0 * 0.0\n", "finite numbers are needed"),
-    "saliency of text": ("@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['count'].astype(str)\n", "numbers of shape"),
-    "negative saliency": ("@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['count'] - 1000.0\n", "gives negative values"),
-    "method raises": ("@METHODS('mine', paper='x')\ndef f(profile, budget):\n    raise ValueError('no idea')\n", "line 5: method mine raised ValueError: no idea"),
-    "method gives nothing": ("@METHODS('mine', paper='x')\ndef f(profile, budget):\n    pass\n", "method mine gives no list of"),
+    "taken name": (
+        "@SALIENCIES('reap', paper='x')\ndef f(s):\n    return s['count']\n",
+        "saliency reap exists already",
+    ),
+    "saliency raises": (
+        "@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['cuont']\n",
+        "line 5: saliency mine raised KeyError: 'cuont'",
+    ),
+    "saliency of another shape": (
+        "@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['count'][0]\n",
+        "saliency mine gives shape",
+    ),
+    "saliency not finite": (
+        "@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['count'] / 0 * 0.0\n",
+        "finite numbers are needed",
+    ),
+    "saliency of text": (
+        "@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['count'].astype(str)\n",
+        "numbers of shape",
+    ),
+    "negative saliency": (
+        "@SALIENCIES('mine', paper='x')\ndef f(s):\n    return s['count'] - 1000.0\n",
+        "gives negative values",
+    ),
+    "method raises": (
+        "@METHODS('mine', paper='x')\ndef f(profile, budget):\n    raise ValueError('no idea')\n",
+        "line 5: method mine raised ValueError: no idea",
+    ),
+    "method gives nothing": (
+        "@METHODS('mine', paper='x')\ndef f(profile, budget):\n    pass\n",
+        "method mine gives no list of",
+    ),
     "method keeps too few": (
-        "@METHODS('mine', paper='x')\ndef f(profile, budget):\n    return [LayerPlan(decoder_layer=d, kept=[0]) for d in profile.topology.decoder_layers]\n",
+        method_that_keeps("[0]"),
         "method mine keeps experts [0] of decoder layer",
     ),
     "method keeps what is not there": (
-        "@METHODS('mine', paper='x')\ndef f(profile, budget):\n    return [LayerPlan(decoder_layer=d, kept=[*range(budget.keep - 1), 999]) for d in profile.topology.decoder_layers]\n",
+        method_that_keeps("[*range(budget.keep - 1), 999]"),
         "999] of decoder layer",
     ),
     "method twice the same": (
-        "@METHODS('mine', paper='x')\ndef f(profile, budget):\n    return [LayerPlan(decoder_layer=d, kept=[0] * budget.keep) for d in profile.topology.decoder_layers]\n",
+        method_that_keeps("[0] * budget.keep"),
         "line 5: method mine raised ValidationError",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
@@ -174,12 +206,14 @@ def test_a_plugin_that_goes_wrong_is_one_line_and_nothing_is_written(
     assert not out.exists()
 
 
-def test_a_method_that_drops_super_experts_is_refused(folder: Path, small_profile: Profile, tmp_path: Path, capsys) -> None:  # fmt: skip
+def test_a_method_that_drops_super_experts_is_refused(
+    folder: Path, small_profile: Profile, tmp_path: Path, capsys
+) -> None:
     plugin, keep = tmp_path / "mine.py", small_profile.topology.top_k
     extreme = super_experts(small_profile)
     layer = next(i for i, experts in enumerate(extreme) if experts)
     others = sorted(set(range(small_profile.topology.num_experts)) - extreme[layer])[:keep]
-    plugin.write_text(HEAD + f"@METHODS('mine', paper='x')\ndef f(profile, budget):\n    return [LayerPlan(decoder_layer=d, kept={others}) for d in profile.topology.decoder_layers]\n")  # fmt: skip
+    plugin.write_text(HEAD + method_that_keeps(str(others)))
     command = ("plan", folder, "--plugin", plugin, "--method", "mine", "--keep", keep, "-o", tmp_path / "x.json")
     assert run(capsys, *command)[0] == 0
     status, _, err = run(capsys, *command, "--protect-super-experts")

@@ -1,11 +1,11 @@
 """Bugs found in other pruning tools, each as a test that this one does not have it.
 
-What is guarded elsewhere is named here, so that the list is whole: causal calibration and padding
-(`test_profiling.test_calibration_is_causal`, `test_padding_is_in_no_statistic`), pruning below top-k and the plan by
-hand (`test_planning`), super experts of the wrong layer or score (`test_planning.test_super_experts_by_hand_behind_a_dense_layer`,
-`test_every_method_keeps_the_super_experts`), the seed of the sample (`test_corpus.test_the_sample_is_seeded_and_without_repeats`),
-code from a checkpoint (`test_corpus.test_code_of_a_tokenizer_is_never_run`), stale inputs
-(`test_expert_sparsity.test_a_new_profile_does_not_keep_the_old_ones_inputs`).
+Bugs that other tests guard against are listed here for completeness: causal calibration and padding
+(`test_calibration_is_causal`, `test_padding_is_in_no_statistic`), pruning below top-k and the plan by hand
+(`test_plan`), super experts of the wrong layer or score (`test_super_experts_by_hand_behind_a_dense_layer`,
+`test_every_method_keeps_the_super_experts`), the seed of the sample
+(`test_the_sample_is_seeded_and_without_repeats`), code from a checkpoint (`test_code_of_a_tokenizer_is_never_run`),
+stale inputs (`test_a_new_profile_does_not_keep_the_old_ones_inputs`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moecover.cli.main import main
 from moecover.corpora.packing import load_corpus, make_corpus
 from moecover.errors import InputError
 from moecover.planning.methods import METHODS
-from moecover.planning.run import plan, runs_experts
+from moecover.planning.run import plan
 from moecover.planning.saliency import SALIENCIES
 from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
@@ -96,7 +96,9 @@ def test_the_largest_output_is_absolute(checkpoints: Callable[..., Path], tmp_pa
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "deepseek_v2"])
-def test_a_router_with_a_bias_is_pruned_and_proven(checkpoints: Callable[..., Path], family: str, tmp_path: Path) -> None:  # fmt: skip
+def test_a_router_with_a_bias_is_pruned_and_proven(
+    checkpoints: Callable[..., Path], family: str, tmp_path: Path
+) -> None:
     """REAP bug 6 (truth value of a bias), llm-compressor B4 (bias left at its old length, after calibrating)."""
     out = cut(checkpoints(family), 6, tmp_path / "out")
     assert verify(checkpoints(family), out)["equal"]
@@ -106,7 +108,7 @@ def test_a_router_with_a_bias_is_pruned_and_proven(checkpoints: Callable[..., Pa
 def test_the_output_loads_with_every_weight_and_the_new_count(
     checkpoints: Callable[..., Path], family: str, tmp_path: Path
 ) -> None:
-    """llm-compressor B2 (names that nothing reads, experts start at random) and B3 (the old count under n_routed_experts)."""
+    """llm-compressor B2 (names that nothing reads, experts random) and B3 (the old count under n_routed_experts)."""
     out = cut(checkpoints(family), 6, tmp_path / "out")
     _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
@@ -120,7 +122,9 @@ def test_the_output_loads_with_every_weight_and_the_new_count(
 
 @pytest.mark.parametrize("saliency", list(SALIENCIES))
 @pytest.mark.parametrize("method", ["tb-coverage", "pooled"])
-def test_every_name_that_is_offered_works(checkpoints: Callable[..., Path], tmp_path: Path, saliency: str, method: str) -> None:  # fmt: skip
+def test_every_name_that_is_offered_works(
+    checkpoints: Callable[..., Path], tmp_path: Path, saliency: str, method: str
+) -> None:
     """REAP bug 10: names that are accepted, then fail after the whole calibration."""
     source, rows = checkpoints("mixtral"), write_rows(tmp_path / "r.jsonl", [{"input_ids": list(range(9))}] * 3)
     command = ["prune", str(source), "--corpus", f"r={rows}", "--method", method, "--saliency", saliency, "--keep", "4"]
@@ -138,7 +142,7 @@ def test_a_count_can_be_asked_for(checkpoints: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_reap_means_one_thing_whatever_the_model_normalises(checkpoints: Callable[..., Path], normalised: bool) -> None:
-    """REAP bug 13: two of its commands disagree where norm_topk_prob is false. Here reap renormalises, reap-raw does not."""
+    """REAP bug 13: two of its commands disagree if norm_topk_prob is false. Here reap renormalises, reap-raw does not."""
     structure = read_structure(checkpoints("qwen2_moe", norm_topk_prob=normalised))
     s = profile(structure, [random_corpus("a")], dtype="float32").statistics["a"]
     reap, raw = SALIENCIES["reap"](s), SALIENCIES["reap-raw"](s)
@@ -264,7 +268,9 @@ def test_the_plan_keeps_scores_and_provenance(checkpoints: Callable[..., Path], 
         assert row["saliency"]["a"] == values.tolist()
 
 
-def test_nothing_is_unpickled(checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_nothing_is_unpickled(
+    checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """REAP bug 14: torch.load with weights_only=False of a file at a predictable path."""
 
     def never(*args: object, **kwargs: object) -> None:
@@ -292,7 +298,7 @@ def test_code_of_a_known_type_is_not_run(checkpoints: Callable[..., Path], tmp_p
     assert (out / "code.py").read_bytes() == (folder / "code.py").read_bytes()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not runs_experts(m)])
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])
 def test_no_method_depends_on_an_unseeded_choice(checkpoints: Callable[..., Path], method: str) -> None:
     """llm-compressor B8: keep-sets differ between runs."""
     structure = read_structure(checkpoints("qwen2_moe"))

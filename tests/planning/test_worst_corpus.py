@@ -1,4 +1,4 @@
-"""The search for the worst corpus against an independent computation: the loss, the exchanges, brute force, what a plan states."""
+"""The worst-corpus search against an independent computation: loss, exchanges, brute force, what a plan states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ from moecover.runtime.loading import load_model, routers
 from tests.conftest import random_corpus
 from tests.planning.test_expert_sparsity import FAMILIES, SMALL, Case, hidden_of, naive_layer, naive_route
 
-TINY = {"qwen3_moe": {"num_experts": 6}, "mixtral": {"num_local_experts": 6}, "olmoe": {"num_experts": 6}, "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2}}  # fmt: skip
+TINY = {
+    "qwen3_moe": {"num_experts": 6},
+    "mixtral": {"num_local_experts": 6},
+    "olmoe": {"num_experts": 6},
+    "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,11 @@ def test_the_loss_is_that_of_the_worst_corpus(cases: Callable[..., Case], family
     products = products_of(case, 0, corpora)
     worst = set()
     for _ in range(4):
-        kept = sorted(int(g * size + e) for g in range(topology.num_groups) for e in rng.choice(size, max(2, size - 1 - rng.integers(2)), replace=False))  # fmt: skip
+        kept = sorted(
+            int(g * size + e)
+            for g in range(topology.num_groups)
+            for e in rng.choice(size, max(2, size - 1 - rng.integers(2)), replace=False)
+        )
         if len(kept) <= topology.top_k:
             continue
         alive = torch.zeros(topology.num_experts, dtype=torch.bool)
@@ -103,7 +112,7 @@ def test_the_loss_is_that_of_the_worst_corpus(cases: Callable[..., Case], family
 
 @pytest.mark.parametrize("family", list(TINY))
 def test_greedy_with_exchanges_against_every_subset(cases: Callable[..., Case], family: str) -> None:
-    """6 experts choose 3, two corpora: the stated value is the naive one, at most 1.1 of the best, mostly the best itself."""
+    """6 choose 3, two corpora: the stated value is the naive one, at most 1.1 of the best, mostly the best itself."""
     ratios, gains = [], []
     for seed in range(4):
         case = cases(family, seed, **TINY[family])
@@ -131,7 +140,7 @@ def test_greedy_with_exchanges_against_every_subset(cases: Callable[..., Case], 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
 def test_what_the_plan_states(cases: Callable[..., Case], family: str) -> None:
-    """The loss of the plan is the naive loss of its subset, with batches that cross no corpus; groups and super experts hold."""
+    """The loss of the plan is the naive loss of its subset; batches cross no corpus; groups and super experts hold."""
     case = cases(family)
     topology = case.structure.topology
     options = {"model": case.model, "structure": case.structure, "search": "greedy"}
@@ -146,7 +155,9 @@ def test_what_the_plan_states(cases: Callable[..., Case], family: str) -> None:
     for found, row in zip(made.layers, best.layers, strict=True):
         assert row.loss is not None
         assert row.loss <= found.loss * (1 + 1e-6)
-    on_text = plan_budgets(case.profile, method="worst-corpus", keeps=[6], sample=case.profile.inputs.sequences(), **options)[0]  # fmt: skip
+    on_text = plan_budgets(
+        case.profile, method="worst-corpus", keeps=[6], sample=case.profile.inputs.sequences(), **options
+    )[0]
     assert [row.kept for row in on_text.layers] == [row.kept for row in made.layers]
     protected = plan_budgets(case.profile, method="worst-corpus", keeps=[6], protect_super_experts=True, **options)[0]
     for row in protected.layers:
@@ -184,7 +195,12 @@ def test_the_command(checkpoints: Callable[..., Path], tmp_path: Path, capsys) -
     from tests.conftest import write_rows
 
     model = checkpoints("mixtral")
-    rows = [write_rows(tmp_path / f"{n}.jsonl", [{"input_ids": [(k * i + j * j) % 300 for j in range(30)]} for i in range(4)]) for k, n in ((7, "a"), (11, "b"))]  # fmt: skip
+    rows = [
+        write_rows(
+            tmp_path / f"{n}.jsonl", [{"input_ids": [(k * i + j * j) % 300 for j in range(30)]} for i in range(4)]
+        )
+        for k, n in ((7, "a"), (11, "b"))
+    ]
     common = ["--corpus", f"a={rows[0]}", "--corpus", f"b={rows[1]}", "--keep-inputs", 120]
     assert run(capsys, "profile", model, *common, "-o", tmp_path / "p")[0] == 0
     plan = ["plan", tmp_path / "p", "--method", "worst-corpus", "--keep", 4, "-o", tmp_path / "plan.json"]
@@ -193,7 +209,20 @@ def test_the_command(checkpoints: Callable[..., Path], tmp_path: Path, capsys) -
     status, out, err = run(capsys, *plan, "--model", model, "--search", "greedy")
     assert status == 0, err
     assert "greedy with exchanges search on 120 tokens, loss" in out
-    status, _, err = run(capsys, "prune", model, *common, "--method", "worst-corpus", "--search", "greedy", "--keep", 4, "-o", tmp_path / "out")  # fmt: skip
+    status, _, err = run(
+        capsys,
+        "prune",
+        model,
+        *common,
+        "--method",
+        "worst-corpus",
+        "--search",
+        "greedy",
+        "--keep",
+        4,
+        "-o",
+        tmp_path / "out",
+    )
     assert status == 0, err
     manifest = json.loads((tmp_path / "out" / "moecover.json").read_text())
     assert manifest["plan"]["layers"] == json.loads((tmp_path / "plan.json").read_text())["layers"]

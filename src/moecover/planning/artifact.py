@@ -1,4 +1,4 @@
-"""The artefact of stage 3: what a plan holds, its file plan.json, and whether it fits a model."""
+"""The artefact of planning: what a plan holds, its file plan.json, and whether it fits a model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import Topology
-from moecover.errors import InputError
+from moecover.errors import InputError, arg
 from moecover.files.atomic import canonical_json, write_text
 from moecover.planning.keep import resolve_keep
+from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,12 +27,12 @@ class LayerPlan(BaseModel):
     Attributes:
         decoder_layer: index among all decoder layers, dense ones included.
         kept: ids of the kept experts, ascending; their positions are the new ids.
-        required: experts that were kept whatever the method says (super experts).
+        required: experts kept whatever the method says (super experts).
         protected: by corpus, the experts that it protected, in the order of its turns.
         filled: the other kept experts, best first.
         saliency: by corpus (``pooled`` for all as one), the saliency of every expert.
-        search: how a subset was searched for, where one was: ``exhaustive`` or ``greedy``.
-        loss: what that subset costs, see `expert_sparsity`.
+        search: kind of a subset search: ``exhaustive``, ``greedy`` or ``greedy with exchanges``.
+        loss: reconstruction loss of that subset, see `expert_sparsity` and `worst_corpus`.
         tokens: calibration tokens that the search ran on.
     """
 
@@ -55,8 +56,8 @@ class LayerPlan(BaseModel):
         return self
 
 
-class Plan(BaseModel):
-    """Which experts remain. Written by `plan`, or by hand: only ``keep`` and ``layers`` are needed then.
+class Plan(Shown, BaseModel):
+    """Which experts remain. Made by `plan`, or written by hand: then only ``keep`` and ``layers`` are needed.
 
     Attributes:
         schema_version: 1 (``schema`` in the file).
@@ -68,8 +69,8 @@ class Plan(BaseModel):
         model_fingerprint: the same with the routers' weights.
         profile_fingerprint: of the profile that it was made from.
         model: name of that model.
-        calibration: by corpus, the records of the text that was looked at; empty where none had a say.
-        found: how ``keep`` was found, where it was searched for, see `budgets`.
+        calibration: by corpus, the records of the calibration text; empty if the choice does not depend on it.
+        found: how ``keep`` was found, if it was searched for, see `evaluation.budget_search`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
@@ -86,8 +87,31 @@ class Plan(BaseModel):
     calibration: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
     found: dict[str, Any] = Field(default_factory=dict)
 
+    def summary(self) -> str:
+        """Method, number of experts and model."""
+        model = f" of {self.model}" if self.model else ""
+        return f"{self.method}, keep {self.keep} experts in each of {len(self.layers)} MoE layers{model}"
+
+    def rows_shown(self) -> list[dict[str, Cell]]:
+        """One row per MoE layer: the kept ids, and how they came to stay."""
+        return [
+            {
+                "decoder layer": row.decoder_layer,
+                "kept": " ".join(map(str, row.kept)),
+                "protected": sum(map(len, row.protected.values())),
+                "filled": len(row.filled),
+                "required": len(row.required),
+                "search": row.search,
+                "loss": row.loss,
+            }
+            for row in self.layers
+        ]
+
+    def __str__(self) -> str:
+        return repr(self)
+
     def to_dict(self) -> dict[str, Any]:
-        """What plan.json holds; empty parts of a layer are left out, and how ``keep`` was found where it was given."""
+        """What plan.json holds; without the empty parts of a layer, and without an empty ``found``."""
         value = self.model_dump(by_alias=True)
         if not self.found:
             del value["found"]
@@ -103,7 +127,7 @@ class Plan(BaseModel):
         return f'{head},\n "layers": [\n{rows}\n ]\n}}\n'
 
     def save(self, path: str | Path) -> Path:
-        """Write plan.json; the file appears only when complete."""
+        """Write plan.json; the file appears only when it is complete."""
         write_text(Path(path), self.to_json())
         return Path(path)
 
@@ -155,11 +179,11 @@ def kept_hash(plan: Plan) -> str:
 def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False) -> None:
     """Refuse a plan that does not fit a model.
 
-    A quantised checkpoint is held against the topology alone: its plan comes from the original that it was made of.
+    A quantised checkpoint is checked by its topology alone: its plan comes from the original that it was made from.
 
     Args:
         plan: by `plan` or by hand.
-        structure: the checkpoint to be cut.
+        structure: the checkpoint to be pruned.
         other_weights: accept a plan that was made on other weights of the same shape (a fine-tuned sibling).
 
     Raises:
@@ -167,27 +191,47 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False)
     """
     topology, name = structure.topology, structure.checkpoint.name
     if plan.topology_fingerprint not in (None, topology.fingerprint):
-        raise InputError(f"the plan was made for another model ({plan.model}), not for {name}: their topologies differ. Make a profile and a plan of this one")  # fmt: skip
+        raise InputError(
+            f"the plan was made for another model ({plan.model}), not for {name}: their topologies differ. Make a "
+            "profile and a plan of this one"
+        )
     layers = tuple(layer.decoder_layer for layer in plan.layers)
     if layers != topology.decoder_layers:
-        raise InputError(f"the plan has decoder layers {_short(layers)}, {name} has its MoE layers at {_short(topology.decoder_layers)}")  # fmt: skip
+        raise InputError(
+            f"the plan has decoder layers {_short(layers)}, {name} has its MoE layers at "
+            f"{_short(topology.decoder_layers)}"
+        )
     for layer in plan.layers:
-        where = f"the plan's decoder layer {layer.decoder_layer}"
-        if len(layer.kept) != plan.keep:
-            raise InputError(f"{where} keeps {len(layer.kept)} experts, `keep` is {plan.keep}. Every layer must keep the same number: stock loaders and servers read one")  # fmt: skip
-        if layer.kept[-1] >= topology.num_experts:
-            raise InputError(f"{where} keeps expert {layer.kept[-1]}. Allowed: 0 to {topology.num_experts - 1}")
-        size = topology.num_experts // topology.num_groups
-        counts = np.bincount([e // size for e in layer.kept], minlength=topology.num_groups)
-        if counts.min() < counts.max():
-            raise InputError(f"{where} keeps {', '.join(map(str, counts))} experts of the router's groups. Every group must keep the same number")  # fmt: skip
+        _check_layer(layer, plan.keep, topology)
     resolve_keep(topology, keep=plan.keep, retain=None)
     if (
         structure.quantised is None
         and not other_weights
         and plan.model_fingerprint not in (None, structure.model_fingerprint)
     ):
-        raise InputError(f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make a plan of this one, or give --other-weights if it is a sibling of that model")  # fmt: skip
+        raise InputError(
+            f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make "
+            f"a plan of this one, or give {arg('other_weights')} if it is a sibling of that model"
+        )
+
+
+def _check_layer(layer: LayerPlan, keep: int, topology: Topology) -> None:
+    """Refuse a layer that keeps another number of experts, or ones that do not exist."""
+    where = f"the plan's decoder layer {layer.decoder_layer}"
+    if len(layer.kept) != keep:
+        raise InputError(
+            f"{where} keeps {len(layer.kept)} experts, `keep` is {keep}. Every layer must keep the same number: stock "
+            "loaders and servers read one"
+        )
+    if layer.kept[-1] >= topology.num_experts:
+        raise InputError(f"{where} keeps expert {layer.kept[-1]}. Allowed: 0 to {topology.num_experts - 1}")
+    size = topology.num_experts // topology.num_groups
+    counts = np.bincount([e // size for e in layer.kept], minlength=topology.num_groups)
+    if counts.min() < counts.max():
+        raise InputError(
+            f"{where} keeps {', '.join(map(str, counts))} experts of the router's groups. Every group must keep the "
+            "same number"
+        )
 
 
 def _short(values: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The model as if only a plan's experts were there: `runtime.masking` for a plan that fits the model."""
+"""The model with all experts but a plan's masked: `runtime.masking` for a plan that fits the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def masked_layers(
     model: torch.nn.Module, structure: Structure, plan: Plan
 ) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-    """A context for every decoder layer, in which only the plan's experts are there; see `runtime.streaming.run`.
+    """By decoder layer, a context in which all experts but the plan's are masked; see `Running.run`.
 
     Raises:
         InputError: the plan does not fit the model.

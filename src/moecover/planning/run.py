@@ -1,7 +1,8 @@
-"""Stage 3, plan: reads a profile, gives the experts that every layer keeps, and why.
+"""Planning: reads a profile, gives the experts that every layer keeps, and why.
 
-Arithmetic on the profile: no model and no forward pass, so that one profile serves every method and budget; only methods
-that search run the experts (`Method.runs_experts`). The same profile and options give the same bytes of plan.json.
+Arithmetic on the profile: no model and no forward pass, so that one profile serves every method and budget. Only
+methods that search run the experts (`Method.runs_experts`). The same profile and options give the same plan.json, byte
+by byte.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage 3a, saliency: reads statistics, gives one number per layer and expert; higher means keep.
+"""Saliencies: read the statistics of a corpus, give one score per layer and expert; higher means keep.
 
 Pure arithmetic: no model and no forward pass. A new saliency is one decorated function from the statistics of one
 corpus (or of all corpora pooled) to a float64 array ``[layer, expert]``. Experts that were never routed score 0.

@@ -1,6 +1,6 @@
-"""Places to fill: how many experts every layer keeps, under which conditions, and the rule of TB-Coverage.
+"""The places of a layer and how methods fill them: budgets, ranking, scaling, and the rule of TB-Coverage.
 
-What every method shares: ties go to the lower id, every router group keeps the same number, required experts stay.
+All methods share this: ties go to the lower id, every router group keeps the same number, required experts stay.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def ranked(utility: NDArray[Any]) -> NDArray[np.int64]:
 
 
 class Room:
-    """The places of one layer: who has one, and who still fits.
+    """The places of one layer: which experts have one, and whether another still fits.
 
     Attributes:
-        chosen: experts that have a place, in the order in which they got it; the required ones come first.
+        chosen: experts that have a place, in the order in which they took it; the required ones come first.
     """
 
     def __init__(self, keep: int, num_experts: int, *, num_groups: int = 1, required: Iterable[int] = ()) -> None:
@@ -44,11 +44,11 @@ class Room:
                 )
 
     def __len__(self) -> int:
-        """Places that are still free."""
+        """Number of free places."""
         return sum(self._free)
 
     def take(self, expert: int) -> bool:
-        """Give an expert a place; False where it has one or its group is full."""
+        """Give an expert a place; False if it has one already or its group is full."""
         group = expert // self._group_size
         if expert in self.chosen or not self._free[group]:
             return False
@@ -57,17 +57,17 @@ class Room:
         return True
 
     def fill(self, order: Iterable[int]) -> list[int]:
-        """Give places in an order until there are none; returns who got one."""
+        """Give places in an order until there are none; returns the experts that got one."""
         return [expert for expert in order if len(self) and self.take(expert)]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many experts every layer keeps, and which ones in any case.
+    """How many experts every layer keeps, and which ones whatever the method says.
 
     Attributes:
         keep: experts per layer.
-        num_experts: experts there are.
+        num_experts: experts per layer.
         num_groups: router groups, which all keep the same number.
         required: by MoE layer, experts that are kept whatever a method says.
     """
@@ -78,13 +78,13 @@ class Budget:
     required: tuple[frozenset[int], ...] = field(default=())
 
     def room(self, layer: int) -> Room:
-        """The places of a MoE layer, the required experts already in theirs."""
+        """The places of a MoE layer; the required experts have theirs already."""
         required = self.required[layer] if self.required else ()
         return Room(self.keep, self.num_experts, num_groups=self.num_groups, required=required)
 
 
 def scaled(utility: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Every corpus's utilities scaled to sum 1 in the layer; ``[..., expert]``, a row of zeros stays."""
+    """Utilities ``[..., expert]`` scaled to sum 1; a row of zeros stays zero."""
     totals = utility.sum(axis=-1, keepdims=True)
     result: NDArray[np.float64] = np.divide(utility, totals, out=np.zeros_like(utility), where=totals > 0)
     return result
@@ -96,12 +96,12 @@ def cover(
     """TB-Coverage in one layer (arXiv 2607.01710, this project's reading).
 
     Every corpus's utilities are scaled to sum 1. Corpora take turns, in their order, each protecting its best expert
-    that has no place yet; the places left are filled by the mean scaled utility. Ties go to the lower id. A corpus
+    that has no place yet; the remaining places are filled by the mean scaled utility. Ties go to the lower id. A corpus
     that had t turns keeps its t best experts (in a router with groups: those of them whose group was not full yet).
 
     Args:
         utility: non-negative, ``[corpus, expert]``.
-        room: the places of the layer; is filled.
+        room: the places of the layer, filled by this call.
         turns: how many experts are protected, the room permitting.
         weights: turns of each corpus per round, and its weight in the mean; default 1 each.
 

@@ -27,16 +27,7 @@ from moecover.reporting.findings import ModelFindings
 from moecover.reporting.numbers import percentage, plain
 from moecover.reporting.provenance import calibration_corpora, provenance_of
 from moecover.reporting.sentences import memory_words, summary_of, usage_words
-from moecover.reporting.tables import (
-    accuracy_table,
-    distance_table,
-    failed_table,
-    others_table,
-    overlap_table,
-    perplexity_table,
-    size_table,
-    usage_table,
-)
+from moecover.reporting.tables import accuracy_table, distance_table, failed_table, others_table, overlap_table, perplexity_table, size_table, usage_table
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -39,7 +39,7 @@ def expert_sparsity(
     sample: Sequence[Corpus] | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[list[LayerPlan]]:
-    """The subset whose routed output, re-routed, is nearest to the full layer's on a sample of the calibration text.
+    """The subset whose re-routed output is nearest to the full layer's on a sample of the calibration text.
 
     Args:
         profile: of the model.

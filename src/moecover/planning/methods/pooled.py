@@ -1,4 +1,4 @@
-"""Pooled: one ranking of the experts over all corpora together; with saliency ``reap`` it is REAP (arXiv 2510.13999)."""
+"""Pooled: one ranking of the experts over all corpora together; with saliency ``reap``, REAP (arXiv 2510.13999)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     rank=1,
 )
 def pooled(profile: Profile, budget: Budget, *, saliency: str = "contribution") -> list[LayerPlan]:
-    """The best of one saliency over all corpora taken as one text.
+    """The experts with the highest saliency over all corpora together.
 
     Args:
         profile: statistics of every corpus, which are added up.

@@ -32,7 +32,7 @@ def tb_coverage(
     protect: float = 0.5,
     weights: Mapping[str, int] | None = None,
 ) -> list[LayerPlan]:
-    """Corpora take turns protecting their best experts, the mean utility fills the rest.
+    """Corpora take turns protecting their best experts; the mean utility fills the rest.
 
     Args:
         profile: statistics of every corpus.

@@ -38,7 +38,7 @@ def worst_corpus(
     sample: Sequence[Corpus] | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[list[LayerPlan]]:
-    """The subset whose routed output, re-routed, is nearest on the corpus where it is farthest, as a share of that output.
+    """The subset whose re-routed output has the smallest relative error on the corpus where that error is largest.
 
     Args:
         profile: of the model.

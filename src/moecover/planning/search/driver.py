@@ -1,12 +1,12 @@
-"""Subset search over all MoE layers: finds the experts of each whose routed output, re-routed, is nearest to the full one.
+"""Subset search over all MoE layers: for each, the experts whose re-routed output is nearest to the full layer's.
 
-ExpertSparsity (arXiv 2402.14800) tries every subset, which 60 experts do not allow. Here every subset is tried if there
-are at most 100,000 (`exhaust`); otherwise experts are eliminated one by one, each time the one whose removal costs least
-(`eliminate`). The loss that a plan states is measured on the chosen subset by forward passes in the model's dtype, with
-differences in float64.
+ExpertSparsity (arXiv 2402.14800) tries every subset, which is too much for 60 experts. Here every subset is tried if
+there are at most 100,000 (`exhaust`); otherwise experts are eliminated one by one, each time the one whose removal
+costs least (`eliminate`). The loss that a plan states is measured on the chosen subset by forward passes in the model's
+dtype, with differences in float64.
 
-The method worst-corpus is the same search with another loss: the largest over the corpora of ||Z - Z_S||_F / ||Z||_F,
-each over all tokens of the corpus. After the elimination, kept experts are exchanged as long as that helps (`exchange`).
+With ``worst`` the loss is another: the largest over the corpora of ||Z - Z_S||_F / ||Z||_F, each over all tokens of the
+corpus. After the elimination, kept experts are exchanged for dropped ones as long as that helps (`exchange`).
 """
 
 from __future__ import annotations

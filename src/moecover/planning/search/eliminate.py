@@ -1,4 +1,4 @@
-"""Greedy elimination: the expert whose loss is least goes first, one after another."""
+"""Greedy elimination: experts are dropped one by one, each time the one whose removal costs least."""
 
 from __future__ import annotations
 

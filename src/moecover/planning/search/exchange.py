@@ -12,10 +12,10 @@ LEAST_GAIN = 1e-9  # an exchange that lowers the loss by a smaller share is roun
 
 
 def exchange(products: Products, kept: Sequence[int], budget: Budget, required: frozenset[int]) -> list[int]:
-    """A set after exchanges, each of which lowers the loss; ends when no single exchange does.
+    """Kept experts after exchanges, each of which lowers the loss; ends when no single exchange does.
 
-    Experts from outside are tried in order, each for the kept expert whose place it takes best (of its own router group,
-    none of the required); among equals the highest id goes.
+    Dropped experts are tried in order, each in place of the kept expert whose removal costs least (in its own router
+    group, none of the required ones); among equals the highest id goes.
     """
     import torch
 

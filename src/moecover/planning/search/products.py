@@ -19,9 +19,9 @@ CHUNK_BYTES = 2**28  # of expert outputs held at a time
 
 
 class Products:
-    """One MoE layer as its loss sees it: Gram matrices of the expert outputs and scores, per token.
+    """One MoE layer as its loss sees it: Gram matrix of the expert outputs and router scores of every token.
 
-    Memory: 8 T N^2 bytes for T tokens and N experts, and `CHUNK_BYTES` while it is made.
+    Memory: 8 T N^2 bytes for T tokens and N experts, and `CHUNK_BYTES` while it is built.
 
     Args:
         experts: the experts module.
@@ -65,7 +65,7 @@ class Products:
         self.index, self.weights = index[0], weights[0]
 
     def route(self, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Experts and weights of every token in every set, ``[set, token, slot]``; ``alive`` is bool ``[set, expert]``."""
+        """Experts and weights of every token in each set, ``[set, token, slot]``; ``alive``: bool ``[set, expert]``."""
         import torch
 
         k, sets = self.routing.top_k, alive[:, None, :]

@@ -56,7 +56,7 @@ class Routing:
         return torch.softmax(logits, -1) if self.scoring == "softmax" else torch.sigmoid(logits)
 
     def choice(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores that experts are chosen by, ``[..., expert]``; minus infinity outside the groups that a token may use."""
+        """Scores that experts are chosen by, ``[..., expert]``; minus infinity outside the groups a token may use."""
         import torch
 
         choice = scores if self.bias is None else scores + self.bias
@@ -251,7 +251,7 @@ def observe_calls(
         stops.append(calls.block(layer) if calls.same("block", "router", layer) else module)
         if not calls.same("router", "experts", layer):
             raise InputError(
-                f"the routers of {structure.topology.family} see other hidden states than its experts, so that no search "
-                f"can run on it. Use another {arg('method')}"
+                f"the routers of {structure.topology.family} see other hidden states than its experts, so that no "
+                f"search can run on it. Use another {arg('method')}"
             )
     return [functools.partial(calls.repeat, layer) for layer in range(len(modules))], stops
