@@ -22,83 +22,7 @@ from moecover.errors import InputError
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.pruning.writer import prune
 from moecover.verification.verify import verify
-
-Tensors = dict[str, torch.Tensor]
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
-
-
-def some_bytes(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    """Seeded bytes that differ from tensor to tensor."""
-    size = torch.empty(0, dtype=dtype).element_size()
-    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * size), dtype=torch.uint8)
-    return raw.view(dtype)
-
-
-def fp8(stem: str, w: torch.Tensor) -> Tensors:
-    return {f"{stem}.weight": w.to(torch.float8_e4m3fn), f"{stem}.weight_scale_inv": torch.rand(1, 1)}
-
-
-def compressed(stem: str, w: torch.Tensor) -> Tensors:
-    rows, columns = w.shape
-    return {
-        f"{stem}.weight_packed": some_bytes(rows, columns // 8, dtype=torch.int32),
-        f"{stem}.weight_scale": some_bytes(rows, 1, dtype=torch.bfloat16),
-        f"{stem}.weight_shape": torch.tensor([rows, columns]),
-        f"{stem}.weight_zero_point": some_bytes(rows, 1, dtype=torch.int32),
-    }
-
-
-def gptq(stem: str, w: torch.Tensor) -> Tensors:
-    rows, columns = w.shape
-    return {
-        f"{stem}.qweight": some_bytes(columns // 8, rows, dtype=torch.int32),
-        f"{stem}.qzeros": some_bytes(1, rows // 8, dtype=torch.int32),
-        f"{stem}.scales": some_bytes(1, rows, dtype=torch.float16),
-        f"{stem}.g_idx": torch.arange(columns, dtype=torch.int32),
-    }
-
-
-def awq(stem: str, w: torch.Tensor) -> Tensors:
-    rows, columns = w.shape
-    return {
-        f"{stem}.qweight": some_bytes(columns, rows // 8, dtype=torch.int32),
-        f"{stem}.qzeros": some_bytes(1, rows // 8, dtype=torch.int32),
-        f"{stem}.scales": some_bytes(1, rows, dtype=torch.float16),
-    }
-
-
-def nvfp4(stem: str, w: torch.Tensor) -> Tensors:
-    rows, columns = w.shape
-    return {
-        f"{stem}.weight": some_bytes(rows, columns // 2),
-        f"{stem}.weight_scale": some_bytes(rows, columns // 16).view(torch.float8_e4m3fn),
-        f"{stem}.weight_scale_2": torch.rand(()),
-        f"{stem}.input_scale": torch.rand(()),
-    }
-
-
-LAYOUTS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
-    "fp8": fp8, "compressed-tensors": compressed, "gptq": gptq, "awq": awq, "modelopt": nvfp4,
-}  # fmt: skip
-
-
-def quantise(source: Path, target: Path, method: str, **settings: Any) -> Path:
-    """A sibling of a checkpoint whose experts (and one attention matrix, one router left alone) are stored packed."""
-    torch.manual_seed(1)
-    shutil.copytree(source, target)
-    tensors: Tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        packed = tensor.dim() == 2 and (EXPERT.search(name) or name.endswith("o_proj.weight"))
-        tensors |= LAYOUTS[method](name.removesuffix(".weight"), tensor.float()) if packed else {name: tensor}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors", metadata={"format": "pt"})
-    set_config(target, quantization_config={"quant_method": method, **settings})
-    return target
-
-
-def set_config(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values, indent=1))
-
+from tests.support.quantised import EXPERT, LAYOUTS, Tensors, quantise, set_config, some_bytes, with_mtp
 
 KEPT = {  # by experts of a layer; as many of every third, for routers with three groups
     6: ([0, 2, 5], [1, 2, 4]),
@@ -170,7 +94,8 @@ def test_mxfp4(checkpoints: Callable[..., Path], tmp_path: Path, quantised_names
             tensors[name] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if quantised_names:
-        set_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]})  # fmt: skip
+        skipped = ["model.layers.*.mlp.router"]
+        set_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": skipped})
     else:
         with pytest.raises(InputError, match="nothing in the files fills"):
             read_structure(folder)
@@ -208,8 +133,13 @@ def test_a_plan_of_the_original_applies_to_its_quantised_sibling(
 
 
 def test_fp8_runs(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    """What transformers can read of a quantised checkpoint is verified like any other: the scales go with their experts."""
-    settings = {"weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3", "modules_to_not_convert": ["lm_head", "gate", "q_proj", "k_proj", "v_proj"]}  # fmt: skip
+    """A quantised checkpoint that transformers can run is verified like any other: the scales stay with their experts."""
+    settings = {
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": ["lm_head", "gate", "q_proj", "k_proj", "v_proj"],
+    }
     folder = quantise(checkpoints("qwen2_moe", dtype=torch.bfloat16), tmp_path / "m", "fp8", **settings)
     structure = read_structure(folder)
     out = prune(structure, some_plan(structure), tmp_path / "out")
@@ -248,18 +178,50 @@ def test_names_of_experts_in_the_settings_are_renumbered(checkpoints: Callable[.
         renumbered(r"re:.*experts\.3\..*", lambda name, layer, old: old)
 
 
+LAYER = "model.layers.1.mlp"
+
+
+def quantised_router(tensors: Tensors) -> None:
+    tensors[f"{LAYER}.gate.weight"] = tensors[f"{LAYER}.gate.weight"].to(torch.float8_e4m3fn)
+
+
+def packed_router(tensors: Tensors) -> None:
+    tensors[f"{LAYER}.gate.qweight"] = some_bytes(4, 12, dtype=torch.int32)
+
+
+def no_expert(tensors: Tensors) -> None:
+    for name in [name for name in tensors if ".layers.2.mlp.experts.7." in name]:
+        del tensors[name]
+
+
+def few_scales(tensors: Tensors) -> None:
+    tensors[f"{LAYER}.experts.gate_up_proj_scales"] = some_bytes(5, 2)
+
+
+def no_router(tensors: Tensors) -> None:
+    del tensors[f"{LAYER}.gate.weight"]
+
+
+def expert_too_many(tensors: Tensors) -> None:
+    tensors[f"{LAYER}.experts.12.down_proj.qweight"] = some_bytes(2, 2, dtype=torch.int32)
+
+
+def expert_in_a_dense_layer(tensors: Tensors) -> None:
+    tensors["model.layers.0.mlp.experts.1.down_proj.qweight"] = some_bytes(2, 2, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.update({"model.layers.1.mlp.gate.weight": t["model.layers.1.mlp.gate.weight"].to(torch.float8_e4m3fn)}), r"the router is quantised \(model.layers.1.mlp.gate.weight of F8_E4M3\)"),
-        (lambda t: t.update({"model.layers.1.mlp.gate.qweight": some_bytes(4, 12, dtype=torch.int32)}), "belongs to the router in a way that is not known"),
-        (lambda t: [t.pop(k) for k in list(t) if ".layers.2.mlp.experts.7." in k], "nothing in the files belongs to expert 7 of model.layers.2.mlp.experts"),
-        (lambda t: t.update({"model.layers.1.mlp.experts.gate_up_proj_scales": some_bytes(5, 2)}), r"gate_up_proj_scales of shape \[5, 2\] belongs to the 12 experts"),
-        (lambda t: t.pop("model.layers.1.mlp.gate.weight"), "nothing in the files fills model.layers.1.mlp.gate.weight"),
-        (lambda t: t.update({"model.layers.1.mlp.experts.12.down_proj.qweight": some_bytes(2, 2, dtype=torch.int32)}), "is of expert 12, config.json has 12"),
-        (lambda t: t.update({"model.layers.0.mlp.experts.1.down_proj.qweight": some_bytes(2, 2, dtype=torch.int32)}), "experts that the model class does not have"),
+        (quantised_router, rf"the router is quantised \({LAYER}.gate.weight of F8_E4M3\)"),
+        (packed_router, "belongs to the router in a way that is not known"),
+        (no_expert, "nothing in the files belongs to expert 7 of model.layers.2.mlp.experts"),
+        (few_scales, r"gate_up_proj_scales of shape \[5, 2\] belongs to the 12 experts"),
+        (no_router, f"nothing in the files fills {LAYER}.gate.weight"),
+        (expert_too_many, "is of expert 12, config.json has 12"),
+        (expert_in_a_dense_layer, "experts that the model class does not have"),
     ],
-)  # fmt: skip
+)
 def test_quantised_files_that_do_not_fit(checkpoints: Callable[..., Path], tmp_path: Path, change, message) -> None:
     folder = quantise(checkpoints("qwen2_moe"), tmp_path / "m", "gptq")
     tensors = load_file(folder / "model.safetensors")
@@ -267,19 +229,6 @@ def test_quantised_files_that_do_not_fit(checkpoints: Callable[..., Path], tmp_p
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=message):
         read_structure(folder)
-
-
-# ----------------------------------------------------------------------------------------- multi-token prediction
-def with_mtp(source: Path, target: Path, root: str, **config: Any) -> Path:
-    """A checkpoint with a multi-token-prediction layer as on the hub: the last decoder layer's tensors and some more."""
-    shutil.copytree(source, target)
-    tensors = load_file(source / "model.safetensors")
-    last = max(int(n) for k in tensors for n in re.findall(r"^model\.layers\.(\d+)\.", k))
-    extra = {f"{root}.{k.removeprefix(f'model.layers.{last}.')}": v + 1 for k, v in tensors.items() if f".layers.{last}." in k}  # fmt: skip
-    extra |= {f"{root}.enorm.weight": torch.ones(32), f"{root}.shared_head.head.weight": torch.rand(300, 32)}
-    save_file(tensors | extra, target / "model.safetensors", metadata={"format": "pt"})
-    set_config(target, **config)
-    return target
 
 
 MTP = {
@@ -305,7 +254,8 @@ def test_mtp_layers(checkpoints: Callable[..., Path], tmp_path: Path, family: st
     if mtp == "drop":
         assert written(out) == main
         values = {k: after[k] for k in config}
-        assert values in ({"num_nextn_predict_layers": 0}, {"mtp_num_hidden_layers": 0, "mtp_layer_types": [], "use_mtp": False})  # fmt: skip
+        none = {"mtp_num_hidden_layers": 0, "mtp_layer_types": [], "use_mtp": False}
+        assert values in ({"num_nextn_predict_layers": 0}, none)
         size = sum(len(v[2]) for v in main.values())
         facts = inspect(folder)
         assert facts["mtp_bytes"] == sum(len(raw(v)[2]) for k, v in source.items() if k.startswith(root))
@@ -355,5 +305,11 @@ def test_the_flag(checkpoints: Callable[..., Path], tmp_path: Path, capsys: pyte
 
 
 def test_no_other_setting_is_switched_off() -> None:
-    config = {"num_mtp_modules": 3, "mtp_loss_scaling_factor": 0.1, "num_hidden_layers": 4, "text_config": {"mtp_num_layers": 2}, "mtp_config": {"x": 1}}  # fmt: skip
+    config = {
+        "num_mtp_modules": 3,
+        "mtp_loss_scaling_factor": 0.1,
+        "num_hidden_layers": 4,
+        "text_config": {"mtp_num_layers": 2},
+        "mtp_config": {"x": 1},
+    }
     assert without_mtp(config) == {**config, "num_mtp_modules": 0, "text_config": {"mtp_num_layers": 0}}

@@ -1,0 +1,106 @@
+"""Tiny checkpoints as the hub's quantisers and multi-token-prediction models store them, made from plain ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Tensors = dict[str, torch.Tensor]
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+def some_bytes(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    """Seeded bytes that differ from tensor to tensor."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * size), dtype=torch.uint8)
+    return raw.view(dtype)
+
+
+def fp8(stem: str, w: torch.Tensor) -> Tensors:
+    return {f"{stem}.weight": w.to(torch.float8_e4m3fn), f"{stem}.weight_scale_inv": torch.rand(1, 1)}
+
+
+def compressed(stem: str, w: torch.Tensor) -> Tensors:
+    rows, columns = w.shape
+    return {
+        f"{stem}.weight_packed": some_bytes(rows, columns // 8, dtype=torch.int32),
+        f"{stem}.weight_scale": some_bytes(rows, 1, dtype=torch.bfloat16),
+        f"{stem}.weight_shape": torch.tensor([rows, columns]),
+        f"{stem}.weight_zero_point": some_bytes(rows, 1, dtype=torch.int32),
+    }
+
+
+def gptq(stem: str, w: torch.Tensor) -> Tensors:
+    rows, columns = w.shape
+    return {
+        f"{stem}.qweight": some_bytes(columns // 8, rows, dtype=torch.int32),
+        f"{stem}.qzeros": some_bytes(1, rows // 8, dtype=torch.int32),
+        f"{stem}.scales": some_bytes(1, rows, dtype=torch.float16),
+        f"{stem}.g_idx": torch.arange(columns, dtype=torch.int32),
+    }
+
+
+def awq(stem: str, w: torch.Tensor) -> Tensors:
+    rows, columns = w.shape
+    return {
+        f"{stem}.qweight": some_bytes(columns, rows // 8, dtype=torch.int32),
+        f"{stem}.qzeros": some_bytes(1, rows // 8, dtype=torch.int32),
+        f"{stem}.scales": some_bytes(1, rows, dtype=torch.float16),
+    }
+
+
+def nvfp4(stem: str, w: torch.Tensor) -> Tensors:
+    rows, columns = w.shape
+    return {
+        f"{stem}.weight": some_bytes(rows, columns // 2),
+        f"{stem}.weight_scale": some_bytes(rows, columns // 16).view(torch.float8_e4m3fn),
+        f"{stem}.weight_scale_2": torch.rand(()),
+        f"{stem}.input_scale": torch.rand(()),
+    }
+
+
+LAYOUTS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
+    "fp8": fp8,
+    "compressed-tensors": compressed,
+    "gptq": gptq,
+    "awq": awq,
+    "modelopt": nvfp4,
+}
+
+
+def quantise(source: Path, target: Path, method: str, **settings: Any) -> Path:
+    """A sibling of a checkpoint whose experts (and one attention matrix, one router left alone) are stored packed."""
+    torch.manual_seed(1)
+    shutil.copytree(source, target)
+    tensors: Tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        packed = tensor.dim() == 2 and (EXPERT.search(name) or name.endswith("o_proj.weight"))
+        tensors |= LAYOUTS[method](name.removesuffix(".weight"), tensor.float()) if packed else {name: tensor}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors", metadata={"format": "pt"})
+    set_config(target, quantization_config={"quant_method": method, **settings})
+    return target
+
+
+def set_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values, indent=1))
+
+
+def with_mtp(source: Path, target: Path, root: str, **config: Any) -> Path:
+    """A checkpoint with a multi-token-prediction layer as on the hub: the last decoder layer's tensors and some more."""
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    last = max(int(n) for k in tensors for n in re.findall(r"^model\.layers\.(\d+)\.", k))
+    inside = f"model.layers.{last}."
+    extra = {f"{root}.{k.removeprefix(inside)}": v + 1 for k, v in tensors.items() if k.startswith(inside)}
+    extra |= {f"{root}.enorm.weight": torch.ones(32), f"{root}.shared_head.head.weight": torch.rand(300, 32)}
+    save_file(tensors | extra, target / "model.safetensors", metadata={"format": "pt"})
+    set_config(target, **config)
+    return target
