@@ -22,7 +22,14 @@ from moecover.checkpoints import structure_cache
 from moecover.checkpoints.derivation import derive
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure import read_structure
-from moecover.checkpoints.structure_cache import content_hash, installed_version, place_of, recall, remember, source_hash
+from moecover.checkpoints.structure_cache import (
+    content_hash,
+    installed_version,
+    place_of,
+    recall,
+    remember,
+    source_hash,
+)
 from moecover.checkpoints.topology import ExpertLayout
 from tests.support.quantised import LAYOUTS, MTP, quantise, set_config, with_mtp
 

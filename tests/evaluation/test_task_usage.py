@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,8 @@ TASKS = made_of("m", {"arc": [[3, 4, 2, 1], [5, 0, 5, 0]], "piqa": [[0, 0, 0, 8]
 
 
 def by_hand(kept: list[list[int]]) -> Plan:
-    return Plan(schema=1, keep=len(kept[0]), layers=[LayerPlan(decoder_layer=d, kept=k) for d, k in zip((1, 2), kept, strict=True)])  # fmt: skip
+    layers = [LayerPlan(decoder_layer=d, kept=k) for d, k in zip((1, 2), kept, strict=True)]
+    return Plan(schema=1, keep=len(kept[0]), layers=layers)
 
 
 def test_facts_by_hand() -> None:
@@ -73,7 +75,7 @@ def test_a_larger_number_of_best_experts() -> None:
     facts = usage(CORPORA, TASKS, {}, keep=4)
     assert facts["corpora"]["wiki"]["piqa"]["jaccard"] == [1, 1]
     for keep in (0, 5):
-        with pytest.raises(InputError, match=f"the best {keep} experts cannot be compared: 1 to 4"):
+        with pytest.raises(InputError, match=f"keep={keep} is out of range: 1 to 4"):
             usage(CORPORA, TASKS, {}, keep=keep)
 
 
@@ -148,9 +150,9 @@ def test_task_texts_are_sequences_of_their_own(checkpoints: Callable[..., Path])
         task_corpora(many, structure=structure, limit=0)
 
 
-def test_a_model_without_tokenizer_is_refused(checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    structure = read_structure(checkpoints("mixtral"))
-    monkeypatch.setattr("moecover.evaluation.task_usage.load_tokenizer", lambda folder: None)
+def test_a_model_without_tokenizer_is_refused(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints("mixtral"), tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*"))
+    structure = read_structure(tmp_path / "m")
     with pytest.raises(InputError, match="has no tokenizer"):
         task_corpora(TEXTS, structure=structure)
 
@@ -181,7 +183,8 @@ def test_the_picture_shows_the_facts() -> None:
     means = np.mean([facts["plans"][r]["arc"]["kept_weight"] for r in ("r0", "r1")], axis=0)
     assert random.get_ydata() == pytest.approx(means)
     assert list(chance.get_ydata()) == [0.5, 0.5]
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["TB-Coverage", "random, 2 plans", "share of experts kept"]  # fmt: skip
+    legend = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert legend == ["TB-Coverage", "random, 2 plans", "share of experts kept"]
     assert figure.axes[0].get_ylim()[0] == 0
 
 

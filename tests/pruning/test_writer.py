@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,7 +318,7 @@ def test_not_enough_room_is_said_before_writing(
     checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     structure = read_structure(checkpoints("mixtral"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10, used=9, free=1))
     with pytest.raises(MoecoverError, match=r"needs 0.00 GB, .* has 0.00 GB free"):
         prune(structure, quarter(structure), tmp_path / "out")
     assert leftovers(tmp_path) == []
@@ -352,12 +353,10 @@ def test_source_that_changes(checkpoints: Callable[..., Path], tmp_path: Path, m
             prune(structure, quarter(structure), tmp_path / "out")
         shard.write_bytes(content)
     monkeypatch.undo()
-    for metadata in (
-        {"format": "pt"},
-        {"format": "np"},
-    ):  # the header too: another tensor's place, or only the metadata
-        tensors = load_file(shard)
-        save_file({n: torch.zeros(7) if n == "lm_head.weight" else t for n, t in tensors.items()} if metadata["format"] == "pt" else tensors, shard, metadata=metadata)  # fmt: skip
+    tensors = load_file(shard)
+    # The header too: another tensor's place, or only the metadata.
+    for changed, form in ((tensors | {"lm_head.weight": torch.zeros(7)}, "pt"), (tensors, "np")):
+        save_file(changed, shard, metadata={"format": form})
         with pytest.raises(InputError, match=r"changed after it was read\. Start again"):
             prune(structure, quarter(structure), tmp_path / "out")
         shard.write_bytes(content)
@@ -501,30 +500,49 @@ def test_index_that_does_not_match_the_shards(broken: Path) -> None:
         open_checkpoint(broken)
 
 
-def change_tensors(source: Path, target: Path, change: Callable[[dict], None]) -> Path:
-    shutil.copytree(source, target)
-    tensors = load_file(target / "model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+LAYER = "model.layers.1.mlp"
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "name, tensor, message",
     [
-        (lambda t: t.update({"model.layers.1.mlp.experts.3.up_proj.weight": torch.zeros(16, 31)}), r"experts.3.up_proj.weight in model.safetensors has shape \[16, 31\]"),
-        (lambda t: t.update({"model.layers.1.mlp.gate.weight": torch.zeros(11, 32)}), r"mlp.gate.weight in model.safetensors has shape \[11, 32\], config.json asks for \[12, 32\]"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), r"model.norm.weight in model.safetensors has shape \[31\], config.json asks for \[32\]"),
-        (lambda t: t.pop("model.layers.2.mlp.experts.3.up_proj.weight"), r"needs \d+ numbers"),
-        (lambda t: t.pop("model.layers.2.mlp.gate.weight"), "nothing in the files fills model.layers.2.mlp.gate.weight"),
-        (lambda t: t.update({"model.layers.1.mlp.experts.12.up_proj.weight": torch.zeros(16, 32)}), "is of expert 12, config.json has 12"),
-        (lambda t: t.update({"model.layers.1.mlp.experts.3.up_proj.weight": torch.zeros(16, 32, dtype=torch.int8)}), r"experts.3.up_proj.weight in model.safetensors has shape \[16, 32\] of I8"),
+        (
+            f"{LAYER}.experts.3.up_proj.weight",
+            torch.zeros(16, 31),
+            r"experts.3.up_proj.weight in model.safetensors has shape \[16, 31\]",
+        ),
+        (
+            f"{LAYER}.gate.weight",
+            torch.zeros(11, 32),
+            r"mlp.gate.weight in model.safetensors has shape \[11, 32\], config.json asks for \[12, 32\]",
+        ),
+        (
+            "model.norm.weight",
+            torch.zeros(31),
+            r"model.norm.weight in model.safetensors has shape \[31\], config.json asks for \[32\]",
+        ),
+        ("model.layers.2.mlp.experts.3.up_proj.weight", None, r"needs \d+ numbers"),
+        ("model.layers.2.mlp.gate.weight", None, "nothing in the files fills model.layers.2.mlp.gate.weight"),
+        (f"{LAYER}.experts.12.up_proj.weight", torch.zeros(16, 32), "is of expert 12, config.json has 12"),
+        (
+            f"{LAYER}.experts.3.up_proj.weight",
+            torch.zeros(16, 32, dtype=torch.int8),
+            r"experts.3.up_proj.weight in model.safetensors has shape \[16, 32\] of I8",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit_the_config(
-    checkpoints: Callable[..., Path], tmp_path: Path, change, message: str
+    checkpoints: Callable[..., Path], tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str
 ) -> None:
-    folder = change_tensors(checkpoints("qwen2_moe"), tmp_path / "m", change)
+    """One tensor is replaced, or goes."""
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoints("qwen2_moe"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=message):
         read_structure(folder)
     facts = inspect(folder)

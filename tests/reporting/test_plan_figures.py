@@ -24,7 +24,14 @@ from moecover.planning.explaining.facts import explain
 from moecover.planning.run import plan
 from moecover.profiling.artifact import COUNTS, STATISTICS, Profile
 from moecover.reporting.figures.heatmap import arrangement, outlines, scale_ticks, utility_picture
-from moecover.reporting.figures.plan_figures import NAMES, changes_picture, draw, expected_overlap, overlap_picture, stability_picture
+from moecover.reporting.figures.plan_figures import (
+    NAMES,
+    changes_picture,
+    draw,
+    expected_overlap,
+    overlap_picture,
+    stability_picture,
+)
 
 
 def made_of(layers: int, experts: int, corpora: int, *, parts: int = 3, seed: int = 0) -> Profile:

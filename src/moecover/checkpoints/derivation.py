@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moecover.checkpoints.config_edit import COUNT_KEYS, GROUP_KEYS, TOP_K_KEYS, Config, expert_count_keys, with_expert_count
+from moecover.checkpoints.config_edit import (
+    COUNT_KEYS,
+    GROUP_KEYS,
+    TOP_K_KEYS,
+    Config,
+    expert_count_keys,
+    with_expert_count,
+)
 from moecover.checkpoints.expert_tensors import classify
 from moecover.checkpoints.families import PROVEN_FAMILIES, UNSUPPORTED
 from moecover.checkpoints.model_class import build_on_meta

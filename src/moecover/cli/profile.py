@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from moecover.cli.options import add_corpora, add_keep_inputs, add_model, add_output, pass_arguments, searching_methods, text_arguments
+from moecover.cli.options import (
+    add_corpora,
+    add_keep_inputs,
+    add_model,
+    add_output,
+    pass_arguments,
+    searching_methods,
+    text_arguments,
+)
 from moecover.cli.verb import Outcome
 
 HELP = "run corpora through a model and record the statistics of every expert"

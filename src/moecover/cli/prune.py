@@ -6,7 +6,17 @@ import argparse
 import shlex
 from pathlib import Path
 
-from moecover.cli.options import add_corpora, add_keep_inputs, add_method, add_model, add_output, method_arguments, pass_arguments, searching_methods, text_arguments
+from moecover.cli.options import (
+    add_corpora,
+    add_keep_inputs,
+    add_method,
+    add_model,
+    add_output,
+    method_arguments,
+    pass_arguments,
+    searching_methods,
+    text_arguments,
+)
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
 from moecover.planning.methods import options_of_all

@@ -119,6 +119,5 @@ def _repaired_places(request: Request, name: str, structure: Structure) -> list[
 
 
 def _with_fields(text: str) -> str:
-    """A message on flags, in the words of the configuration."""
-    text = text.replace("--repair none", f"repair: {UNREPAIRED}")
-    return text.replace("--repair", "repair").replace("--dtype", "dtype:")
+    """A message on arguments, in the words of the configuration."""
+    return text.replace("repair=none", f"repair: {UNREPAIRED}").replace("dtype=", "dtype: ")

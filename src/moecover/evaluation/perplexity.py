@@ -128,7 +128,8 @@ def window_sums(
         advance(int(inputs.get("attention_mask", inputs["input_ids"] * 0 + 1).sum()))
         return found
 
-    calls, within = list[Callable[[], NDArray[np.float64]]](), list[Within]()
+    calls: list[Callable[[], NDArray[np.float64]]] = []
+    within: list[Within] = []
     for inputs in batches(corpus, batch_size):
         for number, variant in enumerate(variants):
             calls.append(functools.partial(run, number, inputs))

@@ -27,7 +27,15 @@ from moecover.planning.artifact import Plan
 from moecover.profiling.run import stamps
 from moecover.repairing.layers import LayerRepair, repair_layers
 from moecover.repairing.targets import places_on_disk
-from moecover.repairing.tensors import LayerRow, bytes_of, hash_of, layer_repair, layer_row, stored_bytes, written_tensors
+from moecover.repairing.tensors import (
+    LayerRow,
+    bytes_of,
+    hash_of,
+    layer_repair,
+    layer_row,
+    stored_bytes,
+    written_tensors,
+)
 from moecover.runtime.pass_state import remove
 from moecover.text import Cell, Shown
 

@@ -27,7 +27,16 @@ from moecover.reporting.findings import ModelFindings
 from moecover.reporting.numbers import percentage, plain
 from moecover.reporting.provenance import calibration_corpora, provenance_of
 from moecover.reporting.sentences import memory_words, summary_of, usage_words
-from moecover.reporting.tables import accuracy_table, distance_table, failed_table, others_table, overlap_table, perplexity_table, size_table, usage_table
+from moecover.reporting.tables import (
+    accuracy_table,
+    distance_table,
+    failed_table,
+    others_table,
+    overlap_table,
+    perplexity_table,
+    size_table,
+    usage_table,
+)
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -53,6 +62,7 @@ class Sections(Generic[Data]):
 
     def __init__(self, kind: str) -> None:
         self._functions: Registry[Callable[[Data], Content]] = Registry(kind)
+        self._titles: dict[str, str] = {}
 
     def __call__(self, name: str, *, title: str) -> Callable[[Callable[[Data], Content]], Callable[[Data], Content]]:
         """Decorator that enters a section.
@@ -64,11 +74,16 @@ class Sections(Generic[Data]):
         Raises:
             InputError: a plugin uses a name that is taken.
         """
-        return self._functions(name, paper="", title=title)
+
+        def enter(function: Callable[[Data], Content]) -> Callable[[Data], Content]:
+            self._titles[name] = title
+            return self._functions(name, paper="")(function)
+
+        return enter
 
     def __iter__(self) -> Iterator[Section[Data]]:
         for name, function in self._functions.items():
-            yield Section(name, str(self._functions.facts[name]["title"]), function)
+            yield Section(name, self._titles[name], function)
 
 
 SECTIONS: Sections[ModelData] = Sections("section of the page")

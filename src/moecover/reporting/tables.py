@@ -15,7 +15,16 @@ from moecover.reporting.data import Run, Usage
 from moecover.reporting.figures.plan_figures import expected_overlap
 from moecover.reporting.findings import Estimate, ModelFindings, failed
 from moecover.reporting.numbers import percentage, points, size
-from moecover.reporting.values import COORDINATES, FULL_MODEL, best_rows, coordinates, kl_value, method_rows, perplexity_value, share_value
+from moecover.reporting.values import (
+    COORDINATES,
+    FULL_MODEL,
+    best_rows,
+    coordinates,
+    kl_value,
+    method_rows,
+    perplexity_value,
+    share_value,
+)
 
 OF_FULL = "of the full model"
 

@@ -125,7 +125,7 @@ def verification_text(
 
 
 def verify(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     pruned: str | Path,
     *,
     revision: str | None = None,

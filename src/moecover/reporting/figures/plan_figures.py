@@ -20,7 +20,24 @@ from moecover.errors import InputError
 from moecover.files.atomic import explained, write_bytes
 from moecover.planning.explaining.text import MOST_PAIRS
 from moecover.reporting.figures.heatmap import utility_picture
-from moecover.reporting.figures.style import BLUE, COLOURS, COMMON, DPI, GREEN, MARKERS, ORANGE, REFERENCE, STROKES, STYLE, VERMILION, layer_axis, page, percent, plan_name, short
+from moecover.reporting.figures.style import (
+    BLUE,
+    COLOURS,
+    COMMON,
+    DPI,
+    GREEN,
+    MARKERS,
+    ORANGE,
+    REFERENCE,
+    STROKES,
+    STYLE,
+    VERMILION,
+    layer_axis,
+    page,
+    percent,
+    plan_name,
+    short,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
