@@ -24,12 +24,23 @@ from moecover.profiling.run import profile
 from moecover.profiling.sums import SCORING, scoring_function
 from moecover.runtime.loading import load_model, routers
 from tests.conftest import random_corpus, write_rows
+from tests.support.passes import hooks_of
 
 NAMES = {
     # family: (router, gate, up, down) on disk
-    "qwen2_moe": ("mlp.gate.weight", "mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight", "mlp.experts.{}.down_proj.weight"),
-    "mixtral": ("block_sparse_moe.gate.weight", "block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight", "block_sparse_moe.experts.{}.w2.weight"),
-}  # fmt: skip
+    "qwen2_moe": (
+        "mlp.gate.weight",
+        "mlp.experts.{}.gate_proj.weight",
+        "mlp.experts.{}.up_proj.weight",
+        "mlp.experts.{}.down_proj.weight",
+    ),
+    "mixtral": (
+        "block_sparse_moe.gate.weight",
+        "block_sparse_moe.experts.{}.w1.weight",
+        "block_sparse_moe.experts.{}.w3.weight",
+        "block_sparse_moe.experts.{}.w2.weight",
+    ),
+}
 NAMES["qwen3_moe"] = NAMES["olmoe"] = NAMES["qwen2_moe"]
 
 
@@ -157,14 +168,14 @@ def test_the_pass_is_the_plain_forward_pass(structure: Structure) -> None:
                 recorded = model(**inputs).logits
         assert torch.equal(plain, recorded)
         assert [sorted(vars(m)) for m in model.modules()] == state
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert hooks_of(model) == []
 
 
 def test_an_error_in_the_pass_leaves_the_model_clean(structure: Structure) -> None:
     model = load_model(structure)
     with pytest.raises(RuntimeError, match="stop"), recording(model, structure):
         raise RuntimeError("stop")
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks_of(model) == []
     assert not any("post_expert_norm" in vars(m) for m in model.modules())
 
 
