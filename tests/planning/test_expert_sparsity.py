@@ -490,7 +490,7 @@ def test_an_interrupted_pass_leaves_no_inputs(checkpoints: Callable[..., Path], 
         profile(structure, [random_corpus("a")], keep_inputs=(48, tmp_path / "p"), advance=stop)
     assert not (tmp_path / "p").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(InputError, match="--keep-inputs needs 0.00 GB at .* 0.00 GB are free. Keep fewer tokens"):
+    with pytest.raises(InputError, match="keep_inputs needs 0.00 GB at .* 0.00 GB are free. Keep fewer tokens"):
         profile(structure, [random_corpus("a")], keep_inputs=(48, tmp_path / "p"))
 
 

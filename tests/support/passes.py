@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
@@ -59,3 +64,12 @@ def limit_between(structure: Structure, *, tokens: int = 64, batch_tokens: int =
     made = cost(structure, tokens=tokens, batch_tokens=batch_tokens, limit=0, head=head)
     assert made.streamed < made.whole
     return (made.streamed + made.whole) // 2
+
+
+def spoiled(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a checkpoint with changed tensors."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
