@@ -22,7 +22,7 @@ from moecover.errors import InputError
 from moecover.profiling.artifact import COUNTS, MAXIMA, Profile
 from moecover.runtime import distributed
 from moecover.runtime import memory as fitting
-from tests.runtime.test_streaming import _between
+from tests.support.passes import limit_between
 
 WORKER = """
 import sys
@@ -72,7 +72,16 @@ def job(tmp_path: Path, checkpoints: Callable[..., Path]) -> Callable[..., list[
 
 
 def torchrun(processes: int, folder: Path, arguments: list[str], *machine: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(20000 + os.getpid() % 20000), *machine]  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(20000 + os.getpid() % 20000),
+        *machine,
+    ]
     return [*launcher, str(folder / "worker.py"), *arguments]
 
 
@@ -80,14 +89,26 @@ def close(found: Profile, expected: Profile) -> None:
     """Counts and maxima equal, sums but for the order of additions."""
     for corpus, statistics in expected.statistics.items():
         for name, values in statistics.items():
-            for one, two in ((found.statistics[corpus][name], values), (found.parts[corpus][name], expected.parts[corpus][name])):  # fmt: skip
+            for one, two in (
+                (found.statistics[corpus][name], values),
+                (found.parts[corpus][name], expected.parts[corpus][name]),
+            ):
                 if name in (*COUNTS, *MAXIMA):
                     np.testing.assert_array_equal(one, two, err_msg=f"{corpus}, {name}")
                 else:
                     np.testing.assert_allclose(one, two, rtol=1e-12, err_msg=f"{corpus}, {name}")
 
 
-@pytest.mark.parametrize("processes, way", [(2, "memory"), (4, "layers"), pytest.param(2, "layers", marks=pytest.mark.slow), pytest.param(4, "memory", marks=pytest.mark.slow), pytest.param(9, "memory", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "processes, way",
+    [
+        (2, "memory"),
+        (4, "layers"),
+        pytest.param(2, "layers", marks=pytest.mark.slow),
+        pytest.param(4, "memory", marks=pytest.mark.slow),
+        pytest.param(9, "memory", marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_as_one_process(
     processes: int, way: str, job, tmp_path: Path, checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,9 +117,14 @@ def test_the_same_as_one_process(
     limit: list[str] = []
     if way == "layers":
         made = read_structure(checkpoints("qwen2_moe"))
-        limit = ["--memory-limit", str(_between(made, tokens=200, batch_tokens=60, head=False))]
+        limit = ["--memory-limit", str(limit_between(made, tokens=200, batch_tokens=60, head=False))]
     assert cli.main([*job(), "-o", str(tmp_path / "one")]) == 0
-    done = subprocess.run(torchrun(processes, tmp_path, [*job(*limit), "-o", str(tmp_path / "many")]), capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        torchrun(processes, tmp_path, [*job(*limit), "-o", str(tmp_path / "many")]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("statistics of 2 layers x 12 experts") == 1  # one of them speaks
     assert ("running layer by layer" in done.stderr) == (way == "layers")
@@ -107,7 +133,9 @@ def test_the_same_as_one_process(
 
 
 def workers(launcher: subprocess.Popen[str]) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True, check=True)  # fmt: skip
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True, check=True
+    )
     return list(map(int, found.stdout.split()))
 
 
@@ -133,7 +161,9 @@ def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path) ->
     assert 'Traceback (most recent call last):\n  File "' + str(tmp_path) not in log
     assert not (tmp_path / "many").exists()
     assert list(tmp_path.glob(".many.profile.partial-*"))
-    done = subprocess.run(torchrun(3, tmp_path, [*job(), "-o", str(tmp_path / "many")]), capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        torchrun(3, tmp_path, [*job(), "-o", str(tmp_path / "many")]), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "resuming: " in done.stderr
     close(Profile.load(tmp_path / "many"), Profile.load(tmp_path / "one"))
@@ -142,11 +172,26 @@ def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path) ->
 
 @pytest.mark.parametrize("whole", [False, True], ids=["a process", "a machine"])
 def test_two_machines(job, tmp_path: Path, whole: bool) -> None:
-    """Equal to one process; when a process, or a machine with all its processes, dies without a word, the other notices."""
+    """Equal to one process; when a process, or a machine with all its processes, is killed, the other notices."""
     command = [*job(), "-o", str(tmp_path / "many")]
 
     def machines(*extra: str) -> list[subprocess.Popen[str]]:
-        return [started(torchrun(1, tmp_path, [*command, *extra], "--nnodes", "2", "--node-rank", str(n), "--master-addr", "127.0.0.1")) for n in range(2)]  # fmt: skip
+        return [
+            started(
+                torchrun(
+                    1,
+                    tmp_path,
+                    [*command, *extra],
+                    "--nnodes",
+                    "2",
+                    "--node-rank",
+                    str(n),
+                    "--master-addr",
+                    "127.0.0.1",
+                )
+            )
+            for n in range(2)
+        ]
 
     first, second = machines("--slow")
     assert second.stdout is not None
@@ -189,7 +234,13 @@ def test_no_thread_uses_the_store_any_more_at_the_end(monkeypatch: pytest.Monkey
     assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize("arguments, message", [(["ls", "methods"], "only profile runs in several"), (["profile", "x", "--corpus", "web", "-o", "y"], "is not a number in the environment")])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["ls", "methods"], "only profile runs in several"),
+        (["profile", "x", "--corpus", "web", "-o", "y"], "is not a number in the environment"),
+    ],
+)
 def test_refusals(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     if "ls" in arguments:
@@ -206,7 +257,19 @@ def test_merge(job, tmp_path: Path, checkpoints, capsys: pytest.CaptureFixture[s
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     model, base = str(checkpoints("qwen2_moe")), ["--batch-size", "2", "-o"]
     assert cli.main(["profile", model, f"--corpus=a={tmp_path}/first.jsonl", *base, str(tmp_path / "p1")]) == 0
-    assert cli.main(["profile", model, f"--corpus=a={tmp_path}/second.jsonl", f"--corpus=b={tmp_path}/b.jsonl", *base, str(tmp_path / "p2")]) == 0  # fmt: skip
+    assert (
+        cli.main(
+            [
+                "profile",
+                model,
+                f"--corpus=a={tmp_path}/second.jsonl",
+                f"--corpus=b={tmp_path}/b.jsonl",
+                *base,
+                str(tmp_path / "p2"),
+            ]
+        )
+        == 0
+    )
     assert cli.main([*job(), "-o", str(tmp_path / "whole")]) == 0
     capsys.readouterr()
     merge = ["merge", str(tmp_path / "p1"), str(tmp_path / "p2"), "-o", str(tmp_path / "sum")]

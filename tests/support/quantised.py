@@ -104,3 +104,9 @@ def with_mtp(source: Path, target: Path, root: str, **config: Any) -> Path:
     save_file(tensors | extra, target / "model.safetensors", metadata={"format": "pt"})
     set_config(target, **config)
     return target
+
+
+MTP = {
+    "deepseek_v3": ("model.layers.3", {"num_nextn_predict_layers": 1}),
+    "qwen2_moe": ("mtp.layers.0", {"mtp_num_hidden_layers": 1, "mtp_layer_types": ["full_attention"], "use_mtp": True}),
+}

@@ -136,7 +136,7 @@ class _Steps:
 
     def arrived(self) -> list[torch.Tensor]:
         """The first argument with which every call waits at a stop."""
-        first = list[torch.Tensor]()
+        first: list[torch.Tensor] = []
         for at in self._waiting:
             if at is None:
                 raise MoecoverError(ENDED_EARLY)

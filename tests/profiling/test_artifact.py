@@ -1,0 +1,134 @@
+"""The file of a profile, profiles that add up, and how a profile shows itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from moecover.checkpoints.structure import Structure, read_structure
+from moecover.errors import InputError
+from moecover.planning.run import plan
+from moecover.profiling.artifact import STATISTICS, Profile
+from moecover.profiling.merging import merged
+from moecover.profiling.run import profile
+from tests.conftest import random_corpus
+
+
+def test_profiles_of_two_shards_add_up(structure: Structure) -> None:
+    corpus = random_corpus(sequences=7)
+    whole = profile(structure, [corpus])
+    parts = profile(structure, [corpus[:3]]) + profile(structure, [corpus[3:]])
+    for name in STATISTICS:
+        a, b = whole.statistics["random"][name], parts.statistics["random"][name]
+        if name in ("count", "num_tokens", "max_abs"):
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=2e-6)  # another batch shape is another rounding of float32 kernels
+    assert len(parts.corpora["random"]) == 2
+    both = whole + profile(structure, [random_corpus("other", seed=9)])
+    assert set(both.statistics) == {"random", "other"}
+
+
+def test_profiles_of_different_models_do_not_add(checkpoints: Callable[..., Path]) -> None:
+    one = profile(read_structure(checkpoints("mixtral")), [random_corpus()])
+    two = profile(read_structure(checkpoints("mixtral", seed=1)), [random_corpus()])
+    with pytest.raises(InputError, match="different models do not add up"):
+        _ = one + two
+
+
+def test_saved_file_has_the_documented_layout(small_profile: Profile, tmp_path: Path) -> None:
+    path = small_profile.save(tmp_path / "p")
+    shape = [len(small_profile.topology.decoder_layers), small_profile.topology.num_experts]
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+        assert keys == {f"{c}/{s}{part}" for c in "ab" for s in STATISTICS for part in ("", "/parts")}
+        for key in keys:
+            tensor = file.get_tensor(key)
+            assert list(tensor.shape) == ([1, *shape] if key.endswith("/parts") else shape)  # two batches, one part
+            counts = {"count", "num_tokens"} & set(key.split("/"))
+            assert tensor.dtype == (torch.int64 if counts else torch.float64)
+    loaded = Profile.load(tmp_path / "p")
+    assert loaded.fingerprint == small_profile.fingerprint
+    assert loaded.topology == small_profile.topology
+    assert loaded.corpora["a"][0]["sha256"] == random_corpus("a", seed=1).record["sha256"]
+    assert {"torch", "transformers", "moecover", "python"} <= loaded.settings["versions"].keys()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda t: t["a/norm_sum"].__setitem__((0, 0), float("nan")), "negative or non-finite"),
+        (lambda t: t["a/count"].__setitem__((0, 0), -1), "negative or non-finite"),
+        (lambda t: t.pop("b/max_abs"), "b/max_abs is missing"),
+        (lambda t: t["b/norm_sum/parts"].fill_(float("inf")), "b/norm_sum/parts holds negative"),
+        (lambda t: t.pop("b/norm_sum/parts"), "b/norm_sum/parts is missing"),
+    ],
+)
+def test_damaged_profile_is_refused(small_profile: Profile, tmp_path: Path, spoil, message: str) -> None:
+    path = small_profile.save(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    spoil(tensors)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(InputError, match=message):
+        Profile.load(tmp_path)
+    path.write_bytes(b"not a profile")
+    with pytest.raises(InputError, match="damaged"):
+        Profile.load(tmp_path)
+
+
+def test_fingerprint_does_not_depend_on_versions(small_profile: Profile) -> None:
+    other = dataclasses.replace(small_profile, settings={})
+    assert other.fingerprint == small_profile.fingerprint
+
+
+def test_order_of_corpora_survives_the_file(structure: Structure, tmp_path: Path) -> None:
+    """Turns are taken in this order, so a plan from the file must equal one from memory."""
+    made = profile(structure, [random_corpus("wiki", seed=2), random_corpus("c4", seed=1)])
+    made.save(tmp_path)
+    loaded = Profile.load(tmp_path)
+    assert list(loaded.statistics) == ["wiki", "c4"]
+    top_k, experts = structure.topology.top_k, structure.topology.num_experts
+    for keep in range(top_k, experts):
+        assert plan(loaded, keep=keep).to_json() == plan(made, keep=keep).to_json()
+    swapped = profile(structure, [random_corpus("c4", seed=1), random_corpus("wiki", seed=2)])
+    assert swapped.fingerprint != made.fingerprint
+    assert next(iter(plan(swapped, keep=top_k).layers[0].protected)) == "c4"
+
+
+def test_a_profile_shows_itself_in_one_line_and_as_a_table(small_profile: Profile) -> None:
+    tokens = small_profile.corpora["a"][0]["tokens"]
+    assert repr(small_profile).startswith(f"<Profile {small_profile.model['name']}: ")
+    assert f"experts, a ({tokens} tokens), b (" in repr(small_profile)
+    assert len(repr(small_profile)) < 1000
+    rows = small_profile.rows_shown()
+    never = int((small_profile.statistics["b"]["count"] == 0).sum())
+    assert rows[1] == {"corpus": "b", "tokens": tokens, "samples": 1, "experts never selected": never}
+
+
+def test_the_frame_of_a_profile_has_a_row_for_every_expert(small_profile: Profile) -> None:
+    pytest.importorskip("pandas")
+    topology, frame = small_profile.topology, small_profile.to_frame()
+    assert len(frame) == 2 * len(topology.decoder_layers) * topology.num_experts
+    assert list(frame.columns) == ["corpus", "layer", "decoder_layer", "expert", *STATISTICS]
+    last = frame[(frame.corpus == "b") & (frame.layer == len(topology.decoder_layers) - 1) & (frame.expert == 1)]
+    assert last.decoder_layer.tolist() == [topology.decoder_layers[-1]]
+    for name in STATISTICS:
+        assert last[name].tolist() == [small_profile.statistics["b"][name][-1, 1]]
+
+
+def test_merged_profiles_count_the_samples(small_profile: Profile) -> None:
+    other = dataclasses.replace(
+        small_profile, corpora={"a": [{**small_profile.corpora["a"][0], "sha256": "0"}], "b": []}
+    )
+    assert merged([small_profile, other], ["one", "two"]).rows_shown()[0]["samples"] == 2
+    with pytest.raises(InputError, match=r"two and one hold the same sample of corpus a: .*blocks \(seed, sequences\)"):
+        merged([small_profile, small_profile], ["one", "two"])
