@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus, make_corpus
@@ -31,6 +32,11 @@ SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the development corpora (../shared/data) are not on this machine"
 )
+
+
+def quick_dtype() -> str:
+    """The dtype in which the shipped models run quickly here: theirs is bfloat16, for which some processors lack instructions."""
+    return "auto" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,14 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moecover.checkpoints.inspection import inspect
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
-from moecover.cli.demo import HELD_OUT, RUNS, markdown_table, rows_from_json
+from moecover.cli.demo import markdown_table, rows_from_json
 from moecover.cli.main import main
+from moecover.cli.tour import HELD_OUT, runs
 from moecover.corpora.packing import load_corpus, load_tokenizer
 from moecover.evaluation.perplexity import perplexity
 from moecover.planning.artifact import keep_all
 from moecover.planning.masking import masked
 from moecover.profiling.run import profile
 from moecover.runtime.loading import load_model
+from tests.conftest import quick_dtype
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "out"
-    assert main(["demo", "-o", str(folder), "-q"]) == 0
+    assert main(["demo", "-o", str(folder), "-q", "--dtype", quick_dtype()]) == 0
     return folder
 
 
@@ -46,7 +48,7 @@ def test_demo_writes_what_it_says(demo_folder: Path) -> None:
     assert results["verified"]["equal"] is True
     rows = rows_from_json((demo_folder / "moecover-demo.json").read_text())
     assert [(r.label, r.retain) for r in rows] == [("full model", 1.0)] + [
-        (label, b) for b in (0.5, 0.25) for label, _, _ in RUNS
+        (run.label, b) for b in (0.5, 0.25) for run in runs()
     ]
     assert all(set(r.perplexity) == set(HELD_OUT) for r in rows)
     full = rows[0]
@@ -56,13 +58,15 @@ def test_demo_writes_what_it_says(demo_folder: Path) -> None:
     by_name = {(r.label, r.keep): r.geometric_mean() for r in rows}
     # The claim of the first screen: chosen experts are worth more than random ones, at either budget.
     for keep in (30, 15):
-        assert by_name["tb-coverage", keep] < by_name["random, mean of 3", keep]
+        assert by_name[runs()[0].label, keep] < by_name[runs()[-1].label, keep]
     assert markdown_table(rows).count("\n") == len(rows) + 1
 
 
 def test_the_written_checkpoint_speaks(demo_folder: Path) -> None:
     folder = demo_folder / "pruned-50"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    dtype = quick_dtype()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("The river rises in", return_tensors="pt")
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -103,14 +107,14 @@ def test_second_shipped_model_is_small_trained_and_in_the_right_shape() -> None:
     for figure in record["bits_per_byte"].values():
         assert f"{figure:.3f}" in card
     structure = read_structure(folder)
-    model = load_model(structure)
+    model = load_model(structure, dtype=quick_dtype())
     for name in HELD_OUT:
         assert perplexity(model, load_corpus(name, structure=structure, length=256)[:4]) < 300
 
 
 def test_shipped_model_predicts_held_out_text() -> None:
     structure = read_structure(shipped_model())
-    tokenizer, model = load_tokenizer(shipped_model()), load_model(structure)
+    tokenizer, model = load_tokenizer(shipped_model()), load_model(structure, dtype=quick_dtype())
     for name in HELD_OUT:
         corpus = load_corpus(name, tokenizer=tokenizer, length=256)[:8]
         assert perplexity(model, corpus) < 200 < structure.checkpoint.config["vocab_size"]
@@ -123,7 +127,7 @@ def test_shipped_routers_are_specialised() -> None:
     structure = read_structure(shipped_model())
     tokenizer = load_tokenizer(shipped_model())
     corpora = [load_corpus(name, tokenizer=tokenizer, length=256)[:16] for name in HELD_OUT]
-    made = profile(structure, corpora, batch_size=16)
+    made = profile(structure, corpora, batch_size=16, dtype=quick_dtype())
     for layer in range(len(structure.topology.decoder_layers)):
         quarters = []
         for name in HELD_OUT:

@@ -13,7 +13,8 @@ from moecover.checkpoints.families import PROVEN_FAMILIES
 from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import MoecoverError
-from moecover.evaluation.run import evaluate, perplexity
+from moecover.evaluation.perplexity import perplexity
+from moecover.evaluation.run import evaluate
 from moecover.planning.masking import masked
 from moecover.planning.run import plan, plan_budgets
 from moecover.profiling.layer_inputs import sample_of
