@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from moecover.checkpoints.config_edit import Config, first_number
 from moecover.checkpoints.families import PROVEN_FAMILIES
+from moecover.checkpoints.opening import Model
 from moecover.checkpoints.servers import unmet
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
@@ -45,11 +45,11 @@ def _as_cell(value: object) -> Cell:
     return value if value is None or isinstance(value, (str, int, float)) else json.dumps(value)
 
 
-def inspect(model: str | Path, *, revision: str | None = None, server: str | None = None) -> Inspection:
+def inspect(model: Model, *, revision: str | None = None, server: str | None = None) -> Inspection:
     """Read facts about a model's routed experts from its configuration and headers.
 
     Args:
-        model: local folder or hub id (only config.json and the headers of the shards are fetched).
+        model: local folder, hub id or structure (of a hub model only config.json and the headers of the shards are fetched).
         revision: branch, tag or commit of a hub model.
         server: also give the requirements of this server that are not met at each size, see `servers`.
 
@@ -59,7 +59,10 @@ def inspect(model: str | Path, *, revision: str | None = None, server: str | Non
     Raises:
         InputError: the model is missing or malformed.
     """
-    checkpoint = open_checkpoint(model, revision=revision, headers_only=True)
+    if isinstance(model, Structure):
+        checkpoint = model.checkpoint
+    else:
+        checkpoint = open_checkpoint(model, revision=revision, headers_only=True)
     facts: dict[str, Any] = {
         "model": checkpoint.name,
         "family": checkpoint.config.get("model_type"),

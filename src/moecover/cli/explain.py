@@ -39,10 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Print the facts; draw them where a folder is given."""
-    from moecover.planning.artifact import Plan
     from moecover.planning.explaining.facts import explain
     from moecover.planning.explaining.text import text_of
-    from moecover.profiling.artifact import Profile
     from moecover.reporting.figures.plan_figures import NAMES, check_folder, draw
 
     load_plugins(args)
@@ -50,9 +48,9 @@ def run(args: argparse.Namespace) -> Outcome:
         raise InputError(f"--change {args.change} is out of range: a share of the kept experts, above 0 and below 1")
     if args.output:
         check_folder(args.output, NAMES, overwrite=args.overwrite)
-    plan, other = Plan.load(args.plan), Plan.load(args.against) if args.against else None
-    profile = Profile.load(args.profile) if args.profile else None
-    facts = explain(plan, profile=profile, against=other, saliency=args.saliency, change=args.change)
+    facts = explain(
+        args.plan, profile=args.profile, against=args.against, saliency=args.saliency, change=args.change
+    )
     text = text_of(facts, layers=args.layers)
     if args.output:
         pictures = draw(facts, args.output, overwrite=args.overwrite)

@@ -28,11 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Write the page and the figures."""
-    from moecover import progress
     from moecover.reporting.page import report
 
     load_plugins(args)
-    with progress.spinner("drawing the page"):
-        made = report(args.run, args.output, figures=args.figures, overwrite=args.overwrite)
+    made = report(args.run, args.output, figures=args.figures, overwrite=args.overwrite)
     folder = f", {len(made['pictures'])} pictures in {made['figures']}" if made["pictures"] else ""
     return Outcome(made, f"{made['page']}: {size_text(made['bytes'])}{folder}")

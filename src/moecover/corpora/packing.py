@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.checkpoints.deepseek.registration import register_deepseek_config
+from moecover.checkpoints.opening import Model
+from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.documents import FileCorpus, NamedCorpus
 from moecover.corpora.overlap import sketch
 from moecover.corpora.rows import texts
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from moecover.checkpoints.structure import Structure
 
 SEQUENCES, LENGTH = 128, 2048  # the calibration set of the field: 128 blocks of 2048 tokens
 
@@ -87,7 +88,7 @@ def load_corpus(
     name: str,
     path: str | Path | None = None,
     *,
-    structure: Structure | None = None,
+    structure: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     sequences: int | None = None,
     length: int | None = None,
@@ -104,7 +105,7 @@ def load_corpus(
     Args:
         name: of the corpus, in profiles and plans; a key of `CORPORA` when there is no path.
         path: .txt, .jsonl, .jsonl.gz or .parquet file.
-        structure: the model; gives tokenizer, vocabulary and longest sequence where they are not given themselves.
+        structure: the model as folder, hub id or structure; gives tokenizer, vocabulary and longest sequence where they are not given themselves.
         tokenizer: instead of the model's; loaded only when there is text.
         sequences: sequences wanted, an error when there are fewer; None takes up to 128 blocks (all rows of
             ``input_ids``).
@@ -119,6 +120,8 @@ def load_corpus(
     Raises:
         InputError: unknown name, unreadable file, no text, too few blocks, or ids out of range.
     """
+    if structure is not None and not isinstance(structure, Structure):
+        structure = read_structure(structure)
     if structure is not None:
         text = structure.checkpoint.text_config
         vocab_size, max_length = vocab_size or text.get("vocab_size"), max_length or text.get("max_position_embeddings")

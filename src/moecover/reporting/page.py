@@ -11,8 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moecover.comparison.results import Comparison
 from moecover.errors import InputError, arg
 from moecover.files.atomic import new_folder, write_text
+from moecover.progress import Progress, resolve
 from moecover.reporting.context import model_data, run_data
 from moecover.reporting.figures.style import STYLE
 from moecover.reporting.sections import RUN_SECTIONS, SECTIONS, Sections
@@ -132,15 +134,21 @@ def check_outputs(page: Path, pictures: Path, *, overwrite: bool) -> None:
 
 
 def report(
-    folder: str | Path, page: str | Path, *, figures: str | Path | None = None, overwrite: bool = False
+    run: str | Path | Comparison,
+    page: str | Path,
+    *,
+    figures: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool | Progress = True,
 ) -> Report:
     """Write the page of a run and its figures; each appears only when complete.
 
     Args:
-        folder: run folder that `compare` wrote.
+        run: what `compare` returned, or its run folder.
         page: HTML file to write.
         figures: folder for the figures as PNG and SVG; default: the page's name with ``_files`` in place of its suffix.
         overwrite: replace an existing page and figures.
+        progress: True logs on stderr or in a notebook; False is silent.
 
     Returns:
         A dictionary with ``page``, ``bytes``, ``figures`` (the folder) and ``pictures`` (paths of the figures).
@@ -149,10 +157,11 @@ def report(
         InputError: the folder is not a run, or an output exists.
         MoecoverError: the disk is full or a folder cannot be written.
     """
-    folder, page = Path(folder), Path(page)
+    folder, page = run.run if isinstance(run, Comparison) else Path(run), Path(page)
     pictures = Path(figures) if figures is not None else page.with_name(f"{page.stem}{FOLDER_ENDING}")
     check_outputs(page, pictures, overwrite=overwrite)
-    text, files = rendered(folder)
+    with resolve(progress).spinner("drawing the page"):
+        text, files = rendered(folder)
     with new_folder(pictures) as beside:
         for name, content in files.items():
             (beside / name).write_bytes(content)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,18 +184,18 @@ def add_routing(layers: Sequence[LayerFacts], overall: Overall, profile: Profile
 
 
 def explain(
-    plan: Plan,
+    plan: Plan | str | Path,
     *,
-    profile: Profile | None = None,
-    against: Plan | None = None,
+    profile: Profile | str | Path | None = None,
+    against: Plan | str | Path | None = None,
     saliency: str | None = None,
     change: float = CHANGE,
 ) -> Explanation:
     """Facts about a plan, JSON-ready.
 
     Args:
-        plan: to be explained.
-        profile: that it was made from, or another one of the same model (then without stability).
+        plan: to be explained, or its file.
+        profile: that it was made from (or its folder), or another one of the same model (then without stability).
         against: another plan of the same model, to compare with.
         saliency: what utility means; the plan's own by default.
         change: share of the kept experts that may still change in a stable plan.
@@ -207,6 +208,11 @@ def explain(
     Raises:
         InputError: no utilities by corpus, or plan, profile and other plan are of different models.
     """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if isinstance(profile, (str, Path)):
+        profile = Profile.load(Path(profile))
+    if isinstance(against, (str, Path)):
+        against = Plan.load(against)
     name, utility = utility_by_corpus(plan, profile, saliency)
     experts = next(iter(utility.values())).shape[1]
     if any(layer.kept[-1] >= experts for layer in plan.layers):
