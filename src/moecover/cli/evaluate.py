@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecover.cli.options import add_device, add_model, add_output, pass_arguments
+from moecover.cli.options import add_device, add_model, add_output, add_plugin, load_plugins, pass_arguments
 from moecover.cli.tables import aligned
 from moecover.cli.verb import Outcome
 
@@ -57,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows or requests per forward pass (default: 1)")
     add_device(parser)
     add_output(parser, "DIR", "folder to write", replaced="an evaluation that is there")
+    add_plugin(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.evaluation.artifact import FILE
     from moecover.evaluation.job import evaluate
 
+    load_plugins(args)
     found = evaluate(
         args.model,
         args.plan,

@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> Outcome:
         raise InputError(f"--change {args.change} is out of range: a share of the kept experts, above 0 and below 1")
     if args.output:
         check_folder(args.output, NAMES, overwrite=args.overwrite)
-    facts = explain(
-        args.plan, profile=args.profile, against=args.against, saliency=args.saliency, change=args.change
-    )
+    facts = explain(args.plan, profile=args.profile, against=args.against, saliency=args.saliency, change=args.change)
     text = text_of(facts, layers=args.layers)
     if args.output:
         pictures = draw(facts, args.output, overwrite=args.overwrite)

@@ -10,6 +10,8 @@ from moecover.cli.options import (
     add_keep_inputs,
     add_model,
     add_output,
+    add_plugin,
+    load_plugins,
     pass_arguments,
     searching_methods,
     text_arguments,
@@ -25,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_corpora(parser, required=True)
     add_output(parser, "PROFILE_DIR", "folder for profile.safetensors", replaced="a profile that is there")
     add_keep_inputs(parser, f"for methods {searching_methods()}")
+    add_plugin(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -33,6 +36,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.profiling.job import profile
     from moecover.runtime.distributed import world
 
+    load_plugins(args)
     made = profile(
         args.model,
         args.corpus,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from moecover.cli.options import add_output, add_revision
+from moecover.cli.options import add_output, add_plugin, add_revision, load_plugins
 from moecover.cli.verb import Outcome
 
 HELP = "split a corpus of mixed text into its kinds of text, each a corpus of its own"
@@ -38,12 +38,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     text = "folder to write: 1.jsonl, 2.jsonl ..., for --corpus NAME=DIR"
     add_output(parser, "DIR", text, replaced="kinds that are there")
+    add_plugin(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
     """Write the folder; print a line for every kind."""
     from moecover.corpora.splitting import split
 
+    load_plugins(args)
     made = split(
         args.model,
         args.corpus,

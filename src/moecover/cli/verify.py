@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from moecover.cli.options import add_device, add_model
+from moecover.cli.options import add_device, add_model, add_plugin, load_plugins
 from moecover.cli.verb import Outcome
 
 if TYPE_CHECKING:
@@ -33,12 +33,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="largest difference allowed as a share of a layer's largest value (default: 0, every bit equal)",
     )
     add_device(parser)
+    add_plugin(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
     """Print whether both give the same; exit status 1 where they do not."""
     from moecover.verification.job import verify
 
+    load_plugins(args)
     found = verify(
         args.model,
         args.pruned,
