@@ -52,7 +52,8 @@ def test_in_a_terminal_a_spinner_is_drawn() -> None:
     text = io.StringIO()
     with progress.Drawn(Console(file=text, force_terminal=True, width=100)).spinner("reading") as relabel:
         relabel("verifying")
-    assert "reading" in text.getvalue()
+    assert "verifying" in text.getvalue()
+    assert "\x1b[" in text.getvalue()
 
 
 @pytest.mark.parametrize("widgets", [True, False])

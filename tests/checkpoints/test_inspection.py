@@ -24,7 +24,7 @@ def test_a_structure_shows_itself(model: Path) -> None:
     rows = structure.rows_shown()
     assert [row["decoder layer"] for row in rows] == [1, 2]
     assert sum(int(row["expert bytes"] or 0) for row in rows) == structure.expert_total_bytes
-    assert "<th>decoder layer</th>" in structure._repr_html_()
+    assert "<th>decoder layer</th>" in type(structure)._repr_html_(structure)
     assert list(structure.to_frame().columns) == ["decoder layer", "experts", "top-k", "expert bytes"]
 
 
@@ -34,7 +34,7 @@ def test_an_inspection_is_a_dictionary_that_shows_itself(model: Path) -> None:
     assert json.loads(json.dumps(found)) == found
     assert repr(found).startswith(f"<Inspection {model}: qwen2_moe, 2 MoE layers x 12 experts, top-4, ")
     assert {row["fact"]: row["value"] for row in found.rows_shown()}["moe_layers"] == "[1, 2]"
-    assert "qwen2_moe" in found._repr_html_()
+    assert "qwen2_moe" in type(found)._repr_html_(found)
     assert list(found.to_frame()["fact"]) == list(found)
     assert all("unmet" in size for size in found["sizes"])
 
