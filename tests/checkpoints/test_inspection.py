@@ -1,4 +1,4 @@
-"""What `inspect` and `read_structure` return: facts, one line, a table."""
+"""What `inspect`, `read_structure` and `open_checkpoint` return: facts, one line, a table."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ from pathlib import Path
 import pytest
 
 from moecover.checkpoints.inspection import inspect
+from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import read_structure
 
 
 @pytest.fixture
 def model(checkpoints: Callable[..., Path]) -> Path:
     return checkpoints("qwen2_moe")
+
+
+def test_a_checkpoint_shows_itself(checkpoints: Callable[..., Path]) -> None:
+    folder = checkpoints("qwen2_moe", shards=True)
+    checkpoint = open_checkpoint(folder)
+    size = f"{checkpoint.num_bytes / 1000:.2f} kB"
+    assert repr(checkpoint) == f"<Checkpoint {folder}: qwen2_moe, {len(checkpoint.tensors)} tensors, {size}>"
+    rows = checkpoint.rows_shown()
+    assert [row["shard"] for row in rows] == sorted(p.name for p in folder.glob("*.safetensors"))
+    assert sum(int(row["tensors"] or 0) for row in rows) == len(checkpoint.tensors)
+    assert sum(int(row["bytes"] or 0) for row in rows) == checkpoint.num_bytes
 
 
 def test_a_structure_shows_itself(model: Path) -> None:
