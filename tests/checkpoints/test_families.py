@@ -1,7 +1,7 @@
 """Every proven family: statistics against a naive pass, the golden property, dropped logits at minus infinity.
 
-Nothing here is specific to a family: the naive pass runs the library's eager experts one slot at a time, and minus infinity
-is set where the router's own matrix gives its logits.
+Nothing here is specific to a family: the naive pass runs the library's eager experts one slot at a time, and minus
+infinity is set where the router's own matrix gives its logits.
 """
 
 from __future__ import annotations

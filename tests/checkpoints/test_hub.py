@@ -112,8 +112,12 @@ def moecover(hub: Hub, tmp_path: Path, *arguments: object) -> subprocess.Complet
     }
     return subprocess.run(
         [sys.executable, "-m", "moecover", *map(str, arguments)],
-        capture_output=True, text=True, env=environment, check=False, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=120,
+    )
 
 
 def test_inspect_fetches_headers_only(hub: Hub, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def set_config(folder: Path, **values: Any) -> None:
 
 
 def with_mtp(source: Path, target: Path, root: str, **config: Any) -> Path:
-    """A checkpoint with a multi-token-prediction layer as on the hub: the last decoder layer's tensors and some more."""
+    """A checkpoint with a multi-token-prediction layer as on the hub: the last decoder layer's tensors and two more."""
     shutil.copytree(source, target)
     tensors = load_file(source / "model.safetensors")
     last = max(int(n) for k in tensors for n in re.findall(r"^model\.layers\.(\d+)\.", k))

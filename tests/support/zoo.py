@@ -15,7 +15,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from moecover.checkpoints.config_edit import COUNT_KEYS
+from moecover.checkpoints.deepseek.registration import register_deepseek
 from moecover.checkpoints.model_class import auto_class
+
+register_deepseek()
 
 EXPERTS, TOP_K, LAYERS = 8, 2, 3
 SMALL: dict[str, Any] = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from moecover.checkpoints.config_edit import QUANTISATION_FILES, Config, quantisation
 from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.errors import InputError, arg
+from moecover.text import Cell, Shown, size_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,8 +35,8 @@ OTHER_WEIGHTS = (
 )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Shown):
     """A model as it lies on disk.
 
     Attributes:
@@ -55,6 +56,18 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     shard_metadata: dict[str, dict[str, str] | None]
     index: Config | None
+
+    def summary(self) -> str:
+        """Name, family, number of tensors and size."""
+        family, size = self.config.get("model_type"), size_text(self.num_bytes)
+        return f"{self.name}: {family}, {len(self.tensors)} tensors, {size}"
+
+    def rows_shown(self) -> list[dict[str, Cell]]:
+        """One row per shard: its name, number of tensors and their bytes."""
+        sizes: dict[str, list[int]] = {shard: [] for shard in self.shard_metadata}
+        for entry in self.tensors.values():
+            sizes[entry.shard].append(entry.num_bytes)
+        return [{"shard": shard, "tensors": len(found), "bytes": sum(found)} for shard, found in sizes.items()]
 
     @property
     def num_bytes(self) -> int:
