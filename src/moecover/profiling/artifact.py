@@ -174,7 +174,7 @@ class Profile(Shown):
             {
                 "corpus": corpus,
                 "tokens": self._num_tokens(corpus),
-                "samples": len(self.corpora[corpus]),
+                "samples": len(self.corpora.get(corpus, ())),
                 "experts never selected": int((statistics["count"] == 0).sum()),
             }
             for corpus, statistics in self.statistics.items()
