@@ -203,7 +203,7 @@ def test_two_machines(job, tmp_path: Path, whole: bool) -> None:
     _, log = first.communicate(timeout=120)
     second.communicate(timeout=120)
     assert first.returncode != 0
-    assert len([line for line in said(log) if "no sign of life" in line or "another process of" in line]) == 1, log
+    assert len([line for line in said(log) if "no heartbeat" in line or "another process of" in line]) == 1, log
     assert not (tmp_path / "many").exists()
     assert cli.main([*job(), "-o", str(tmp_path / "one")]) == 0
     for process in machines():

@@ -15,7 +15,7 @@ from tests.support.passes import spoiled
 
 def test_missing_tensor_is_refused_not_filled_at_random(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     folder = spoiled(checkpoints("qwen2_moe"), tmp_path / "m", lambda t: t.pop("model.norm.weight"))
-    with pytest.raises(InputError, match=r"1 tensors are missing in the files, the first is model\.norm\.weight"):
+    with pytest.raises(InputError, match=r"1 tensors are missing from the files, the first is model\.norm\.weight"):
         load_model(read_structure(folder))
 
 

@@ -20,9 +20,9 @@ from tests.conftest import random_corpus
 
 
 def hooks_of(model: torch.nn.Module) -> list[object]:
-    """All hooks on the modules of a model."""
-    found = [value for module in model.modules() for name, value in vars(module).items() if name.endswith("_hooks")]
-    return [hook for hooks in found if isinstance(hooks, dict) for hook in hooks.values()]
+    """All forward hooks on the modules of a model."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return [hook for module in model.modules() for kind in kinds for hook in vars(module)[kind].values()]
 
 
 class Stop(BaseException):

@@ -34,7 +34,7 @@ SUMS = ("weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "renor
 MAXIMA = ("max_abs",)
 STATISTICS = (*COUNTS, *SUMS, *MAXIMA)
 
-REMAKE = "Make it anew with `moecover profile`"
+REMAKE = "Run `moecover profile` again"
 
 Statistics = dict[str, "NDArray[Any]"]
 
@@ -174,7 +174,7 @@ class Profile(Shown):
             {
                 "corpus": corpus,
                 "tokens": self._num_tokens(corpus),
-                "samples": len(self.corpora[corpus]),
+                "samples": len(self.corpora.get(corpus, ())),
                 "experts never selected": int((statistics["count"] == 0).sum()),
             }
             for corpus, statistics in self.statistics.items()
@@ -265,7 +265,7 @@ class Profile(Shown):
             known = {(c, record.get("sha256")) for c, records in about["corpora"].items() for record in records}
             if inputs.model_fingerprint != about["model"]["fingerprint"] or not set(inputs.hashes.items()) <= known:
                 raise InputError(
-                    f"{inputs.path} does not belong to {path.name}. Make the profile anew with {arg('keep_inputs')}"
+                    f"{inputs.path} does not belong to {path.name}. Profile again with {arg('keep_inputs')}"
                 )
         return cls(topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs)
 

@@ -245,4 +245,4 @@ def open_inputs(folder: Path) -> Inputs | None:
             batch_size=about["batch_size"],
         )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}. Make the profile anew with {arg('keep_inputs')}") from error
+        raise InputError(f"{path} is damaged: {error}. Profile again with {arg('keep_inputs')}") from error

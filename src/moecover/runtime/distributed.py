@@ -34,8 +34,8 @@ TIMEOUT = timedelta(minutes=10)  # of one operation, which starts when all have 
 PULSE = 5.0  # seconds between two heartbeats
 SILENCE = 300.0  # seconds without a heartbeat after which a process counts as lost
 GRACE = 30.0  # seconds for the thread to end: the C++ runtime aborts a process that exits while it waits for the store
-GONE = "another process of the job is gone: its own line or torchrun's report says which"
-STOPPED = "stopped with the job: another process of it is gone, or torchrun was ended"
+GONE = "another process of the job has failed: its own message or torchrun's report says which"
+STOPPED = "stopped with the job: another process of it has failed, or torchrun was terminated"
 _lost: list[str] = []  # why the job cannot be finished, as the thread has found
 
 
@@ -131,7 +131,7 @@ def _watch(here: World, over: threading.Event) -> None:
                 if rank not in seen or seen[rank][0] != beats:
                     seen[rank] = beats, now
                 elif now - seen[rank][1] > SILENCE:
-                    _lost.append(f"rank {rank} has given no sign of life for {SILENCE:g} s")
+                    _lost.append(f"rank {rank} has sent no heartbeat for {SILENCE:g} s")
         except RuntimeError:  # the store is gone, with the machine that held it
             _lost.append(GONE)
         if _lost:

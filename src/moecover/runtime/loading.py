@@ -112,7 +112,8 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
 def missing_tensors(name: str, missing: Sequence[str]) -> InputError:
     """The error for a checkpoint whose files lack tensors."""
     return InputError(
-        f"{name}: {len(missing)} tensors are missing in the files, the first is {missing[0]}. Fetch it again"
+        f"{name}: {len(missing)} tensors are missing from the files, the first is {missing[0]}."
+        " Download the checkpoint again"
     )
 
 

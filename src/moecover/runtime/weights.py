@@ -58,10 +58,6 @@ class Weights:
                 match = pattern.match(destination.parameter)
                 self._parts[match[0] if match else ""].append(key)
 
-    def num_bytes(self, prefix: str) -> int:
-        """Bytes of a part on disk."""
-        return sum(self._entries[key].num_bytes for key in self._parts[prefix])
-
     def will_need(self, prefix: str) -> None:
         """Start to read the next part."""
         if not self._ahead:
