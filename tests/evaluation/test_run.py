@@ -186,7 +186,7 @@ def test_the_card_takes_its_numbers_from_the_evaluation(
     assert "holds no row of this plan" in capsys.readouterr().err
     assert cli.main([*common, "--windows", "3", "--plan", str(tmp_path / "p1.json"), "-o", str(tmp_path / "e3")]) == 0
     assert cli.main([*other, "--evaluation", str(tmp_path / "e"), "--evaluation", str(tmp_path / "e3")]) == 2
-    assert "they do not compare" in capsys.readouterr().err
+    assert "so they cannot be compared" in capsys.readouterr().err
     one_shot = ["prune", str(shipped_model()), "--corpus", "web", "--keep", "30", "-o", str(tmp_path / "other")]
     assert cli.main([*one_shot, "--evaluation", str(tmp_path / "e")]) == 2
     assert "--evaluation goes with --plan" in capsys.readouterr().err
