@@ -22,7 +22,7 @@ from moecover.checkpoints import structure_cache as structures
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.checkpoints.structure_cache import place_of, recall, remember
-from tests.pruning.test_quantised import LAYOUTS, quantise, set_config, with_mtp
+from tests.support.quantised import LAYOUTS, quantise, set_config, with_mtp
 
 MTP = ("model.layers.3", {"num_nextn_predict_layers": 1})
 
