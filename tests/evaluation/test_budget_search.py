@@ -1,11 +1,13 @@
-"""Finding the number of experts: the search against brute force, the held-out blocks, and the command as a user meets it."""
+"""Finding the number of experts: the search against brute force, held-out blocks, and the command as users meet it."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from moecover.checkpoints.topology import Topology
 from moecover.corpora.overlap import overlap
 from moecover.corpora.packing import load_corpus, load_unused
 from moecover.errors import InputError
+from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.budget_search import BELOW, largest_within, parse_percent, possible_keeps, smallest
 from moecover.evaluation.perplexity import perplexity
+from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import Plan
 from moecover.planning.keep import allowed_keeps, resolve_keep
 from moecover.planning.masking import masked
@@ -27,15 +31,14 @@ from moecover.planning.run import plan
 from moecover.profiling.artifact import Profile
 from moecover.runtime.loading import load_model
 from moecover.runtime.memory import parse_size
-from tests.cli.test_main import run
 from tests.conftest import write_rows
+from tests.support.command_line import run
 
 
-# ------------------------------------------------------------------------------------------------------------ the search
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 @settings(max_examples=500, deadline=None)
 def test_the_smallest_was_measured_and_so_were_its_neighbours(holds: list[bool]) -> None:
-    """Whatever the curve does: nothing twice, the answer holds, those just below do not, and it is the smallest measured."""
+    """Whatever the curve: nothing is measured twice, the answer holds, its neighbours below do not."""
     keeps = [3 * i + 4 for i in range(len(holds))]
     truth, asked = dict(zip(keeps, holds, strict=True)), list[int]()
 
@@ -74,7 +77,6 @@ def test_what_is_no_percentage(text: str) -> None:
     assert [parse_percent(t, "") for t in ("10%", " 2.5 % ", "0%")] == [0.1, 0.025, 0.0]
 
 
-# -------------------------------------------------------------------------------------------------------- held-out blocks
 def text_of(seed: int, lines: int = 400) -> str:
     rng = np.random.default_rng(seed)
     words = ["river", "mill", "hills", "sea", "south", "old", "falls", "turns", "rises", "past"]
@@ -87,8 +89,10 @@ def story(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["text", "rows"])
-def test_unused_blocks_are_all_that_the_sample_left(checkpoints: Callable[..., Path], story: Path, tmp_path: Path, kind: str) -> None:  # fmt: skip
-    """Sample and rest together are the whole: no block is in both, none is lost, and the sketch sees no overlap."""
+def test_unused_blocks_are_all_that_the_sample_left(
+    checkpoints: Callable[..., Path], story: Path, tmp_path: Path, kind: str
+) -> None:
+    """Sample and rest together are the whole: no block is in both, none is missing, and the sketch sees no overlap."""
     structure, path = read_structure(checkpoints("qwen2_moe")), story
     if kind == "rows":
         rng = np.random.default_rng(0)
@@ -113,7 +117,6 @@ def test_unused_blocks_are_all_that_the_sample_left(checkpoints: Callable[..., P
         load_unused("s", path, {**sample.record, "seed": 4}, structure=structure, blocks=5)
 
 
-# ------------------------------------------------------------------------------------------------------------- the command
 @pytest.fixture
 def own_text(checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
     """Sequences that the model itself draws, so that fewer experts predict them worse."""
@@ -130,12 +133,15 @@ def own_text(checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def profiled(checkpoints: Callable[..., Path], own_text: Path, tmp_path: Path, capsys) -> tuple[Path, Path]:
     model = checkpoints("qwen2_moe")
-    status, _, err = run(capsys, "profile", model, "--corpus", f"s={own_text}", "--sequences", 20, "--keep-inputs", 200, "-o", tmp_path / "p")  # fmt: skip
+    options = ["--corpus", f"s={own_text}", "--sequences", 20, "--keep-inputs", 200]
+    status, _, err = run(capsys, "profile", model, *options, "-o", tmp_path / "p")
     assert status == 0, err
     return model, tmp_path / "p"
 
 
-def test_the_found_plan_is_the_smallest_that_holds(profiled: tuple[Path, Path], own_text: Path, tmp_path: Path, capsys) -> None:  # fmt: skip
+def test_the_found_plan_is_the_smallest_that_holds(
+    profiled: tuple[Path, Path], own_text: Path, tmp_path: Path, capsys
+) -> None:
     """Every point of the curve equals a perplexity measured plan by plan on blocks that the profile did not use."""
     model, folder = profiled
     common = ["plan", folder, "--model", model, "--corpus", f"s={own_text}", "--windows", 30]
@@ -149,7 +155,8 @@ def test_the_found_plan_is_the_smallest_that_holds(profiled: tuple[Path, Path], 
             increase[keep] = perplexity(live, text) / own - 1
     most = sorted(increase.values())[3]  # four of the eight hold
     assert most > 0
-    status, out, err = run(capsys, *common, "--max-perplexity-increase", f"{100 * most + 1e-6:.9f}%", "-o", tmp_path / "a.json", "--json")  # fmt: skip
+    bound = ["--max-perplexity-increase", f"{100 * most + 1e-6:.9f}%"]
+    status, out, err = run(capsys, *common, *bound, "-o", tmp_path / "a.json", "--json")
     assert status == 0, err
     found = json.loads(out)["found"]
     measured = {point["keep"]: point for point in found["curve"]}
@@ -163,10 +170,16 @@ def test_the_found_plan_is_the_smallest_that_holds(profiled: tuple[Path, Path], 
     assert (saved.keep, saved.found) == (json.loads(out)["keep"], found)
     alone = plan(profile, keep=saved.keep)
     assert (saved.layers, saved.options, alone.found) == (alone.layers, alone.options, {})
-    # As a table, on held-out text that is given, with a search, and layer by layer.
+
+
+def test_on_given_text_with_a_method_that_searches(profiled: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    """The result as a table."""
+    model, folder = profiled
     given = tmp_path / "given.txt"
     given.write_text(text_of(99))
-    status, out, err = run(capsys, "plan", folder, "--model", model, "--perplexity", f"g={given}", "--windows", 4, "--max-perplexity-increase", "1000%", "--multiple-of", 4, "--method", "expert-sparsity", "-o", tmp_path / "b.json")  # fmt: skip
+    bound = ["--perplexity", f"g={given}", "--windows", 4, "--max-perplexity-increase", "1000%", "--multiple-of", 4]
+    method = ["--method", "expert-sparsity", "-o", tmp_path / "b.json"]
+    status, out, err = run(capsys, "plan", folder, "--model", model, *bound, *method)
     assert status == 0, err
     assert "chosen" in out
     assert Plan.load(tmp_path / "b.json").keep == 4
@@ -174,31 +187,35 @@ def test_the_found_plan_is_the_smallest_that_holds(profiled: tuple[Path, Path], 
 
 
 def test_nothing_holds(profiled: tuple[Path, Path], own_text: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """The error says the nearest number that was measured, and no plan is written."""
-    from moecover.evaluation import run as evaluation
-
+    """The error names the nearest number that was measured, and no plan is written."""
     model, folder = profiled
-    true = evaluation._result
 
-    def worse(name: str, sums: np.ndarray, *, close: bool):  # every plan: twice the perplexity
-        result = true(name, sums, close=close)
-        return type(result)(**{**vars(result), "perplexity": 2 * result.perplexity}) if seen else seen.append(0) or result  # fmt: skip
+    def worse(*args: Any, **options: Any) -> Evaluation:
+        """Every plan has twice its perplexity."""
+        found = evaluate(*args, **options)
+        for row in found.rows:
+            if row.plan is not None:
+                row.perplexity["s"] = replace(row.perplexity["s"], perplexity=2 * row.perplexity["s"].perplexity)
+        return found
 
-    seen: list[int] = []
-    monkeypatch.setattr(evaluation, "_result", worse)
-    status, _, err = run(capsys, "plan", folder, "--model", model, "--corpus", f"s={own_text}", "--max-perplexity-increase", "0.5%", "-o", tmp_path / "x.json")  # fmt: skip
+    monkeypatch.setattr("moecover.evaluation.budget_search.evaluate", worse)
+    bound = ["--corpus", f"s={own_text}", "--max-perplexity-increase", "0.5%"]
+    status, _, err = run(capsys, "plan", folder, "--model", model, *bound, "-o", tmp_path / "x.json")
     assert (status, (tmp_path / "x.json").exists()) == (1, False)
     assert (
         "no number of experts below 12 keeps every perplexity within 0.5% of the model's own: the nearest of the" in err
     )
 
 
-def test_the_largest_that_fits(profiled: tuple[Path, Path], checkpoints: Callable[..., Path], tmp_path: Path, capsys) -> None:  # fmt: skip
+def test_the_largest_that_fits(
+    profiled: tuple[Path, Path], checkpoints: Callable[..., Path], tmp_path: Path, capsys
+) -> None:
     model, folder = profiled
     structure = read_structure(model)
     for keep, size in ((6, structure.num_bytes(6)), (6, structure.num_bytes(7) - 1), (7, structure.num_bytes(7))):
         assert largest_within(structure, size) == keep
-        status, _, err = run(capsys, "plan", folder, "--model", model, "--max-size", f"{size}B", "-o", tmp_path / "s.json")  # fmt: skip
+        bound = ["--model", model, "--max-size", f"{size}B"]
+        status, _, err = run(capsys, "plan", folder, *bound, "-o", tmp_path / "s.json")
         assert (status, Plan.load(tmp_path / "s.json").keep) == (0, keep), err
     assert largest_within(structure, structure.num_bytes(7), multiple_of=3) == 6
     status, _, err = run(capsys, "prune", model, "--plan", tmp_path / "s.json", "-o", tmp_path / "out", "--json")
@@ -212,7 +229,8 @@ def test_the_largest_that_fits(profiled: tuple[Path, Path], checkpoints: Callabl
     ):
         status, _, err = run(capsys, "plan", folder, "--model", model, "--max-size", size, "-o", tmp_path / "n.json")
         assert (status, message in err, (tmp_path / "n.json").exists()) == (2, True, False), err
-    status, _, err = run(capsys, "plan", folder, "--model", checkpoints("olmoe"), "--max-size", "50kB", "-o", tmp_path / "n.json")  # fmt: skip
+    other = ["--model", checkpoints("olmoe"), "--max-size", "50kB"]
+    status, _, err = run(capsys, "plan", folder, *other, "-o", tmp_path / "n.json")
     assert (status, "of another model" in err) == (2, True)
 
 
@@ -227,23 +245,28 @@ def test_refused_before_the_model_is_loaded(
     monkeypatch.setattr(fitting, "load_model", never)
     model, folder = profiled
     (tmp_path / "other.jsonl").write_text(own_text.read_text().replace("7", "8"))
+    bound, own = ["--max-perplexity-increase", "10%"], f"s={own_text}"
+    ten = [*bound, "--model", model]
     cases = [
-        (["--max-perplexity-increase", "10%"], "give --model MODEL"),
+        (bound, "give --model MODEL"),
         (["--max-size", "50kB"], "give --model MODEL"),
-        (["--keep", "6", "--max-perplexity-increase", "10%"], "give exactly one of"),
-        (["--max-size", "50kB", "--max-perplexity-increase", "10%"], "give exactly one of"),
+        (["--keep", "6", *bound], "give exactly one of"),
+        (["--max-size", "50kB", *bound], "give exactly one of"),
         (["--keep", "6", "--windows", "3"], "--windows goes with --max-perplexity-increase"),
-        (["--max-size", "50kB", "--model", model, "--perplexity", "c4"], "--perplexity goes with --max-perplexity-increase"),
+        (
+            ["--max-size", "50kB", "--model", model, "--perplexity", "c4"],
+            "--perplexity goes with --max-perplexity-increase",
+        ),
         (["--max-perplexity-increase", "10", "--model", model], "give a percentage with its sign"),
-        (["--max-perplexity-increase", "10%", "--model", model], "the profile read s from the file own.jsonl"),
-        (["--max-perplexity-increase", "10%", "--model", model, "--corpus", f"t={own_text}"], "--corpus t is none of the profile's"),
-        (["--max-perplexity-increase", "10%", "--model", model, "--corpus", f"s={own_text}", "--perplexity", "c4"], "do not go together"),
-        (["--max-perplexity-increase", "10%", "--model", model, "--corpus", f"s={tmp_path}/other.jsonl"], "is not what the profile read"),
-        (["--max-perplexity-increase", "10%", "--model", model, "--perplexity", "web"], "is calibration text"),
-        (["--max-perplexity-increase", "10%", "--model", checkpoints("olmoe"), "--corpus", f"s={own_text}"], "of another model"),
-        (["--max-perplexity-increase", "10%", "--model", model, "--corpus", f"s={own_text}", "--windows", "0"], "--windows 0 is out"),
-        (["--max-perplexity-increase", "10%", "--model", model, "--corpus", f"s={own_text}", "--multiple-of", "12"], "nothing to search"),
-    ]  # fmt: skip
+        (ten, "the profile read s from the file own.jsonl"),
+        ([*ten, "--corpus", f"t={own_text}"], "--corpus t is none of the profile's"),
+        ([*ten, "--corpus", own, "--perplexity", "c4"], "do not go together"),
+        ([*ten, "--corpus", f"s={tmp_path}/other.jsonl"], "is not what the profile read"),
+        ([*ten, "--perplexity", "web"], "is calibration text"),
+        ([*bound, "--model", checkpoints("olmoe"), "--corpus", own], "of another model"),
+        ([*ten, "--corpus", own, "--windows", "0"], "--windows 0 is out"),
+        ([*ten, "--corpus", own, "--multiple-of", "12"], "nothing to search"),
+    ]
     for extra, message in cases:
         status, _, err = run(capsys, "plan", folder, *extra, "-o", tmp_path / "n.json")
         assert (status, message in err, (tmp_path / "n.json").exists()) == (2, True, False), (extra, err)
@@ -254,7 +277,8 @@ def test_refused_before_the_model_is_loaded(
         profile = Profile.load(folder)
         profile.corpora["s"][0].update(record)
         profile.save(tmp_path / "changed")
-        status, _, err = run(capsys, "plan", tmp_path / "changed", "--model", model, "--max-perplexity-increase", "10%", "--corpus", f"s={own_text}", "-o", tmp_path / "n.json")  # fmt: skip
+        bound = ["--max-perplexity-increase", "10%", "--corpus", f"s={own_text}"]
+        status, _, err = run(capsys, "plan", tmp_path / "changed", "--model", model, *bound, "-o", tmp_path / "n.json")
         assert (status, message in err) == (2, True), err
 
 

@@ -22,7 +22,7 @@ from moecover.errors import InputError
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.pruning.writer import prune
 from moecover.verification.verify import verify
-from tests.support.quantised import EXPERT, LAYOUTS, Tensors, quantise, set_config, some_bytes, with_mtp
+from tests.support.quantised import EXPERT, LAYOUTS, MTP, Tensors, quantise, set_config, some_bytes, with_mtp
 
 KEPT = {  # by experts of a layer; as many of every third, for routers with three groups
     6: ([0, 2, 5], [1, 2, 4]),
@@ -94,8 +94,8 @@ def test_mxfp4(checkpoints: Callable[..., Path], tmp_path: Path, quantised_names
             tensors[name] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if quantised_names:
-        skipped = ["model.layers.*.mlp.router"]
-        set_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": skipped})
+        settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}
+        set_config(folder, quantization_config=settings)
     else:
         with pytest.raises(InputError, match="nothing in the files fills"):
             read_structure(folder)
@@ -133,7 +133,7 @@ def test_a_plan_of_the_original_applies_to_its_quantised_sibling(
 
 
 def test_fp8_runs(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    """A quantised checkpoint that transformers can run is verified like any other: the scales stay with their experts."""
+    """A quantised checkpoint that transformers can run is verified like any other: scales move with their experts."""
     settings = {
         "weight_block_size": [128, 128],
         "activation_scheme": "dynamic",
@@ -174,55 +174,47 @@ def test_names_of_experts_in_the_settings_are_renumbered(checkpoints: Callable[.
     }
     assert json.loads((out / "hf_quant_config.json").read_text()) == {"quantization": {"exclude_modules": [f"{name}*"]}}
     assert (out / "quantize_config.json").read_text() == '{"bits":  4}'
-    with pytest.raises(InputError, match="name one expert of no certain layer"):
+    with pytest.raises(InputError, match="name an expert without its layer"):
         renumbered(r"re:.*experts\.3\..*", lambda name, layer, old: old)
 
 
+Change = Callable[[Tensors], object]
 LAYER = "model.layers.1.mlp"
+MISFITS: dict[str, tuple[Change, str]] = {
+    "a quantised router": (
+        lambda t: t.update({f"{LAYER}.gate.weight": t[f"{LAYER}.gate.weight"].to(torch.float8_e4m3fn)}),
+        r"the router is quantised \(model.layers.1.mlp.gate.weight of F8_E4M3\)",
+    ),
+    "packed router weights": (
+        lambda t: t.update({f"{LAYER}.gate.qweight": some_bytes(4, 12, dtype=torch.int32)}),
+        "belongs to the router in an unknown way",
+    ),
+    "a missing expert": (
+        lambda t: [t.pop(k) for k in list(t) if ".layers.2.mlp.experts.7." in k],
+        "nothing in the files belongs to expert 7 of model.layers.2.mlp.experts",
+    ),
+    "scales of too few experts": (
+        lambda t: t.update({f"{LAYER}.experts.gate_up_proj_scales": some_bytes(5, 2)}),
+        r"gate_up_proj_scales of shape \[5, 2\] belongs to the 12 experts",
+    ),
+    "no router": (
+        lambda t: t.pop(f"{LAYER}.gate.weight"),
+        "nothing in the files fills model.layers.1.mlp.gate.weight",
+    ),
+    "an expert too many": (
+        lambda t: t.update({f"{LAYER}.experts.12.down_proj.qweight": some_bytes(2, 2, dtype=torch.int32)}),
+        "is of expert 12, config.json has 12",
+    ),
+    "experts in a dense layer": (
+        lambda t: t.update({"model.layers.0.mlp.experts.1.down_proj.qweight": some_bytes(2, 2, dtype=torch.int32)}),
+        "experts that the model class does not have",
+    ),
+}
 
 
-def quantised_router(tensors: Tensors) -> None:
-    tensors[f"{LAYER}.gate.weight"] = tensors[f"{LAYER}.gate.weight"].to(torch.float8_e4m3fn)
-
-
-def packed_router(tensors: Tensors) -> None:
-    tensors[f"{LAYER}.gate.qweight"] = some_bytes(4, 12, dtype=torch.int32)
-
-
-def no_expert(tensors: Tensors) -> None:
-    for name in [name for name in tensors if ".layers.2.mlp.experts.7." in name]:
-        del tensors[name]
-
-
-def few_scales(tensors: Tensors) -> None:
-    tensors[f"{LAYER}.experts.gate_up_proj_scales"] = some_bytes(5, 2)
-
-
-def no_router(tensors: Tensors) -> None:
-    del tensors[f"{LAYER}.gate.weight"]
-
-
-def expert_too_many(tensors: Tensors) -> None:
-    tensors[f"{LAYER}.experts.12.down_proj.qweight"] = some_bytes(2, 2, dtype=torch.int32)
-
-
-def expert_in_a_dense_layer(tensors: Tensors) -> None:
-    tensors["model.layers.0.mlp.experts.1.down_proj.qweight"] = some_bytes(2, 2, dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (quantised_router, rf"the router is quantised \({LAYER}.gate.weight of F8_E4M3\)"),
-        (packed_router, "belongs to the router in a way that is not known"),
-        (no_expert, "nothing in the files belongs to expert 7 of model.layers.2.mlp.experts"),
-        (few_scales, r"gate_up_proj_scales of shape \[5, 2\] belongs to the 12 experts"),
-        (no_router, f"nothing in the files fills {LAYER}.gate.weight"),
-        (expert_too_many, "is of expert 12, config.json has 12"),
-        (expert_in_a_dense_layer, "experts that the model class does not have"),
-    ],
-)
-def test_quantised_files_that_do_not_fit(checkpoints: Callable[..., Path], tmp_path: Path, change, message) -> None:
+@pytest.mark.parametrize("what", list(MISFITS))
+def test_quantised_files_that_do_not_fit(checkpoints: Callable[..., Path], tmp_path: Path, what: str) -> None:
+    change, message = MISFITS[what]
     folder = quantise(checkpoints("qwen2_moe"), tmp_path / "m", "gptq")
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -231,12 +223,7 @@ def test_quantised_files_that_do_not_fit(checkpoints: Callable[..., Path], tmp_p
         read_structure(folder)
 
 
-MTP = {
-    "deepseek_v3": ("model.layers.3", {"num_nextn_predict_layers": 1}),
-    "qwen2_moe": ("mtp.layers.0", {"mtp_num_hidden_layers": 1, "mtp_layer_types": ["full_attention"], "use_mtp": True}),
-}
-
-
+# ----------------------------------------------------------------------------------------- multi-token prediction
 @pytest.mark.parametrize("family", list(MTP))
 @pytest.mark.parametrize("mtp", ["drop", "prune"])
 def test_mtp_layers(checkpoints: Callable[..., Path], tmp_path: Path, family: str, mtp: str) -> None:
@@ -254,8 +241,10 @@ def test_mtp_layers(checkpoints: Callable[..., Path], tmp_path: Path, family: st
     if mtp == "drop":
         assert written(out) == main
         values = {k: after[k] for k in config}
-        none = {"mtp_num_hidden_layers": 0, "mtp_layer_types": [], "use_mtp": False}
-        assert values in ({"num_nextn_predict_layers": 0}, none)
+        assert values in (
+            {"num_nextn_predict_layers": 0},
+            {"mtp_num_hidden_layers": 0, "mtp_layer_types": [], "use_mtp": False},
+        )
         size = sum(len(v[2]) for v in main.values())
         facts = inspect(folder)
         assert facts["mtp_bytes"] == sum(len(raw(v)[2]) for k, v in source.items() if k.startswith(root))

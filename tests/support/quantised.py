@@ -1,4 +1,4 @@
-"""Tiny checkpoints as the hub's quantisers and multi-token-prediction models store them, made from plain ones."""
+"""Quantised siblings of the tiny checkpoints, and multi-token-prediction layers, with the names that the hub uses."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def with_mtp(source: Path, target: Path, root: str, **config: Any) -> Path:
     shutil.copytree(source, target)
     tensors = load_file(source / "model.safetensors")
     last = max(int(n) for k in tensors for n in re.findall(r"^model\.layers\.(\d+)\.", k))
-    inside = f"model.layers.{last}."
-    extra = {f"{root}.{k.removeprefix(inside)}": v + 1 for k, v in tensors.items() if k.startswith(inside)}
+    prefix = f"model.layers.{last}."
+    extra = {f"{root}.{k.removeprefix(prefix)}": v + 1 for k, v in tensors.items() if f".layers.{last}." in k}
     extra |= {f"{root}.enorm.weight": torch.ones(32), f"{root}.shared_head.head.weight": torch.rand(300, 32)}
     save_file(tensors | extra, target / "model.safetensors", metadata={"format": "pt"})
     set_config(target, **config)

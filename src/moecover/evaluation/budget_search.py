@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from moecover.errors import InputError, MoecoverError, arg
 from moecover.evaluation.artifact import FULL, Evaluation
+from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import Plan
 from moecover.planning.keep import allowed_keeps
 from moecover.planning.selection import Budget
@@ -221,8 +222,6 @@ def find(
         InputError: the profile is of another model.
         MoecoverError: no number meets the bound; names the nearest one.
     """
-    from moecover.evaluation.run import evaluate
-
     _check_model(profile, structure)
     measured = _Measured()
 

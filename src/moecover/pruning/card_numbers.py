@@ -134,7 +134,7 @@ def _check_comparable(
         )
     if others is not None and (_hashes(one), one.tasks) != (_hashes(others), others.tasks):
         raise InputError(
-            f"{arg('evaluations', name)} was measured on other texts or tasks than {first}: they do not compare"
+            f"{arg('evaluations', name)} was measured on other texts or tasks than {first}, so they cannot be compared"
         )
 
 
