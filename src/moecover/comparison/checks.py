@@ -5,44 +5,23 @@ Nothing is downloaded here but headers. An error names the line of the configura
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.comparison.cells import cells
 from moecover.comparison.config import SHIPPED, UNREPAIRED
+from moecover.comparison.display import Display
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
 from moecover.corpora.sources import parse_corpora
 from moecover.corpora.windows import check_text
 from moecover.errors import InputError
-from moecover.progress import Bar
 from moecover.registry import load_plugin
 from moecover.repairing.store import places_on_disk
 from moecover.repairing.targets import Place, check_dtype
 from moecover.runtime.loading import check_device, check_loadable
 from moecover.runtime.memory import parse_size
 from moecover.signals import held
-
-Spinner = Callable[[str], AbstractContextManager[Callable[[str], None]]]
-
-
-@dataclass(frozen=True)
-class Display:
-    """Where the progress of a comparison is shown.
-
-    Attributes:
-        say: takes a line of log.
-        spinner: shows a step of unknown length, see `progress.spinner`.
-        bar: shows how many cells are done, see `progress.bar`.
-    """
-
-    say: Callable[[str], None]
-    spinner: Spinner
-    bar: Bar
 
 
 def checked(request: Request, display: Display) -> list[ComparedModel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from moecover.comparison.config import Config
 from moecover.comparison.jobs import ModelSetup
@@ -112,8 +113,8 @@ def _seconds(model: ComparedModel, setup: ModelSetup, config: Config) -> float:
     passes += [(sum(c.num_tokens for c in sample), (0, 0)) for sample in model.samples.values()]
     repaired = [model.repaired_on[c.calibrated_on] for c in model.pending if c.repaired]
     passes += [(REPAIR_PASSES * sum(c.num_tokens for c in sample), (0, 0)) for sample in repaired]
-    seconds = 0.0
-    for (tokens, in_parts), times in Counter(passes).items():
-        one = pass_cost(model, setup, config, tokens, in_parts)
-        seconds += times * seconds_of(one, model.structure, dtype=config.dtype, device=device)
-    return seconds
+    counted = [(pass_cost(model, setup, config, *one), times) for one, times in Counter(passes).items()]
+    read = sum(times * found.read for found, times in counted)
+    flops = sum(times * found.flops for found, times in counted)
+    total = replace(counted[0][0], read=read, flops=flops)  # one trial of the machine for all passes
+    return seconds_of(total, model.structure, dtype=config.dtype, device=device)

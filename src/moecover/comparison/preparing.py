@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from moecover.checkpoints.structure import read_structure
-from moecover.comparison.checks import Display
 from moecover.comparison.config import corpora_of
+from moecover.comparison.display import Display
 from moecover.comparison.fingerprints import cell_fingerprint, tasks_fingerprint, versions, weights_fingerprint
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.open_model import tasks_of

@@ -6,17 +6,17 @@ again by its fingerprint: the same command continues an interrupted run, and an 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moecover.comparison.cell_files import DONE, plan_path, stored_cell
 from moecover.comparison.cells import Cell
-from moecover.comparison.checks import Display, Spinner, checked
+from moecover.comparison.checks import checked
 from moecover.comparison.config import Config
 from moecover.comparison.costs import check_fits, estimated_seconds, memory_limit, setup_of
+from moecover.comparison.display import Display, Spinner, no_bar, no_spinner
 from moecover.comparison.jobs import ModelSetup, PlanJob, TaskProfileJob, WorkerSetup
 from moecover.comparison.models import ComparedModel, stored_facts, write_models
 from moecover.comparison.planning_jobs import MADE_FROM
@@ -44,8 +44,8 @@ def compare(
     jobs: int = 1,
     command: str = "",
     say: Callable[[str], None] = lambda line: None,
-    bar: Bar | None = None,
-    spinner: Spinner | None = None,
+    bar: Bar = no_bar,
+    spinner: Spinner = no_spinner,
 ) -> Comparison:
     """Evaluate a grid of models, calibration sets, methods, budgets and seeds, and compare the methods.
 
@@ -69,7 +69,7 @@ def compare(
     """
     if jobs < 1:
         raise InputError(f"{arg('jobs', jobs)} is out of range: 1 or more")
-    display = Display(say, spinner or _no_spinner, bar or _no_bar)
+    display = Display(say, spinner, bar)
     folder = Path(os.path.abspath(run))  # noqa: PTH100
     _check_folder(folder)
     asked = config if isinstance(config, Request) else request(config)
@@ -78,16 +78,6 @@ def compare(
         made = _fill(asked, folder, models, jobs, display)
         results = write_results(folder, [cell for m in models for cell in m.cells], command=command)
     return Comparison(Path(run), results, made)
-
-
-@contextlib.contextmanager
-def _no_spinner(label: str) -> Iterator[Callable[[str], None]]:
-    yield lambda text: None
-
-
-@contextlib.contextmanager
-def _no_bar(label: str, total: int, *, unit: str = "") -> Iterator[Callable[[int], None]]:
-    yield lambda amount: None
 
 
 def _check_folder(run: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moecover.comparison.cell_files import write_cell
 from moecover.comparison.cells import Cell
-from moecover.comparison.checks import Display
+from moecover.comparison.display import Display
 from moecover.comparison.jobs import CellDone, CellFailed, Job, ModelRan, Note, RunFacts, TaskProfileJob, WorkerSetup
 from moecover.comparison.models import ComparedModel, with_peaks
 from moecover.comparison.pool import Died, Ended, work
