@@ -10,6 +10,7 @@ from moecover.comparison.config import Config
 from moecover.comparison.jobs import ModelSetup
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
+from moecover.errors import arg
 from moecover.repairing.layers import needed_bytes
 from moecover.runtime.loading import check_device
 from moecover.runtime.memory import Cost, available_memory, cost, parse_size, seconds_of
@@ -81,7 +82,7 @@ def check_fits(request: Request, model: ComparedModel, setup: ModelSetup) -> Non
     if found.by_layer and found.streamed > setup.limit:
         text = (
             f"{model.name}: one layer at a time still needs {found.streamed / 1e9:.1f} GB of memory, {allowed}. "
-            "Give a smaller batch_size or length, fewer --jobs, or a larger memory_limit"
+            f"Give a smaller batch_size or length, fewer {arg('jobs')}, or a larger memory_limit"
         )
         raise request.error(text, "memory_limit")
 
