@@ -30,11 +30,11 @@ import numpy as np
 import yaml
 
 from benchmarks.methods import FAR, NEAR, sources
+from moecover import progress
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
 from moecover.comparison.bootstrap import Difference, paired_bootstrap
 from moecover.comparison.cells import FULL
-from moecover.comparison.reading import read
 from moecover.comparison.run import compare
 from moecover.comparison.tests import holm, over_seeds
 from moecover.corpora.generation import write_generated
@@ -252,7 +252,7 @@ def main() -> None:
         for own in (None, *((name, model) for name in OWN for model in args.models)):
             path.write_text(yaml.safe_dump(grid(args, Path(scratch), own), sort_keys=False))
             folder = args.run.joinpath(*own) if own else args.run
-            for cell, reason in compare(read(path, {}), folder, jobs=args.jobs).failures.items():
+            for cell, reason in compare(path, folder, jobs=args.jobs, say=progress.say, bar=progress.bar).failures.items():
                 print(f"FAILED {cell}: {reason}")
     found = {model: found_on(args.run, model) for model in args.models}
     print("\n".join(table(model, by) for model, by in found.items()))

@@ -25,7 +25,6 @@ from moecover.runtime.loading import check_device, check_loadable
 from moecover.runtime.memory import parse_size
 from moecover.signals import held
 
-Spinner = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
 def checked(request: Request, progress: Progress) -> list[ComparedModel]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from moecover.comparison.config import Config
 from moecover.comparison.jobs import ModelSetup
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
+from moecover.errors import arg
 from moecover.repairing.layers import needed_bytes
 from moecover.runtime.loading import check_device
 from moecover.runtime.memory import Cost, available_memory, cost, parse_size, seconds_of
@@ -80,7 +82,7 @@ def check_fits(request: Request, model: ComparedModel, setup: ModelSetup) -> Non
     if found.by_layer and found.streamed > setup.limit:
         text = (
             f"{model.name}: one layer at a time still needs {found.streamed / 1e9:.1f} GB of memory, {allowed}. "
-            "Give a smaller batch_size or length, fewer --jobs, or a larger memory_limit"
+            f"Give a smaller batch_size or length, fewer {arg('jobs')}, or a larger memory_limit"
         )
         raise request.error(text, "memory_limit")
 
@@ -112,8 +114,8 @@ def _seconds(model: ComparedModel, setup: ModelSetup, config: Config) -> float:
     passes += [(sum(c.num_tokens for c in sample), (0, 0)) for sample in model.samples.values()]
     repaired = [model.repaired_on[c.calibrated_on] for c in model.pending if c.repaired]
     passes += [(REPAIR_PASSES * sum(c.num_tokens for c in sample), (0, 0)) for sample in repaired]
-    seconds = 0.0
-    for (tokens, in_parts), times in Counter(passes).items():
-        one = pass_cost(model, setup, config, tokens, in_parts)
-        seconds += times * seconds_of(one, model.structure, dtype=config.dtype, device=device)
-    return seconds
+    counted = [(pass_cost(model, setup, config, *one), times) for one, times in Counter(passes).items()]
+    read = sum(times * found.read for found, times in counted)
+    flops = sum(times * found.flops for found, times in counted)
+    total = replace(counted[0][0], read=read, flops=flops)  # one trial of the machine for all passes
+    return seconds_of(total, model.structure, dtype=config.dtype, device=device)

@@ -58,7 +58,7 @@ class Died:
         if self.code is None or self.code >= 0:
             return f"its process ended with status {self.code}"
         name = signal.Signals(-self.code).name
-        killed = ", as the system does when memory runs out: fewer --jobs, or a smaller batch_size"
+        killed = ", as the system does when memory runs out: fewer jobs, or a smaller batch_size"
         return f"its process was ended by {name}{killed if name == 'SIGKILL' else ''}"
 
 

@@ -10,7 +10,6 @@ from moecover.comparison.fingerprints import cell_fingerprint, tasks_fingerprint
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.open_model import tasks_of
 from moecover.comparison.reading import Request
-from moecover.comparison.yaml_lines import KeyPath
 from moecover.corpora.overlap import WORTH_SAYING, overlap
 from moecover.corpora.packing import load_corpus
 from moecover.corpora.sources import parse_corpora, set_name
@@ -93,7 +92,6 @@ def _read_tasks(request: Request, model: ComparedModel, progress: Progress) -> s
     Raises:
         InputError: a task that is unknown or whose documents are missing, with the line.
     """
-    at: KeyPath = ("tasks",)
     try:
         with progress.spinner("reading the tasks"):
             tasks = tasks_of(request.config, model.structure)
@@ -101,7 +99,8 @@ def _read_tasks(request: Request, model: ComparedModel, progress: Progress) -> s
             model.in_tasks, model.longest = (tasks.num_tokens(), passes), tasks.longest
             model.in_memory = tasks.in_memory()
     except InputError as error:
-        raise request.error(str(error).removeprefix("--tasks "), *at) from error
+        text = str(error).removeprefix("--tasks ").removeprefix("tasks=")  # the place says that already
+        raise request.error(text, "tasks") from error
     return tasks_fingerprint(tasks, request.config.limit)
 
 

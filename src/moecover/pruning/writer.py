@@ -108,7 +108,9 @@ def _write_shards(
                 source = checkpoint.path / shard
                 write_shard(source, partial.files / shard, pieces, checkpoint.shard_metadata[shard], tell, advance)
                 if stamp(source) != partial.inputs[shard][:2]:
-                    raise MoecoverError(f"{source} changed while it was read. Run again when no other program writes to it")
+                    raise MoecoverError(
+                        f"{source} changed while it was read. Run again when no other program writes to it"
+                    )
                 tell(None)
     except MoecoverError:
         if any(_changed(checkpoint.path / shard, partial) for shard in checkpoint.shard_metadata):
