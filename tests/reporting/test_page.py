@@ -267,13 +267,13 @@ def test_failed_cells_are_listed_with_their_reason(paper: Any) -> None:
         ({"compared": False}, "No comparison was tested"),
         ({"methods": METHODS[3:], "compared": False}, "there is nothing to compare it with"),
         ({"methods": METHODS[1:]}, "Every method ran once"),
-        ({"methods": ()}, "No pruned variant was finished"),
+        ({"methods": ()}, "No pruned variant finished"),
         ({"budgets": (0.5,)}, "1 method at 50% of the experts"),
         ({"corpora": ("wikitext2",)}, "calibrated on wikitext2"),
         ({"tasks": ("boolq",)}, "the mean of 1 task"),
-        ({"tasks": (), "texts": (), "compared": False}, "no result that all its runs share"),
-        ({"fails": tuple(m[0] for m in METHODS), "budgets": (0.5,), "compared": False}, "No pruned variant was finished"),
-        ({"methods": (), "full": False, "usage": False}, "No pruned variant was asked for"),
+        ({"tasks": (), "texts": (), "compared": False}, "no result that all of its runs share"),
+        ({"fails": tuple(m[0] for m in METHODS), "budgets": (0.5,), "compared": False}, "No pruned variant finished"),
+        ({"methods": (), "full": False, "usage": False}, "No pruned variant was requested"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said_in_words(tmp_path: Path, options: dict[str, Any], said: str) -> None:

@@ -23,16 +23,9 @@ from moecover.errors import InputError
 from moecover.planning.explaining.facts import explain
 from moecover.planning.run import plan
 from moecover.profiling.artifact import COUNTS, STATISTICS, Profile
-from moecover.reporting.figures.heatmap import arrangement, outlines, scale_ticks
-from moecover.reporting.figures.plan_figures import (
-    NAMES,
-    changes_picture,
-    draw,
-    expected_overlap,
-    overlap_picture,
-    stability_picture,
-    utility_picture,
-)
+from moecover.reporting.figures.heatmap import arrangement, outlines, scale_ticks, utility_picture
+from moecover.reporting.figures.overlap import expected_overlap, overlap_picture
+from moecover.reporting.figures.plan_figures import NAMES, changes_picture, draw, stability_picture
 
 
 def made_of(layers: int, experts: int, corpora: int, *, parts: int = 3, seed: int = 0) -> Profile:
@@ -169,7 +162,7 @@ def test_many_pairs_are_told_apart_and_odd_names_are_drawn(tmp_path: Path) -> No
 
 
 def test_the_module_does_not_load_matplotlib() -> None:
-    code = "import sys, moecover.pictures; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, moecover.reporting.figures.plan_figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -212,7 +205,7 @@ def test_no_picture_is_left_where_one_cannot_be_written(tmp_path: Path, monkeypa
 def test_any_picture_that_is_there_is_enough_to_refuse(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr("moecover.reporting.figures.plan_figures.utility_picture", lambda facts: 1 / 0)
     (tmp_path / f"{name}.svg").write_text("mine")
-    with pytest.raises(InputError, match=rf"{name}.svg exists. Choose another folder, or give --overwrite"):
+    with pytest.raises(InputError, match=rf"{name}.svg exists. Choose another folder, or give overwrite"):
         draw(facts_of(made_of(2, 8, 1), 4), tmp_path)
     assert (tmp_path / f"{name}.svg").read_text() == "mine"
 
@@ -226,7 +219,7 @@ def test_curves_show_the_facts_and_gaps() -> None:
     assert first.lines[0].get_ydata().tolist() == [r["agreement"]["corpus0 | corpus1"]["jaccard"] for r in facts["layers"]]  # fmt: skip
     assert [math.isnan(v) for v in second.lines[0].get_ydata()] == [False, True, False]
     (axis,) = stability_picture(facts).axes
-    curve = next(line for line in axis.lines if "whole text" in str(line.get_label()))
+    curve = next(line for line in axis.lines if "full text" in str(line.get_label()))
     assert list(curve.get_ydata()) == [p["changed"] for p in facts["stability"]["curve"]]
     never = {**facts, "stability": {**facts["stability"], "enough_tokens": None}}
     (axis,) = stability_picture(never).axes
@@ -265,14 +258,14 @@ def test_nothing_is_overwritten_unasked_and_stale_pictures_go(tmp_path: Path) ->
     draw(facts_of(profile, 4, against=plan(profile, keep=5)), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"utility.png exists. Choose another folder, or give --overwrite"):
+    with pytest.raises(InputError, match=r"utility.png exists. Choose another folder, or give overwrite"):
         draw(facts_of(profile, 5), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != "mine.txt"} == before
     draw(facts_of(profile, 5), tmp_path, overwrite=True)
     assert not (tmp_path / "changes.png").exists()
     assert (tmp_path / "mine.txt").read_text() == "mine"
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file, a folder for pictures"):
+    with pytest.raises(InputError, match="is a file, but the figures need a folder"):
         draw(facts_of(profile, 5), tmp_path / "file")
 
 

@@ -1,7 +1,7 @@
 """The page of a run: reads a run folder of `compare`, writes one self-contained HTML file, and its figures beside it.
 
-Text from files is escaped by the template. A content security policy in the page forbids every address, and every script and
-style sheet but the page's own.
+Text from files is escaped by the template. A content security policy in the page forbids every address, and every
+script and style sheet but the page's own.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _template(name: str) -> Template:
 
 # ------------------------------------------------------------------------------------------------------------ the files
 class Report(Shown, dict[str, Any]):
-    """What `report` wrote: ``page``, its size in ``bytes``, ``figures`` (their folder) and ``pictures`` (their paths)."""
+    """What `report` wrote: ``page``, its size in ``bytes``, ``figures`` (the folder) and ``pictures`` (their paths)."""
 
     def summary(self) -> str:
         """The page, its size and the number of figures."""
