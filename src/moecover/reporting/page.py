@@ -102,8 +102,8 @@ class Report(Shown, dict[str, Any]):
     """What `report` wrote: ``page``, its size in ``bytes``, ``figures`` (the folder) and ``pictures`` (their paths)."""
 
     def summary(self) -> str:
-        """The page, its size and the number of figures."""
-        return f"{self['page']}: {size_text(self['bytes'])}, {len(self['pictures'])} figures in {self['figures']}"
+        """The page, its size, and the folder of the figures."""
+        return f"{self['page']}: {size_text(self['bytes'])}, figures in {self['figures']}"
 
     def rows_shown(self) -> list[dict[str, Cell]]:
         """The files, one a row."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,9 +153,7 @@ def _heat_map(axes: Axes, values: NDArray[np.float64], norm: Normalize) -> None:
     axes.tick_params(length=2.5, width=0.5)
 
 
-def _mark(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], corpus: str, dark: NDArray[np.float64], cell: int, high: int
-) -> None:
+def _mark(axes: Axes, rows: Sequence[Facts], corpus: str, dark: NDArray[np.float64], cell: int, high: int) -> None:
     """Outline the kept cells and dot those that this corpus protects.
 
     ``dark`` is the colour of every cell, ``[layer, expert]``, 0 (palest) to 1 (darkest) or above.
@@ -178,7 +176,7 @@ def _mark(
         axes.plot([e for e, _ in some], [i for _, i in some], color=colour, **dots)
 
 
-def _expert_ticks(axes: Axes, rows: Sequence[Mapping[str, Any]], experts: int, cell: int, high: int) -> None:
+def _expert_ticks(axes: Axes, rows: Sequence[Facts], experts: int, cell: int, high: int) -> None:
     layers = [row["decoder_layer"] for row in rows]
     step = _step(high, 24)
     first = next((i for i, layer in enumerate(layers[:step]) if layer % step == 0), 0)

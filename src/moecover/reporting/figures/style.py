@@ -22,8 +22,10 @@ MARKERS, STROKES = "os^Dv", ("-", ":", "-.")  # used in turn when the colours ru
 REFERENCE, COMMON, FAINT = "#000000", "#BBBBBB", "#555555"
 COLOUR_MAP = "Blues"
 
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
+FONT, GRID = "DejaVu Sans", "#E5E5E5"
+
+STYLE: dict[str, str | float | bool] = {
+    "font.family": FONT,
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.labelsize": 9,
@@ -35,7 +37,7 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.edgecolor": FAINT,
     "axes.axisbelow": True,
-    "grid.color": "#E5E5E5",
+    "grid.color": GRID,
     "text.parse_math": False,
     "svg.hashsalt": "moecover",
 }
@@ -55,7 +57,7 @@ def _drawable() -> frozenset[int]:
     """Code points that the font, which comes with matplotlib, can draw."""
     from matplotlib.font_manager import findfont, get_font
 
-    return frozenset(get_font(findfont(STYLE["font.family"])).get_charmap())
+    return frozenset(get_font(findfont(FONT)).get_charmap())
 
 
 def short(text: str, limit: int = 28) -> str:
@@ -69,7 +71,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def plan_name(method: str, options: Mapping[str, Any], keep: int) -> str:
+def plan_name(method: str, options: Mapping[str, object], keep: int) -> str:
     """Method, options and budget of a plan, cut to fit a legend."""
     given = "".join(f", {name} {value}" for name, value in options.items())
     return short(f"{method}{given}, keep {keep}", 70)
