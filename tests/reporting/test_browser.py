@@ -44,17 +44,29 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     paper = make_run(folder / "paper", samples=2, fails=("ExpertSparsity",))
     methods = [(HOSTILE + str(i), *m[1:]) for i, m in enumerate(METHODS)]
     hostile = make_run(
-        folder / "hostile", models=((HOSTILE + "-" * 80, 2, 8),), methods=methods, tasks=(HOSTILE, "b"), texts=(HOSTILE,),
-        corpora=(HOSTILE, "ß"), fails=(methods[1][0],), reason=HOSTILE * 3, command=HOSTILE * 4,
-    )  # fmt: skip
+        folder / "hostile",
+        models=((HOSTILE + "-" * 80, 2, 8),),
+        methods=methods,
+        tasks=(HOSTILE, "b"),
+        texts=(HOSTILE,),
+        corpora=(HOSTILE, "ß"),
+        fails=(methods[1][0],),
+        reason=HOSTILE * 3,
+        command=HOSTILE * 4,
+    )
     made = {run.name: report(run, folder / f"{run.name}.html")["page"] for run in (paper, hostile)}
     return {name: Path(page).as_uri() for name, page in made.items()}
 
 
 def shown(driver: Any, address: str, *, width: int = 1280, scheme: str = "light", media: str = "") -> None:
     driver.get("about:blank")
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})  # fmt: skip
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [{"name": "prefers-color-scheme", "value": scheme}]})  # fmt: skip
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"media": media, "features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     driver.get_log("browser")
     driver.get(address)
 
@@ -70,17 +82,22 @@ def test_no_errors_and_nothing_is_fetched(driver: Any, pages: dict[str, str], na
 
 def test_injected_script_is_forbidden(driver: Any, pages: dict[str, str]) -> None:
     shown(driver, pages["paper"])
-    driver.execute_script("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")  # fmt: skip
+    driver.execute_script(
+        "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)"
+    )
     assert driver.execute_script("return window.ran") is None
     assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
 
 
 def column(driver: Any, table: Any, index: int) -> list[str]:
-    found: list[str] = driver.execute_script("return [...arguments[0].tBodies[0].rows].map(r => r.cells[arguments[1]].dataset.value ?? '')", table, index)  # fmt: skip
+    found: list[str] = driver.execute_script(
+        "return [...arguments[0].tBodies[0].rows].map(r => r.cells[arguments[1]].dataset.value ?? '')", table, index
+    )
     return found
 
 
-# Presses every heading of every table twice: kind and first order of the column, then by press the orders said and the values.
+# Presses every heading of every table twice. Gives the kind and first order of the column, then, for each press, the
+# orders that the headings announce and the values.
 PRESS_ALL_JS = """
 return [...document.querySelectorAll('table.sortable')].map(table => {
   const heads = [...table.tHead.rows[0].cells], rows = () => [...table.tBodies[0].rows];
@@ -138,7 +155,8 @@ def test_nothing_is_wider_than_the_screen(driver: Any, pages: dict[str, str], na
     driver.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     letters = driver.execute_script(
-        "return [...document.querySelectorAll('svg.curve text')].map(t => [t, t.getScreenCTM()]).map(([t, m]) => parseFloat(getComputedStyle(t).fontSize) * Math.hypot(m.a, m.b))"
+        "return [...document.querySelectorAll('svg.curve text')].map(t => [t, t.getScreenCTM()])"
+        ".map(([t, m]) => parseFloat(getComputedStyle(t).fontSize) * Math.hypot(m.a, m.b))"
     )
     assert min(letters) >= (7 if width < 360 else 8 if width < 1000 else 9)  # pixels
 
@@ -161,7 +179,8 @@ document.body.append(probe);
 const found = {};
 for (const name of arguments[0]) {
   probe.className = ''; probe.setAttribute('hidden', '');
-  document.styleSheets[0].insertRule(`.probe-${name} { color: var(--${name}) }`, document.styleSheets[0].cssRules.length);
+  const sheet = document.styleSheets[0];
+  sheet.insertRule(`.probe-${name} { color: var(--${name}) }`, sheet.cssRules.length);
   probe.className = `probe-${name}`;
   found[name] = getComputedStyle(probe).color;
 }
@@ -190,7 +209,10 @@ def test_print_shows_everything_on_white(driver: Any, pages: dict[str, str]) -> 
     shown(driver, pages["paper"], scheme="dark", media="print")
     assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert driver.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
-    driver.execute_script("window.closed_when_printed = -1; addEventListener('beforeprint', () => { window.closed_when_printed = document.querySelectorAll('details:not([open])').length })")  # fmt: skip
+    driver.execute_script(
+        "window.closed_when_printed = -1; addEventListener('beforeprint', () => "
+        "{ window.closed_when_printed = document.querySelectorAll('details:not([open])').length })"
+    )
     printed = base64.b64decode(driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
     assert printed.startswith(b"%PDF-")
     assert driver.execute_script("return window.closed_when_printed") == 0

@@ -1,4 +1,4 @@
-"""Pictures of plans: which are drawn, that they show the kept set, sizes at both ends, and files that are never half there."""
+"""Figures of plans: which are drawn, that they show the kept set, extreme sizes, and that no partial file is left."""
 
 from __future__ import annotations
 
@@ -24,14 +24,8 @@ from moecover.planning.explaining.facts import explain
 from moecover.planning.run import plan
 from moecover.profiling.artifact import COUNTS, STATISTICS, Profile
 from moecover.reporting.figures.heatmap import arrangement, outlines, scale_ticks, utility_picture
-from moecover.reporting.figures.plan_figures import (
-    NAMES,
-    changes_picture,
-    draw,
-    expected_overlap,
-    overlap_picture,
-    stability_picture,
-)
+from moecover.reporting.figures.overlap import expected_overlap, overlap_picture
+from moecover.reporting.figures.plan_figures import NAMES, changes_picture, draw, stability_picture
 
 
 def made_of(layers: int, experts: int, corpora: int, *, parts: int = 3, seed: int = 0) -> Profile:
@@ -40,9 +34,11 @@ def made_of(layers: int, experts: int, corpora: int, *, parts: int = 3, seed: in
     statistics, running = {}, {}
     for i in range(corpora):
         pieces = {
-            n: rng.integers(1, 9, (parts + 1, layers, experts)) if n in COUNTS else rng.gamma(0.5, size=(parts + 1, layers, experts))
+            n: rng.integers(1, 9, (parts + 1, layers, experts))
+            if n in COUNTS
+            else rng.gamma(0.5, size=(parts + 1, layers, experts))
             for n in STATISTICS
-        }  # fmt: skip
+        }
         pieces["num_tokens"][:] = 100
         sums = {n: np.cumsum(v, axis=0) for n, v in pieces.items()}
         statistics[f"corpus{i}"] = {n: v[-1] for n, v in sums.items()}
@@ -60,7 +56,7 @@ def names(paths: list[Path]) -> set[str]:
 
 
 def test_outlines_by_hand() -> None:
-    """Kept of 2 x 3: the left and middle expert above, the right one below; the line runs a quarter and an eighth inside."""
+    """Kept of 2 x 3: left and middle expert above, right one below; the line runs a quarter and an eighth inside."""
     found = outlines([[0, 1], [2]], 0.25, 0.125)
     above, below = (-0.375, 0.375), (0.625, 1.375)
     assert found.tolist() == [
@@ -70,12 +66,18 @@ def test_outlines_by_hand() -> None:
     ]
 
 
-@pytest.mark.parametrize("top, expected", [(16.4, [0, 0.5, 2, 5, 10]), (50, [0, 1, 5, 10, 20, 50]), (0.003, [0, 0.00005, 0.0002, 0.0005, 0.001, 0.002])])  # fmt: skip
+@pytest.mark.parametrize(
+    "top, expected",
+    [(16.4, [0, 0.5, 2, 5, 10]), (50, [0, 1, 5, 10, 20, 50]), (0.003, [0, 0.00005, 0.0002, 0.0005, 0.001, 0.002])],
+)
 def test_scale_ticks_stand_apart(top: float, expected: list[float]) -> None:
     assert scale_ticks(top) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("layers, experts, panels", [(61, 256, 5), (94, 128, 5), (126, 256, 5), (32, 8, 5), (48, 512, 2), (2, 6, 1), (1, 1, 1), (1, 2, 12)])  # fmt: skip
+@pytest.mark.parametrize(
+    "layers, experts, panels",
+    [(61, 256, 5), (94, 128, 5), (126, 256, 5), (32, 8, 5), (48, 512, 2), (2, 6, 1), (1, 1, 1), (1, 2, 12)],
+)
 def test_pages_are_bounded(layers: int, experts: int, panels: int) -> None:
     columns, width, height = arrangement(layers, experts, panels)
     assert 1 <= columns <= panels
@@ -100,7 +102,10 @@ def test_which_pictures_there_are(tmp_path: Path) -> None:
     both = {f"{n}.{kind}" for n in ("utility", "overlap", "stability") for kind in ("png", "svg")}
     two = made_of(2, 8, 2)
     assert names(draw(facts_of(two, 4), tmp_path / "1")) == both
-    assert names(draw(facts_of(two, 4, against=plan(two, keep=5)), tmp_path / "2")) == both | {"changes.png", "changes.svg"}  # fmt: skip
+    assert names(draw(facts_of(two, 4, against=plan(two, keep=5)), tmp_path / "2")) == both | {
+        "changes.png",
+        "changes.svg",
+    }
     one = made_of(2, 8, 1, parts=0)
     assert names(draw(facts_of(one, 4), tmp_path / "3")) == {"utility.png", "utility.svg"}
     for path in (tmp_path / "1").glob("*.png"):
@@ -168,7 +173,7 @@ def test_many_pairs_are_told_apart_and_odd_names_are_drawn(tmp_path: Path) -> No
 
 
 def test_the_module_does_not_load_matplotlib() -> None:
-    code = "import sys, moecover.pictures; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, moecover.reporting.figures.plan_figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -189,7 +194,11 @@ def test_bars_stack_to_what_both_plans_keep() -> None:
     (axes,) = changes_picture(facts).axes
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
     rows = facts["changes"]["layers"]
-    assert heights == [[r["common"] for r in rows], [len(r["only_here"]) for r in rows], [len(r["only_there"]) for r in rows]]  # fmt: skip
+    assert heights == [
+        [r["common"] for r in rows],
+        [len(r["only_here"]) for r in rows],
+        [len(r["only_there"]) for r in rows],
+    ]
     assert [a.get_y() for a in axes.containers[2]] == [a + b for a, b in zip(*heights[:2], strict=True)]
 
 
@@ -208,10 +217,12 @@ def test_no_picture_is_left_where_one_cannot_be_written(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_picture_that_is_there_is_enough_to_refuse(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_any_picture_that_is_there_is_enough_to_refuse(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("moecover.reporting.figures.plan_figures.utility_picture", lambda facts: 1 / 0)
     (tmp_path / f"{name}.svg").write_text("mine")
-    with pytest.raises(InputError, match=rf"{name}.svg exists. Choose another folder, or give --overwrite"):
+    with pytest.raises(InputError, match=rf"{name}.svg exists. Choose another folder, or give overwrite"):
         draw(facts_of(made_of(2, 8, 1), 4), tmp_path)
     assert (tmp_path / f"{name}.svg").read_text() == "mine"
 
@@ -222,10 +233,12 @@ def test_curves_show_the_facts_and_gaps() -> None:
     facts["layers"][1]["agreement"]["corpus0 | corpus1"]["spearman"] = None
     first, second = overlap_picture(facts).axes
     assert len(first.lines) == 3 + 1  # three pairs and what chance gives
-    assert first.lines[0].get_ydata().tolist() == [r["agreement"]["corpus0 | corpus1"]["jaccard"] for r in facts["layers"]]  # fmt: skip
+    assert first.lines[0].get_ydata().tolist() == [
+        r["agreement"]["corpus0 | corpus1"]["jaccard"] for r in facts["layers"]
+    ]
     assert [math.isnan(v) for v in second.lines[0].get_ydata()] == [False, True, False]
     (axis,) = stability_picture(facts).axes
-    curve = next(line for line in axis.lines if "whole text" in str(line.get_label()))
+    curve = next(line for line in axis.lines if "full text" in str(line.get_label()))
     assert list(curve.get_ydata()) == [p["changed"] for p in facts["stability"]["curve"]]
     never = {**facts, "stability": {**facts["stability"], "enough_tokens": None}}
     (axis,) = stability_picture(never).axes
@@ -264,14 +277,14 @@ def test_nothing_is_overwritten_unasked_and_stale_pictures_go(tmp_path: Path) ->
     draw(facts_of(profile, 4, against=plan(profile, keep=5)), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"utility.png exists. Choose another folder, or give --overwrite"):
+    with pytest.raises(InputError, match=r"utility.png exists. Choose another folder, or give overwrite"):
         draw(facts_of(profile, 5), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != "mine.txt"} == before
     draw(facts_of(profile, 5), tmp_path, overwrite=True)
     assert not (tmp_path / "changes.png").exists()
     assert (tmp_path / "mine.txt").read_text() == "mine"
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file, a folder for pictures"):
+    with pytest.raises(InputError, match="is a file, but the figures need a folder"):
         draw(facts_of(profile, 5), tmp_path / "file")
 
 
@@ -279,7 +292,14 @@ def test_the_verb_refuses_before_it_computes(tmp_path: Path, capsys: pytest.Capt
     profile = made_of(2, 8, 2)
     profile.save(tmp_path / "p")
     plan(profile, keep=4).save(tmp_path / "plan.json")
-    command = ["explain", str(tmp_path / "plan.json"), "--profile", str(tmp_path / "p"), "-o", str(tmp_path / "pictures")]  # fmt: skip
+    command = [
+        "explain",
+        str(tmp_path / "plan.json"),
+        "--profile",
+        str(tmp_path / "p"),
+        "-o",
+        str(tmp_path / "pictures"),
+    ]
     assert main(command) == 0
     assert capsys.readouterr().out.count("picture: ") == 6
     monkeypatch.setattr("moecover.planning.explaining.facts.explain", lambda *a, **k: 1 / 0)

@@ -5,9 +5,6 @@ Nothing is downloaded here but headers. An error names the line of the configura
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
@@ -24,7 +21,6 @@ from moecover.repairing.targets import Place, check_dtype, places_on_disk
 from moecover.runtime.loading import check_device, check_loadable
 from moecover.runtime.memory import parse_size
 from moecover.signals import held
-
 
 
 def checked(request: Request, progress: Progress) -> list[ComparedModel]:

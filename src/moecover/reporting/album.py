@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Album:
-    """The figures of a page; ``files`` are the bytes of its figures by file name, ``styles`` the CSS classes they use."""
+    """The figures of a page; ``files`` are their bytes by file name, ``styles`` the CSS classes that they use."""
 
     styles: Styles = field(default_factory=Styles)
     files: dict[str, bytes] = field(default_factory=dict)

@@ -12,9 +12,9 @@ from moecover.reporting.findings import ModelFindings
 from moecover.reporting.numbers import listed, minus, p_text, percentage
 
 UNITS = (
-    "Differences of accuracy in points (above 0: {first} is better), of perplexity in per cent (below 0: {first} is "
-    "better), each with its own 95% interval; verdicts are stricter, they hold after correction for the number of "
-    "comparisons."
+    "Differences in accuracy are in percentage points (above 0: {first} is better), in perplexity in percent (below 0: "
+    "{first} is better), each with its own 95% interval. Verdicts are stricter: they hold after correction for "
+    "multiple comparisons."
 )
 FURTHER = {"over_runs": "p over runs alone", "over_tasks": "p over tasks"}  # secondary tests, with their headings
 
@@ -111,8 +111,8 @@ def comparison_table(model: ModelFindings) -> Table | None:
         text_column("verdict"),
     )
     families = dict.fromkeys(c.family for c in model.comparisons if c.family and c.p_holm is not None)
-    corrected = f"p after Holm's correction over {listed(list(families))}." if families else ""
-    corrected += " The other p are of each test alone." if further else ""
+    corrected = f"Adjusted p-values: Holm's correction over {listed(list(families))}." if families else ""
+    corrected += " The other p-values are not corrected." if further else ""
     return Table(
         "comparisons",
         f"Comparisons{f' of {names.first}' if names.alone else ''} on {model.name}",
@@ -155,9 +155,9 @@ def by_task_table(model: ModelFindings) -> Table | None:
     against = f", {names.first} against the others" if names.alone else ""
     return Table(
         "by-task",
-        f"Difference of accuracy task by task{against} on {model.name}",
+        f"Difference in accuracy by task{against} on {model.name}",
         (names.heading, Column("experts kept"), *(Column(t) for t in tasks)),
         body,
-        "Points, each with its own 95% interval, not corrected for their number: they show where a difference comes from "
-        "and are no verdicts.",
+        "Percentage points, each with its own 95% interval, not corrected for multiple comparisons: they show where a "
+        "difference comes from and are not verdicts.",
     )

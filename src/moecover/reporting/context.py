@@ -1,6 +1,7 @@
 """What the sections of the page draw from: the run as it was read, and a model's results with the facts of its plans.
 
-Reads the results, plans and profiles of a run folder. Profiles and plans that cannot be read are left out, and why is kept.
+Reads the results, plans and profiles of a run folder. Plans and profiles that cannot be read are left out; the page
+says why a plan is not shown.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from moecover.errors import InputError
 from moecover.planning.artifact import Plan
@@ -20,10 +20,11 @@ from moecover.profiling.artifact import Profile
 from moecover.reporting.album import Album, file_name
 from moecover.reporting.blocks import Picture
 from moecover.reporting.data import Run, Usage, read_run, read_usage
+from moecover.reporting.figures.style import Facts
 from moecover.reporting.findings import ModelFindings, findings, usage_of
 from moecover.reporting.numbers import percentage
 
-BARS = "Bars: one standard error up and down; small dots: single runs."
+BARS = "Bars: plus and minus one standard error; small dots: single runs."
 
 
 @dataclass
@@ -64,7 +65,7 @@ class ModelData:
     model: ModelFindings
     anchor: str
     usage: Usage
-    explained: Sequence[tuple[float, Mapping[str, Any]]]
+    explained: Sequence[tuple[float, Facts]]
     missing: Sequence[str]
 
     @property
@@ -80,10 +81,10 @@ class ModelData:
         return self.album.add(
             f"accuracy-{self.anchor}",
             accuracy_picture(self.model),
-            f"Mean accuracy of {self.model.name} against the share of experts kept, a line a method; "
+            f"Mean accuracy of {self.model.name} against the share of experts kept, one line per method; "
             "the numbers are in the table of tasks",
-            f"{BARS} All methods answer the same questions, so their differences are surer than bars that overlap "
-            "suggest: the comparisons below are of pairs.",
+            f"{BARS} All methods answer the same questions, so overlapping bars understate how certain a difference "
+            "is: the comparisons below are paired.",
         )
 
     @cached_property
@@ -97,7 +98,7 @@ class ModelData:
             for picture in self.album.add(
                 file_name("perplexity", self.anchor, i, text),
                 perplexity_picture(self.model, text),
-                f"Perplexity of {self.model.name} on {text} against the share of experts kept, a line a method; "
+                f"Perplexity of {self.model.name} on {text} against the share of experts kept, one line per method; "
                 "the numbers are in the table of perplexities",
                 BARS,
             )
@@ -130,8 +131,8 @@ def _profiles(folder: Path) -> dict[str, Profile]:
     return found
 
 
-def _explained(of: RunData, model: ModelFindings) -> tuple[list[tuple[float, Mapping[str, Any]]], list[str]]:
-    found: list[tuple[float, Mapping[str, Any]]] = []
+def _explained(of: RunData, model: ModelFindings) -> tuple[list[tuple[float, Facts]], list[str]]:
+    found: list[tuple[float, Facts]] = []
     missing: list[str] = []
     for cell in model.plans:
         try:

@@ -29,7 +29,11 @@ class ScoreRow(_Lenient):
 
 
 class TextRow(_Lenient):
-    """Results on one perplexity text; ``kl`` in nats per token, ``top1`` the proportion of tokens with the same top choice."""
+    """Results on one perplexity text.
+
+    ``kl`` is the mean KL divergence from the full model in nats per token, ``top1`` the proportion of tokens on which
+    the most likely next token is the full model's.
+    """
 
     perplexity: float = Field(gt=0)
     tokens: int | None = None

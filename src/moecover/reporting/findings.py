@@ -1,7 +1,7 @@
 """What a run of `compare` found: reads a `Run`, gives one estimate for each model, method and budget.
 
-The runs of one method at one budget (seeds, calibration samples) become one estimate with its standard error. All numbers
-come from results.json: nothing is measured or tested here, and the verdicts are those of `compare`.
+The runs of one method at one budget (seeds, calibration samples) become one estimate with its standard error. All
+numbers come from results.json: nothing is measured or tested here, and the verdicts are those of `compare`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def over_runs(runs: Sequence[float], stderrs: Sequence[float | None] = ()) -> Es
 
 
 def over_runs_log(runs: Sequence[float]) -> Estimate:
-    """Combine perplexities into their geometric mean; its standard error by the delta method, from that of the mean log."""
+    """Combine perplexities into their geometric mean; its standard error is that of the mean log times the mean."""
     logs = over_runs([math.log(v) for v in runs])
     value = math.exp(logs.value) if math.isfinite(logs.value) else logs.value
     return Estimate(value, None if logs.stderr is None else value * logs.stderr, tuple(runs))
@@ -168,7 +168,7 @@ def _known(runs: Mapping[str, Sequence[float | None]]) -> dict[str, Estimate]:
 
 
 def _names(cells: Sequence[Cell]) -> dict[str, str]:
-    """The name of each cell's method on the page, by cell id: its label, with the calibration set if one label has several."""
+    """By cell id, the method's name on the page: its label, with the calibration set if one label has several."""
     calibrations: dict[str, set[tuple[str, ...]]] = {}
     for cell in cells:
         calibrations.setdefault(cell.label, set()).add(tuple(cell.calibration))
@@ -233,7 +233,7 @@ def failed(run: Run) -> list[Cell]:
 
 
 def usage_of(model: ModelFindings, usages: Sequence[Usage]) -> Usage:
-    """Find a model's entry of usage.json: the one with its cells, else the one of its name; an empty one if there is none."""
+    """Find a model's entry of usage.json by its cells, else by its name; an empty entry if there is none."""
     cells = {cell for s in model.series for p in s.points for cell in p.cells}
     found = [u for u in usages if cells & u.plans.keys()] or [u for u in usages if u.model == model.name]
     return found[0] if found else Usage(model=model.name)

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 
 def size(num_bytes: float) -> str:
-    """A size in decimal units, to three significant digits: `text.size_text` has two decimals, too many in a sentence."""
+    """A size in decimal units, to three significant digits (`text.size_text` has two decimals)."""
     value, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:
         value /= 1000

@@ -1,7 +1,7 @@
 """The page of a run: reads a run folder of `compare`, writes one self-contained HTML file, and its figures beside it.
 
-Text from files is escaped by the template. A content security policy in the page forbids every address, and every script and
-style sheet but the page's own.
+Text from files is escaped by the template. A content security policy in the page forbids every address, and every
+script and style sheet but the page's own.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ def _template(name: str) -> Template:
 
 # ------------------------------------------------------------------------------------------------------------ the files
 class Report(Shown, dict[str, Any]):
-    """What `report` wrote: ``page``, its size in ``bytes``, ``figures`` (their folder) and ``pictures`` (their paths)."""
+    """What `report` wrote: ``page``, its size in ``bytes``, ``figures`` (the folder) and ``pictures`` (their paths)."""
 
     def summary(self) -> str:
-        """The page, its size and the number of figures."""
-        return f"{self['page']}: {size_text(self['bytes'])}, {len(self['pictures'])} figures in {self['figures']}"
+        """The page, its size, and the folder of the figures."""
+        return f"{self['page']}: {size_text(self['bytes'])}, figures in {self['figures']}"
 
     def rows_shown(self) -> list[dict[str, Cell]]:
         """The files, one a row."""

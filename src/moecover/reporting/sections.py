@@ -1,4 +1,4 @@
-"""The sections of the page, in their order: each is a function here that turns data into blocks, entered by a decorator.
+"""The sections of the page in their order: functions from data to blocks, each entered in a registry by its decorator.
 
 `SECTIONS` has those of every model, `RUN_SECTIONS` those of the whole run, which follow. A plugin adds one with::
 
@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -50,7 +51,7 @@ Data = TypeVar("Data", ModelData, RunData)
 # --------------------------------------------------------------------------------------------------------- the registry
 @dataclass(frozen=True)
 class Section(Generic[Data]):
-    """A section: its id, its heading ("": none) and its function, whose blocks are shown; without blocks it is left out."""
+    """A section: its id, its heading ("": none), and its function. It is left out if the function gives no blocks."""
 
     name: str
     title: str
@@ -58,10 +59,10 @@ class Section(Generic[Data]):
 
 
 class Sections(Generic[Data]):
-    """Sections in the order in which they were entered."""
+    """Sections in the order in which they were entered; a registry whose entries have a heading."""
 
-    def __init__(self, kind: str) -> None:
-        self._functions: Registry[Callable[[Data], Content]] = Registry(kind)
+    def __init__(self) -> None:
+        self._functions: Registry[Callable[[Data], Content]] = Registry("section of the page")
         self._titles: dict[str, str] = {}
 
     def __call__(self, name: str, *, title: str) -> Callable[[Callable[[Data], Content]], Callable[[Data], Content]]:
@@ -76,18 +77,24 @@ class Sections(Generic[Data]):
         """
 
         def enter(function: Callable[[Data], Content]) -> Callable[[Data], Content]:
+            self._functions(name, paper="")(function)
             self._titles[name] = title
-            return self._functions(name, paper="")(function)
+            return function
 
         return enter
 
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Remove at the end of the block the sections that were entered within it."""
+        with self._functions.restored():
+            yield
+
     def __iter__(self) -> Iterator[Section[Data]]:
-        for name, function in self._functions.items():
-            yield Section(name, self._titles[name], function)
+        return iter([Section(name, self._titles[name], function) for name, function in self._functions.items()])
 
 
-SECTIONS: Sections[ModelData] = Sections("section of the page")
-RUN_SECTIONS: Sections[RunData] = Sections("section of the page")
+SECTIONS: Sections[ModelData] = Sections()
+RUN_SECTIONS: Sections[RunData] = Sections()
 
 
 # ------------------------------------------------------------------------------------------------------- of every model
@@ -130,7 +137,7 @@ def perplexity(data: ModelData) -> Content:
     return [*_shown(pictures), *_with_details(table, "KL divergence and agreement with the full model", distance)]
 
 
-@SECTIONS("experts", title="Which experts stay")
+@SECTIONS("experts", title="Which experts are kept")
 def experts(data: ModelData) -> Content:
     """A heat map per budget of the main method, the middle one open."""
     from moecover.reporting.figures.heatmap import utility_picture
@@ -142,16 +149,16 @@ def experts(data: ModelData) -> Content:
         for picture in data.album.add(
             file_name("utility", data.anchor, percentage(retain)),
             utility_picture(facts),
-            f"Heat map of {data.model.name}: share of the layer's utility by layer and expert, a panel a corpus; the "
-            f"{facts['keep']} experts that {short(facts['method'])} keeps of {facts['experts']} are outlined",
+            f"Heat map of {data.model.name}: share of the layer's utility by layer and expert, one panel per corpus; "
+            f"the {facts['keep']} experts that {short(facts['method'])} keeps of {facts['experts']} are outlined",
             f"{percentage(retain)} of the experts",
             raster=True,
         )
     ]
     if not pictures or data.model.main is None:
-        return [absent("No plan with utilities by corpus is in this run, so there is no heat map."), *missing]
+        return [absent("This run has no plan with utilities by corpus, so there is no heat map."), *missing]
     text = (
-        "Every panel shows how much of a layer's utility each expert has on one calibration corpus. "
+        "Each panel shows every expert's share of its layer's utility on one calibration corpus. "
         f"Outlined experts are kept by {data.model.main.name}."
     )
     middle = (len(pictures) - 1) // 2
@@ -159,10 +166,10 @@ def experts(data: ModelData) -> Content:
     return [Paragraph(text), *maps, *missing]
 
 
-@SECTIONS("overlap", title="Do the corpora want the same experts?")
+@SECTIONS("overlap", title="Do the corpora favour the same experts?")
 def overlap(data: ModelData) -> Content:
     """How far the corpora agree, at the middle budget as a figure and at all budgets as a table."""
-    from moecover.reporting.figures.plan_figures import overlap_picture
+    from moecover.reporting.figures.overlap import overlap_picture
 
     table = overlap_table(data.model, data.explained)
     several = [facts for _, facts in data.explained if len(facts["corpora"]) > 1]
@@ -178,7 +185,7 @@ def overlap(data: ModelData) -> Content:
     return [*_shown(pictures), table]
 
 
-@SECTIONS("usage", title="Do the tasks use the experts that generic text rates high?")
+@SECTIONS("usage", title="Do the tasks use the experts that generic text rates highly?")
 def usage(data: ModelData) -> Content:
     """How far utility agrees with the tasks' use of experts, and what pruning leaves of their routing weight."""
     pictures, table = _usage_pictures(data), usage_table(data.model, data.usage)
@@ -234,34 +241,34 @@ def _usage_pictures(data: ModelData) -> list[Picture]:
     from moecover.reporting.figures.utility_and_use import correlation_picture, usage_by_layer_picture
 
     model, usage, add = data.model, data.usage, data.album.add
-    chance = "; dashed: expected of random choice" if usage.keep and usage.experts else ""
+    chance = "; dashed: expected by chance" if usage.keep and usage.experts else ""
     return [
         *add(
             f"correlation-{data.anchor}",
             correlation_picture(model, usage),
             f"Rank correlation between the experts' utility on each corpus and their use by each task, {model.name}",
-            "1: the same order of experts; 0: unrelated.",
+            "1: the same ranking of experts; 0: unrelated.",
         ),
         *add(
             f"shared-{data.anchor}",
             usage_by_layer_picture(model, usage),
             "Overlap between each corpus's best experts and those that the tasks use most, by decoder layer of "
             f"{model.name}",
-            f"Line: mean of the tasks; band: least to greatest task{chance}.",
+            f"Line: mean over the tasks; band: range over the tasks{chance}.",
         ),
         *add(
             f"kept-weight-{data.anchor}",
             kept_weight_picture(model, usage),
-            "Share of the tasks' routing weight that goes to kept experts against the share of experts kept, a line a "
-            f"method, {model.name}; the numbers are in the table of kept routing weight",
+            "Share of the tasks' routing weight that goes to kept experts against the share of experts kept, one line "
+            f"per method, {model.name}; the numbers are in the table of kept routing weight",
             "The higher, the less the tasks' own routing is disturbed.",
         ),
         *add(
             f"kept-by-layer-{data.anchor}",
             _kept_by_layer(model, usage),
-            f"The same by task and decoder layer of {model.name} at one budget, a panel a task; the means over layers "
-            "are in the table of kept routing weight",
-            "Band: least to greatest run.",
+            f"Kept routing weight by task and decoder layer of {model.name} at one budget, one panel per task; the "
+            "means over layers are in the table of kept routing weight",
+            "Band: range over the runs.",
             wide=True,
         ),
     ]

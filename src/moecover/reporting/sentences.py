@@ -13,7 +13,7 @@ from moecover.evaluation.artifact import FULL
 from moecover.reporting.blocks import Tile
 from moecover.reporting.comparison_tables import mark_of
 from moecover.reporting.data import Cell, Comparison, Run, Usage
-from moecover.reporting.figures.plan_figures import expected_overlap
+from moecover.reporting.figures.overlap import expected_overlap
 from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
 from moecover.reporting.numbers import counted, listed, percentage, perplexity_text, points, size
 
@@ -52,11 +52,13 @@ def _full_model(model: ModelFindings) -> list[str]:
     """How well the full model does."""
     full = model.full
     if full is None:
-        return ["The full model was not evaluated, so nothing says what was lost."]
+        return ["The full model was not evaluated, so the cost of pruning is unknown."]
     if full.mean:
         error = f" (standard error {points(full.mean.stderr)})" if full.mean.stderr is not None else ""
         tasks = counted(len(model.tasks), "task")
-        return [f"The full model answers {points(full.mean.value)}% right{error}, the mean of {tasks}."]
+        return [
+            f"The full model answers {points(full.mean.value)}% of the questions correctly{error}, the mean of {tasks}."
+        ]
     if full.perplexity:
         known = [f"{perplexity_text(e.value)} on {text}" for text, e in full.perplexity.items()]
         return [f"The full model's perplexity is {listed(known)}."]
@@ -66,7 +68,7 @@ def _full_model(model: ModelFindings) -> list[str]:
 def _budgets(model: ModelFindings) -> list[str]:
     """What the main method reaches, budget by budget, largest first."""
     if model.main is None:
-        return ["No pruned variant was finished."]
+        return ["No pruned variant finished."]
     return [_at_budget(model, model.main.name, p) for p in reversed(model.main.points)]
 
 
@@ -78,13 +80,13 @@ def _caveats(model: ModelFindings) -> list[str]:
     if not model.tasks:
         found.append("No tasks were scored: perplexity alone does not say what a model can still do.")
     if not model.comparisons and len(model.series) == 1:
-        found.append("One method alone was run, so there is nothing to compare it with.")
+        found.append("Only one method was run, so there is nothing to compare it with.")
     elif not model.comparisons:
         found.append("No comparison was tested: read differences between methods with care.")
     if all(p.runs == 1 for s in model.series for p in s.points):
         found.append(
-            "Every method ran once: the error bars know the number of questions, not the luck of seeds and calibration "
-            "samples."
+            "Every method ran once: the error bars reflect the number of questions, not the variation over seeds and "
+            "calibration samples."
         )
     return found
 
@@ -92,14 +94,14 @@ def _caveats(model: ModelFindings) -> list[str]:
 def _at_budget(model: ModelFindings, method: str, p: Point) -> str:
     """One budget in a sentence: what the main method reaches, and the best of the others."""
     others = [(s.name, q) for s in model.series[1:] for q in s.points if q.retain == p.retain]
-    head = f"With {percentage(p.retain)} of the experts ({p.keep} a layer) {method} reaches"
+    head = f"With {percentage(p.retain)} of the experts ({p.keep} per layer) {method} reaches"
     if p.mean:
         rivals = [(name, q.mean) for name, q in others if q.mean]
         best = max(rivals, key=lambda r: r[1].value, default=None)
         rest = f"; the best of the others is {best[0]} with {_accuracy(best[1])}" if best else ""
         return f"{head} {_accuracy(p.mean)}{rest}."
     if not p.perplexity:
-        return f"{head} no result that all its runs share."
+        return f"{head} no result that all of its runs share."
     lower = []
     for text, e in p.perplexity.items():
         found = [(name, q.perplexity[text]) for name, q in others if text in q.perplexity]
@@ -145,17 +147,17 @@ def _relative(model: ModelFindings, p: Point) -> tuple[str, str] | None:
 def memory_words(model: ModelFindings) -> str:
     """Peak memory of the run in a sentence; empty where it is not known."""
     peaks = [
-        (model.about.get("peak_rss_bytes"), "of the machine's memory"),
-        (model.about.get("peak_device_bytes"), "of the device's memory"),
+        (model.about.get("peak_rss_bytes"), "of main memory"),
+        (model.about.get("peak_device_bytes"), "of device memory"),
     ]
     known = [f"{size(value)} {what}" for value, what in peaks if isinstance(value, int)]
     if not known:
         return ""
-    return f"The weights take as much memory as on the disk. Profiling and evaluating took at most {listed(known)}."
+    return f"The weights take as much memory as disk space. Profiling and evaluation used at most {listed(known)}."
 
 
 def usage_words(usage: Usage) -> str:
-    """How far utility on the corpora agrees with the tasks' use of experts, in a sentence; empty where it is not known."""
+    """How far utility on the corpora agrees with the tasks' use of experts, in a sentence; empty if not measured."""
     parts = []
     for corpus, tasks in usage.corpora.items():
         ranks = [v for t in tasks.values() for v in t.spearman if v is not None]
@@ -169,7 +171,7 @@ def usage_words(usage: Usage) -> str:
         chance = expected_overlap(usage.keep, usage.experts)
         best = f"the best {usage.keep} of {usage.experts} experts ({chance:.2f} by chance)"
     return (
-        f"Rank correlation of utility with use by the tasks, and overlap of {best}, means over tasks and layers: "
+        f"Rank correlation of utility with use by the tasks, and overlap of {best}, averaged over tasks and layers: "
         f"{listed(parts)}."
     )
 
@@ -178,7 +180,7 @@ def cells_in_words(run: Run) -> str:
     """How many cells there are, and how they ended."""
     done, not_done = sum(c.status == "done" for c in run.cells), len(failed(run))
     hours = sum(c.wall_s or 0.0 for c in run.cells) / 3600
-    took = f", {hours:.1f} hours of computing" if hours >= 0.1 else ""
+    took = f", {hours:.1f} hours of computation" if hours >= 0.1 else ""
     return f"{counted(done, 'cell')} done{f', {not_done} failed' if not_done else ''}{took}"
 
 
@@ -186,7 +188,7 @@ def grid_in_words(cells: Sequence[Cell]) -> str:
     """The grid in a sentence: methods, budgets, calibration corpora and samples."""
     pruned = [c for c in cells if c.method != FULL]
     if not pruned:
-        return "No pruned variant was asked for."
+        return "No pruned variant was requested."
     budgets = [percentage(r) for r in sorted({c.retain for c in pruned})]
     labels, samples = {c.label for c in pruned}, {c.sample for c in pruned if c.calibration}
     corpora = list(dict.fromkeys(itertools.chain.from_iterable(c.calibration for c in pruned)))

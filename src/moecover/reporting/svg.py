@@ -1,7 +1,7 @@
-"""Pictures inside a page: reads what matplotlib draws, gives SVG elements for HTML that take the page's colours.
+"""Figures inside a page: takes matplotlib figures, gives SVG elements for HTML that follow the page's colours.
 
-Styles become classes, so that the page needs no inline style and its security policy can forbid them. The colours of
-`drawing` become variables of the style sheet, which has values for light and dark. Ids get a prefix of their own.
+Styles become CSS classes, so that the page's security policy can forbid inline styles. The colours of `figures.style`
+become variables of the style sheet, which has values for light and dark mode. Ids get a prefix, so that they are unique.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from moecover.reporting.figures.style import COLOURS, DPI, FAINT, REFERENCE, STYLE
+from moecover.reporting.figures.style import COLOURS, DPI, FAINT, GRID, REFERENCE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,31 +23,31 @@ LINK = "{http://www.w3.org/1999/xlink}href"
 VARIABLES = {
     REFERENCE.lower(): "var(--ink)",
     FAINT.lower(): "var(--faint)",
-    STYLE["grid.color"].lower(): "var(--line)",
+    GRID.lower(): "var(--line)",
     **{colour.lower(): f"var(--c{i})" for i, colour in enumerate(COLOURS)},
 }
 LEFT_OUT = ("metadata", "style")
 
 
 class Styles:
-    """The classes of all pictures of a page, in the order in which they were met."""
+    """The CSS classes of all figures of a page, in the order of first use."""
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
 
     def name(self, style: str) -> str:
-        """The class of a style; the font is the page's."""
+        """The class for a style; the font is left to the page."""
         parts = [p.strip() for p in style.split(";") if p.strip() and not p.strip().startswith("font-family")]
         wanted = re.sub(r"#[0-9a-f]{6}", lambda m: VARIABLES.get(m[0], m[0]), ";".join(parts))
         return self.names.setdefault(wanted, f"s{len(self.names)}")
 
     def css(self) -> str:
-        """The rules of all classes."""
+        """The CSS rules of all classes."""
         return "\n".join(f".{name}{{{style}}}" for style, name in self.names.items())
 
 
 def svg_bytes(figure: Figure, *, for_page: bool) -> bytes:
-    """The figure as SVG: for the page with letters as text and no ground, for a file with letters as shapes."""
+    """The figure as SVG: for the page with text as text on a transparent ground, for a file with text as outlines."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
@@ -64,13 +64,13 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def inlined(svg: bytes, *, prefix: str, label: str, styles: Styles) -> str:
-    """An SVG of matplotlib as an element of a page.
+    """Turn an SVG file of matplotlib into an element for the page.
 
     Args:
         svg: of `svg_bytes`.
-        prefix: before every id; no other picture of the page has it.
-        label: what the picture shows, in words.
-        styles: takes the picture's styles.
+        prefix: put before every id; unique on the page.
+        label: what the figure shows, for screen readers.
+        styles: takes the styles of the figure.
     """
     root = ElementTree.fromstring(svg)
     used = set(re.findall(rb'(?:url\(|href=")#([\w-]+)', svg))
@@ -99,10 +99,10 @@ def inlined(svg: bytes, *, prefix: str, label: str, styles: Styles) -> str:
 
 
 def data_address(content: bytes, kind: str) -> str:
-    """A file as an address that holds it."""
+    """A file's content as a data URL."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def source_hash(text: str) -> str:
-    """What a security policy calls a script or style sheet of exactly this text."""
+    """The source expression by which a content security policy allows a script or style sheet of exactly this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,4 +1,4 @@
-"""The tables of a model's measurements, and of the cells that failed: `findings` to tables, None where there is nothing.
+"""The tables of a model's measurements, and of the cells that failed. None where there is nothing to show.
 
 The tables of comparisons are in `comparison_tables`.
 """
@@ -6,13 +6,13 @@ The tables of comparisons are in `comparison_tables`.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from moecover.corpora.sources import set_name
 from moecover.reporting.blocks import MISSING, Column, Table, Value, text_column
 from moecover.reporting.data import Run, Usage
-from moecover.reporting.figures.plan_figures import expected_overlap
+from moecover.reporting.figures.overlap import expected_overlap
+from moecover.reporting.figures.style import Facts
 from moecover.reporting.findings import Estimate, ModelFindings, failed
 from moecover.reporting.numbers import percentage, points, size
 from moecover.reporting.values import (
@@ -52,8 +52,8 @@ def accuracy_table(model: ModelFindings) -> Table | None:
         f"Accuracy by task on {model.name}, %",
         (*COORDINATES, *heads, Column(OF_FULL)),
         tuple(body),
-        "± one standard error, from the number of questions and from the runs that differ in seed or calibration sample. "
-        "Bold: highest of its budget, which is no claim of significance.",
+        "± one standard error, over the questions and over runs that differ in seed or calibration sample. "
+        "Bold: highest at its budget, which does not imply significance.",
     )
 
 
@@ -72,8 +72,8 @@ def perplexity_table(model: ModelFindings) -> Table | None:
         f"Perplexity on {model.name}, lower is better",
         (*COORDINATES, *(Column(text, first="ascending") for text in model.texts)),
         tuple((*coordinates(name, p), *(v[i] for v in values)) for i, (name, p) in enumerate(rows)),
-        "± one standard error over the runs, where there are several. Means of perplexities are geometric. "
-        "Bold: lowest of its budget, which is no claim of significance.",
+        "± one standard error over the runs, where there are several. Perplexities are averaged geometrically. "
+        "Bold: lowest at its budget, which does not imply significance.",
     )
 
 
@@ -90,11 +90,11 @@ def distance_table(model: ModelFindings) -> Table | None:
     )
     return Table(
         "distance",
-        f"How far {model.name} has moved from the full model",
+        f"Distance of {model.name} from the full model after pruning",
         (*COORDINATES, *columns),
         body,
         "KL: mean Kullback-Leibler divergence of the pruned model's next-token probabilities from the full model's, "
-        "in nats a token.",
+        "in nats per token.",
     )
 
 
@@ -129,7 +129,7 @@ def size_table(model: ModelFindings) -> Table | None:
         for r, (keep, b) in rows
     )
     what = Column("what is kept", number=False)
-    columns = (what, Column("experts a layer"), Column("size of the weights"), Column(OF_FULL))
+    columns = (what, Column("experts per layer"), Column("size of the weights"), Column(OF_FULL))
     return Table("size", f"Size of {model.name} before and after", columns, body)
 
 
@@ -151,14 +151,14 @@ def usage_table(model: ModelFindings, usage: Usage) -> Table | None:
         return None
     return Table(
         "usage",
-        f"Routing weight of the tasks that goes to kept experts of {model.name}, %",
+        f"The tasks' routing weight that goes to kept experts of {model.name}, %",
         (*COORDINATES, *(Column(t) for t in tasks)),
         tuple(rows),
         "Mean over the MoE layers, measured with the full model's routing.",
     )
 
 
-def overlap_table(model: ModelFindings, explained: Sequence[tuple[float, Mapping[str, Any]]]) -> Table | None:
+def overlap_table(model: ModelFindings, explained: Sequence[tuple[float, Facts]]) -> Table | None:
     """How far the calibration corpora favour the same experts: a row per pair of corpora and budget.
 
     Args:
@@ -215,4 +215,4 @@ def failed_table(run: Run) -> Table | None:
         text_column("reason"),
         text_column("cell"),
     )
-    return Table("failed", "Cells that failed; they are in no figure", columns, body)
+    return Table("failed", "Cells that failed; they are not in any figure", columns, body)

@@ -1,4 +1,4 @@
-"""What the tables of a model share: its rows (a method at a budget), their first columns, and estimates as table cells."""
+"""What a model's tables share: their rows (a method at a budget), their first columns, and estimates as cells."""
 
 from __future__ import annotations
 

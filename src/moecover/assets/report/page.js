@@ -1,5 +1,5 @@
 "use strict";
-// Sorts a table by the column whose heading is pressed: once by its own first order, again the other way round.
+// Sort a table by the column whose heading is pressed: first in the order that suits the column, then in the reverse.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
@@ -21,7 +21,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// On paper everything is open.
+// Open everything for printing.
 const closed = [];
 addEventListener("beforeprint", () => {
   for (const one of document.querySelectorAll("details:not([open])")) {

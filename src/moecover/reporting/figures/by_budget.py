@@ -1,4 +1,4 @@
-"""The figures of a run over the budgets: accuracy, perplexity, and kept routing weight, a line per method. Writes nothing."""
+"""The figures over the budgets: accuracy, perplexity and kept routing weight, a line per method. Writes nothing."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ def kept_weight_picture(model: ModelFindings, usage: Usage) -> Figure | None:
             if runs:
                 points.append((100 * p.retain, Estimate(float(np.mean(runs)), None, tuple(runs))))
         lines.append(Line(s.name, tuple(points)))
-    title = f"The tasks' routing weight that kept experts carry, {short(model.name, 48)}"
+    title = f"The tasks' routing weight on kept experts, {short(model.name, 48)}"
     return lines_picture(lines, title=title, ylabel="mean over tasks and layers, %", percent=True)

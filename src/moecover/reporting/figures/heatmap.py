@@ -1,4 +1,4 @@
-"""The heat map of a plan: reads the facts of `explaining.explain`, gives a figure with a panel for every corpus.
+"""The heat map of a plan: reads the facts of `explain`, gives a figure with a panel for every corpus.
 
 It is laid out in pixels of the PNG, so that cells and outlines begin and end on a pixel.
 """
@@ -7,30 +7,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.reporting.figures.style import COLOUR_MAP, DPI, FAINT, TITLE_SIZE, VERMILION, percent, short
+from moecover.reporting.figures.style import COLOUR_MAP, DPI, FAINT, TITLE_SIZE, VERMILION, Facts, percent, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-CELL, SMALL_CELL = 60, 8  # widest cell, and the cell that a wide panel shrinks to
-PANEL_WIDTH, WIDEST_PANEL = 1500, 2100  # what a panel fills where its cells let it, and at the most
-SLOT, LOWEST_PANEL = 420, 130  # room for a panel's heading, and for its axis label
-WIDEST, HIGHEST = 3000, 3600  # all panels side by side, and all above each other
+CELL, SMALL_CELL = 60, 8  # pixels: the widest cell, and the width that the cells of a wide panel shrink to
+PANEL_WIDTH, WIDEST_PANEL = 1500, 2100  # target width of a panel, and its maximum
+SLOT, LOWEST_PANEL = 420, 130  # minimum width for a panel's heading, and minimum height for its axis label
+WIDEST, HIGHEST = 3000, 3600  # maximum width of all panels side by side, and height of all above each other
 NARROWEST_PAGE = 1000
 HEADER, HEADING, LEFT, BELOW, BETWEEN, RIGHT = 190, 64, 90, 44, 100, 30
-DARKEST = 0.995  # share of the cells below the darkest colour: a few extreme experts would make all others pale
-LABEL = 34  # under the lowest panel
+DARKEST = 0.995  # quantile that gets the darkest colour: a few extreme experts would make all others pale
+TICKS_APART = 0.12  # of the colour bar, as a fraction of its length
+LABEL = 34  # height of the axis label under the lowest panel
 
 
 def arrangement(layers: int, experts: int, panels: int) -> tuple[int, int, int]:
-    """How panels of ``[layer, expert]`` share a page: columns of panels, width and height of a cell in pixels."""
+    """Lay panels of ``[layer, expert]`` out on a page: number of columns, width and height of a cell in pixels."""
     width = max(3, min(CELL, max(PANEL_WIDTH // experts, min(SMALL_CELL, WIDEST_PANEL // experts))))
     height = max(width, math.ceil(LOWEST_PANEL / layers))
     slot = max(SLOT, experts * width)
@@ -45,12 +47,12 @@ def arrangement(layers: int, experts: int, panels: int) -> tuple[int, int, int]:
 
 
 def outlines(kept: Sequence[Sequence[int]], dx: float, dy: float) -> NDArray[np.float64]:
-    """Corners of the kept cells' outlines, ``[cell, corner, (expert, layer)]``; a cell is 1 wide and high.
+    """Corners of the kept cells' outlines, float64 ``[cell, corner, (expert, layer)]``; cells are 1 wide and high.
 
     Args:
         kept: ids of the kept experts by layer.
-        dx: how far inside the left and right edges the line runs, as a share of the cell.
-        dy: the same at the upper and lower edges.
+        dx: distance of the outline from the left and right edges, as a fraction of the cell.
+        dy: the same for the upper and lower edges.
     """
     centres = np.array([(e, i) for i, ids in enumerate(kept) for e in ids], dtype=np.float64).reshape(-1, 1, 2)
     corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (0.5 - dx, 0.5 - dy)
@@ -58,24 +60,31 @@ def outlines(kept: Sequence[Sequence[int]], dx: float, dy: float) -> NDArray[np.
 
 
 def scale_ticks(top: float) -> list[float]:
-    """Values 1, 2 and 5 times powers of ten up to ``top``, and 0, that stand apart on a scale of square roots."""
+    """Ticks for a square-root scale: 0, and 1, 2, 5 times powers of ten up to ``top``, thinned so that labels fit."""
     exponent = math.floor(math.log10(top))
     ticks: list[float] = []
+    last = math.inf
     for value in (m * 10.0**e for e in range(exponent, exponent - 4, -1) for m in (5, 2, 1)):
-        if value <= top and math.sqrt(value / top) > 0.12 and (not ticks or math.sqrt(ticks[-1] / top) - math.sqrt(value / top) > 0.12):  # fmt: skip
+        place = math.sqrt(value / top)
+        if value <= top and place > TICKS_APART and last - place > TICKS_APART:
             ticks.append(value)
+            last = place
     return [0.0, *reversed(ticks)]
 
 
 def _step(pixels: int, needed: int) -> int:
-    """The smallest of 1, 2, 5, 10, ... cells that gives a label the pixels that it needs."""
+    """The smallest step of 1, 2, 5, 10, ... cells at which labels of the needed pixels fit."""
     steps = (m * 10**e for e in itertools.count() for m in (1, 2, 5))
     fitting: int = next(step for step in steps if step * pixels >= needed)
     return fitting
 
 
-def utility_picture(facts: Mapping[str, Any]) -> Figure:
-    """A panel a corpus: the share of the layer's utility by decoder layer and expert, the kept experts outlined."""
+def utility_picture(facts: Facts) -> Figure:
+    """Each expert's share of its layer's utility, a panel per corpus, with the kept experts outlined.
+
+    Args:
+        facts: of `explain`.
+    """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
@@ -105,22 +114,24 @@ def utility_picture(facts: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _utility_header(figure: Figure, facts: Mapping[str, Any], norm: Any, beyond: bool, wide: int, tall: int) -> None:
-    """Title, colour bar and legend over the panels; ``beyond``: some utilities are above the scale."""
+def _utility_header(figure: Figure, facts: Facts, norm: Normalize, beyond: bool, wide: int, tall: int) -> None:
+    """Draw title, colour bar and legend above the panels; ``beyond``: some utilities are above the scale."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.lines import Line2D
 
     several = len(facts["corpora"]) > 1
     title = f"Which experts {'each corpus' if several else 'the corpus'} uses, and which of them the plan keeps"
     figure.text(20 / wide, 1 - 16 / tall, title, fontsize=TITLE_SIZE, va="top")
-    subtitle = f"{short(facts['method'], 30)} keeps {facts['keep']} of {facts['experts']} experts in {'each of ' if len(facts['layers']) > 1 else ''}{len(facts['layers'])} MoE layer{'s' if len(facts['layers']) > 1 else ''}"  # fmt: skip
+    number = len(facts["layers"])
+    where = f"each of {number} MoE layers" if number > 1 else "1 MoE layer"
+    subtitle = f"{short(facts['method'], 30)} keeps {facts['keep']} of {facts['experts']} experts in {where}"
     figure.text(20 / wide, 1 - 50 / tall, subtitle, color=FAINT, va="top")
     figure.text(LEFT / wide, 1 - 90 / tall, f"utility ({short(facts['saliency'], 20)}), % of the layer", va="top")
     axes = figure.add_axes((LEFT / wide, 1 - 136 / tall, 330 / wide, 18 / tall))
     bar = figure.colorbar(
         ScalarMappable(norm, COLOUR_MAP), cax=axes, orientation="horizontal", extend="max" if beyond else "neither"
     )
-    ticks = scale_ticks(norm.vmax)
+    ticks = scale_ticks(float(norm.vmax or 1.0))
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.outline.set(linewidth=0.5, edgecolor=FAINT)
     bar.minorticks_off()
@@ -132,20 +143,21 @@ def _utility_header(figure: Figure, facts: Mapping[str, Any], norm: Any, beyond:
     if any(row["protected"].get(corpus) for row in facts["layers"] for corpus in facts["corpora"]):
         handles.append((square, dot))
         names.append("kept, protected by this corpus" if several else "kept, protected by the corpus")
-    where = ((LEFT + 410) / wide, 1 - 84 / tall)
-    figure.legend(handles, names, loc="upper left", bbox_to_anchor=where, borderaxespad=0, borderpad=0)
+    place = ((LEFT + 410) / wide, 1 - 84 / tall)
+    figure.legend(handles, names, loc="upper left", bbox_to_anchor=place, borderaxespad=0, borderpad=0)
 
 
-def _heat_map(axes: Axes, values: NDArray[np.float64], norm: Any) -> None:
+def _heat_map(axes: Axes, values: NDArray[np.float64], norm: Normalize) -> None:
     axes.imshow(values, cmap=COLOUR_MAP, norm=norm, aspect="auto", interpolation="none")
     axes.spines[:].set(visible=True, linewidth=0.5)
     axes.tick_params(length=2.5, width=0.5)
 
 
-def _mark(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], corpus: str, dark: NDArray[np.float64], cell: int, high: int
-) -> None:
-    """Outline the kept cells, dot those that this corpus protects; ``dark`` is ``[layer, expert]``, 0 to 1 or above."""
+def _mark(axes: Axes, rows: Sequence[Facts], corpus: str, dark: NDArray[np.float64], cell: int, high: int) -> None:
+    """Outline the kept cells and dot those that this corpus protects.
+
+    ``dark`` is the colour of every cell, ``[layer, expert]``, 0 (palest) to 1 (darkest) or above.
+    """
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Curve
 
@@ -164,7 +176,7 @@ def _mark(
         axes.plot([e for e, _ in some], [i for _, i in some], color=colour, **dots)
 
 
-def _expert_ticks(axes: Axes, rows: Sequence[Mapping[str, Any]], experts: int, cell: int, high: int) -> None:
+def _expert_ticks(axes: Axes, rows: Sequence[Facts], experts: int, cell: int, high: int) -> None:
     layers = [row["decoder_layer"] for row in rows]
     step = _step(high, 24)
     first = next((i for i, layer in enumerate(layers[:step]) if layer % step == 0), 0)
@@ -172,7 +184,7 @@ def _expert_ticks(axes: Axes, rows: Sequence[Mapping[str, Any]], experts: int, c
     axes.set_xticks(range(0, experts, _step(cell, 12 * len(str(experts)) + 12)))
 
 
-def _panel_heading(axes: Axes, facts: Mapping[str, Any], corpus: str, panel_high: int) -> None:
+def _panel_heading(axes: Axes, facts: Facts, corpus: str, panel_high: int) -> None:
     over = facts["overall"]
     kept = f"{percent(over['kept_utility'][corpus])} of its utility kept"
     if len(facts["layers"]) > 1:

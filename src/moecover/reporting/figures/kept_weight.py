@@ -1,4 +1,4 @@
-"""The picture of what plans left of the tasks' routing: reads the facts of `usage.usage`, gives a figure, a panel a task."""
+"""What plans keep of the tasks' routing weight by layer: reads a usage entry, gives a figure with a panel per task."""
 
 from __future__ import annotations
 
@@ -9,23 +9,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.errors import InputError
-from moecover.reporting.figures.style import COLOURS, MARKERS, REFERENCE, STROKES, layer_axis, page, percent, short
+from moecover.reporting.figures.style import (
+    COLOURS,
+    MARKERS,
+    REFERENCE,
+    STROKES,
+    Facts,
+    Look,
+    layer_axis,
+    page,
+    percent,
+    short,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from numpy.typing import NDArray
 
 PANEL, PANEL_HIGH = 3.2, 2.1  # inches
 COLUMNS = 3
 
 
-def kept_by_layer_picture(facts: Mapping[str, Any], methods: Mapping[str, Sequence[str]], keep: int) -> Figure:
-    """By task and decoder layer, the share of routing weight that every method kept.
+def kept_by_layer_picture(facts: Facts, methods: Mapping[str, Sequence[str]], keep: int) -> Figure:
+    """Proportion of routing weight that each method keeps, by task and decoder layer.
 
     Args:
-        facts: of `usage.usage`.
-        methods: by label, the names of its plans, all of the same budget; several (seeds, samples) are drawn as their mean with
-            a band from the least to the greatest.
-        keep: experts that these plans keep.
+        facts: of `task_usage.usage`, one model's entry of usage.json.
+        methods: by label, the names of its plans, all of the same budget; several (seeds, samples) are drawn as their
+            mean with a band from the least to the greatest.
+        keep: experts per layer that these plans keep.
 
     Raises:
         InputError: no method, or one without plans.
@@ -40,25 +54,17 @@ def kept_by_layer_picture(facts: Mapping[str, Any], methods: Mapping[str, Sequen
     lines = math.ceil(len(tasks) / columns)
     names_a_line = max(2, columns)
     legend = 0.22 * math.ceil((len(methods) + 1) / names_a_line) + 0.1
-    title = (
-        f"Routing weight of the tasks that goes to kept experts: {keep} of {facts['experts']} ({percent(chance)}) kept"
-    )
+    kept = f"{keep} of {facts['experts']} ({percent(chance)}) kept"
+    title = f"The tasks' routing weight on kept experts: {kept}"
     figure = page(max(5.5, columns * PANEL), 0.8 + lines * PANEL_HIGH + legend, title)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     lowest, handles = chance, list[Any]()
     for number, (task, axes) in enumerate(zip(tasks, grid.flat, strict=False)):
-        handles = []
-        for i, names in enumerate(methods.values()):
-            runs = np.array([facts["plans"][name][task]["kept_weight"] for name in names])
-            colour, turn = COLOURS[i % len(COLOURS)], i // len(COLOURS)
-            look = {"marker": MARKERS[i % len(MARKERS)], "linestyle": STROKES[turn % len(STROKES)], "color": colour}
-            handles += axes.plot(
-                layers, runs.mean(axis=0), markersize=4 if len(layers) <= 12 else 2.5, linewidth=1.2, **look
-            )
-            if len(runs) > 1:
-                axes.fill_between(layers, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-            lowest = min(lowest, float(runs.min()))
+        plans = facts["plans"]
+        runs = [np.array([plans[name][task]["kept_weight"] for name in names]) for names in methods.values()]
+        handles = _draw_runs(axes, layers, runs)
         handles.append(axes.axhline(chance, color=REFERENCE, linestyle="--", linewidth=1))
+        lowest = min(lowest, *(float(values.min()) for values in runs))
         axes.set_title(short(task), loc="left")
         axes.grid(axis="y")
         layer_axis(axes, layers)
@@ -73,3 +79,17 @@ def kept_by_layer_picture(facts: Mapping[str, Any], methods: Mapping[str, Sequen
     labels = [f"{short(label)}{f', {len(names)} plans' if len(names) > 1 else ''}" for label, names in methods.items()]
     figure.legend(handles, [*labels, "share of experts kept"], loc="outside lower left", ncols=names_a_line)
     return figure
+
+
+def _draw_runs(axes: Axes, layers: Sequence[int], methods: Sequence[NDArray[np.float64]]) -> list[Line2D]:
+    """Draw each method's runs ``[run, layer]`` as their mean, with a band if there are several; gives the lines."""
+    handles = []
+    size = 4 if len(layers) <= 12 else 2.5
+    for i, runs in enumerate(methods):
+        colour, turn = COLOURS[i % len(COLOURS)], i // len(COLOURS)
+        marker, stroke = MARKERS[i % len(MARKERS)], STROKES[turn % len(STROKES)]
+        look = Look(color=colour, marker=marker, linestyle=stroke)
+        handles += axes.plot(layers, runs.mean(axis=0), markersize=size, linewidth=1.2, **look)
+        if len(runs) > 1:
+            axes.fill_between(layers, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    return handles

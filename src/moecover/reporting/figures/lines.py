@@ -9,11 +9,11 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moecover.reporting.figures.style import COLOURS, MARKERS, REFERENCE, STROKES, page, short
+from moecover.reporting.figures.style import COLOURS, MARKERS, REFERENCE, STROKES, Look, page, short
 from moecover.reporting.findings import Estimate
 
 if TYPE_CHECKING:
@@ -32,14 +32,6 @@ class Line:
 
     name: str
     points: tuple[tuple[float, Estimate], ...]
-
-
-class Look(TypedDict):
-    """How a line is drawn, as keywords of matplotlib."""
-
-    color: str
-    marker: str
-    linestyle: str
 
 
 def look_of(turn: int) -> Look:
@@ -93,9 +85,7 @@ def lines_picture(
         axes.set_yscale("log")
     ends = []
     for turn, line in enumerate(drawn):
-        shift = (
-            (turn - (len(drawn) - 1) / 2) * 0.012 * span
-        )  # lines beside each other, so that their bars do not overlap
+        shift = (turn - (len(drawn) - 1) / 2) * 0.012 * span  # side by side, so that bars do not overlap
         ends.append(_draw_line(axes, line, turn, shift, factor))
     if reference:
         axes.axhline(reference[1] * factor, color=REFERENCE, linestyle="--", linewidth=1)

@@ -1,14 +1,11 @@
-"""How pictures look: colours, fonts, pages, and words from outside as they can be drawn. Reads and writes nothing.
-
-Okabe and Ito's colours are told apart by the colour-blind too.
-"""
+"""The style of the figures: colours, fonts, pages, and text from files as it can be drawn. Reads and writes nothing."""
 
 from __future__ import annotations
 
 import functools
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,15 +13,19 @@ if TYPE_CHECKING:
 
 DPI = 150
 
-# Okabe and Ito's colours, which the colour-blind tell apart, without black and the yellow that is too pale for lines.
+Facts = Mapping[str, Any]  # JSON-ready facts: of `explain`, or an entry of usage.json
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without black and the yellow, too pale for lines.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-MARKERS, STROKES = "os^Dv", ("-", ":", "-.")  # the next ones when the colours are used up
+MARKERS, STROKES = "os^Dv", ("-", ":", "-.")  # used in turn when the colours run out
 REFERENCE, COMMON, FAINT = "#000000", "#BBBBBB", "#555555"
 COLOUR_MAP = "Blues"
 
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
+FONT, GRID = "DejaVu Sans", "#E5E5E5"
+
+STYLE: dict[str, str | float | bool] = {
+    "font.family": FONT,
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.labelsize": 9,
@@ -36,11 +37,19 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.edgecolor": FAINT,
     "axes.axisbelow": True,
-    "grid.color": "#E5E5E5",
+    "grid.color": GRID,
     "text.parse_math": False,
     "svg.hashsalt": "moecover",
 }
 TITLE_SIZE = 12
+
+
+class Look(TypedDict):
+    """How a line is drawn, as keywords of matplotlib."""
+
+    color: str
+    marker: str
+    linestyle: str
 
 
 @functools.cache
@@ -48,28 +57,28 @@ def _drawable() -> frozenset[int]:
     """Code points that the font, which comes with matplotlib, can draw."""
     from matplotlib.font_manager import findfont, get_font
 
-    return frozenset(get_font(findfont(STYLE["font.family"])).get_charmap())
+    return frozenset(get_font(findfont(FONT)).get_charmap())
 
 
 def short(text: str, limit: int = 28) -> str:
-    """A text from outside as it can be drawn: on one line, other scripts as escapes, cut at ``limit`` characters."""
+    """Text as it can be drawn: on one line, characters that the font lacks as escapes, cut at ``limit`` characters."""
     plain = "".join(c if c.isprintable() and ord(c) in _drawable() else ascii(c)[1:-1] for c in text)
     return plain if len(plain) <= limit else f"{plain[: limit - 1]}…"
 
 
 def percent(share: float) -> str:
-    """A share in words, three digits."""
+    """A proportion as a percentage to three significant digits."""
     return f"{100 * share:.3g}%"
 
 
-def plan_name(method: str, options: Mapping[str, Any], keep: int) -> str:
+def plan_name(method: str, options: Mapping[str, object], keep: int) -> str:
     """Method, options and budget of a plan, cut to fit a legend."""
     given = "".join(f", {name} {value}" for name, value in options.items())
     return short(f"{method}{given}, keep {keep}", 70)
 
 
 def page(width: float, height: float, title: str) -> Figure:
-    """A page in inches, whose parts matplotlib arranges under the title."""
+    """A figure of a size in inches, whose parts matplotlib lays out under the title."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -80,7 +89,7 @@ def page(width: float, height: float, title: str) -> Figure:
 
 
 def layer_axis(axes: Axes, layers: Sequence[int]) -> None:
-    """An x axis of decoder layers."""
+    """Make the x axis one of decoder layers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)

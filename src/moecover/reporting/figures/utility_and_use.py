@@ -1,4 +1,4 @@
-"""The figures of how far utility on calibration corpora agrees with the tasks' use of experts: reads usage.json's facts."""
+"""How far utility on the corpora agrees with the tasks' use of experts, as figures: reads a usage entry."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moecover.reporting.data import TaskAgreement, Usage
-from moecover.reporting.figures.lines import HEIGHT, LETTERS, SMALL, WIDTH, Look, look_of
-from moecover.reporting.figures.plan_figures import expected_overlap
-from moecover.reporting.figures.style import FAINT, REFERENCE, layer_axis, page, short
+from moecover.reporting.figures.lines import HEIGHT, LETTERS, SMALL, WIDTH, look_of
+from moecover.reporting.figures.overlap import expected_overlap
+from moecover.reporting.figures.style import FAINT, REFERENCE, Look, layer_axis, page, short
 from moecover.reporting.findings import ModelFindings
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def correlation_picture(model: ModelFindings, usage: Usage) -> Figure | None:
     axes.axvline(0, color=REFERENCE, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(tasks)), labels=[short(task, LETTERS) for task in tasks])
     axes.invert_yaxis()
-    axes.set_xlabel("rank correlation with utility (Spearman)\nmark: mean, line: least to greatest layer")
+    axes.set_xlabel("rank correlation with utility (Spearman)\nmark: mean, line: range over layers")
     axes.grid(axis="x")
     figure.legend(loc="outside lower left", ncols=2)
     return figure
