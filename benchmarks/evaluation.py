@@ -109,21 +109,28 @@ def main() -> None:
             shares = [(0.25, 0.5, 0.75)[i % 3] for i in range(args.plans)]
             plans = {f"p{i}": random_plan(structure, round(60 * share), i) for i, share in enumerate(shares)}
 
-            def ours(chosen: dict[str, Plan], *, full: bool, structure: Structure = structure, model: torch.nn.Module = model) -> object:  # fmt: skip
+            def ours(
+                chosen: dict[str, Plan], *, full: bool, structure: Structure = structure, model: torch.nn.Module = model
+            ) -> object:
                 return evaluate(structure, chosen, model=model, texts=[text], full=full, batch_size=BATCH)
 
             seconds = turns(
-                args.repeats, plain=lambda model=model: plain(model, tokens), plans=lambda plans=plans: ours(plans, full=False),
-                close=lambda plans=plans: ours(plans, full=True), unmasked=lambda: ours({}, full=True),
+                args.repeats,
+                plain=lambda model=model: plain(model, tokens),
+                plans=lambda plans=plans: ours(plans, full=False),
+                close=lambda plans=plans: ours(plans, full=True),
+                unmasked=lambda: ours({}, full=True),
                 quarter=lambda plans=plans: ours({"p0": plans["p0"]}, full=False),
-            )  # fmt: skip
+            )
             one, _ = reads(structure, {"p0": plans["p0"]}, text)
             all_of_them, most = reads(structure, plans, text)
         print(f"{dtype}: plain evaluation {1000 * statistics.median(seconds['plain']):.0f} ms")
         print(f"  {args.plans} plans          {ratio(seconds, 'plans', 'plain', args.plans)}")
         print(f"  {args.plans} plans with KL  {ratio(seconds, 'close', 'plain', args.plans + 1)}")
         print(f"  25 %             {ratio(seconds, 'quarter', 'unmasked')}")
-        print(f"  streamed         {all_of_them / one:.3f} of one plan's time for {args.plans}, every part of the weights read {most} time{'s' * (most > 1)}")  # fmt: skip
+        print(
+            f"  streamed         {all_of_them / one:.3f} of one plan's time for {args.plans}, every part of the weights read {most} time{'s' * (most > 1)}"
+        )
 
 
 if __name__ == "__main__":

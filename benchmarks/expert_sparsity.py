@@ -30,10 +30,20 @@ def make_layer(folder: Path, dtype: torch.dtype) -> Path:
     """Write a checkpoint of one layer in Qwen1.5-MoE-A2.7B's shape."""
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
-        vocab_size=2000, hidden_size=2048, num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=16,
-        intermediate_size=5632, moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts=60,
-        num_experts_per_tok=4, norm_topk_prob=False, decoder_sparse_step=1, max_position_embeddings=2048,
-    )  # fmt: skip
+        vocab_size=2000,
+        hidden_size=2048,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        intermediate_size=5632,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        num_experts=60,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+        max_position_embeddings=2048,
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.to_empty(device="cpu")

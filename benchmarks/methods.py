@@ -68,9 +68,11 @@ def sources(data: Path | None, scratch: Path) -> tuple[dict[str, dict[str, Path 
         wiki, c4 = data / "wikitext2", data / "c4"
         calibrations["wikitext2+c4"] = {"wikitext2": wiki / "train_head.raw.txt", "c4": c4 / "train_a.jsonl"}
         held_out |= {
-            "wikitext2": wiki / "test.raw.txt", "c4": c4 / "validation.jsonl",
-            "gutenberg": data / "gutenberg" / "train.jsonl", "gsm8k": questions,
-        }  # fmt: skip
+            "wikitext2": wiki / "test.raw.txt",
+            "c4": c4 / "validation.jsonl",
+            "gutenberg": data / "gutenberg" / "train.jsonl",
+            "gsm8k": questions,
+        }
     return calibrations, held_out
 
 
@@ -99,8 +101,12 @@ def main() -> None:
         if key not in seen:
             with masked(model, structure, chosen):
                 seen[key] = {text.name: perplexity(model, text) for text in texts}
-        cells.append({"calibration": calibration, "label": label, "keep": chosen.keep, "seed": seed, "perplexity": seen[key]})  # fmt: skip
-        print(f"{time.monotonic() - started:6.0f} s  {calibration}, {label}, keep {chosen.keep}, seed {seed}", flush=True)  # fmt: skip
+        cells.append(
+            {"calibration": calibration, "label": label, "keep": chosen.keep, "seed": seed, "perplexity": seen[key]}
+        )
+        print(
+            f"{time.monotonic() - started:6.0f} s  {calibration}, {label}, keep {chosen.keep}, seed {seed}", flush=True
+        )
 
     with tempfile.TemporaryDirectory() as scratch:
         calibrations, held_out = sources(args.data, Path(scratch))
@@ -121,12 +127,18 @@ def main() -> None:
             for chosen in plan_budgets(made, method="random", keeps=keeps, seed=seed):
                 measure("none", "random", seed, chosen)
     result = {
-        "model": args.model, "experts": structure.topology.num_experts, "keeps": keeps, "samples": args.samples,
-        "near": {c: [n for n in NEAR[c] if n in held_out] for c in calibrations}, "far": [n for n in FAR if n in held_out],
-        "calibration_tokens": dict.fromkeys(calibrations, 2 * SEQUENCES * LENGTH), "search_tokens": SEARCH_TOKENS,
-        "held_out_tokens": {text.name: text.num_tokens for text in texts}, "wall_s": round(time.monotonic() - started),
+        "model": args.model,
+        "experts": structure.topology.num_experts,
+        "keeps": keeps,
+        "samples": args.samples,
+        "near": {c: [n for n in NEAR[c] if n in held_out] for c in calibrations},
+        "far": [n for n in FAR if n in held_out],
+        "calibration_tokens": dict.fromkeys(calibrations, 2 * SEQUENCES * LENGTH),
+        "search_tokens": SEARCH_TOKENS,
+        "held_out_tokens": {text.name: text.num_tokens for text in texts},
+        "wall_s": round(time.monotonic() - started),
         "cells": cells,
-    }  # fmt: skip
+    }
     rows = ",\n".join(f"  {json.dumps(cell)}" for cell in result.pop("cells"))
     output.write_text(f'{json.dumps(result, indent=1)[:-2]},\n "cells": [\n{rows}\n ]\n}}\n')
 

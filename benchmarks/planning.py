@@ -75,7 +75,10 @@ def main() -> None:
                     seconds.append(time.perf_counter() - start)
                 start = time.perf_counter()
                 subprocess.run([sys.executable, "-m", "moecover", *command], check=True, stdout=subprocess.DEVNULL)
-                print(f"{method:12} keep {keep:11} {min(seconds):5.2f} s, whole process {time.perf_counter() - start:5.2f} s", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{method:12} keep {keep:11} {min(seconds):5.2f} s, whole process {time.perf_counter() - start:5.2f} s",
+                    file=sys.stderr,
+                )
 
 
 if __name__ == "__main__":

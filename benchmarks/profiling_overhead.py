@@ -64,7 +64,9 @@ def main() -> None:
             )
             for name, value, index in (("recorded", recorded, 1), ("profile", profiled, 2)):
                 paired = statistics.median(row[index] / row[0] for row in seconds)
-                print(f"{dtype:9} plain {1000 * plain:7.1f} ms   {name:8} {1000 * value:7.1f} ms   ratio {value / plain:.3f}   (neighbours {paired:.3f})")  # fmt: skip
+                print(
+                    f"{dtype:9} plain {1000 * plain:7.1f} ms   {name:8} {1000 * value:7.1f} ms   ratio {value / plain:.3f}   (neighbours {paired:.3f})"
+                )
 
 
 if __name__ == "__main__":

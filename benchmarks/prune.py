@@ -57,7 +57,10 @@ def tensors(layers: int) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
     """Names and shapes shard by shard: a layer a shard, then the rest."""
     for layer in range(layers):
         at = f"model.layers.{layer}."
-        shapes: dict[str, tuple[int, ...]] = {at + "mlp.gate.weight": (EXPERTS, WIDTH), at + "mlp.shared_expert_gate.weight": (1, WIDTH)}  # fmt: skip
+        shapes: dict[str, tuple[int, ...]] = {
+            at + "mlp.gate.weight": (EXPERTS, WIDTH),
+            at + "mlp.shared_expert_gate.weight": (1, WIDTH),
+        }
         for name, width in [(f"experts.{e}", EXPERT_WIDTH) for e in range(EXPERTS)] + [("shared_expert", SHARED_WIDTH)]:
             for part in ("gate_proj", "up_proj", "down_proj"):
                 shapes[f"{at}mlp.{name}.{part}.weight"] = (WIDTH, width) if part == "down_proj" else (width, WIDTH)
@@ -68,7 +71,11 @@ def tensors(layers: int) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
         for part in ("input", "post_attention"):
             shapes[f"{at}{part}_layernorm.weight"] = (WIDTH,)
         yield f"model-{layer + 1:05}.safetensors", dict(sorted(shapes.items()))
-    rest = {"lm_head.weight": (VOCABULARY, WIDTH), "model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}  # fmt: skip
+    rest = {
+        "lm_head.weight": (VOCABULARY, WIDTH),
+        "model.embed_tokens.weight": (VOCABULARY, WIDTH),
+        "model.norm.weight": (WIDTH,),
+    }
     yield f"model-{layers + 1:05}.safetensors", rest
 
 
@@ -76,12 +83,23 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     """Write a checkpoint of random bytes, a block of them again and again."""
     folder.mkdir()
     config = {
-        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "torch_dtype": "bfloat16",
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "intermediate_size": 5632, "moe_intermediate_size": EXPERT_WIDTH,
-        "shared_expert_intermediate_size": SHARED_WIDTH, "num_experts": EXPERTS, "num_experts_per_tok": 4,
-        "norm_topk_prob": False, "decoder_sparse_step": 1, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "torch_dtype": "bfloat16",
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 5632,
+        "moe_intermediate_size": EXPERT_WIDTH,
+        "shared_expert_intermediate_size": SHARED_WIDTH,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "tie_word_embeddings": False,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     block = np.random.default_rng(0).bytes(16 << 20)
     weight_map: dict[str, str] = {}

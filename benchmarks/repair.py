@@ -79,13 +79,21 @@ class Own:
 
 
 OWN = {
-    "kinds": Own(", own text by kind", False, True, 1 / 4, [
-        {"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "scale", "none"]},
-        {"method": "pooled", **CONTRIBUTION, "repair": ["ridge", "none"]},
-    ]),
-    "all": Own(", all corpora", True, True, 5 / 24, [{"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "none"]}]),
+    "kinds": Own(
+        ", own text by kind",
+        False,
+        True,
+        1 / 4,
+        [
+            {"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "scale", "none"]},
+            {"method": "pooled", **CONTRIBUTION, "repair": ["ridge", "none"]},
+        ],
+    ),
+    "all": Own(
+        ", all corpora", True, True, 5 / 24, [{"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "none"]}]
+    ),
     "own": Own(", own text", False, False, 2, [{"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "none"]}]),
-}  # fmt: skip
+}
 
 
 def grid(args: argparse.Namespace, scratch: Path, own: tuple[str, str] | None = None) -> dict[str, Any]:
@@ -100,11 +108,19 @@ def grid(args: argparse.Namespace, scratch: Path, own: tuple[str, str] | None = 
         corpora = [*(corpora if way.named else ()), f"self={folder if way.by_kind else file}"]
         methods, sequences = way.methods, round(args.sequences * way.blocks)
     return {
-        "models": [f"shipped:{name}" for name in models], "calibration": [corpora],
-        "samples": list(range(args.samples)), "sequences": sequences, "length": LENGTH,
-        "batch_size": 16, "search_tokens": 8192, "methods": methods, "retain": [0.25, 0.5, 0.75],
-        "perplexity": [f"{n}={held_out[n]}" if held_out[n] else n for n in texts], "window": LENGTH, "windows": args.windows,
-    }  # fmt: skip
+        "models": [f"shipped:{name}" for name in models],
+        "calibration": [corpora],
+        "samples": list(range(args.samples)),
+        "sequences": sequences,
+        "length": LENGTH,
+        "batch_size": 16,
+        "search_tokens": 8192,
+        "methods": methods,
+        "retain": [0.25, 0.5, 0.75],
+        "perplexity": [f"{n}={held_out[n]}" if held_out[n] else n for n in texts],
+        "window": LENGTH,
+        "windows": args.windows,
+    }
 
 
 def written(args: argparse.Namespace, model: str) -> tuple[Path, Path]:
@@ -163,17 +179,25 @@ def found_on(run: Path, model: str) -> dict[tuple[float, str], list[Found]]:
             items: dict[str, dict[str, Any]] = {}
             for label in labels:
                 mine = [c for c in cells if c["label"] == label and c["retain"] == retain]
-                runs[label] = {(c["sample"], c["seed"]): statistics.fmean(float(nll[c["id"]][t].mean()) for t in texts) - mean_full for c in mine}  # fmt: skip
+                runs[label] = {
+                    (c["sample"], c["seed"]): statistics.fmean(float(nll[c["id"]][t].mean()) for t in texts) - mean_full
+                    for c in mine
+                }
                 items[label] = {t: np.mean([nll[c["id"]][t] for c in mine], axis=0) for t in texts}
             base, rows = statistics.fmean(runs[BASE].values()), []
             for label in labels:
                 gap = statistics.fmean(runs[label].values())
-                shares = [g / (runs[BASE][sample, None] if seed is None else base) for (sample, seed), g in runs[label].items()]  # fmt: skip
+                shares = [
+                    g / (runs[BASE][sample, None] if seed is None else base)
+                    for (sample, seed), g in runs[label].items()
+                ]
                 boot = paired = None
                 if label != labels[0]:
                     boot = paired_bootstrap(items[labels[0]], items[label], resamples=100_000)
                     ours, theirs = (np.array([*runs[name].values()]) for name in (labels[0], label))
-                    paired = over_seeds(ours, theirs, paired=runs[labels[0]].keys() == runs[label].keys(), units="samples")  # fmt: skip
+                    paired = over_seeds(
+                        ours, theirs, paired=runs[labels[0]].keys() == runs[label].keys(), units="samples"
+                    )
                 rows.append(Found(label, math.exp(mean_full + gap), gap, shares, boot, paired))
             found[retain, where] = rows
     for name in ("boot", "paired"):
@@ -186,19 +210,32 @@ def found_on(run: Path, model: str) -> dict[tuple[float, str], list[Found]]:
 
 def table(model: str, found: dict[tuple[float, str], list[Found]]) -> str:
     """The rows of one model in markdown."""
-    head = "| kept | texts | method | perplexity | log gap | share of TB-Coverage (reap)'s gap | first method less this one | p, windows | p, samples |"  # fmt: skip
+    head = "| kept | texts | method | perplexity | log gap | share of TB-Coverage (reap)'s gap | first method less this one | p, windows | p, samples |"
     lines = [f"### {model}\n", head, "|---|---|---|---:|---:|---:|---:|---:|---:|"]
 
     def told(difference: Difference) -> str:
-        return "-" if difference.p_holm is None else "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"  # fmt: skip
+        return (
+            "-" if difference.p_holm is None else "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"
+        )
 
     for (retain, where), rows in found.items():
         for row in rows:
             spread = f" ± {statistics.stdev(row.shares):.2f}" if len(row.shares) > 1 else ""
             tests = ["", "", ""]
             if row.boot is not None and row.paired is not None:
-                tests = [f"{row.boot.value:+.3f} ({row.boot.low:+.3f} to {row.boot.high:+.3f})", told(row.boot), told(row.paired)]  # fmt: skip
-            cells = [f"{retain:.0%}", where, row.label, f"{row.perplexity:.1f}", f"{row.gap:.3f}", f"{statistics.fmean(row.shares):.2f}{spread}"]  # fmt: skip
+                tests = [
+                    f"{row.boot.value:+.3f} ({row.boot.low:+.3f} to {row.boot.high:+.3f})",
+                    told(row.boot),
+                    told(row.paired),
+                ]
+            cells = [
+                f"{retain:.0%}",
+                where,
+                row.label,
+                f"{row.perplexity:.1f}",
+                f"{row.gap:.3f}",
+                f"{statistics.fmean(row.shares):.2f}{spread}",
+            ]
             lines.append(f"| {' | '.join([*cells, *tests])} |")
     return "\n".join(lines) + "\n"
 
@@ -210,7 +247,11 @@ def draw(found: dict[str, dict[tuple[float, str], list[Found]]], path: Path) -> 
     budgets = sorted({retain for by in found.values() for retain, _ in by})[:2]
     with rc_context(STYLE):
         rows = len({row.label for by in found.values() for some in by.values() for row in some})
-        figure = page(9.0, 2.2 + (0.6 + 0.21 * rows) * len(found), "Log-perplexity gap to the full model as a share of TB-Coverage (reap)'s: what repair leaves of it")  # fmt: skip
+        figure = page(
+            9.0,
+            2.2 + (0.6 + 0.21 * rows) * len(found),
+            "Log-perplexity gap to the full model as a share of TB-Coverage (reap)'s: what repair leaves of it",
+        )
         for number, (model, by) in enumerate(found.items()):
             for column, retain in enumerate(budgets):
                 axes = figure.add_subplot(len(found), len(budgets), number * len(budgets) + column + 1)
@@ -220,7 +261,14 @@ def draw(found: dict[str, dict[tuple[float, str], list[Found]]], path: Path) -> 
                     means = [statistics.fmean(row.shares) for row in rows]
                     spread = [statistics.stdev(row.shares) if len(row.shares) > 1 else 0.0 for row in rows]
                     places = [y + (turn - 0.5) * 0.25 for y in range(len(rows))]
-                    axes.errorbar(means, places, xerr=spread, fmt=MARKERS[turn], color=COLOURS[turn], label=f"{where}: {', '.join(GROUPS[where])}")  # fmt: skip
+                    axes.errorbar(
+                        means,
+                        places,
+                        xerr=spread,
+                        fmt=MARKERS[turn],
+                        color=COLOURS[turn],
+                        label=f"{where}: {', '.join(GROUPS[where])}",
+                    )
                 axes.axvline(1.0, color=FAINT, linewidth=0.8)
                 axes.axvline(GOAL, color=FAINT, linewidth=0.8, linestyle=":", label=f"wanted on the far texts: {GOAL}")
                 axes.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
@@ -239,7 +287,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/, c4/, gutenberg/ and gsm8k/")
     parser.add_argument("--models", nargs="+", default=MODELS, help="shipped models (all)")
     parser.add_argument("--samples", type=int, default=5, help="calibration samples (%(default)s)")
-    parser.add_argument("--sequences", type=int, default=48, help="blocks of 512 tokens per corpus and sample (%(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--sequences", type=int, default=48, help="blocks of 512 tokens per corpus and sample (%(default)s)"
+    )
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens per text (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the shares")

@@ -83,9 +83,14 @@ def main() -> None:
             raise SystemExit(done.stderr)
         found = json.loads(done.stdout)
         seconds[what] = found["seconds"]
-        print(f"{what}, {args.layers} layers, {tokens:,} tokens: {found['seconds']} s, peak {found['peak'] / 1e9:.2f} GB of which {found['loaded'] / 1e9:.2f} GB the loaded model", flush=True)  # fmt: skip
+        print(
+            f"{what}, {args.layers} layers, {tokens:,} tokens: {found['seconds']} s, peak {found['peak'] / 1e9:.2f} GB of which {found['loaded'] / 1e9:.2f} GB the loaded model",
+            flush=True,
+        )
         if "bound" in found:
-            print(f"  layers {found['layers']} s, of which the fit {found['fits']} s; bound {found['bound'] / 1e9:.2f} GB; {found}")  # fmt: skip
+            print(
+                f"  layers {found['layers']} s, of which the fit {found['fits']} s; bound {found['bound'] / 1e9:.2f} GB; {found}"
+            )
     print(f"repair / profile: {seconds[args.kind] / seconds['profile']:.1f}")
 
 

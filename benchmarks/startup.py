@@ -108,8 +108,11 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             done = subprocess.run(
                 [sys.executable, "-c", WHICH.format(large=LARGE), *words],
-                env=os.environ | {"MOECOVER_CACHE": str(cache)}, capture_output=True, check=True, text=True,
-            )  # fmt: skip
+                env=os.environ | {"MOECOVER_CACHE": str(cache)},
+                capture_output=True,
+                check=True,
+                text=True,
+            )
             loaded, median = done.stderr.strip().split("\n")[-1], statistics.median(times[name])
             print(f"{name:30}{median:9.3f}{median - bare:11.3f}  {loaded}")
 

@@ -93,7 +93,11 @@ class Methods:
     def values(self, calibration: str, label: str, keep: int, where: str) -> list[float]:
         """Geometric mean of the perplexity over the domains, one value a sample or seed."""
         names = self.domains[where][calibration]
-        found = [c for c in self.cells if c["label"] == label and c["keep"] == keep and c["calibration"] in (calibration, "none")]  # fmt: skip
+        found = [
+            c
+            for c in self.cells
+            if c["label"] == label and c["keep"] == keep and c["calibration"] in (calibration, "none")
+        ]
         return [geometric([c["perplexity"][n] for n in names]) for c in found]
 
     def whole(self, calibration: str, where: str) -> float:
@@ -126,7 +130,7 @@ def methods_of(model: str) -> str:
         f"seeds of random plans. expert-sparsity searches on {data['search_tokens']:,} tokens. Held out: "
         + ", ".join(f"{n} ({t:,} tokens)" for n, t in data["held_out_tokens"].items())
         + f".\n\n![Perplexity over the full model's on {model}, by method](methods-{model}.png)\n"
-    ]  # fmt: skip
+    ]
     for calibration in data["near"]:
         near, far = (made.domains[where][calibration] for where in ("calibrated", "never"))
         parts.append(
@@ -179,7 +183,11 @@ def draw_methods(model: str, path: Path) -> None:
 
     made = Methods(model)
     keeps, experts = made.data["keeps"][:2], made.data["experts"]
-    shown = [x for x in made.labels if "super" not in x and "protect 0.25" not in x and "protect 0.75" not in x and "protect 1.0" not in x]  # fmt: skip
+    shown = [
+        x
+        for x in made.labels
+        if "super" not in x and "protect 0.25" not in x and "protect 0.75" not in x and "protect 1.0" not in x
+    ]
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 1.6 + 0.23 * len(shown) * len(made.data["near"])), layout="constrained")
         panels = figure.subplots(len(made.data["near"]), len(keeps), squeeze=False, sharey=True)
@@ -203,7 +211,13 @@ def draw_methods(model: str, path: Path) -> None:
             line[0].set_ylim(len(shown) - 0.5, -0.5)
         for axis in panels[-1]:
             axis.set_xlabel("perplexity over the full model's (1 = nothing lost)")
-        marks = [figure.axes[0].plot([], [], color=c, marker=m, label=label)[0] for c, m, label in ((COLOURS[0], "o", "text like the calibration text"), (COLOURS[1], "D", "domains never calibrated on"))]  # fmt: skip
+        marks = [
+            figure.axes[0].plot([], [], color=c, marker=m, label=label)[0]
+            for c, m, label in (
+                (COLOURS[0], "o", "text like the calibration text"),
+                (COLOURS[1], "D", "domains never calibrated on"),
+            )
+        ]
         figure.legend(handles=marks, loc="outside lower left", ncols=2, frameon=False)
         figure.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -70,9 +70,21 @@ def test_training_continues_and_ends_where_it_would_have(tmp_path: Path) -> None
         shutil.copy(tmp_path / "work" / name, tmp_path / "cut" / name)
     shutil.copytree(tmp_path / "work" / "tokenizer", tmp_path / "cut" / "tokenizer")
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--data", str(data), "-o", str(tmp_path / "cut-out"), "--work", str(tmp_path / "cut"), *SMALL.split()],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(SCRIPT),
+            "--data",
+            str(data),
+            "-o",
+            str(tmp_path / "cut-out"),
+            "--work",
+            str(tmp_path / "cut"),
+            *SMALL.split(),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 4:"):  # a state was saved

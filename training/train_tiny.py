@@ -192,22 +192,41 @@ def make_optimisers(model: torch.nn.Module, matrix_lr: float, other_lr: float) -
 def make_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
     """A fresh model of the shape that is asked for."""
     common = {
-        "vocab_size": vocabulary, "hidden_size": args.hidden, "num_hidden_layers": args.layers,
-        "num_attention_heads": args.hidden // 32, "num_key_value_heads": args.hidden // 32,
-        "moe_intermediate_size": args.expert, "norm_topk_prob": False, "max_position_embeddings": 2 * LENGTH,
-        "rope_theta": 10000.0, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.02,
-    }  # fmt: skip
+        "vocab_size": vocabulary,
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 32,
+        "num_key_value_heads": args.hidden // 32,
+        "moe_intermediate_size": args.expert,
+        "norm_topk_prob": False,
+        "max_position_embeddings": 2 * LENGTH,
+        "rope_theta": 10000.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.02,
+    }
     if args.shape == "deepseek":
         config = DeepseekConfig(
-            **common, intermediate_size=args.dense, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2,
-            first_k_dense_replace=1, tie_word_embeddings=False,
-        )  # fmt: skip
+            **common,
+            intermediate_size=args.dense,
+            n_routed_experts=64,
+            num_experts_per_tok=6,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+            tie_word_embeddings=False,
+        )
         made = DeepseekForCausalLM
     else:
         config = Qwen2MoeConfig(
-            **common, intermediate_size=args.shared, shared_expert_intermediate_size=args.shared, num_experts=60,
-            num_experts_per_tok=4, decoder_sparse_step=1, tie_word_embeddings=True, use_sliding_window=False,
-        )  # fmt: skip
+            **common,
+            intermediate_size=args.shared,
+            shared_expert_intermediate_size=args.shared,
+            num_experts=60,
+            num_experts_per_tok=4,
+            decoder_sparse_step=1,
+            tie_word_embeddings=True,
+            use_sliding_window=False,
+        )
         made = Qwen2MoeForCausalLM
     config._attn_implementation = "sdpa"
     model = made(config)
@@ -364,10 +383,16 @@ def finish(args, model, tokenizer, texts, curve, steps, spent_s) -> None:
     tokenizer.save_pretrained(args.output)
     figures = {name: round(bits_per_byte(model, tokenizer, text), 4) for name, text in texts.items()}
     record = {
-        "bits_per_byte": figures, "tokens": steps * args.batch_size * LENGTH, "wall_s": round(spent_s), "threads": args.threads,
-        "torch": torch.__version__, "python": platform.python_version(), "mixture": MIXTURE,
-        "options": {k: v for k, v in vars(args).items() if k not in ("data", "output", "work")}, "curve": curve[::5],
-    }  # fmt: skip
+        "bits_per_byte": figures,
+        "tokens": steps * args.batch_size * LENGTH,
+        "wall_s": round(spent_s),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mixture": MIXTURE,
+        "options": {k: v for k, v in vars(args).items() if k not in ("data", "output", "work")},
+        "curve": curve[::5],
+    }
     (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["bits_per_byte"]), flush=True)
 

@@ -10,35 +10,72 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 COMMON = {
-    "vocab_size": 300, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 64, "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 FAMILIES = {
     # A dense first layer: the MoE layer index is not the decoder index.
     "qwen2_moe": {
-        "num_hidden_layers": 3, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 12,
-        "shared_expert_intermediate_size": 24, "num_experts_per_tok": 4, "norm_topk_prob": False, "mlp_only_layers": [0],
+        "num_hidden_layers": 3,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_experts": 12,
+        "shared_expert_intermediate_size": 24,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [0],
     },
     "qwen3_moe": {
-        "num_hidden_layers": 3, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 8,
-        "num_experts_per_tok": 2, "norm_topk_prob": True, "mlp_only_layers": [1],
+        "num_hidden_layers": 3,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
     },
     "mixtral": {"num_hidden_layers": 2, "intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
-    "olmoe": {"num_hidden_layers": 2, "intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False},
-}  # fmt: skip
+    "olmoe": {
+        "num_hidden_layers": 2,
+        "intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+    },
+}
 # Router groups and a correction bias; not proven through the files yet, so not among the families.
 GROUPED = {
-    "num_key_value_heads": 4, "num_hidden_layers": 3, "intermediate_size": 48, "moe_intermediate_size": 16,
-    "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1,
-    "n_shared_experts": 1, "routed_scaling_factor": 2.5,
-}  # fmt: skip
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+}
 OTHERS = {
     "deepseek_v3": {**GROUPED, "norm_topk_prob": True},
     "deepseek_v2": {**GROUPED, "topk_method": "group_limited_greedy"},
     "gpt_oss": {"num_hidden_layers": 2, "intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2},
     "phimoe": {"num_hidden_layers": 2, "intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2},
-}  # fmt: skip
+}
 TEXT = "The river rises in the hills, turns south past the old mill and falls into the sea. 0123456789\n"
 
 
