@@ -1,14 +1,15 @@
-"""Cost of evaluating plans: time over that of as many plain evaluations, in one run.
+"""Cost of evaluating plans: time as a ratio to the same number of plain evaluations, in one run.
 
     python -m benchmarks.evaluation [--plans 3] [--repeats 9] [--batches 4] [--threads 2]
 
-A plain evaluation is a loop over the windows with ``model(tokens)`` and torch's cross-entropy, no mask. Turns alternate, so that a
-noisy machine disturbs all. Ratios are those of the medians, and beside them the medians of the ratios of neighbours:
+A plain evaluation is a loop over the windows with ``model(tokens)`` and torch's cross-entropy, no mask. The passes
+alternate, so that noise on the machine affects all of them alike. Each ratio is one of medians, followed by the median
+of the ratios within each round:
 
-    plans        M plans, perplexity alone, over M plain evaluations
-    with KL      M plans and the model itself, KL divergence and agreement too, over M + 1 plain evaluations
+    plans        M plans, perplexity only, over M plain evaluations
+    with KL      M plans and the model itself, with KL divergence and agreement, over M + 1 plain evaluations
     25 %         one plan that keeps a quarter of the experts, over the unmasked model evaluated by the same code
-    streamed     M plans layer by layer over one of them, and how often a layer's weights were read
+    streamed     M plans layer by layer over one plan, and how often a layer's weights were read
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ LENGTH, BATCH = 512, 4
 
 
 def random_plan(structure: Structure, keep: int, seed: int) -> Plan:
+    """A plan that keeps a random set of ``keep`` experts in every layer."""
     topology, chance = structure.topology, np.random.default_rng(seed)
     layers = [
         LayerPlan(decoder_layer=d, kept=sorted(map(int, chance.choice(topology.num_experts, keep, replace=False))))
@@ -55,7 +57,7 @@ def plain(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 
 
 def turns(repeats: int, **turn: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of every turn, in rounds, the first two left out."""
+    """Seconds of every named call, run in alternating rounds; two warm-up rounds are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in turn}
     for repeat in range(repeats + 2):
         for name, run in turn.items():
@@ -67,13 +69,14 @@ def turns(repeats: int, **turn: Callable[[], object]) -> dict[str, list[float]]:
 
 
 def ratio(seconds: dict[str, list[float]], one: str, other: str, times: int = 1) -> str:
+    """Ratio of the medians over ``times``, and the median of the ratios within each round."""
     pairs = zip(seconds[one], seconds[other], strict=True)
     whole = statistics.median(seconds[one]) / statistics.median(seconds[other]) / times
     return f"{whole:.3f}   (neighbours {statistics.median(a / b for a, b in pairs) / times:.3f})"
 
 
 def reads(structure: Structure, plans: dict[str, Plan], text: object) -> tuple[float, int]:
-    """Seconds of a streamed evaluation, and the most often that one part of the weights was read."""
+    """Seconds of a streamed evaluation, and the largest number of reads of any part of the weights."""
     count: Counter[str] = Counter()
     load = Weights.load
 
@@ -92,6 +95,7 @@ def reads(structure: Structure, plans: dict[str, Plan], text: object) -> tuple[f
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--plans", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=9)

@@ -3,9 +3,10 @@
     python -m benchmarks.full_size qwen1.5-moe-a2.7b DIR [--layers N]      28.6 GB in 8 files
     python -m benchmarks.full_size deepseek-moe-16b DIR [--layers N]       32.8 GB in 7 files
 
-Weights are normal with the spread that keeps activations near 1, routers wider, so that routing is uneven as in a
-trained model. They are cut at random places from one block of random numbers: a full-size model takes as long as the
-disk. With --layers, a model of fewer layers, for curves over the size.
+Weights are normal, with standard deviations that keep activations near 1; those of the routers are larger, so that
+routing is as uneven as in a trained model. All are slices, at random offsets, of one pool of random numbers, so the
+speed of the disk decides how long a full-size model takes. ``--layers`` makes a model of fewer layers, for measurements
+over the size.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], float]]:
-    """Name, shape and spread of every tensor; a spread of 0 stands for ones, below 0 for zeros."""
+    """Name, shape and standard deviation of every tensor; 0 stands for ones, a negative value for zeros."""
     hidden, vocabulary, qwen = config["hidden_size"], config["vocab_size"], config["model_type"] == "qwen2_moe"
 
     def linear(name: str, rows: int, columns: int, gain: float = 1.0) -> tuple[str, tuple[int, ...], float]:
@@ -123,7 +124,7 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], floa
 
 
 def make(shape: str, folder: Path, *, layers: int | None = None) -> Path:
-    """Write a checkpoint into a folder that does not exist yet, or is complete already."""
+    """Write a checkpoint to a new folder; a folder with a finished one is returned unchanged."""
     if (folder / "config.json").exists():
         return folder
     shards, config = SHAPES[shape]
@@ -159,6 +160,7 @@ def make(shape: str, folder: Path, *, layers: int | None = None) -> Path:
 
 
 def main() -> None:
+    """Write the checkpoint that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)

@@ -31,7 +31,7 @@ def make_model(folder: Path, dtype: torch.dtype) -> Path:
         max_position_embeddings=2048,
     )
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():  # routers as uneven as a trained one's
+    with torch.no_grad():  # routing as uneven as in a trained model
         for layer in model.model.layers:
             layer.mlp.gate.weight.normal_(0, 0.05)
     model.to(dtype).save_pretrained(folder)
@@ -39,7 +39,7 @@ def make_model(folder: Path, dtype: torch.dtype) -> Path:
 
 
 def make_rows(path: Path, sequences: int, length: int) -> Path:
-    """Write token ids as a corpus of pre-tokenised rows."""
+    """Write random token ids as a corpus of pre-tokenised rows."""
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, size=(sequences, length))
     path.write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in tokens))
     return path
