@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.shapes import VOCABULARY, make_model
 from moecover.checkpoints.structure import Structure, read_structure
-from moecover.corpora.packing import make_corpus
+from moecover.corpora.packing import Corpus, make_corpus
 from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.runtime.loading import load_model
@@ -75,7 +75,7 @@ def ratio(seconds: dict[str, list[float]], one: str, other: str, times: int = 1)
     return f"{whole:.3f}   (neighbours {statistics.median(a / b for a, b in pairs) / times:.3f})"
 
 
-def reads(structure: Structure, plans: dict[str, Plan], text: object) -> tuple[float, int]:
+def reads(structure: Structure, plans: dict[str, Plan], text: Corpus) -> tuple[float, int]:
     """Seconds of a streamed evaluation, and the largest number of reads of any part of the weights."""
     count: Counter[str] = Counter()
     load = Weights.load
@@ -88,7 +88,7 @@ def reads(structure: Structure, plans: dict[str, Plan], text: object) -> tuple[f
     try:
         start = time.perf_counter()
         with streamed(structure) as model:
-            evaluate(structure, plans, model=model, texts=[text], full=False, batch_size=BATCH)  # type: ignore[list-item]
+            evaluate(structure, plans, model=model, texts=[text], full=False, batch_size=BATCH)
         return time.perf_counter() - start, max(count.values())
     finally:
         Weights.load = load  # type: ignore[method-assign]
@@ -133,7 +133,8 @@ def main() -> None:
         print(f"  {args.plans} plans with KL  {ratio(seconds, 'close', 'plain', args.plans + 1)}")
         print(f"  25 %             {ratio(seconds, 'quarter', 'unmasked')}")
         print(
-            f"  streamed         {all_of_them / one:.3f} of one plan's time for {args.plans}, every part of the weights read {most} time{'s' * (most > 1)}"
+            f"  streamed         {all_of_them / one:.3f} of one plan's time for {args.plans}, "
+            f"every part of the weights read {most} time{'s' * (most > 1)}"
         )
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.expert_sparsity [--tokens 2048] [--keep 15] [--dtypes float32,bfloat16]
 
-Random weights. Prints the seconds for the whole layer (outputs of all experts, Gram matrices, greedy elimination down to
-``--keep``, the loss of the result) and the rise of the peak resident memory above the loaded model.
+Random weights. Prints the seconds for the whole layer (outputs of all experts, Gram matrices, greedy elimination down
+to ``--keep``, the loss of the result) and the rise of the peak resident memory above the loaded model.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python -m benchmarks.methods [--model NAME] [--data DIR] [--samples 3] [--blocks 20] [-o docs/methods-NAME.json]
 
 The source of the tables in docs/methods.md, and the evidence for the defaults. Calibrates on samples of the shipped
-corpora and, with --data (a folder with wikitext2/, c4/, gutenberg/, gsm8k/), of WikiText2 and C4. Measures every plan at
-25, 50 and 75 % of the experts on held-out text of the calibrated corpora and on domains that no calibration set covers.
+corpora and, with --data (a folder with wikitext2/, c4/, gutenberg/, gsm8k/), of WikiText2 and C4. Measures every plan
+at 25, 50 and 75 % of the experts on held-out text of the calibrated corpora and on domains that no calibration set
+covers.
 Every calibration sample yields its own profile; random plans vary in their seed instead. Writes every cell as JSON;
 `make docs` turns it into tables.
 """
@@ -22,7 +23,7 @@ from typing import Any
 from moecover.checkpoints.shipped import DEFAULT as MODEL
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
-from moecover.cli.demo import LENGTH
+from moecover.cli.tour import LENGTH
 from moecover.corpora.packing import Corpus, load_corpus
 from moecover.evaluation.run import perplexity
 from moecover.planning.artifact import Plan, keep_all

@@ -4,9 +4,9 @@
         [--profile-tokens 32768] [--keep 30] [--kind ridge]
 
 Random weights and tokens in the real shape (`benchmarks.full_size`), few layers, in memory. Profile and repair each run
-in their own process. Prints for both the seconds of the pass (loading not counted) and the peak resident memory, and for
-the repair the seconds of every layer and of its fit, and the bound that `repairing.needed_bytes` gives. All sweeps run,
-whether they still reduce the error or not: on random weights convergence tells nothing about a trained model.
+in their own process. Prints for both the seconds of the pass (loading not counted) and the peak resident memory, and
+for the repair the seconds of every layer and of its fit, and the bound that `repairing.needed_bytes` gives. All sweeps
+run, whether they still reduce the error or not: on random weights convergence tells nothing about a trained model.
 """
 
 from __future__ import annotations

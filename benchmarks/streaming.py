@@ -1,7 +1,7 @@
 """The cost of running layer by layer: against the same pass without statistics, and against the same pass in memory.
 
-    python -m benchmarks.streaming FOLDER [--blocks 16] [--length 2048] [--rounds 3]    for a checkpoint of any size
-    python -m benchmarks.streaming --curves SCRATCH [--shape qwen1.5-moe-a2.7b]         models that fit, 2, 4 and 8 layers
+    python -m benchmarks.streaming FOLDER [--blocks 16] [--length 2048] [--rounds 3]    a checkpoint of any size
+    python -m benchmarks.streaming --curves SCRATCH [--shape qwen1.5-moe-a2.7b]         models of 2, 4 and 8 layers
 
 Two corpora of random tokens, batches of one block. Every pass runs in its own process; they alternate. With FOLDER:
 `profile` layer by layer over a plain streamed pass (both read the checkpoint once), and its peak resident memory. With
