@@ -1,4 +1,8 @@
-"""Tiny random checkpoints in the hub's format, one a family, seeded."""
+"""Tiny random checkpoints in the hub's format, one per family, seeded.
+
+`FAMILIES` are the model types that most tests run on, `OTHERS` types with special routing; both hold what their
+configurations add to `COMMON`.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +55,7 @@ FAMILIES = {
         "norm_topk_prob": False,
     },
 }
-# Router groups and a correction bias; not proven through the files yet, so not among the families.
+# Router groups and a correction bias.
 GROUPED = {
     "num_key_value_heads": 4,
     "num_hidden_layers": 3,
@@ -80,6 +84,7 @@ TEXT = "The river rises in the hills, turns south past the old mill and falls in
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most 300 tokens, trained on `TEXT`; ``<end>`` ends and pads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -102,7 +107,16 @@ def make_checkpoint(
     shards: bool = False,
     **config: object,
 ) -> Path:
-    """A checkpoint of one family: routers spread out so that routing is uneven, per-expert tensors as on the hub."""
+    """Write a checkpoint with its tokenizer; routing is uneven, and experts are separate tensors, as on the hub.
+
+    Args:
+        folder: where to write; returned.
+        family: a key of `FAMILIES` or `OTHERS`.
+        seed: of the random weights.
+        dtype: of the weights.
+        shards: whether to split the weights into files of at most 40 kB.
+        **config: overrides of the configuration.
+    """
     torch.manual_seed(seed)
     parsed = AutoConfig.for_model(family, **{**COMMON, **{**FAMILIES, **OTHERS}[family], **config})
     model = AutoModelForCausalLM.from_config(parsed)
@@ -117,7 +131,7 @@ def make_checkpoint(
                 buffer.normal_(0, 0.3)  # large enough to change the choice of most tokens
     model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB", save_original_format=True)
-    # save_pretrained writes qwen3_moe's count under another name than the hub's files: put the hub's key back.
+    # save_pretrained names qwen3_moe's number of experts differently from the hub's files: restore the hub's key.
     raw = json.loads((folder / "config.json").read_text())
     if family == "qwen3_moe":
         raw["num_experts"] = raw.pop("num_local_experts", raw.get("num_experts"))

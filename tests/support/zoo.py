@@ -1,7 +1,8 @@
-"""A tiny random model of every type of the installed transformers that has routed experts.
+"""A tiny random model of every type in the installed transformers that has routed experts.
 
-`types` finds them: the causal language models whose configuration counts experts. A configuration is the class's own
-defaults made small: every size that it has by one of the names in `SMALL`, then what `SPECIAL` says of the type.
+`types` finds them: the causal language models whose configuration has a number of experts. `make_config` starts from
+the defaults of the type's own class, replaces every size that it has under a name in `SMALL`, then applies what
+`SPECIAL` holds for the type.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ SMALL: dict[str, Any] = {
 MLPS = ["dense"] + ["sparse"] * (LAYERS - 1)
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
 SAM = {"output_channels": 8, "downsample_channels": [16, 32], "image_size": 64}
-PICTURES: dict[str, Any] = {  # a part that is a type of its own
+PICTURES: dict[str, Any] = {  # for vision parts that are a type of their own
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
@@ -162,53 +163,56 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def types() -> list[str]:
-    """Model types with routed experts, alphabetical."""
+    """Model types with routed experts, in alphabetical order."""
     found = []
     for name in sorted(CONFIG_MAPPING.keys()):
         cls = CONFIG_MAPPING[name]
         if auto_class(cls) is None:
             continue
-        names = _names(cls)
-        parts = [names, *(_names(sub) for sub in getattr(cls, "sub_configs", {}).values())]
+        names = field_names(cls)
+        parts = [names, *(field_names(sub) for sub in getattr(cls, "sub_configs", {}).values())]
         if any(key in part for part in parts for key in COUNT_KEYS):
             found.append(name)
     return found
 
 
-def _names(cls: type) -> set[str]:
+def field_names(cls: type) -> set[str]:
+    """The names under which a configuration class has a value, aliases included."""
     fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     return fields | set(getattr(cls, "attribute_map", {}))
 
 
 def make_config(name: str) -> PreTrainedConfig:
-    """The small configuration of a type."""
+    """The small configuration of a model type."""
     cls = CONFIG_MAPPING[name]
-    options = _small(cls)
+    options = small_values(cls)
     for key, value in SPECIAL.get(name, {}).items():
-        options[key] = _merged(options.get(key), value)
+        options[key] = merged(options.get(key), value)
     return cls(**options)
 
 
-def _merged(below: Any, above: Any) -> Any:
+def merged(below: Any, above: Any) -> Any:
+    """``above`` over ``below``; dicts are merged key by key."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    return {**below, **{key: merged(below.get(key), value) for key, value in above.items()}}
 
 
-def _small(cls: type) -> dict[str, Any]:
-    names, mapped = _names(cls), getattr(cls, "attribute_map", {})
+def small_values(cls: type) -> dict[str, Any]:
+    """The values of `SMALL` that a configuration class and its parts have, and `EXPERTS` for its number of experts."""
+    names, mapped = field_names(cls), getattr(cls, "attribute_map", {})
     options = {k: v for k, v in SMALL.items() if k in names and k not in mapped}
     options |= {k: EXPERTS for k in COUNT_KEYS if k in names and k not in mapped}
     if "kv_lora_rank" in options:
         options["num_key_value_heads"] = options["num_attention_heads"]  # latent attention has no groups
     for part, sub in getattr(cls, "sub_configs", {}).items():
         if dataclasses.is_dataclass(sub):
-            options[part] = _small(sub)
+            options[part] = small_values(sub)
     return options
 
 
 def make_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A model with uneven routing."""
+    """A random model of a type with uneven routing, in float32 and evaluation mode."""
     torch.manual_seed(seed)
     config = make_config(name)
     multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # saved with all its parts, as on the hub
