@@ -1,14 +1,15 @@
-"""Cost of evaluating plans: time over that of as many plain evaluations, in one run.
+"""Cost of evaluating plans: time as a ratio to the same number of plain evaluations, in one run.
 
     python -m benchmarks.evaluation [--plans 3] [--repeats 9] [--batches 4] [--threads 2]
 
-A plain evaluation is a loop over the windows with ``model(tokens)`` and torch's cross-entropy, no mask. Turns alternate, so that a
-noisy machine disturbs all. Ratios are those of the medians, and beside them the medians of the ratios of neighbours:
+A plain evaluation is a loop over the windows with ``model(tokens)`` and torch's cross-entropy, no mask. The passes
+alternate, so that noise on the machine affects all of them alike. Each ratio is one of medians, followed by the median
+of the ratios within each round:
 
-    plans        M plans, perplexity alone, over M plain evaluations
-    with KL      M plans and the model itself, KL divergence and agreement too, over M + 1 plain evaluations
+    plans        M plans, perplexity only, over M plain evaluations
+    with KL      M plans and the model itself, with KL divergence and agreement, over M + 1 plain evaluations
     25 %         one plan that keeps a quarter of the experts, over the unmasked model evaluated by the same code
-    streamed     M plans layer by layer over one of them, and how often a layer's weights were read
+    streamed     M plans layer by layer over one plan, and how often a layer's weights were read
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 from benchmarks.shapes import VOCABULARY, make_model
 from moecover.checkpoints.structure import Structure, read_structure
-from moecover.corpora.packing import make_corpus
+from moecover.corpora.packing import Corpus, make_corpus
 from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.runtime.loading import load_model
@@ -37,6 +38,7 @@ LENGTH, BATCH = 512, 4
 
 
 def random_plan(structure: Structure, keep: int, seed: int) -> Plan:
+    """A plan that keeps a random set of ``keep`` experts in every layer."""
     topology, chance = structure.topology, np.random.default_rng(seed)
     layers = [
         LayerPlan(decoder_layer=d, kept=sorted(map(int, chance.choice(topology.num_experts, keep, replace=False))))
@@ -55,7 +57,7 @@ def plain(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 
 
 def turns(repeats: int, **turn: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of every turn, in rounds, the first two left out."""
+    """Seconds of every named call, run in alternating rounds; two warm-up rounds are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in turn}
     for repeat in range(repeats + 2):
         for name, run in turn.items():
@@ -67,13 +69,14 @@ def turns(repeats: int, **turn: Callable[[], object]) -> dict[str, list[float]]:
 
 
 def ratio(seconds: dict[str, list[float]], one: str, other: str, times: int = 1) -> str:
+    """Ratio of the medians over ``times``, and the median of the ratios within each round."""
     pairs = zip(seconds[one], seconds[other], strict=True)
     whole = statistics.median(seconds[one]) / statistics.median(seconds[other]) / times
     return f"{whole:.3f}   (neighbours {statistics.median(a / b for a, b in pairs) / times:.3f})"
 
 
-def reads(structure: Structure, plans: dict[str, Plan], text: object) -> tuple[float, int]:
-    """Seconds of a streamed evaluation, and the most often that one part of the weights was read."""
+def reads(structure: Structure, plans: dict[str, Plan], text: Corpus) -> tuple[float, int]:
+    """Seconds of a streamed evaluation, and the largest number of reads of any part of the weights."""
     count: Counter[str] = Counter()
     load = Weights.load
 
@@ -85,13 +88,14 @@ def reads(structure: Structure, plans: dict[str, Plan], text: object) -> tuple[f
     try:
         start = time.perf_counter()
         with streamed(structure) as model:
-            evaluate(structure, plans, model=model, texts=[text], full=False, batch_size=BATCH)  # type: ignore[list-item]
+            evaluate(structure, plans, model=model, texts=[text], full=False, batch_size=BATCH)
         return time.perf_counter() - start, max(count.values())
     finally:
         Weights.load = load  # type: ignore[method-assign]
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--plans", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=9)
@@ -109,21 +113,29 @@ def main() -> None:
             shares = [(0.25, 0.5, 0.75)[i % 3] for i in range(args.plans)]
             plans = {f"p{i}": random_plan(structure, round(60 * share), i) for i, share in enumerate(shares)}
 
-            def ours(chosen: dict[str, Plan], *, full: bool, structure: Structure = structure, model: torch.nn.Module = model) -> object:  # fmt: skip
+            def ours(
+                chosen: dict[str, Plan], *, full: bool, structure: Structure = structure, model: torch.nn.Module = model
+            ) -> object:
                 return evaluate(structure, chosen, model=model, texts=[text], full=full, batch_size=BATCH)
 
             seconds = turns(
-                args.repeats, plain=lambda model=model: plain(model, tokens), plans=lambda plans=plans: ours(plans, full=False),
-                close=lambda plans=plans: ours(plans, full=True), unmasked=lambda: ours({}, full=True),
+                args.repeats,
+                plain=lambda model=model: plain(model, tokens),
+                plans=lambda plans=plans: ours(plans, full=False),
+                close=lambda plans=plans: ours(plans, full=True),
+                unmasked=lambda: ours({}, full=True),
                 quarter=lambda plans=plans: ours({"p0": plans["p0"]}, full=False),
-            )  # fmt: skip
+            )
             one, _ = reads(structure, {"p0": plans["p0"]}, text)
             all_of_them, most = reads(structure, plans, text)
         print(f"{dtype}: plain evaluation {1000 * statistics.median(seconds['plain']):.0f} ms")
         print(f"  {args.plans} plans          {ratio(seconds, 'plans', 'plain', args.plans)}")
         print(f"  {args.plans} plans with KL  {ratio(seconds, 'close', 'plain', args.plans + 1)}")
         print(f"  25 %             {ratio(seconds, 'quarter', 'unmasked')}")
-        print(f"  streamed         {all_of_them / one:.3f} of one plan's time for {args.plans}, every part of the weights read {most} time{'s' * (most > 1)}")  # fmt: skip
+        print(
+            f"  streamed         {all_of_them / one:.3f} of one plan's time for {args.plans}, "
+            f"every part of the weights read {most} time{'s' * (most > 1)}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m benchmarks.full_size qwen1.5-moe-a2.7b DIR [--layers N]      28.6 GB in 8 files
     python -m benchmarks.full_size deepseek-moe-16b DIR [--layers N]       32.8 GB in 7 files
 
-Weights are normal with the spread that keeps activations near 1, routers wider, so that routing is uneven as in a
-trained model. They are cut at random places from one block of random numbers: a full-size model takes as long as the
-disk. With --layers, a model of fewer layers, for curves over the size.
+Weights are normal, with standard deviations that keep activations near 1; those of the routers are larger, so that
+routing is as uneven as in a trained model. All are slices, at random offsets, of one pool of random numbers, so the
+speed of the disk decides how long a full-size model takes. ``--layers`` makes a model of fewer layers, for measurements
+over the size.
 """
 
 from __future__ import annotations
@@ -25,31 +26,66 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "qwen1.5-moe-a2.7b": (
         8,
         {
-            "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048,
-            "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 5632,
-            "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts": 60,
-            "num_experts_per_tok": 4, "norm_topk_prob": False, "decoder_sparse_step": 1, "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": False, "hidden_act": "silu",
-            "use_sliding_window": False, "torch_dtype": "bfloat16", "bos_token_id": 151643, "eos_token_id": 151643,
+            "architectures": ["Qwen2MoeForCausalLM"],
+            "model_type": "qwen2_moe",
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "intermediate_size": 5632,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": False,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
         },
     ),
     "deepseek-moe-16b": (
         7,
         {
-            "architectures": ["DeepseekForCausalLM"], "model_type": "deepseek", "vocab_size": 102400, "hidden_size": 2048,
-            "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 10944,
-            "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
-            "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax",
-            "max_position_embeddings": 4096, "rms_norm_eps": 1e-06, "rope_theta": 10000, "tie_word_embeddings": False,
-            "hidden_act": "silu", "attention_bias": False, "torch_dtype": "bfloat16", "bos_token_id": 100000,
+            "architectures": ["DeepseekForCausalLM"],
+            "model_type": "deepseek",
+            "vocab_size": 102400,
+            "hidden_size": 2048,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+            "moe_layer_freq": 1,
+            "norm_topk_prob": False,
+            "scoring_func": "softmax",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000,
+            "tie_word_embeddings": False,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": 100000,
             "eos_token_id": 100001,
         },
     ),
-}  # fmt: skip
+}
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], float]]:
-    """Name, shape and spread of every tensor; a spread of 0 stands for ones, below 0 for zeros."""
+    """Name, shape and standard deviation of every tensor; 0 stands for ones, a negative value for zeros."""
     hidden, vocabulary, qwen = config["hidden_size"], config["vocab_size"], config["model_type"] == "qwen2_moe"
 
     def linear(name: str, rows: int, columns: int, gain: float = 1.0) -> tuple[str, tuple[int, ...], float]:
@@ -78,7 +114,9 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], floa
                 yield from mlp(f"{layer}.mlp.shared_expert", config["shared_expert_intermediate_size"])
                 yield linear(f"{layer}.mlp.shared_expert_gate", 1, hidden)
             else:
-                yield from mlp(f"{layer}.mlp.shared_experts", config["n_shared_experts"] * config["moe_intermediate_size"])  # fmt: skip
+                yield from mlp(
+                    f"{layer}.mlp.shared_experts", config["n_shared_experts"] * config["moe_intermediate_size"]
+                )
         yield f"{layer}.input_layernorm.weight", (hidden,), 0.0
         yield f"{layer}.post_attention_layernorm.weight", (hidden,), 0.0
     yield "model.norm.weight", (hidden,), 0.0
@@ -86,7 +124,7 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], floa
 
 
 def make(shape: str, folder: Path, *, layers: int | None = None) -> Path:
-    """Write a checkpoint into a folder that does not exist yet, or is complete already."""
+    """Write a checkpoint to a new folder; a folder with a finished one is returned unchanged."""
     if (folder / "config.json").exists():
         return folder
     shards, config = SHAPES[shape]
@@ -122,6 +160,7 @@ def make(shape: str, folder: Path, *, layers: int | None = None) -> Path:
 
 
 def main() -> None:
+    """Write the checkpoint that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)

@@ -1,10 +1,10 @@
-"""One-shot prune as a whole process over load + plain forward + save_pretrained as a whole process, in one run.
+"""One-shot prune against load, plain forward pass and save_pretrained, both as whole processes, in one run.
 
     python -m benchmarks.one_shot [--repeats 5]
 
-Both read the same model and the same 8 x 512 tokens from disk and write a checkpoint; they take turns. Ours starts,
-reads, profiles, plans and writes half of the experts; the other is what any script needs that only loads, runs the
-tokens once and saves. Peak resident memory of each process is beside it.
+Both read the same model and the same 8 x 512 tokens from disk and write a checkpoint; they alternate. `moecover prune`
+starts, reads, profiles, plans and writes half of the experts; the other process does what any script has to: load, run
+the tokens once and save. Prints the wall time and the peak resident memory of both.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -55,35 +56,24 @@ def main() -> None:
             folder = Path(scratch)
             model = make_model(folder / "model", getattr(torch, dtype))
             rows, out = make_rows(folder / "rows.jsonl", 8, 512), folder / "out"
-            ours = [
-                sys.executable,
-                "-m",
-                "moecover",
-                "prune",
-                str(model),
-                "--corpus",
-                f"rows={rows}",
-                "--retain",
-                "0.5",
-            ]
+            ours = ["moecover", "prune", str(model), "--corpus", f"rows={rows}", "--retain", "0.5"]
             commands = {
                 "plain": [sys.executable, "-c", PLAIN, str(model), str(rows), str(out)],
-                "moecover": [*ours, "--batch-size", "4", "-o", str(out)],
+                "moecover": [sys.executable, "-m", *ours, "--batch-size", "4", "-o", str(out)],
             }
             results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
             for repeat in range(args.repeats + 1):
                 for name, command in commands.items():
                     result = measure(command)
                     shutil.rmtree(out)
-                    if repeat:  # the first round warms the caches of the disk
+                    if repeat:  # the first round fills the page cache
                         results[name].append(result)
             wall = {name: statistics.median(w for w, _ in rs) for name, rs in results.items()}
             memory = {name: statistics.median(m for _, m in rs) for name, rs in results.items()}
             for name in commands:
                 print(f"{dtype:9} {name:9} {wall[name]:6.2f} s   peak {memory[name]:7.0f} MiB")
-            print(
-                f"{dtype:9} ratio     {wall['moecover'] / wall['plain']:6.2f}     memory {memory['moecover'] / memory['plain']:6.2f}"
-            )
+            time_ratio, memory_ratio = (of["moecover"] / of["plain"] for of in (wall, memory))
+            print(f"{dtype:9} ratio     {time_ratio:6.2f}     memory {memory_ratio:6.2f}")
 
 
 if __name__ == "__main__":

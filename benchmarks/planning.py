@@ -2,8 +2,9 @@
 
     python -m benchmarks.planning
 
-Prints seconds inside the process, from the parsed command to the written plan (reading the profile included), for every
-method that needs only sums, one budget and three; and the whole process with its start-up.
+For every method that plans from the sums alone, with one budget and with three: prints the seconds inside the process,
+from the command line to the written plan (reading the profile included), and those of the whole process with its
+start-up.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LAYERS, EXPERTS, CORPORA = 61, 256, 5
 
 
 def make_profile(folder: Path) -> Path:
-    """Write a profile of DeepSeek-V3's shape."""
+    """Write a profile in the shape of DeepSeek-V3."""
     rng = np.random.default_rng(0)
     topology = Topology("deepseek_v3", tuple(range(3, 3 + LAYERS)), EXPERTS, 8, 7168, 3 + LAYERS, 8, 4)
 
@@ -49,23 +50,15 @@ def make_profile(folder: Path) -> Path:
 
 
 def main() -> None:
+    """Measure and print."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_profile(Path(scratch) / "profile")
         size = (folder / "profile.safetensors").stat().st_size / 1e6
         print(f"{LAYERS} layers x {EXPERTS} experts x {CORPORA} corpora, profile of {size:.0f} MB")
         for method in ("tb-coverage", "pooled", "random"):
             for keep, out in (("128", "plan.json"), ("64,128,192", "plans")):
-                command = [
-                    "plan",
-                    str(folder),
-                    "--method",
-                    method,
-                    "--keep",
-                    keep,
-                    "-o",
-                    str(Path(scratch) / out),
-                    "-q",
-                ]
+                command = ["plan", str(folder), "--method", method, "--keep", keep]
+                command += ["-o", str(Path(scratch) / out), "-q"]
                 if method != "random":
                     command += ["--saliency", "reap"]
                 seconds = []
@@ -75,7 +68,10 @@ def main() -> None:
                     seconds.append(time.perf_counter() - start)
                 start = time.perf_counter()
                 subprocess.run([sys.executable, "-m", "moecover", *command], check=True, stdout=subprocess.DEVNULL)
-                print(f"{method:12} keep {keep:11} {min(seconds):5.2f} s, whole process {time.perf_counter() - start:5.2f} s", file=sys.stderr)  # fmt: skip
+                whole = time.perf_counter() - start
+                print(
+                    f"{method:12} keep {keep:11} {min(seconds):5.2f} s, whole process {whole:5.2f} s", file=sys.stderr
+                )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Cost of profiling: time of a forward pass with statistics over the same plain forward pass, in one run.
+"""Cost of profiling: time of a forward pass with statistics as a ratio to the same plain forward pass, in one run.
 
     python -m benchmarks.profiling_overhead [--repeats 21] [--batches 4] [--threads 2]
 
-Three passes take turns, so that a noisy machine disturbs all: the plain one (``model(tokens)``), the same with the recorder
-on, and the one that `moecover profile` runs (recorder on, no language-model head, running sums kept). Ratios are those of
-the medians, and beside them the medians of the ratios of neighbours.
+Three passes alternate, so that noise on the machine affects all of them alike: the plain one (``model(tokens)``), the
+same with recording on, and the pass of `moecover profile` (recording on, no language-model head, running sums kept).
+Each ratio is one of medians, followed by the median of the ratios within each round.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from moecover.runtime.loading import load_model
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument(
-        "--batches", type=int, default=4, help="batches of 4 x 512 tokens per turn, as in a small corpus"
+        "--batches", type=int, default=4, help="batches of 4 x 512 tokens per pass, as in a small corpus"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -65,7 +66,10 @@ def main() -> None:
             )
             for name, value, index in (("recorded", recorded, 1), ("profile", profiled, 2)):
                 paired = statistics.median(row[index] / row[0] for row in seconds)
-                print(f"{dtype:9} plain {1000 * plain:7.1f} ms   {name:8} {1000 * value:7.1f} ms   ratio {value / plain:.3f}   (neighbours {paired:.3f})")  # fmt: skip
+                print(
+                    f"{dtype:9} plain {1000 * plain:7.1f} ms   {name:8} {1000 * value:7.1f} ms   "
+                    f"ratio {value / plain:.3f}   (neighbours {paired:.3f})"
+                )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""Repair and selection judged on text that nothing was fitted on: `moecover compare` on the shipped models, then one table.
+"""Repair and selection judged on text that nothing was fitted on: `moecover compare` on the shipped models.
 
     python -m benchmarks.repair RUN_DIR --data DIR [--models NAME ...] [--samples 5] [--jobs 2] [--picture FILE.png]
 
-Calibrates on WikiText2 and C4 (DIR holds wikitext2/, c4/, gutenberg/ and gsm8k/, see `benchmarks.methods`), and on as many tokens
-of text that the model itself writes (`moecover generate`): as one corpus, in its kinds (`moecover split`), and these beside the two
-corpora. Plans and repairs with every calibration sample at 25, 50 and 75 % of the experts. Measures on held-out text of the two
-corpora (near) and on three domains that neither plan nor repair saw (far). RUN_DIR is a run of `compare`, and so are
-RUN_DIR/own/MODEL, RUN_DIR/kinds/MODEL and RUN_DIR/all/MODEL: the same command goes on where it was interrupted, and
-`moecover report` draws them. RUN_DIR/text holds what the models wrote.
+Calibrates on WikiText2 and C4 (DIR holds wikitext2/, c4/, gutenberg/ and gsm8k/, see `benchmarks.methods`), and on the
+same number of tokens of text that the model itself generates (`moecover generate`): as one corpus, split into kinds
+(`moecover split`), and in kinds together with the two corpora. Plans and repairs with every calibration sample at 25,
+50 and 75 % of the experts. Measures on held-out text of the two corpora (near) and on three domains that neither plan
+nor repair saw (far). RUN_DIR is a run of `compare`, and so are RUN_DIR/own/MODEL, RUN_DIR/kinds/MODEL and
+RUN_DIR/all/MODEL: after an interruption, the same command resumes, and `moecover report` draws them. RUN_DIR/text holds
+the generated text.
 
-Prints, in markdown, for every method and budget the log-perplexity gap to the full model, mean over texts and samples, as a share of that
-of TB-Coverage (reap), the spread of that share over samples, and the difference of the first method from every other: its
-95 % interval from a paired bootstrap over windows, of which every text has as many, and the p of a paired t-test over
-calibration samples, both after Holm's correction over the table of one model.
+Prints one markdown table per model. For every method and budget: the gap in log perplexity to the full model, mean over
+texts and samples, as a share of the gap of TB-Coverage (reap); the standard deviation of that share over samples; and
+the difference of the first method from every other, with a 95 % interval from a paired bootstrap over windows (the
+same number in every text) and the p of a paired t-test over calibration samples, both p values after Holm's correction
+over the table of one model.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from moecover.runtime.loading import load_model
 
 MODELS = ("qwen2-moe-tiny", "deepseek-moe-tiny")
 GROUPS = {"near": NEAR["wikitext2+c4"], "far": FAR}
-GOAL = 0.4  # wanted on the far texts
+GOAL = 0.4  # target share on the far texts
 LENGTH = 512  # tokens of a block and of a window
 BASE = "TB-Coverage (reap)"
 METHODS: list[dict[str, Any]] = [
@@ -57,20 +59,20 @@ METHODS: list[dict[str, Any]] = [
     {"method": "expert-sparsity"},
     {"method": "random"},
 ]
-ROWS = 1920  # of text that a model writes, of which every calibration sample takes its part
+ROWS = 1920  # blocks of generated text, of which every calibration sample takes a part
 CONTRIBUTION: dict[str, Any] = {"saliency": "contribution"}
 
 
 @dataclass(frozen=True)
 class Own:
-    """A calibration with text that the model writes itself.
+    """A calibration set with text that the model itself generates.
 
     Attributes:
-        ending: behind the label of a method.
-        named: WikiText2 and C4 beside it.
-        by_kind: its kinds are corpora.
-        blocks: of a corpus in a sample, as a share of what WikiText2 has in its own calibration.
-        methods: what is compared on it.
+        ending: what is appended to the label of a method.
+        named: whether WikiText2 and C4 are part of the set.
+        by_kind: whether every kind of text is a corpus.
+        blocks: blocks per corpus and sample, as a multiple of ``--sequences``.
+        methods: the methods compared on it.
     """
 
     ending: str
@@ -81,17 +83,31 @@ class Own:
 
 
 OWN = {
-    "kinds": Own(", own text by kind", False, True, 1 / 4, [
-        {"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "scale", "none"]},
-        {"method": "pooled", **CONTRIBUTION, "repair": ["ridge", "none"]},
-    ]),
-    "all": Own(", all corpora", True, True, 5 / 24, [{"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "none"]}]),
+    "kinds": Own(
+        ", own text by kind",
+        False,
+        True,
+        1 / 4,
+        [
+            {"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "scale", "none"]},
+            {"method": "pooled", **CONTRIBUTION, "repair": ["ridge", "none"]},
+        ],
+    ),
+    "all": Own(
+        ", all corpora", True, True, 5 / 24, [{"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "none"]}]
+    ),
     "own": Own(", own text", False, False, 2, [{"method": "tb-coverage", **CONTRIBUTION, "repair": ["ridge", "none"]}]),
-}  # fmt: skip
+}
 
 
 def grid(args: argparse.Namespace, scratch: Path, own: tuple[str, str] | None = None) -> dict[str, Any]:
-    """The configuration of the comparison; with ``own``, a key of `OWN` and a model, that of this one on its own text."""
+    """The configuration of the comparison.
+
+    Args:
+        args: the command line.
+        scratch: folder for converted corpora.
+        own: a key of `OWN` and a model: the comparison of this model on its own text instead.
+    """
     calibrations, held_out = sources(args.data, scratch)
     texts = [name for group in GROUPS.values() for name in group]
     corpora = [f"{n}={path}" for n, path in calibrations["wikitext2+c4"].items()]
@@ -102,15 +118,23 @@ def grid(args: argparse.Namespace, scratch: Path, own: tuple[str, str] | None = 
         corpora = [*(corpora if way.named else ()), f"self={folder if way.by_kind else file}"]
         methods, sequences = way.methods, round(args.sequences * way.blocks)
     return {
-        "models": [f"shipped:{name}" for name in models], "calibration": [corpora],
-        "samples": list(range(args.samples)), "sequences": sequences, "length": LENGTH,
-        "batch_size": 16, "search_tokens": 8192, "methods": methods, "retain": [0.25, 0.5, 0.75],
-        "perplexity": [f"{n}={held_out[n]}" if held_out[n] else n for n in texts], "window": LENGTH, "windows": args.windows,
-    }  # fmt: skip
+        "models": [f"shipped:{name}" for name in models],
+        "calibration": [corpora],
+        "samples": list(range(args.samples)),
+        "sequences": sequences,
+        "length": LENGTH,
+        "batch_size": 16,
+        "search_tokens": 8192,
+        "methods": methods,
+        "retain": [0.25, 0.5, 0.75],
+        "perplexity": [f"{n}={held_out[n]}" if held_out[n] else n for n in texts],
+        "window": LENGTH,
+        "windows": args.windows,
+    }
 
 
 def written(args: argparse.Namespace, model: str) -> tuple[Path, Path]:
-    """The file of text that a model writes and the folder of its kinds; made if they are not there."""
+    """The file of text that a model generates and the folder of its kinds, made if missing."""
     path: Path = args.run / "text" / f"{model}.jsonl"
     folder = path.with_suffix("")
     structure = read_structure(shipped_model(model))
@@ -129,11 +153,12 @@ class Found:
     """A method at a budget on one group of texts: the gap to the full model, and how it compares.
 
     Attributes:
-        label: of the method.
+        label: label of the method.
         perplexity: geometric mean over texts and runs.
-        gap: mean log perplexity less the full model's.
-        shares: of every run, its gap as a share of TB-Coverage (reap)'s on the same sample (random plans: of the mean one).
-        boot: difference of the first method from this one over windows; None for the first itself.
+        gap: mean log perplexity minus the full model's.
+        shares: gap of every run as a share of the gap of TB-Coverage (reap) on the same sample (random plans: of its
+            mean gap).
+        boot: difference between the first method and this one over windows; None for the first itself.
         paired: the same over calibration samples.
     """
 
@@ -145,8 +170,8 @@ class Found:
     paired: Difference | None
 
 
-def found_on(run: Path, model: str) -> dict[tuple[float, str], list[Found]]:
-    """By budget and ``near`` or ``far``, every method of a model, the first one first; p after Holm's correction."""
+def measured(run: Path, model: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The finished cells of a model in all runs, and by cell and text every window's mean negative log-likelihood."""
     cells: list[dict[str, Any]] = []
     nll: dict[str, dict[str, Any]] = {}
     for folder, ending in [*((run / name / model, own.ending) for name, own in OWN.items()), (run, "")]:
@@ -155,29 +180,27 @@ def found_on(run: Path, model: str) -> dict[tuple[float, str], list[Found]]:
                 (windows,) = Evaluation.load(folder / "cells" / cell["id"]).windows.values()
                 nll[cell["id"]] = {text: sums[:, 0] / sums[:, 1] for text, sums in windows.items()}
                 cells.append({**cell, "label": cell["label"] + ending * (cell["method"] != FULL)})
+    return cells, nll
+
+
+def found_on(run: Path, model: str) -> dict[tuple[float, str], list[Found]]:
+    """Every method of a model, the first one first, by budget and group of texts, with corrected p values."""
+    cells, nll = measured(run, model)
     (full,) = (nll[c["id"]] for c in cells if c["method"] == FULL)
-    labels = list(dict.fromkeys(c["label"] for c in cells if c["method"] != FULL))
+    pruned = [c for c in cells if c["method"] != FULL]
+    labels = list(dict.fromkeys(c["label"] for c in pruned))
     found: dict[tuple[float, str], list[Found]] = {}
-    for retain in sorted({c["retain"] for c in cells if c["method"] != FULL}):
+    for retain in sorted({c["retain"] for c in pruned}):
         for where, texts in GROUPS.items():
             mean_full = statistics.fmean(float(full[t].mean()) for t in texts)
             runs: dict[str, dict[Any, float]] = {}
             items: dict[str, dict[str, Any]] = {}
             for label in labels:
                 mine = [c for c in cells if c["label"] == label and c["retain"] == retain]
-                runs[label] = {(c["sample"], c["seed"]): statistics.fmean(float(nll[c["id"]][t].mean()) for t in texts) - mean_full for c in mine}  # fmt: skip
+                means = {c["id"]: statistics.fmean(float(nll[c["id"]][t].mean()) for t in texts) for c in mine}
+                runs[label] = {(c["sample"], c["seed"]): means[c["id"]] - mean_full for c in mine}
                 items[label] = {t: np.mean([nll[c["id"]][t] for c in mine], axis=0) for t in texts}
-            base, rows = statistics.fmean(runs[BASE].values()), []
-            for label in labels:
-                gap = statistics.fmean(runs[label].values())
-                shares = [g / (runs[BASE][sample, None] if seed is None else base) for (sample, seed), g in runs[label].items()]  # fmt: skip
-                boot = paired = None
-                if label != labels[0]:
-                    boot = paired_bootstrap(items[labels[0]], items[label], resamples=100_000)
-                    ours, theirs = (np.array([*runs[name].values()]) for name in (labels[0], label))
-                    paired = over_seeds(ours, theirs, paired=runs[labels[0]].keys() == runs[label].keys(), units="samples")  # fmt: skip
-                rows.append(Found(label, math.exp(mean_full + gap), gap, shares, boot, paired))
-            found[retain, where] = rows
+            found[retain, where] = [row_of(label, labels[0], runs, items, mean_full) for label in labels]
     for name in ("boot", "paired"):
         tested = [(key, i) for key, rows in found.items() for i, row in enumerate(rows) if getattr(row, name)]
         corrected = holm([getattr(found[key][i], name).p for key, i in tested])
@@ -186,33 +209,78 @@ def found_on(run: Path, model: str) -> dict[tuple[float, str], list[Found]]:
     return found
 
 
+def row_of(
+    label: str,
+    first: str,
+    runs: dict[str, dict[Any, float]],
+    items: dict[str, dict[str, Any]],
+    mean_full: float,
+) -> Found:
+    """Compare one method with the first.
+
+    Args:
+        label: the method.
+        first: the first method.
+        runs: gap by method and (sample, seed).
+        items: negative log-likelihood of every window, mean over runs, by method and text.
+        mean_full: the full model's mean over the texts.
+    """
+    base = statistics.fmean(runs[BASE].values())
+    gap = statistics.fmean(runs[label].values())
+    shares = [g / (runs[BASE][sample, None] if seed is None else base) for (sample, seed), g in runs[label].items()]
+    boot = paired = None
+    if label != first:
+        boot = paired_bootstrap(items[first], items[label], resamples=100_000)
+        ours, theirs = (np.array([*runs[name].values()]) for name in (first, label))
+        paired = over_seeds(ours, theirs, paired=runs[first].keys() == runs[label].keys(), units="samples")
+    return Found(label, math.exp(mean_full + gap), gap, shares, boot, paired)
+
+
+def p_text(difference: Difference) -> str:
+    """The corrected p in words."""
+    if difference.p_holm is None:
+        return "-"
+    return "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"
+
+
+HEADS = (
+    "kept",
+    "texts",
+    "method",
+    "perplexity",
+    "log gap",
+    "share of TB-Coverage (reap)'s gap",
+    "first method less this one",
+    "p, windows",
+    "p, samples",
+)
+
+
 def table(model: str, found: dict[tuple[float, str], list[Found]]) -> str:
-    """The rows of one model in markdown."""
-    head = "| kept | texts | method | perplexity | log gap | share of TB-Coverage (reap)'s gap | first method less this one | p, windows | p, samples |"  # fmt: skip
-    lines = [f"### {model}\n", head, "|---|---|---|---:|---:|---:|---:|---:|---:|"]
-
-    def told(difference: Difference) -> str:
-        return "-" if difference.p_holm is None else "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"  # fmt: skip
-
+    """The results of one model as a markdown table."""
+    lines = [f"### {model}\n", f"| {' | '.join(HEADS)} |", "|---|---|---|" + "---:|" * 6]
     for (retain, where), rows in found.items():
         for row in rows:
             spread = f" ± {statistics.stdev(row.shares):.2f}" if len(row.shares) > 1 else ""
             tests = ["", "", ""]
             if row.boot is not None and row.paired is not None:
-                tests = [f"{row.boot.value:+.3f} ({row.boot.low:+.3f} to {row.boot.high:+.3f})", told(row.boot), told(row.paired)]  # fmt: skip
-            cells = [f"{retain:.0%}", where, row.label, f"{row.perplexity:.1f}", f"{row.gap:.3f}", f"{statistics.fmean(row.shares):.2f}{spread}"]  # fmt: skip
+                value = f"{row.boot.value:+.3f} ({row.boot.low:+.3f} to {row.boot.high:+.3f})"
+                tests = [value, p_text(row.boot), p_text(row.paired)]
+            share = f"{statistics.fmean(row.shares):.2f}{spread}"
+            cells = [f"{retain:.0%}", where, row.label, f"{row.perplexity:.1f}", f"{row.gap:.3f}", share]
             lines.append(f"| {' | '.join([*cells, *tests])} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(found: dict[str, dict[tuple[float, str], list[Found]]], path: Path) -> None:
-    """The shares of all methods but random choice, at the two smaller budgets of every model."""
+    """Draw the shares of all methods but random choice, at the two smaller budgets of every model."""
     from matplotlib import rc_context
 
     budgets = sorted({retain for by in found.values() for retain, _ in by})[:2]
     with rc_context(STYLE):
         rows = len({row.label for by in found.values() for some in by.values() for row in some})
-        figure = page(9.0, 2.2 + (0.6 + 0.21 * rows) * len(found), "Log-perplexity gap to the full model as a share of TB-Coverage (reap)'s: what repair leaves of it")  # fmt: skip
+        title = "Log-perplexity gap to the full model as a share of TB-Coverage (reap)'s: what repair leaves of it"
+        figure = page(9.0, 2.2 + (0.6 + 0.21 * rows) * len(found), title)
         for number, (model, by) in enumerate(found.items()):
             for column, retain in enumerate(budgets):
                 axes = figure.add_subplot(len(found), len(budgets), number * len(budgets) + column + 1)
@@ -222,7 +290,14 @@ def draw(found: dict[str, dict[tuple[float, str], list[Found]]], path: Path) -> 
                     means = [statistics.fmean(row.shares) for row in rows]
                     spread = [statistics.stdev(row.shares) if len(row.shares) > 1 else 0.0 for row in rows]
                     places = [y + (turn - 0.5) * 0.25 for y in range(len(rows))]
-                    axes.errorbar(means, places, xerr=spread, fmt=MARKERS[turn], color=COLOURS[turn], label=f"{where}: {', '.join(GROUPS[where])}")  # fmt: skip
+                    axes.errorbar(
+                        means,
+                        places,
+                        xerr=spread,
+                        fmt=MARKERS[turn],
+                        color=COLOURS[turn],
+                        label=f"{where}: {', '.join(GROUPS[where])}",
+                    )
                 axes.axvline(1.0, color=FAINT, linewidth=0.8)
                 axes.axvline(GOAL, color=FAINT, linewidth=0.8, linestyle=":", label=f"wanted on the far texts: {GOAL}")
                 axes.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
@@ -236,12 +311,15 @@ def draw(found: dict[str, dict[tuple[float, str], list[Found]]], path: Path) -> 
 
 
 def main() -> None:
+    """Run the comparisons and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of the comparison, made or filled further")
+    parser.add_argument("run", type=Path, help="folder of the comparison, new or to be resumed")
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/, c4/, gutenberg/ and gsm8k/")
     parser.add_argument("--models", nargs="+", default=MODELS, help="shipped models (all)")
     parser.add_argument("--samples", type=int, default=5, help="calibration samples (%(default)s)")
-    parser.add_argument("--sequences", type=int, default=48, help="blocks of 512 tokens per corpus and sample (%(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--sequences", type=int, default=48, help="blocks of 512 tokens per corpus and sample (%(default)s)"
+    )
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens per text (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the shares")

@@ -1,12 +1,12 @@
-"""What a repair costs at real size: time and memory of a layer, beside the profiling pass over the same tokens.
+"""What a repair costs at real size: time and memory of a layer, and of the profiling pass over the same tokens.
 
     python -m benchmarks.repair_cost SCRATCH [--shape qwen1.5-moe-a2.7b] [--layers 2] [--tokens 32768]
         [--profile-tokens 32768] [--keep 30] [--kind ridge]
 
-Random weights and tokens in the real shape (`benchmarks.full_size`), few layers, in memory. Profile and repair are
-processes of their own. Prints for both the seconds of the pass (loading not counted) and the peak resident memory, for the
-repair the seconds of every layer and of its fit, and the bound that `repairing.needed_bytes` gives. All sweeps are made,
-whether they still help or not: random weights say nothing about that.
+Random weights and tokens in the real shape (`benchmarks.full_size`), few layers, in memory. Profile and repair each run
+in their own process. Prints for both the seconds of the pass (loading not counted) and the peak resident memory, and
+for the repair the seconds of every layer and of its fit, and the bound that `repairing.needed_bytes` gives. All sweeps
+run, whether they still reduce the error or not: on random weights convergence tells nothing about a trained model.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ started = time.perf_counter()
 if what == "profile":
     profile(structure, corpora, model=model)
 else:
-    kept = sorted(np.random.default_rng(1).permutation(structure.topology.num_experts)[:keep].tolist())
-    chosen = Plan(schema=1, keep=keep, layers=[LayerPlan(decoder_layer=d, kept=kept) for d in structure.topology.decoder_layers])
+    topology = structure.topology
+    kept = sorted(np.random.default_rng(1).permutation(topology.num_experts)[:keep].tolist())
+    chosen = Plan(schema=1, keep=keep, layers=[LayerPlan(decoder_layer=d, kept=kept) for d in topology.decoder_layers])
     real = repairing.fit
     def timed(*a, **k):
         before = time.perf_counter()
@@ -57,19 +58,25 @@ else:
     for one in repairing.repair_layers(model, structure, chosen, corpora, kind=what, tolerance=0.0):
         layers.append(round(time.perf_counter() - last, 1))
         last = time.perf_counter()
-    found = {"penalties": one.fit.penalties, "before": one.fit.before, "after": one.fit.after, "kept": len(one.fit.kept)}
+    fit = one.fit
+    found = {"penalties": fit.penalties, "before": fit.before, "after": fit.after, "kept": len(fit.kept)}
     found["bound"] = repairing.needed_bytes(structure, places(structure, model), keep=keep, tokens=tokens, dtype="auto")
-print(json.dumps({"seconds": round(time.perf_counter() - started, 1), "loaded": loaded, "peak": memory("VmHWM"), "fits": fits, "layers": layers, **found}))
+seconds = round(time.perf_counter() - started, 1)
+peak = memory("VmHWM")
+print(json.dumps({"seconds": seconds, "loaded": loaded, "peak": peak, "fits": fits, "layers": layers, **found}))
 """
 
 
 def main() -> None:
+    """Run both passes and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="qwen1.5-moe-a2.7b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--profile-tokens", type=int, help="of the profiling pass (default: as many as the repair's)")
+    parser.add_argument(
+        "--profile-tokens", type=int, help="tokens of the profiling pass (default: as many as the repair uses)"
+    )
     parser.add_argument("--keep", type=int, default=30)
     parser.add_argument("--kind", choices=("scale", "ridge"), default="ridge")
     args = parser.parse_args()
@@ -83,9 +90,14 @@ def main() -> None:
             raise SystemExit(done.stderr)
         found = json.loads(done.stdout)
         seconds[what] = found["seconds"]
-        print(f"{what}, {args.layers} layers, {tokens:,} tokens: {found['seconds']} s, peak {found['peak'] / 1e9:.2f} GB of which {found['loaded'] / 1e9:.2f} GB the loaded model", flush=True)  # fmt: skip
+        print(
+            f"{what}, {args.layers} layers, {tokens:,} tokens: {found['seconds']} s, "
+            f"peak {found['peak'] / 1e9:.2f} GB of which {found['loaded'] / 1e9:.2f} GB the loaded model",
+            flush=True,
+        )
         if "bound" in found:
-            print(f"  layers {found['layers']} s, of which the fit {found['fits']} s; bound {found['bound'] / 1e9:.2f} GB; {found}")  # fmt: skip
+            bound = f"bound {found['bound'] / 1e9:.2f} GB; {found}"
+            print(f"  layers {found['layers']} s, of which the fit {found['fits']} s; {bound}")
     print(f"repair / profile: {seconds[args.kind] / seconds['profile']:.1f}")
 
 

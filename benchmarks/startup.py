@@ -1,11 +1,11 @@
-"""What a command costs before it works: wall seconds of whole processes, over those of an interpreter that does nothing.
+"""Start-up cost of the commands: wall seconds of whole processes, beside an interpreter that does nothing.
 
     python -m benchmarks.startup [--rounds 7] [--folder DIR]
 
-`inspect` and `prune --plan` run on the shipped model, and `inspect` on the headers of Qwen1.5-MoE-A2.7B too (4,659 tensors in
-eight files with holes for the weights): "first" with an empty folder of remembered structures, "later" with the one that
-the first left. The verbs take turns; prints the median of the rounds, the difference to the interpreter's, and which of
-the large libraries are loaded at the end.
+`inspect` and `prune --plan` run on the shipped model, and `inspect` also on the headers of Qwen1.5-MoE-A2.7B (4,659
+tensors in eight sparse files): "first" with an empty structure cache, "later" with the one that the first run left. The
+commands alternate; prints the median over the rounds, its difference to the interpreter's, and which of the large
+libraries are loaded at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ print(*(name for name in {large} if name in sys.modules), file=sys.stderr)
 
 
 def make_headers(shape: str, folder: Path) -> Path:
-    """A checkpoint of a real model's size that takes no room: configuration, index, headers, and holes."""
+    """Write a checkpoint of real size in sparse files: configuration, index and headers, no weights."""
     files, config = SHAPES[shape]
     rows = [(name, dimensions, 2 * math.prod(dimensions)) for name, dimensions, _ in tensors(config)]
     folder.mkdir()
@@ -67,10 +67,10 @@ def seconds(command: list[str], cache: Path) -> float:
 
 
 def main() -> None:
-    """Run the verbs in turn and print a table."""
+    """Run the commands in alternation and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path, help="where the files are made (default: the system's folder for such)")
+    parser.add_argument("--folder", type=Path, help="where to put the files (default: the system's temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as made:
         folder = Path(made)
@@ -108,8 +108,11 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             done = subprocess.run(
                 [sys.executable, "-c", WHICH.format(large=LARGE), *words],
-                env=os.environ | {"MOECOVER_CACHE": str(cache)}, capture_output=True, check=True, text=True,
-            )  # fmt: skip
+                env=os.environ | {"MOECOVER_CACHE": str(cache)},
+                capture_output=True,
+                check=True,
+                text=True,
+            )
             loaded, median = done.stderr.strip().split("\n")[-1], statistics.median(times[name])
             print(f"{name:30}{median:9.3f}{median - bare:11.3f}  {loaded}")
 

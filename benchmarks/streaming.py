@@ -1,12 +1,12 @@
-"""Layer by layer against the same pass without statistics, and against the same pass in memory; memory and curves.
+"""The cost of running layer by layer: against the same pass without statistics, and against the same pass in memory.
 
-    python -m benchmarks.streaming FOLDER [--blocks 16] [--length 2048] [--rounds 3]        of a checkpoint of any size
-    python -m benchmarks.streaming --curves SCRATCH [--shape qwen1.5-moe-a2.7b]             models that fit, 2, 4 and 8 layers
+    python -m benchmarks.streaming FOLDER [--blocks 16] [--length 2048] [--rounds 3]    a checkpoint of any size
+    python -m benchmarks.streaming --curves SCRATCH [--shape qwen1.5-moe-a2.7b]         models of 2, 4 and 8 layers
 
-Two corpora of random tokens, batches of one block. Every pass is a process of its own; they take turns. With FOLDER:
+Two corpora of random tokens, batches of one block. Every pass runs in its own process; they alternate. With FOLDER:
 `profile` layer by layer over a plain streamed pass (both read the checkpoint once), and its peak resident memory. With
---curves: a streamed over an in-memory pass (loading counted in both, and not counted), memory over the layers, time over the
-tokens. `python -m benchmarks.full_size` makes checkpoints.
+--curves: a streamed over an in-memory pass (with and without the time to load the model), memory over the number of
+layers, time over the number of tokens. `python -m benchmarks.full_size` makes checkpoints.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ else:
         if what == "profile":
             profile(structure, corpora, model=stream, batch_size=1)
         else:
-            run(stream, [functools.partial(backbone_of(stream.model), **one, use_cache=False) for one in inputs], head=False)
+            forward = functools.partial(backbone_of(stream.model), use_cache=False)
+            run(stream, [functools.partial(forward, **one) for one in inputs], head=False)
 ended = time.perf_counter()
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 print(ended - started, ended - ready, peak)
@@ -58,7 +59,7 @@ print(ended - started, ended - ready, peak)
 
 
 def measure(what: str, folder: Path, blocks: int, length: int) -> tuple[float, float, float]:
-    """Seconds with opening the model, seconds without, peak resident MiB of a process."""
+    """Seconds with and without opening the model, and peak resident MiB, of one process."""
     command = [sys.executable, "-c", PASS, what, str(folder), str(blocks), str(length)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     whole, alone, peak = map(float, done.stdout.split())
@@ -66,12 +67,12 @@ def measure(what: str, folder: Path, blocks: int, length: int) -> tuple[float, f
 
 
 def medians(rows: list[tuple[float, float, float]]) -> tuple[float, ...]:
-    """Median of every column."""
+    """The median of every column."""
     return tuple(map(statistics.median, zip(*rows, strict=True)))
 
 
 def one_size(folder: Path, blocks: int, length: int, rounds: int) -> None:
-    """Profile over plain pass, both streamed."""
+    """Print the ratio of `profile` to a plain pass, both streamed."""
     kinds = ("plain", "profile")
     found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
@@ -83,7 +84,7 @@ def one_size(folder: Path, blocks: int, length: int, rounds: int) -> None:
 
 
 def compared(folder: Path, blocks: int, length: int, rounds: int) -> str:
-    """Streamed over in memory, the statistics' share, and the memory of both."""
+    """A line that compares streamed with in-memory passes: ratio, time of `profile`, memory of both."""
     found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in ("memory", "plain", "profile")}
     for _ in range(rounds):
         for kind, rows in found.items():
@@ -92,25 +93,27 @@ def compared(folder: Path, blocks: int, length: int, rounds: int) -> str:
     return (
         f"in memory {memory[0]:6.1f} s ({memory[1]:.1f} without loading), streamed {plain[0]:6.1f} s: ratio "
         f"{plain[0] / memory[0]:.3f} ({plain[0] / memory[1]:.3f} without loading); profile streamed {ours[0]:6.1f} s, "
-        f"{1e3 * ours[0] / (blocks * length):.3f} ms a token; peak {memory[2]:.0f} in memory, {ours[2]:.0f} MiB streamed"
+        f"{1e3 * ours[0] / (blocks * length):.3f} ms a token; "
+        f"peak {memory[2]:.0f} in memory, {ours[2]:.0f} MiB streamed"
     )
 
 
 def over_layers(scratch: Path, shape: str, length: int, rounds: int) -> None:
-    """Models of 2, 4 and 8 layers, the same tokens."""
+    """Models of 2, 4 and 8 layers on the same tokens."""
     for layers in (2, 4, 8):
         folder = make(shape, scratch / f"{shape}-{layers}", layers=layers)
         print(f"{layers} layers, {4 * length} tokens: {compared(folder, 4, length, rounds)}", flush=True)
 
 
 def over_tokens(scratch: Path, shape: str, length: int, rounds: int) -> None:
-    """The model of 2 layers, more and more tokens."""
+    """The model of 2 layers on increasing numbers of tokens."""
     folder = make(shape, scratch / f"{shape}-2", layers=2)
     for blocks in (4, 8, 16):
         print(f"2 layers, {blocks * length} tokens: {compared(folder, blocks, length, rounds)}", flush=True)
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--blocks", type=int, default=16)

@@ -1,19 +1,21 @@
-"""Writes the pages of the docs that can be generated: docs/cli.md, tables.md, methods.md, the import graph and the table in the README.
+"""Generate the parts of the docs that follow from the code and from results.
 
-python docs/generate.py            write them
-python docs/generate.py --check    exit 1 and name the pages that differ (the gate runs this)
+docs/cli.md, docs/tables.md, docs/methods.md with its figures, the import graph in docs/architecture.md and the table in
+the README.
+
+    python docs/generate.py            write them
+    python docs/generate.py --check    exit 1 and name the pages that are out of date (the gate runs this)
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
-import math
 import os
-import statistics
 import sys
 from pathlib import Path
+
+from methods_pages import MODELS, draw_methods, methods_page
 
 from moecover.checkpoints.servers import LIMITS
 from moecover.cli.demo import markdown_table, rows_from_json
@@ -27,7 +29,7 @@ START, END = "<!-- demo table: start -->\n", "<!-- demo table: end -->\n"
 
 
 def cli_page() -> str:
-    """Help of every verb."""
+    """The help of every verb."""
     os.environ["COLUMNS"] = "100"
     parser = make_parser()
     verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
@@ -37,12 +39,18 @@ def cli_page() -> str:
     return f"{NOTE}# Command line\n\n{status}\n" + "\n".join(parts)
 
 
-FAMILIES = """Proven means: a tiny random model of the type, its statistics equal to a naive pass, the checkpoint cut through the files
-equal bit for bit to the masked original and to rounding to the original with the dropped experts' logits at minus infinity, and
-reloaded in a process that never imports this package (but `deepseek`, whose class this package brings: vLLM, SGLang and llama.cpp
-know the type themselves, plain transformers does not). Routing as the class's own configuration has it; "its own" is not one
-that expert-sparsity re-routes. A type that is not listed runs with a warning: prove the result with `moecover verify`.
-"""
+FAMILIES = (
+    "Proven means: a tiny random model of the type, its statistics equal to a naive pass, "
+    "the checkpoint cut through the files\n"
+    "equal bit for bit to the masked original and to rounding to the original with the dropped experts' logits "
+    "at minus infinity, and\n"
+    "reloaded in a process that never imports this package (but `deepseek`, whose class this package brings: "
+    "vLLM, SGLang and llama.cpp\n"
+    "know the type themselves, plain transformers does not). Routing as the class's own configuration has it; "
+    '"its own" is not one\n'
+    "that expert-sparsity re-routes. A type that is not listed runs with a warning: prove the result with "
+    "`moecover verify`.\n"
+)
 
 
 def tables_page() -> str:
@@ -67,145 +75,11 @@ def tables_page() -> str:
     ]
     lines += [f"| {limit.server} | {limit.asks} | {limit.otherwise} |" for limit in LIMITS]
     lines.append(
-        "\nRead in their public sources in August 2026, not run here. `inspect --for SERVER` and `prune` warn from this table."
+        "\nRead in their public sources in August 2026, not run here. "
+        "`inspect --for SERVER` and `prune` warn from this table."
     )
     parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
-
-
-def geometric(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
-
-
-MODELS = ("qwen2-moe-tiny", "deepseek-moe-tiny")
-
-
-class Methods:
-    """The comparison on a shipped model in docs/methods-NAME.json (`python -m benchmarks.methods --model NAME`)."""
-
-    def __init__(self, model: str) -> None:
-        self.data = json.loads((ROOT / "docs" / f"methods-{model}.json").read_text())
-        self.cells = self.data["cells"]
-        self.domains = {"calibrated": self.data["near"], "never": dict.fromkeys(self.data["near"], self.data["far"])}
-        self.full = next(cell["perplexity"] for cell in self.cells if cell["label"] == "full model")
-        self.labels = list(dict.fromkeys(c["label"] for c in self.cells if c["label"] != "full model"))
-
-    def values(self, calibration: str, label: str, keep: int, where: str) -> list[float]:
-        """Geometric mean of the perplexity over the domains, one value a sample or seed."""
-        names = self.domains[where][calibration]
-        found = [c for c in self.cells if c["label"] == label and c["keep"] == keep and c["calibration"] in (calibration, "none")]  # fmt: skip
-        return [geometric([c["perplexity"][n] for n in names]) for c in found]
-
-    def whole(self, calibration: str, where: str) -> float:
-        """The same of the full model."""
-        return geometric([self.full[n] for n in self.domains[where][calibration]])
-
-
-def methods_page() -> str:
-    """The comparisons as tables."""
-    contents = "".join(f"- [{model}](#{model})\n" for model in MODELS)
-    head = f"{NOTE}# Methods compared\n\nWhat the figures say, and where coverage does not help: [log](log.md).\n\n{contents}"
-    return "\n".join([head, *(methods_of(model) for model in MODELS)])
-
-
-def methods_of(model: str) -> str:
-    """The comparison on one model."""
-    made = Methods(model)
-    data, keeps, experts = made.data, made.data["keeps"], made.data["experts"]
-
-    def cell(found: list[float]) -> str:
-        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-        return f"{geometric(found):.1f}{spread}"
-
-    shown = [x for x in made.labels if "protect 0.25" not in x and "protect 0.75" not in x]
-    parts = [
-        f"## {model}\n\n"
-        f"`python -m benchmarks.methods --model {model} --data DIR` ({experts} experts a layer), {data['wall_s'] / 60:.0f} minutes. "
-        f"Perplexity on held-out text, geometric mean over the domains; the spread is the standard deviation over {data['samples']} "
-        f"samples of calibration text ({', '.join(f'{c}: {n:,} tokens' for c, n in data['calibration_tokens'].items())}) or over the "
-        f"seeds of random plans. expert-sparsity searches on {data['search_tokens']:,} tokens. Held out: "
-        + ", ".join(f"{n} ({t:,} tokens)" for n, t in data["held_out_tokens"].items())
-        + f".\n\n![Perplexity over the full model's on {model}, by method](methods-{model}.png)\n"
-    ]  # fmt: skip
-    for calibration in data["near"]:
-        near, far = (made.domains[where][calibration] for where in ("calibrated", "never"))
-        parts.append(
-            f"### {model}, calibrated on {calibration}\n\nCalibrated domains: {', '.join(near)}. Never calibrated on: {', '.join(far)}. "
-            f"Full model: {made.whole(calibration, 'calibrated'):.1f} and {made.whole(calibration, 'never'):.1f}.\n"
-        )
-        heads = [f"{keep / experts:.0%}, {where}" for keep in keeps for where in made.domains]
-        lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-        for label in shown:
-            row = [cell(made.values(calibration, label, keep, where)) for keep in keeps for where in made.domains]
-            lines.append(f"| {label} | " + " | ".join(row) + " |")
-        parts.append("\n".join(lines) + "\n")
-    kinds = [
-        "pooled",
-        *sorted({x.rpartition("protect ")[2] for x in made.labels if "protect" in x and "super" not in x}),
-    ]
-    saliencies = list(
-        dict.fromkeys(x.split(", ")[1] for x in made.labels if x.startswith("pooled") and "super" not in x)
-    )
-    for where, heading in (
-        ("calibrated", "the calibrated domains"),
-        ("never", "domains that were never calibrated on"),
-    ):
-        lines = [
-            f"### {model}, the defaults: perplexity over the full model's, on {heading}\n\nGeometric mean over calibrations, budgets and samples.\n",
-            "| saliency | " + " | ".join("pooled" if k == "pooled" else f"protect {k}" for k in kinds) + " |",
-            "|---|" + "---:|" * len(kinds),
-        ]
-        for saliency in saliencies:
-            row = []
-            for kind in kinds:
-                label = f"pooled, {saliency}" if kind == "pooled" else f"tb-coverage, {saliency}, protect {kind}"
-                ratios = [
-                    geometric(made.values(c, label, keep, where)) / made.whole(c, where)
-                    for c in data["near"]
-                    for keep in keeps
-                ]
-                row.append(f"{geometric(ratios):.3f}")
-            lines.append(f"| {saliency} | " + " | ".join(row) + " |")
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
-
-
-def draw_methods(model: str, path: Path) -> None:
-    """The comparison on one model as a picture: a row a method, a panel a calibration and budget."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from moecover.reporting.figures.style import COLOURS, STYLE
-
-    made = Methods(model)
-    keeps, experts = made.data["keeps"][:2], made.data["experts"]
-    shown = [x for x in made.labels if "super" not in x and "protect 0.25" not in x and "protect 0.75" not in x and "protect 1.0" not in x]  # fmt: skip
-    with rc_context(STYLE):
-        figure = Figure(figsize=(11, 1.6 + 0.23 * len(shown) * len(made.data["near"])), layout="constrained")
-        panels = figure.subplots(len(made.data["near"]), len(keeps), squeeze=False, sharey=True)
-        for line, calibration in zip(panels, made.data["near"], strict=True):
-            for axis, keep in zip(line, keeps, strict=True):
-                for where, colour, mark in (("calibrated", COLOURS[0], "o"), ("never", COLOURS[1], "D")):
-                    for row, label in enumerate(shown):
-                        ratios = [
-                            v / made.whole(calibration, where) for v in made.values(calibration, label, keep, where)
-                        ]
-                        axis.plot([min(ratios), max(ratios)], [row, row], color=colour, linewidth=1.5)
-                        axis.plot([geometric(ratios)], [row], color=colour, marker=mark, markersize=5)
-                axis.set(xscale="log", xlim=(0.97, 8.3))
-                ticks = [1, 1.5, 2, 3, 4, 5, 6, 8]
-                axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-                axis.set_xticks([], minor=True)
-                axis.set_yticks(range(len(shown)), shown)
-                axis.grid(color="#dddddd", linewidth=0.6)
-                axis.set_axisbelow(True)
-                axis.set_title(f"calibrated on {calibration}, {keep / experts:.0%} of the experts kept")
-            line[0].set_ylim(len(shown) - 0.5, -0.5)
-        for axis in panels[-1]:
-            axis.set_xlabel("perplexity over the full model's (1 = nothing lost)")
-        marks = [figure.axes[0].plot([], [], color=c, marker=m, label=label)[0] for c, m, label in ((COLOURS[0], "o", "text like the calibration text"), (COLOURS[1], "D", "domains never calibrated on"))]  # fmt: skip
-        figure.legend(handles=marks, loc="outside lower left", ncols=2, frameon=False)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def readme() -> str:
@@ -218,7 +92,7 @@ def readme() -> str:
 
 
 def stage_of(module: str) -> str:
-    """The folder of a module, or ``small files`` for those beside the folders."""
+    """The folder of a module, or ``small files`` for modules outside every folder."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and (ROOT / "src/moecover" / parts[1]).is_dir() else "small files"
 
@@ -229,7 +103,7 @@ def import_graph() -> dict[str, set[str]]:
     for path in sorted((ROOT / "src/moecover").rglob("*.py")):
         relative = path.relative_to(ROOT / "src")
         if len(relative.parts) == 2 and path.stem in ("__init__", "__main__"):
-            continue  # the public names: a face of all stages, not a part of the flow
+            continue  # re-exports of all stages, not a part of the flow
         own = stage_of(".".join(relative.with_suffix("").parts))
         arrows.setdefault(own, set())
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -240,7 +114,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def reduced(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The arrows that do not follow from others (transitive reduction of a graph without circles)."""
+    """The arrows that do not follow from others (transitive reduction of an acyclic graph)."""
 
     def below(node: str) -> set[str]:
         return arrows[node] | {far for near in arrows[node] for far in below(near)}
@@ -268,12 +142,13 @@ PAGES = {
     "docs/architecture.md": architecture_page,
     "docs/cli.md": cli_page,
     "docs/tables.md": tables_page,
-    "docs/methods.md": methods_page,
+    "docs/methods.md": lambda: NOTE + methods_page(),
     "README.md": readme,
 }
 
 
 def main() -> int:
+    """Write the pages, or with ``--check`` compare them; returns the exit status."""
     check = "--check" in sys.argv[1:]
     stale = []
     for name, make in PAGES.items():

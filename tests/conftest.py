@@ -1,3 +1,8 @@
+"""Fixtures and builders that many tests share: tiny checkpoints, structures, profiles, pruned checkpoints, corpora.
+
+Nothing reaches the hub: ``HF_HUB_OFFLINE`` is set before the first import.
+"""
+
 from __future__ import annotations
 
 import os
@@ -25,7 +30,7 @@ from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
 from tests.support.tiny import FAMILIES, make_checkpoint
 
-# A gate that runs in the background inherits an ignored SIGINT and would pass it on to the processes that the tests interrupt.
+# In the background a test run inherits an ignored SIGINT, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -41,7 +46,7 @@ def quick_dtype() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def remembered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of remembered structures, for this process and those that it starts: never the user's own."""
+    """A structure cache of this test run, also for the processes that it starts: never the user's own."""
     folder = tmp_path_factory.mktemp("remembered")
     os.environ["MOECOVER_CACHE"] = str(folder)
     return folder
@@ -49,7 +54,7 @@ def remembered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Folder of a tiny checkpoint by family and options, made once a session; tests must not write into it."""
+    """Folder of a tiny checkpoint by family and options, made once per session; tests must not write into it."""
     made: dict[str, Path] = {}
 
     def get(family: str, **options: object) -> Path:
@@ -63,18 +68,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
+    """The name of every family of `tests.support.tiny.FAMILIES` in turn."""
     return str(request.param)
 
 
 @pytest.fixture
 def structure(checkpoints: Callable[..., Path], family: str) -> Structure:
+    """The structure of every family's tiny checkpoint in turn."""
     return read_structure(checkpoints(family))
 
 
 def random_corpus(
     name: str = "random", *, sequences: int = 6, length: int = 24, seed: int = 0, vocab: int = 300
 ) -> Corpus:
-    """Token ids of a skewed distribution, so that two seeds use different experts."""
+    """A corpus of random token ids [sequences, length], all of them valid.
+
+    A seed draws from 40 ids of its own only, so that two seeds use different experts.
+    """
     rng = np.random.default_rng(seed)
     favourites = rng.choice(vocab, size=40, replace=False)
     tokens = rng.choice(favourites, size=(sequences, length)).astype(np.int64)
@@ -82,18 +92,20 @@ def random_corpus(
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write rows as a JSONL file, and return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.fixture
 def small_profile(structure: Structure) -> Profile:
+    """A profile of every family's tiny checkpoint on the random corpora ``a`` and ``b``."""
     return profile(structure, [random_corpus("a", seed=1), random_corpus("b", seed=2)], dtype="float32")
 
 
 @pytest.fixture(scope="session")
 def pruned(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A checkpoint pruned to half by TB-Coverage, by family, made once a session."""
+    """A checkpoint pruned to half of its experts by the default plan, by family and options, made once per session."""
     made: dict[str, Path] = {}
 
     def get(family: str, **options: object) -> Path:
@@ -109,6 +121,7 @@ def pruned(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 
 def hand_plan(structure: Structure, kept: list[list[int]]) -> Plan:
+    """A plan that keeps these experts, one list per MoE layer."""
     layers = [
         LayerPlan(decoder_layer=d, kept=list(k)) for d, k in zip(structure.topology.decoder_layers, kept, strict=True)
     ]

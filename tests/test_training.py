@@ -1,4 +1,4 @@
-"""The training script of the shipped model: runs, stops, continues where it stopped. Slow: `make test-slow`."""
+"""The training script of the shipped model: runs, is killed, resumes. Slow: `make test-slow`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from moecover.checkpoints.inspection import inspect
 from moecover.corpora.sources import CORPORA
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_tiny.py"
-SMALL = "--tokens 16384 --batch-size 8 --vocabulary 400 --hidden 32 --layers 1 --expert 8 --shared 16 --save-every 4 --threads 1"
+SMALL = (
+    "--tokens 16384 --batch-size 8 --vocabulary 400 --hidden 32 --layers 1 --expert 8 --shared 16 --save-every 4 "
+    "--threads 1"
+)
 
 
 def make_data(folder: Path) -> Path:
-    """The project's own text in the layout that the script reads."""
+    """Write the project's own text in the layout that the script reads."""
     for name in ("wikitext2", "c4", "gutenberg", "gsm8k"):
         (folder / name).mkdir(parents=True)
     articles = list(CORPORA["encyclopedia"].documents(0))
@@ -32,47 +35,41 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-def train(
-    data: Path, out: Path, work: Path, *extra: str, timeout: float | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--data",
-        str(data),
-        "-o",
-        str(out),
-        "--work",
-        str(work),
-        *SMALL.split(),
-        *extra,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+def command(data: Path, out: Path, work: Path, *extra: str) -> list[str]:
+    """The command line of a small run."""
+    files = ["--data", str(data), "-o", str(out), "--work", str(work)]
+    return [sys.executable, str(SCRIPT), *files, *SMALL.split(), *extra]
+
+
+def train(data: Path, out: Path, work: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    """Run the script to its end."""
+    return subprocess.run(command(data, out, work, *extra), capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-def test_training_continues_and_ends_where_it_would_have(tmp_path: Path) -> None:
+def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     whole = train(data, tmp_path / "whole", tmp_path / "work")
     assert whole.returncode == 0, whole.stderr
     record = json.loads((tmp_path / "whole" / "training.json").read_text())
     assert record["tokens"] == 16384
     assert inspect(tmp_path / "whole")["experts"] == 60
-    # The state after the last step is there: a second start only evaluates and writes the same weights.
+    # The state after the last step is saved: a second start only evaluates and writes the same weights.
     again = train(data, tmp_path / "again", tmp_path / "work")
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model.safetensors"
-    ).read_bytes()
-    # Killed midway, then continued: the same weights.
+    weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+    # Killed midway, then resumed: the same weights.
     for name in ("options.json", "streams.npz"):
         (tmp_path / "cut").mkdir(exist_ok=True)
         shutil.copy(tmp_path / "work" / name, tmp_path / "cut" / name)
     shutil.copytree(tmp_path / "work" / "tokenizer", tmp_path / "cut" / "tokenizer")
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--data", str(data), "-o", str(tmp_path / "cut-out"), "--work", str(tmp_path / "cut"), *SMALL.split()],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        command(data, tmp_path / "cut-out", tmp_path / "cut"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 4:"):  # a state was saved
@@ -81,9 +78,7 @@ def test_training_continues_and_ends_where_it_would_have(tmp_path: Path) -> None
     process.wait()
     done = train(data, tmp_path / "cut-out", tmp_path / "cut")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "cut-out" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "cut-out" / "model.safetensors").read_bytes() == weights
     other = train(data, tmp_path / "other", tmp_path / "work", "--balance", "0.1")
     assert other.returncode != 0
     assert "belongs to a run with other options" in other.stderr

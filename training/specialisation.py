@@ -1,8 +1,8 @@
 """How specialised a model's routers are: the table of the model card.
 
-Reads a model and a folder of corpora (as train_tiny.py), profiles held-out text of several domains, and prints, per
-layer, the share of routed tokens that the busiest quarter of the experts takes on each domain, and how far those
-quarters overlap between domains (Jaccard index; two random quarters overlap by about 1/7).
+Reads a model and a folder of corpora (see train_tiny.py), profiles held-out text of several domains, and prints per
+layer: the share of routed tokens that goes to the busiest quarter of the experts on each domain, and how much these
+quarters overlap between domains (Jaccard index; about 1/7 for two random quarters).
 
     python training/specialisation.py MODEL --data DIR
 """
@@ -19,6 +19,7 @@ import moecover
 
 
 def main() -> None:
+    """Profile and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/ and c4/")

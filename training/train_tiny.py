@@ -2,19 +2,21 @@
 
 Reads a folder of plain corpora (``--data``: wikitext2/, c4/, gutenberg/, gsm8k/; see ``sources``) and the standard
 library of the running interpreter. Writes a checkpoint in the hub's format (tokenizer, config.json, one bf16
-safetensors file) and ``training.json`` with the settings, the curve and the final figures.
+safetensors file) and ``training.json`` with the settings, the loss curve and the final figures.
 
     python training/train_tiny.py --data DIR -o OUT --work WORK [--tokens 20e6]
 
-A run that was interrupted continues from ``WORK/state.safetensors`` when it is started again with the same options.
-Memory that glibc hands back and faults in again at every step costs a third of the time; keep it:
+An interrupted run resumes from ``WORK/state.safetensors`` when it is started again with the same options.
+By default, glibc returns memory to the system and faults it in again at every step, which costs a third of the time.
+Make it keep the memory:
 
     MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 python training/...
 
-``--shape qwen2_moe`` is that of Qwen1.5-MoE-A2.7B (60 routed experts, top-4, one shared expert with a gate, ``norm_topk_prob``
-false), ``--shape deepseek`` that of DeepSeek-MoE-16B (a dense first layer, 64 routed experts, top-6, two shared ones), at widths
-that train on two CPU cores in about an hour. Two optimisers: Muon (momentum orthogonalised by a
-Newton-Schulz iteration, batched over the experts) for the matrices, AdamW for embeddings, routers, norms and biases.
+``--shape qwen2_moe`` is the shape of Qwen1.5-MoE-A2.7B (60 routed experts, top-4, one gated shared expert,
+``norm_topk_prob`` false), ``--shape deepseek`` that of DeepSeek-MoE-16B (a dense first layer, 64 routed experts, top-6,
+two shared experts), at widths that train on two CPU cores in about an hour. Two optimisers: Muon (momentum
+orthogonalised by a Newton-Schulz iteration, batched over the experts) for the matrices, AdamW for embeddings, routers,
+norms and biases.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ MIXTURE = {"wikitext2": 0.36, "c4": 0.30, "gutenberg": 0.12, "gsm8k": 0.05, "pyt
 
 # ---------------------------------------------------------------------------------------------------------- documents
 def wikitext_articles(path: Path) -> Iterator[str]:
-    """Articles of a WikiText file: a line `` = Title = `` (one equals sign) opens each."""
+    """Articles of a WikiText file; each starts with a line `` = Title = `` (one equals sign)."""
     article: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         title = line.startswith(" = ") and not line.startswith(" = = ")
@@ -59,6 +61,7 @@ def wikitext_articles(path: Path) -> Iterator[str]:
 
 
 def jsonl_documents(*paths: Path) -> Iterator[str]:
+    """The field ``text`` of every row, or ``question`` and ``answer`` on two lines."""
     for path in paths:
         for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines would also cut at U+2028
             if not line:
@@ -80,7 +83,7 @@ def sources(data: Path) -> dict[str, list[str]]:
 
 
 def held_out(data: Path) -> dict[str, str]:
-    """Held-out text by domain; the first two are the figures of the model card."""
+    """Held-out text by domain; the model card gives the figures of the first two."""
     return {
         "wikitext2": (data / "wikitext2" / "test.txt").read_text(encoding="utf-8"),
         "c4": END.join(jsonl_documents(data / "c4" / "validation.jsonl")),
@@ -90,7 +93,7 @@ def held_out(data: Path) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 def train_tokenizer(documents: dict[str, list[str]], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned on an equal number of characters of every domain but two (half of each)."""
+    """Byte-level BPE learned on a fixed number of characters of every domain."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -116,7 +119,7 @@ def train_tokenizer(documents: dict[str, list[str]], size: int) -> PreTrainedTok
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarray:
-    """One stream of uint16 token ids, an end mark after every document."""
+    """One stream of uint16 token ids, with an end-of-text token after every document."""
     end = tokenizer.convert_tokens_to_ids(END)
     streams = []
     for start in range(0, len(documents), 64):
@@ -126,7 +129,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarr
 
 
 def blocks(stream: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """Endless shuffled blocks of LENGTH + 1 tokens; every epoch cuts the stream at another offset."""
+    """Endless shuffled blocks of LENGTH + 1 tokens; every epoch cuts the stream at a new offset."""
     rng = np.random.default_rng(seed)
     while True:
         offset = int(rng.integers(LENGTH))
@@ -136,7 +139,7 @@ def blocks(stream: np.ndarray, seed: int) -> Iterator[np.ndarray]:
 
 
 def batches(streams: dict[str, np.ndarray], batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless batches (batch_size, LENGTH + 1), every row's domain drawn from MIXTURE."""
+    """Endless batches [batch_size, LENGTH + 1], the domain of every row drawn from MIXTURE."""
     rng = np.random.default_rng(seed)
     rows = {name: blocks(stream, seed + i) for i, (name, stream) in enumerate(streams.items())}
     names, shares = list(MIXTURE), np.array(list(MIXTURE.values()))
@@ -160,13 +163,14 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: for matrices (..., rows, columns), the leading axis being experts."""
+    """Orthogonalised momentum (Jordan 2024) for matrices [..., rows, columns]; the leading axis is experts."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -179,6 +183,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(model: torch.nn.Module, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for embeddings, routers, norms and biases."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         small = (
@@ -190,24 +195,43 @@ def make_optimisers(model: torch.nn.Module, matrix_lr: float, other_lr: float) -
 
 # -------------------------------------------------------------------------------------------------------------- model
 def make_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
-    """A fresh model of the shape that is asked for."""
+    """A randomly initialised model of the requested shape."""
     common = {
-        "vocab_size": vocabulary, "hidden_size": args.hidden, "num_hidden_layers": args.layers,
-        "num_attention_heads": args.hidden // 32, "num_key_value_heads": args.hidden // 32,
-        "moe_intermediate_size": args.expert, "norm_topk_prob": False, "max_position_embeddings": 2 * LENGTH,
-        "rope_theta": 10000.0, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.02,
-    }  # fmt: skip
+        "vocab_size": vocabulary,
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 32,
+        "num_key_value_heads": args.hidden // 32,
+        "moe_intermediate_size": args.expert,
+        "norm_topk_prob": False,
+        "max_position_embeddings": 2 * LENGTH,
+        "rope_theta": 10000.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.02,
+    }
     if args.shape == "deepseek":
         config = DeepseekConfig(
-            **common, intermediate_size=args.dense, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2,
-            first_k_dense_replace=1, tie_word_embeddings=False,
-        )  # fmt: skip
+            **common,
+            intermediate_size=args.dense,
+            n_routed_experts=64,
+            num_experts_per_tok=6,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+            tie_word_embeddings=False,
+        )
         made = DeepseekForCausalLM
     else:
         config = Qwen2MoeConfig(
-            **common, intermediate_size=args.shared, shared_expert_intermediate_size=args.shared, num_experts=60,
-            num_experts_per_tok=4, decoder_sparse_step=1, tie_word_embeddings=True, use_sliding_window=False,
-        )  # fmt: skip
+            **common,
+            intermediate_size=args.shared,
+            shared_expert_intermediate_size=args.shared,
+            num_experts=60,
+            num_experts_per_tok=4,
+            decoder_sparse_step=1,
+            tie_word_embeddings=True,
+            use_sliding_window=False,
+        )
         made = Qwen2MoeForCausalLM
     config._attn_implementation = "sdpa"
     model = made(config)
@@ -216,7 +240,7 @@ def make_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
 
 
 def watch_routers(model: torch.nn.Module) -> list[torch.Tensor]:
-    """A list that every training pass fills with the routers' logits ``[token, expert]``, to be cleared by the caller."""
+    """A list that every training pass extends by the routers' logits [token, expert]; the caller clears it."""
     seen: list[torch.Tensor] = []
 
     def note(module: torch.nn.Module, args: tuple, output: tuple) -> None:
@@ -230,7 +254,10 @@ def watch_routers(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def balance_loss(router_logits: list[torch.Tensor], k: int) -> torch.Tensor:
-    """Switch-style balancing loss, mean over layers: experts x sum of (share of slots x mean probability); 1 = uniform."""
+    """Load-balancing loss as in Switch Transformers, mean over layers; 1 when routing is uniform.
+
+    Number of experts times the sum over experts of (share of slots x mean probability).
+    """
     losses = []
     for logits in router_logits:
         probability = logits.float().softmax(-1)
@@ -242,7 +269,10 @@ def balance_loss(router_logits: list[torch.Tensor], k: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def bits_per_byte(model, tokenizer, text: str) -> float:
-    """-log2 p of the whole text over its UTF-8 bytes; disjoint windows of LENGTH tokens, every token but the first scored."""
+    """-log2 p of the whole text over its number of UTF-8 bytes.
+
+    Disjoint windows of LENGTH tokens; every token but the first is scored.
+    """
     ids = torch.from_numpy(encode(tokenizer, text.split(END)).astype(np.int64))[:-1]
     rows = (len(ids) - 1) // LENGTH
     nats, n_bytes = 0.0, len(text.replace(END, "").encode())
@@ -259,7 +289,7 @@ def bits_per_byte(model, tokenizer, text: str) -> float:
 
 
 def save_state(path: Path, model, optimisers, step: int, curve: list, spent_s: float) -> None:
-    """Weights, optimiser states, position and curve in one safetensors file that appears only when complete."""
+    """Write weights, optimiser states, step and curve to one safetensors file that appears only when complete."""
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     for i, optimiser in enumerate(optimisers):
         for j, values in optimiser.state_dict()["state"].items():
@@ -270,7 +300,7 @@ def save_state(path: Path, model, optimisers, step: int, curve: list, spent_s: f
 
 
 def load_state(path: Path, model, optimisers) -> tuple[int, list, float]:
-    """Restore what `save_state` wrote; gives step, curve and seconds spent."""
+    """Restore what `save_state` wrote; returns step, curve and seconds spent."""
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["state"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -288,9 +318,8 @@ def load_state(path: Path, model, optimisers) -> tuple[int, list, float]:
     return about["step"], about["curve"], about["spent_s"]
 
 
-def train(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+def check_options(args: argparse.Namespace) -> None:
+    """Record the options in the work folder, or compare them with those of the run that it belongs to."""
     args.work.mkdir(parents=True, exist_ok=True)
     options = {k: v for k, v in vars(args).items() if k not in ("data", "output", "work", "threads", "save_every")}
     record = args.work / "options.json"
@@ -299,6 +328,10 @@ def train(args: argparse.Namespace) -> None:
             f"{args.work} belongs to a run with other options: {record.read_text().strip()}. Give another --work"
         )
     record.write_text(json.dumps(options) + "\n")
+
+
+def prepare_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, dict[str, np.ndarray]]:
+    """The tokenizer and the token stream of every domain, from the work folder if they are there."""
     documents = sources(args.data)
     if (args.work / "tokenizer").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
@@ -309,6 +342,36 @@ def train(args: argparse.Namespace) -> None:
         np.savez(args.work / "streams.npz", **{name: encode(tokenizer, docs) for name, docs in documents.items()})
     streams = dict(np.load(args.work / "streams.npz"))
     print({name: len(s) for name, s in streams.items()}, flush=True)
+    return tokenizer, streams
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimisers: list[torch.optim.Optimizer],
+    router_logits: list[torch.Tensor],
+    batch: torch.Tensor,
+    balance_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update on a batch [rows, LENGTH + 1]; returns the language-model loss and the balancing loss."""
+    with torch.autocast("cpu", torch.bfloat16):
+        router_logits.clear()
+        output = model(batch[:, :-1])
+    loss = F.cross_entropy(output.logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+    balance = balance_loss(router_logits, model.config.num_experts_per_tok)
+    (loss + balance_weight * balance).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimiser in optimisers:
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    return loss, balance
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train or resume, then evaluate and write the checkpoint."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    check_options(args)
+    tokenizer, streams = prepare_text(args)
     model = make_model(args, len(tokenizer))
     router_logits = watch_routers(model)
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -330,24 +393,12 @@ def train(args: argparse.Namespace) -> None:
         decay = min(1.0, (step + 1) / 50) * min(1.0, (steps - step) / (args.decay * steps))
         for optimiser, rate in zip(optimisers, base, strict=True):
             optimiser.param_groups[0]["lr"] = rate * decay
-        batch = next(data)
-        with torch.autocast("cpu", torch.bfloat16):
-            router_logits.clear()
-            output = model(batch[:, :-1])
-        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        balance = balance_loss(router_logits, model.config.num_experts_per_tok)
-        (loss + args.balance * balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        loss, balance = train_step(model, optimisers, router_logits, next(data), args.balance)
         if step % 20 == 0:
-            used = spent_s + time.monotonic() - started
-            rate = (step - first + 1) * args.batch_size * LENGTH / (time.monotonic() - started)
-            print(
-                f"step {step}/{steps} loss {loss.item():.3f} balance {balance.item():.2f} {rate:.0f} tokens/s {used:.0f} s",
-                flush=True,
-            )
+            elapsed = time.monotonic() - started
+            speed = (step - first + 1) * args.batch_size * LENGTH / elapsed
+            figures = f"loss {loss.item():.3f} balance {balance.item():.2f}"
+            print(f"step {step}/{steps} {figures} {speed:.0f} tokens/s {spent_s + elapsed:.0f} s", flush=True)
             curve.append({"step": step, "loss": round(loss.item(), 4), "balance": round(balance.item(), 3)})
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_state(state_file, model, optimisers, step + 1, curve, spent_s + time.monotonic() - started)
@@ -357,6 +408,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def finish(args, model, tokenizer, texts, curve, steps, spent_s) -> None:
+    """Evaluate the model in bf16 on the held-out texts; write the checkpoint and ``training.json``."""
     model = model.to(torch.bfloat16)
     args.output.mkdir(parents=True, exist_ok=True)
     model.config.dtype = torch.bfloat16
@@ -364,18 +416,25 @@ def finish(args, model, tokenizer, texts, curve, steps, spent_s) -> None:
     tokenizer.save_pretrained(args.output)
     figures = {name: round(bits_per_byte(model, tokenizer, text), 4) for name, text in texts.items()}
     record = {
-        "bits_per_byte": figures, "tokens": steps * args.batch_size * LENGTH, "wall_s": round(spent_s), "threads": args.threads,
-        "torch": torch.__version__, "python": platform.python_version(), "mixture": MIXTURE,
-        "options": {k: v for k, v in vars(args).items() if k not in ("data", "output", "work")}, "curve": curve[::5],
-    }  # fmt: skip
+        "bits_per_byte": figures,
+        "tokens": steps * args.batch_size * LENGTH,
+        "wall_s": round(spent_s),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mixture": MIXTURE,
+        "options": {k: v for k, v in vars(args).items() if k not in ("data", "output", "work")},
+        "curve": curve[::5],
+    }
     (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["bits_per_byte"]), flush=True)
 
 
 def main() -> None:
+    """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/, c4/, gutenberg/ and gsm8k/")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="where the finished checkpoint goes")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the finished checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder: tokenizer, token streams, state")
     parser.add_argument("--shape", choices=("qwen2_moe", "deepseek"), default="qwen2_moe")
     parser.add_argument("--tokens", type=float, default=20e6)
@@ -390,7 +449,10 @@ def main() -> None:
     parser.add_argument("--other-lr", type=float, default=3e-3)
     parser.add_argument("--balance", type=float, default=0.003, help="coefficient of the balancing loss")
     parser.add_argument(
-        "--decay", type=float, default=0.6, help="last share of the run over which the rates fall to zero"
+        "--decay",
+        type=float,
+        default=0.6,
+        help="share of the run, at its end, over which the learning rates fall to zero",
     )
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)

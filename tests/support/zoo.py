@@ -1,7 +1,8 @@
-"""A tiny random model of every type of the installed transformers that has routed experts.
+"""A tiny random model of every type in the installed transformers that has routed experts.
 
-`types` finds them: the causal language models whose configuration counts experts. A configuration is the class's own
-defaults made small: every size that it has by one of the names in `SMALL`, then what `SPECIAL` says of the type.
+`types` finds them: the causal language models whose configuration has a number of experts. `make_config` starts from
+the defaults of the type's own class, replaces every size that it has under a name in `SMALL`, then applies what
+`SPECIAL` holds for the type.
 """
 
 from __future__ import annotations
@@ -22,35 +23,100 @@ register_deepseek()
 
 EXPERTS, TOP_K, LAYERS = 8, 2, 3
 SMALL: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "max_position_embeddings": 64, "num_experts_per_tok": TOP_K, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "num_dense_layers": 1,
-    "sliding_window": 16, "moe_topk": TOP_K, "moe_k": TOP_K, "top_k_experts": TOP_K, "shared_intermediate_size": 16,
-    "n_group": 2, "topk_group": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "out_hidden_size": 32,
-    "linear_head_dim": 8, "linear_num_heads": 4, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
-    "index_n_heads": 4, "index_head_dim": 16, "hc_mult": 2, "moe_hidden_size": 24, "adapter_in_dim": 32,
-    "adapter_input_size": 32, "adapter_out_dim": 32, "text_hidden_size": 32, "projection_hidden_dim": 32,
-    "projection_intermediate_size": 32, "projector_hidden_size": 32, "downsample_hidden_size": 8, "d_model": 32,
-    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 32, "output_dim": 32,
-    "max_source_positions": 64, "num_position_embeddings": 16, "mlp_dim": 32, "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2, "swa_head_dim": 8, "posemb_grid_size": 4, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "global_head_dim": 8,
-    "position_embedding_size": 16, "shared_experts_intermediate_size": 16, "ssm_state_size": 8, "mamba_num_heads": 8,
-    "mamba_head_dim": 8, "chunk_size": 16,
-}  # fmt: skip
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": TOP_K,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "sliding_window": 16,
+    "moe_topk": TOP_K,
+    "moe_k": TOP_K,
+    "top_k_experts": TOP_K,
+    "shared_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 8,
+    "index_n_heads": 4,
+    "index_head_dim": 16,
+    "hc_mult": 2,
+    "moe_hidden_size": 24,
+    "adapter_in_dim": 32,
+    "adapter_input_size": 32,
+    "adapter_out_dim": 32,
+    "text_hidden_size": 32,
+    "projection_hidden_dim": 32,
+    "projection_intermediate_size": 32,
+    "projector_hidden_size": 32,
+    "downsample_hidden_size": 8,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "output_dim": 32,
+    "max_source_positions": 64,
+    "num_position_embeddings": 16,
+    "mlp_dim": 32,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "posemb_grid_size": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "global_head_dim": 8,
+    "position_embedding_size": 16,
+    "shared_experts_intermediate_size": 16,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "chunk_size": 16,
+}
 MLPS = ["dense"] + ["sparse"] * (LAYERS - 1)
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
 SAM = {"output_channels": 8, "downsample_channels": [16, 32], "image_size": 64}
-PICTURES: dict[str, Any] = {  # a part that is a type of its own
-    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32,
+PICTURES: dict[str, Any] = {  # for vision parts that are a type of their own
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 32,
     "patch_size": 16,
-}  # fmt: skip
+}
 DOTS3 = {
-    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
-    "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
-}  # fmt: skip
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
 SPECIAL: dict[str, dict[str, Any]] = {
     "aria": {"vision_config": {"model_type": "idefics3_vision", **PICTURES}, "projector_patch_to_query_dict": {4: 4}},
     "beam": {"mlp_layer_types": MLPS},
@@ -100,53 +166,56 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def types() -> list[str]:
-    """Model types with routed experts, alphabetical."""
+    """Model types with routed experts, in alphabetical order."""
     found = []
     for name in sorted(CONFIG_MAPPING.keys()):
         cls = CONFIG_MAPPING[name]
         if auto_class(cls) is None:
             continue
-        names = _names(cls)
-        parts = [names, *(_names(sub) for sub in getattr(cls, "sub_configs", {}).values())]
+        names = field_names(cls)
+        parts = [names, *(field_names(sub) for sub in getattr(cls, "sub_configs", {}).values())]
         if any(key in part for part in parts for key in COUNT_KEYS):
             found.append(name)
     return found
 
 
-def _names(cls: type) -> set[str]:
+def field_names(cls: type) -> set[str]:
+    """The names under which a configuration class has a value, aliases included."""
     fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     return fields | set(getattr(cls, "attribute_map", {}))
 
 
 def make_config(name: str) -> PreTrainedConfig:
-    """The small configuration of a type."""
+    """The small configuration of a model type."""
     cls = CONFIG_MAPPING[name]
-    options = _small(cls)
+    options = small_values(cls)
     for key, value in SPECIAL.get(name, {}).items():
-        options[key] = _merged(options.get(key), value)
+        options[key] = merged(options.get(key), value)
     return cls(**options)
 
 
-def _merged(below: Any, above: Any) -> Any:
+def merged(below: Any, above: Any) -> Any:
+    """``above`` over ``below``; dicts are merged key by key."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    return {**below, **{key: merged(below.get(key), value) for key, value in above.items()}}
 
 
-def _small(cls: type) -> dict[str, Any]:
-    names, mapped = _names(cls), getattr(cls, "attribute_map", {})
+def small_values(cls: type) -> dict[str, Any]:
+    """The values of `SMALL` that a configuration class and its parts have, and `EXPERTS` for its number of experts."""
+    names, mapped = field_names(cls), getattr(cls, "attribute_map", {})
     options = {k: v for k, v in SMALL.items() if k in names and k not in mapped}
     options |= {k: EXPERTS for k in COUNT_KEYS if k in names and k not in mapped}
     if "kv_lora_rank" in options:
         options["num_key_value_heads"] = options["num_attention_heads"]  # latent attention has no groups
     for part, sub in getattr(cls, "sub_configs", {}).items():
         if dataclasses.is_dataclass(sub):
-            options[part] = _small(sub)
+            options[part] = small_values(sub)
     return options
 
 
 def make_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A model with uneven routing."""
+    """A random model of a type with uneven routing, in float32 and evaluation mode."""
     torch.manual_seed(seed)
     config = make_config(name)
     multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # saved with all its parts, as on the hub
