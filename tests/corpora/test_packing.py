@@ -184,7 +184,7 @@ def test_unknown_ending_and_broken_files(tmp_path: Path, tokenizer) -> None:
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4"])
 def test_hub_corpora_are_read_at_their_pinned_revision(name: str, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real call, on a stand-in for `datasets`: path, config, split, revision, and a seeded shuffle of the stream."""
+    """The call on a stand-in for `datasets`: path, config, split, revision, and a seeded shuffle of the stream."""
     calls: list[tuple] = []
 
     class Stream(list):

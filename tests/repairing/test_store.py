@@ -281,7 +281,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(checkpoints: Callable[..., P
     assert not (tmp_path / "state").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
     status = cli.main(list(arguments))
     captured = capsys.readouterr()
@@ -445,7 +445,8 @@ def test_families_and_formats_without_repair_are_refused_before_any_work(
     assert status == 2
     assert (
         err.splitlines()[-1]
-        == "moecover: --repair does not run on gpt_oss: its experts have biases, a norm or transposed weights. Use --repair none"
+        == "moecover: --repair does not run on gpt_oss: its experts have biases, a norm or transposed weights. "
+        "Use --repair none"
     )
     quantised = Path(shutil.copytree(checkpoints("mixtral"), tmp_path / "quantised"))
     tensors = load_file(quantised / "model.safetensors")
