@@ -1,4 +1,4 @@
-"""Text that a model writes itself: from its own distribution, the same again, gone on with, and a corpus like others."""
+"""Text that a model writes itself: its distribution, reproducible and resumable, and a corpus like others."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from moecover.corpora.packing import load_corpus, load_tokenizer
-from moecover.corpora.sources import CORPORA, parse_corpora
+from moecover.corpora.sources import parse_corpora
 from moecover.errors import InputError
 from tests.conftest import SHARED, needs_shared, write_rows
 from tests.support.tiny import TEXT, make_tokenizer
@@ -151,22 +149,6 @@ def test_empty_corpus(tmp_path: Path, tokenizer, content: str) -> None:
             load_corpus("x", tmp_path / name, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["wikitxt2"], "unknown corpus 'wikitxt2'. Did you mean wikitext2"),
-        (["c4", "c4"], "corpus c4 is given twice"),
-        (["x=/nowhere/f.txt"], "corpus file /nowhere/f.txt does not exist"),
-        (["x="], "there is no path after the equals sign"),
-        (["=f.txt"], "give NAME=PATH"),
-        ([], "no corpus"),
-    ],
-)
-def test_bad_corpus_arguments(arguments: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        parse_corpora(arguments)
-
-
 def test_unknown_ending_and_broken_files(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "x.csv").write_text("a")
     with pytest.raises(InputError, match=r"unknown file type. Allowed: .txt"):
@@ -180,72 +162,6 @@ def test_unknown_ending_and_broken_files(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="could not be read"):
         load_corpus("x", tmp_path / "x.txt", tokenizer=tokenizer)
-
-
-@pytest.mark.parametrize("name", ["wikitext2", "c4"])
-def test_hub_corpora_are_read_at_their_pinned_revision(name: str, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real call, on a stand-in for `datasets`: path, config, split, revision, and a seeded shuffle of the stream."""
-    calls: list[tuple] = []
-
-    class Stream(list):
-        def shuffle(self, *, seed: int, buffer_size: int) -> Stream:
-            calls.append(("shuffle", seed, buffer_size))
-            return self
-
-    def load_dataset(path: str, config: str, *, split: str, revision: str, streaming: bool) -> Stream:
-        calls.append((path, config, split, revision, streaming))
-        return Stream({"text": d} for d in DOCUMENTS)
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    loaded = load_corpus(name, tokenizer=tokenizer, sequences=4, length=32, seed=5)
-    row = CORPORA[name]
-    assert calls[0] == (row.path, row.config, "train", row.revision, row.streaming)
-    assert len(row.revision) == 40
-    assert (("shuffle", 5, 10_000) in calls) == row.streaming
-    assert loaded.record["source"] == f"{row.path}@{row.revision}"
-    assert loaded.tokens.shape == (4, 32)
-
-
-def test_a_hub_that_does_not_answer_is_one_line(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*args: object, **kwargs: object) -> None:
-        raise ConnectionError("no route\nmore")
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(InputError, match=r"could not be read from the hub: no route. Give a local copy as NAME=PATH"):
-        load_corpus("c4", tokenizer=tokenizer)
-
-
-def test_a_stream_is_read_no_further_than_needed(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
-
-    class Stream:
-        def shuffle(self, **_: object) -> Stream:
-            return self
-
-        def __iter__(self):
-            for i in range(1_000_000):
-                read.append(i)
-                yield {"text": DOCUMENTS[i % 40]}
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: Stream()))
-    load_corpus("c4", tokenizer=tokenizer, sequences=4, length=32)
-    assert len(read) < 100
-
-
-def test_shipped_text_is_two_registers_of_60_kb_without_repetition() -> None:
-    for name in ("encyclopedia", "web"):
-        documents = [d for part in (name, f"{name}-heldout") for d in CORPORA[part].documents(0)]
-        assert sum(len(d.encode()) for d in documents) > 60_000
-        held_out = list(CORPORA[f"{name}-heldout"].documents(0))
-        assert len(held_out) >= 10
-        sentences = [s.strip() for d in documents for s in d.replace("\n", " ").split(". ") if len(s) > 40]
-        assert len(sentences) == len(set(sentences))
-
-
-def test_stdlib_parts_do_not_overlap() -> None:
-    calibration, held_out = set(CORPORA["python"].documents(0)), set(CORPORA["python-heldout"].documents(0))
-    assert not calibration & held_out
-    assert 0.05 < len(held_out) / len(calibration) < 0.35
 
 
 def test_shards_have_hashes_of_their_own(text_files: dict[str, Path], tokenizer) -> None:
@@ -267,10 +183,6 @@ def test_real_corpora(checkpoints: Callable[..., Path], tokenizer) -> None:
     c4 = load_corpus("c4", SHARED / "c4" / "train_a.jsonl", tokenizer=tokenizer, length=256)
     assert wiki.tokens.shape == c4.tokens.shape == (128, 256)
     assert c4.record["documents"] >= 1000
-
-
-def test_every_corpus_row_says_its_licence() -> None:
-    assert all(row.licence and row.summary for row in CORPORA.values())
 
 
 def test_a_null_mask_is_no_mask(tmp_path: Path) -> None:
@@ -335,3 +247,11 @@ def test_code_of_a_tokenizer_is_never_run(checkpoints: Callable[..., Path], tmp_
     except InputError as error:
         assert "could not be loaded" in str(error)  # noqa: PT017
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_corpus_shows_itself(text_files: dict[str, Path], tokenizer) -> None:
+    loaded = load_corpus("x", text_files["jsonl"], tokenizer=tokenizer, sequences=6, length=16)
+    assert repr(loaded) == "<Corpus x: 6 sequences of up to 16 tokens, 96 in all, from a.jsonl>"
+    assert loaded.to_frame().to_dict("records") == [
+        {"corpus": "x", "sequences": 6, "length": 16, "tokens": 96, "source": "a.jsonl"}
+    ]

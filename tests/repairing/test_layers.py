@@ -11,7 +11,6 @@ import torch
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
-from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
 from moecover.repairing.layers import LayerRepair, repaired
 from moecover.repairing.layers import repair_layers as layer_after_layer
@@ -20,32 +19,11 @@ from moecover.runtime.loading import load_model
 from moecover.runtime.streaming import streamed
 from tests.conftest import hand_plan, random_corpus
 from tests.support import zoo
-
-# sequences enough that most experts see more tokens than their width of 16 to 24
-CORPORA = [random_corpus("a", seed=1, sequences=12), random_corpus("b", seed=2, sequences=8)]
+from tests.support.repairs import CORPORA, half, outputs
 
 
 def repair_layers(*args: object, **options: object) -> list[LayerRepair]:
     return [*layer_after_layer(*args, **options)]
-
-
-def half(structure: Structure) -> Plan:
-    """Every second expert, the others where there are not enough of these."""
-    keep = max(structure.topology.top_k, structure.topology.num_experts // 2)
-    chosen = [*range(0, structure.topology.num_experts, 2), *range(1, structure.topology.num_experts, 2)][:keep]
-    return hand_plan(structure, [sorted(chosen)] * len(structure.topology.decoder_layers))
-
-
-def outputs(model: torch.nn.Module, structure: Structure, corpus: Corpus) -> list[torch.Tensor]:
-    """What every MoE block gives in a plain pass, float64 ``[token, hidden]``."""
-    found: list[torch.Tensor] = []
-    blocks = [model.get_submodule(name.rpartition(".")[0]) for name in structure.experts_modules]
-    hooks = [b.register_forward_hook(lambda m, a, o: found.append(o.double().flatten(0, -2))) for b in blocks]
-    with torch.inference_mode():
-        model(torch.from_numpy(corpus.tokens))
-    for hook in hooks:
-        hook.remove()
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)

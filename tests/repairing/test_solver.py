@@ -124,7 +124,7 @@ def test_blocks_in_turn_end_at_the_dense_solution(penalty: float, held_share: fl
 
 
 def routed(seed: int) -> tuple[list[Block], torch.Tensor]:
-    """Blocks over tokens in no order, some with several, some with one, some with none; a residual of their own scale."""
+    """Blocks over tokens in no order, some tokens with several, one or none; a residual of their own scale."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.rand(TOKENS, 5, generator=generator) < torch.tensor([0.5, 0.3, 0.1, 0.6, 0.2])
     chosen[:9] = False
@@ -343,7 +343,9 @@ blocks = [
 ]
 target, corpus = torch.randn(tokens, hidden), torch.zeros(tokens).long()
 for part in (64, tokens):  # the first time libraries take memory of their own
-    small = [Block(b.name, b.weight, torch.arange(part), b.features[:part]) for b in blocks] if part < tokens else blocks
+    small = blocks
+    if part < tokens:
+        small = [Block(b.name, b.weight, torch.arange(part), b.features[:part]) for b in blocks]
     before = peak()
     fit(small, target[:part], corpus[:part], kind="ridge", penalties=(1.0, 0.1), sweeps=2)
 print(peak() - before, peak_bytes(tokens=tokens, hidden_size=hidden, widths=widths))

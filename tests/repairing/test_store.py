@@ -28,30 +28,15 @@ from moecover.planning.masking import masked
 from moecover.pruning.writer import prune
 from moecover.repairing import layers as repairing
 from moecover.repairing.layers import LayerRepair, repair_layers, repaired
-from moecover.repairing.store import Repaired, kept_for_later, repair
+from moecover.repairing.store import kept_for_later
 from moecover.runtime import memory as fitting
 from moecover.runtime.loading import load_model
 from moecover.runtime.streaming import streamed
 from moecover.verification.verify import verify
 from tests.conftest import random_corpus, write_rows
-from tests.repairing.test_layers import CORPORA, half, outputs
 from tests.support import zoo
-from tests.verification.test_golden import logits_of, rehash
-
-
-def mended(structure: Structure, plan: Plan, folder: Path, **options: Any) -> Repaired:
-    given: dict[str, Any] = {"corpora": CORPORA, "kind": "ridge", **options}
-    model = given.pop("model", None) or contextlib.nullcontext(load_model(structure))
-    return repair(structure, plan, given.pop("corpora"), model=model, folder=folder, **given)
-
-
-def written(structure: Structure, plan: Plan, tmp_path: Path, **options: Any) -> Path:
-    made = mended(structure, plan, tmp_path / "state", **options)
-    return prune(structure, plan, tmp_path / "out", repaired=made)
-
-
-def manifest_of(cut: Path) -> dict[str, Any]:
-    return json.loads((cut / "moecover.json").read_text())["repair"]
+from tests.support.proofs import logits_of
+from tests.support.repairs import CORPORA, half, manifest_of, mended, outputs, written
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,47 +135,6 @@ def test_a_wider_model_repairs_in_the_dtype_of_the_file(checkpoints: Callable[..
             assert error == pytest.approx(row["after"]["ab"[number]], rel=1e-3)
 
 
-# -------------------------------------------------------------------------------------------------------------- verify
-def change_another(tensors: dict[str, torch.Tensor], names: set[str]) -> str:
-    name = next(k for k in tensors if k.endswith("k_proj.weight"))
-    tensors[name][0, 0] = -tensors[name][0, 0]
-    return name
-
-
-def change_a_repaired(tensors: dict[str, torch.Tensor], names: set[str]) -> str:
-    name = min(names)
-    tensors[name].view(-1)[0] += 0.5
-    return name
-
-
-@pytest.mark.parametrize("change", [change_another, change_a_repaired])
-def test_verify_finds_a_tensor_that_is_neither_original_nor_repaired(
-    checkpoints: Callable[..., Path], tmp_path: Path, change: Callable[..., str], capsys
-) -> None:
-    structure = read_structure(checkpoints("qwen2_moe"))
-    cut = written(structure, half(structure), tmp_path)
-    tensors = load_file(cut / "model.safetensors")
-    name = change(tensors, set(manifest_of(cut)["tensors"]))
-    save_file(tensors, cut / "model.safetensors", metadata={"format": "pt"})
-    rehash(cut, "model.safetensors")
-    result = verify(structure.checkpoint.path, cut)
-    assert not result["equal"]
-    assert result["changed_files"] == []
-    assert result["changed_tensors"] == [name]
-    assert cli.main(["verify", str(structure.checkpoint.path), str(cut)]) == 1
-    assert f"neither the original's nor what the repair made, the first is {name}" in capsys.readouterr().out
-
-
-def test_a_manifest_that_names_other_tensors_is_damaged(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    structure = read_structure(checkpoints("qwen2_moe"))
-    cut = written(structure, half(structure), tmp_path)
-    manifest = json.loads((cut / "moecover.json").read_text())
-    manifest["repair"]["tensors"]["model.layers.1.mlp.gate.weight"] = "0" * 32
-    (cut / "moecover.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="it names other tensors than its layers repair"):
-        verify(structure.checkpoint.path, cut)
-
-
 # ------------------------------------------------------------------------------------------------------------- resuming
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -281,7 +225,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(checkpoints: Callable[..., P
     assert not (tmp_path / "state").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
     status = cli.main(list(arguments))
     captured = capsys.readouterr()
@@ -445,7 +389,8 @@ def test_families_and_formats_without_repair_are_refused_before_any_work(
     assert status == 2
     assert (
         err.splitlines()[-1]
-        == "moecover: --repair does not run on gpt_oss: its experts have biases, a norm or transposed weights. Use --repair none"
+        == "moecover: --repair does not run on gpt_oss: its experts have biases, a norm or transposed weights. "
+        "Use --repair none"
     )
     quantised = Path(shutil.copytree(checkpoints("mixtral"), tmp_path / "quantised"))
     tensors = load_file(quantised / "model.safetensors")
@@ -477,3 +422,15 @@ def test_corpora_count_by_the_weights_of_the_plan(checkpoints: Callable[..., Pat
     assert alone.fit.after[1] > more.fit.after[1] > one.fit.after[1]
     with pytest.raises(InputError, match="every corpus has weight 0 in the plan"):
         fitted(a=0, b=0)
+
+
+def test_a_repair_shows_itself(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    structure = read_structure(checkpoints("qwen2_moe"))
+    made = mended(structure, half(structure), tmp_path / "state")
+    before, after = made.mean_errors()
+    assert repr(made) == (
+        f"<Repaired ridge: {len(made.hashes)} tensors, mean relative squared error {before:.3f} -> {after:.3f}>"
+    )
+    rows = made.rows_shown()
+    assert [row["layer"] for row in rows] == structure.topology.decoder_layers
+    assert sum(float(row["error after"] or 0) for row in rows) / len(rows) == pytest.approx(after)

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moecover.checkpoints.structure import read_structure
-from moecover.files.copying import file_hash
 from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
 from moecover.pruning.writer import prune
 from moecover.runtime.loading import load_model, routers
 from moecover.verification.verify import verify
-from tests.conftest import hand_plan, random_corpus
+from tests.conftest import hand_plan
+from tests.support.proofs import logits_of, rehash
 from tests.support.tiny import FAMILIES
 
 
@@ -38,11 +38,6 @@ def router_with_minus_infinity(self: torch.nn.Module, hidden_states: torch.Tenso
     if self.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
     return logits, weights.to(logits.dtype), index
-
-
-def logits_of(model: torch.nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(torch.from_numpy(random_corpus(seed=11).tokens)).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,13 +86,6 @@ def test_no_dropped_expert_is_ever_chosen(checkpoints: Callable[..., Path], fami
     with masked(model, structure, chosen):
         logits_of(model)
     assert set(torch.cat(seen).unique().tolist()) <= set(range(1, keep + 1))
-
-
-def rehash(folder: Path, name: str) -> None:
-    """Make the manifest agree with a changed file, so that only the outputs can tell."""
-    manifest = json.loads((folder / "moecover.json").read_text())
-    manifest["files"][name] = file_hash(folder / name)
-    (folder / "moecover.json").write_text(json.dumps(manifest))
 
 
 def reverse_router_rows(tensors: dict[str, torch.Tensor], layer: str) -> None:

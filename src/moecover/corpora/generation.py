@@ -9,9 +9,10 @@ text.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -96,7 +97,6 @@ def generate(
         InputError: the model's class cannot generate.
     """
     import torch
-    from transformers import GenerationConfig
 
     live: Any = model
     if not live.can_generate():
@@ -115,20 +115,27 @@ def generate(
         advance(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    theirs = live.generation_config  # may hold a temperature, penalties, an end
-    live.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=0)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            ids = begins[torch.randint(len(begins), (sequences,), device=live.device)][:, None]
-            advance(sequences)
-            made = live.generate(
-                ids, attention_mask=torch.ones_like(ids), logits_processor=[begin], stopping_criteria=[step]
-            )
-    finally:
-        live.generation_config = theirs
+    with _plain_sampling(live, length - 1), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ids = begins[torch.randint(len(begins), (sequences,), device=live.device)][:, None]
+        advance(sequences)
+        given = {"attention_mask": torch.ones_like(ids), "logits_processor": [begin], "stopping_criteria": [step]}
+        made = live.generate(ids, **given)
     found: NDArray[np.int64] = made.cpu().numpy()
     return found
+
+
+@contextlib.contextmanager
+def _plain_sampling(live: Any, tokens: int) -> Iterator[None]:
+    """Sample from the model's own distribution, whatever temperature, penalties or ends its settings name."""
+    from transformers import GenerationConfig
+
+    theirs = live.generation_config
+    live.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=tokens, pad_token_id=0)
+    try:
+        yield
+    finally:
+        live.generation_config = theirs
 
 
 def draft_of(path: Path, inputs: Mapping[str, str | int]) -> Path:
@@ -152,6 +159,14 @@ def _rows_done(file: BinaryIO, length: int, batch_size: int) -> int:
     file.seek(ends[done])
     file.truncate()
     return done
+
+
+def _remove_others(path: Path, draft: Path, say: Callable[[str], None]) -> None:
+    """Remove the drafts of a file that were made from other inputs."""
+    for other in path.parent.glob(f".{path.name}.*{PARTIAL}"):
+        if other != draft:
+            say(f"removing {other}, which was made from other inputs")
+            other.unlink()
 
 
 def write_generated(
@@ -197,23 +212,14 @@ def write_generated(
     }
     draft = draft_of(path, inputs)
     with locked(path), kept_file(path, draft) as file:
-        for other in path.parent.glob(f".{path.name}.*{PARTIAL}"):
-            if other != draft:
-                say(f"removing {other}, which was made from other inputs")
-                other.unlink()
+        _remove_others(path, draft, say)
         if done := _rows_done(file, length, batch_size):
             say(f"resuming: {done} of {sequences} sequences are done")
             advance(done * length)
         try:
             for start in range(done, sequences, batch_size):
-                rows = generate(
-                    runs.module,
-                    first,
-                    sequences=min(batch_size, sequences - start),
-                    length=length,
-                    seed=seeds[start],
-                    advance=advance,
-                )
+                number = min(batch_size, sequences - start)
+                rows = generate(runs.module, first, sequences=number, length=length, seed=seeds[start], advance=advance)
                 file.write(b"".join(json.dumps({"input_ids": row}).encode() + b"\n" for row in rows.tolist()))
                 file.flush()
         except BaseException as error:

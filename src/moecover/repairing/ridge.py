@@ -72,11 +72,11 @@ def ridge_changes(
     share: torch.Tensor,
     held: torch.Tensor,
     residual: torch.Tensor,
-    *,
     penalties: Sequence[float],
+    *,
     sweeps: int,
     tolerance: float,
-) -> tuple[list[torch.Tensor], float] | None:
+) -> tuple[list[torch.Tensor], float | None]:
     """Solve for the changes of the blocks' weights, with a penalty that is chosen on held-out tokens.
 
     Args:
@@ -89,8 +89,8 @@ def ridge_changes(
         tolerance: see `TOLERANCE`.
 
     Returns:
-        Changes, float64 ``[width, hidden]`` each, and the penalty; None where none is better on the held-out tokens
-        than no change.
+        Changes, float64 ``[width, hidden]`` each, and the penalty; no changes and None where no penalty is better on
+        the held-out tokens than no change.
     """
     import torch
 
@@ -98,7 +98,7 @@ def ridge_changes(
     grams = [gram(block, share, ~held) for block in blocks]
     penalty = _best_penalty(blocks, grams, share, held, residual, penalties) if some_held else penalties[-1]
     if penalty is None:
-        return None
+        return [], None
     if some_held:
         for matrix, block in zip(grams, blocks, strict=True):
             matrix += gram(block, share, held)

@@ -29,6 +29,10 @@ PENALTIES = (1.0, 0.25, 0.06, 0.015, 0.004, 0.001)  # strongest first; each fit 
 HELD_SHARE = 0.2  # of every corpus's tokens, the last ones: what the penalty is chosen on
 SWEEPS = 4
 KINDS = ("scale", "ridge")  # a factor for every block; any weights
+# Why a layer keeps its weights.
+NOT_FINITE = "a weight, an activation or a target is not finite"
+NOT_BETTER_HELD = "the held-out calibration text is not fitted better"
+NOT_BETTER = "some corpus of the calibration text is not fitted better in the dtype of the weights"
 
 
 class FitOptions(TypedDict, total=False):
@@ -106,7 +110,7 @@ class _Calibration:
         return self._by_corpus(squares(residual)) * self.inverse
 
     def share(self) -> torch.Tensor:
-        """The weight of every token, float64 ``[token]``; the mean is 1, so that products stay in the range of their dtype."""
+        """The weight of every token, float64 ``[token]``; mean 1, so that products stay in their dtype's range."""
         share = (self.of_corpus * self.inverse)[self.corpus]
         share /= share.mean()
         return share
@@ -142,8 +146,7 @@ def fit(
 ) -> Fit:
     """Refit the down projections of one layer's kept experts and of the shared one.
 
-    On no corpus (of a weight above 0) worse than the original weights, on the given tokens and in the dtype in which
-    they are stored: where it would be, the layer keeps them.
+    A layer keeps its weights if the error of some corpus of weight above 0 would grow, in the dtype of the weights.
 
     Args:
         blocks: all that adds to the layer's output.
@@ -164,41 +167,35 @@ def fit(
     calibration = _Calibration(target, corpus, weights, held_share)
     residual = residual_of(blocks, [block.weight for block in blocks], target)
     before = calibration.losses(residual)
-
-    def unchanged(kept: dict[str, str]) -> Fit:
-        return Fit({}, before.tolist(), before.tolist(), {}, kept)
-
-    def all_kept(reason: str) -> Fit:
-        return unchanged({block.name: reason for block in blocks})
-
     if not all_finite([target, *(values for block in blocks for values in (block.weight, block.features))]):
-        return all_kept("a weight, an activation or a target is not finite")
+        return _unchanged(before, blocks, NOT_FINITE)
     kept = calibration.too_few(blocks, kind)
     solved = [block for block in blocks if block.name not in kept]
     if not solved or not bool((calibration.inverse > 0).any()):
-        return unchanged(kept) if kept else all_kept("the target is zero")
-    share, used, factor_of = calibration.share(), dict[str, float](), dict[str, float]()
-    if (factors := best_factors(solved, residual, share, calibration.held, penalties)) is not None:
+        return _unchanged(before, blocks, "the target is zero", kept)
+    share, held = calibration.share(), calibration.held
+    used, factor_of, changes = dict[str, float](), dict[str, float](), list["torch.Tensor"]()
+    if (factors := best_factors(solved, residual, share, held, penalties)) is not None:
         used["scale"] = factors[1]
         factor_of = dict(zip((block.name for block in solved), factors[0].tolist(), strict=True))
         scaled = (b.weight.to(residual.dtype) * (1 + factor_of.get(b.name, 0.0)) for b in blocks)
         residual = residual_of(blocks, scaled, target)
-    changes = list["torch.Tensor"]()
     if kind == "ridge":
-        found = ridge_changes(
-            solved, share, calibration.held, residual, penalties=penalties, sweeps=sweeps, tolerance=tolerance
-        )
-        if found is not None:
-            changes, used["ridge"] = found
-        del found
+        changes, penalty = ridge_changes(solved, share, held, residual, penalties, sweeps=sweeps, tolerance=tolerance)
+        used |= {} if penalty is None else {"ridge": penalty}
     if not used:
-        return all_kept("the held-out calibration text is not fitted better")
+        return _unchanged(before, blocks, NOT_BETTER_HELD)
     new = _new_weights(solved, factor_of, changes)
     del residual, changes
     after = calibration.losses(residual_of(blocks, [new.get(b.name, b.weight) for b in blocks], target))
     if not calibration.improves(before, after):
-        return all_kept("some corpus of the calibration text is not fitted better in the dtype of the weights")
+        return _unchanged(before, blocks, NOT_BETTER)
     return Fit(new, before.tolist(), after.tolist(), used, kept)
+
+
+def _unchanged(before: torch.Tensor, blocks: Sequence[Block], reason: str, kept: dict[str, str] | None = None) -> Fit:
+    """The fit of a layer that keeps its weights, for one reason or for those of each block."""
+    return Fit({}, before.tolist(), before.tolist(), {}, kept or {block.name: reason for block in blocks})
 
 
 def _new_weights(

@@ -203,6 +203,28 @@ def _read(path: Path) -> tuple[dict[str, TensorEntry], _About] | None:
     return entries, about
 
 
+def _as_json(value: object) -> Any:
+    """A value as it is read back from a file."""
+    return json.loads(json.dumps(value))
+
+
+def _inputs(
+    structure: Structure, plan: Plan, records: Sequence[object], settings: Mapping[str, object]
+) -> dict[str, object]:
+    """What a repair is made from, by the name that a message gives it."""
+    from moecover.version import VERSION
+
+    found: dict[str, object] = {
+        "--repair": settings["--repair"],
+        "the model": [structure.model_fingerprint, stamps(structure)],
+        "the plan": hashlib.sha256(canonical_json(plan.to_dict()).encode()).hexdigest(),
+        "the calibration text": records,
+        **settings,
+        "the version of moecover": VERSION,
+    }
+    return found
+
+
 def repair(
     structure: Structure,
     plan: Plan,
@@ -236,21 +258,10 @@ def repair(
         InputError: see `repair_layers`.
         MoecoverError: the disk is full or the folder cannot be written.
     """
-    from moecover.version import VERSION
-
     records = [{"name": c.name, "tokens used": c.num_tokens, **c.record} for c in corpora]
-    given = {
-        "--repair": kind,
-        "the model": [structure.model_fingerprint, stamps(structure)],
-        "the plan": hashlib.sha256(canonical_json(plan.to_dict()).encode()).hexdigest(),
-        "the calibration text": records,
-        "--batch-size": batch_size,
-        "--dtype": dtype,
-        "--device": device,
-        "the version of moecover": VERSION,
-    }
-    inputs: dict[str, Any] = json.loads(json.dumps(given))
-    layers = _Layers(structure, plan, folder, inputs)
+    stamped = _as_json(stamps(structure))
+    settings = {"--repair": kind, "--batch-size": batch_size, "--dtype": dtype, "--device": device}
+    layers = _Layers(structure, plan, folder, _as_json(_inputs(structure, plan, records, settings)))
     layers.resume(say)
     finished = len(layers.rows)
     advance(finished)
@@ -263,13 +274,12 @@ def repair(
             repair_layers(live, structure, plan, corpora, kind=kind, batch_size=batch_size, done=layers.done)
         ) as repairs,
     ):
-        names = [corpus.name for corpus in corpora]
         for layer, one in enumerate(repairs):
             if layer >= finished:
-                layers.add(one, names)
+                layers.add(one, [corpus.name for corpus in corpora])
                 advance(1)
             del one
-    if inputs["the model"][1] != json.loads(json.dumps(stamps(structure))):
+    if stamped != _as_json(stamps(structure)):
         remove(folder)
         raise MoecoverError(f"{structure.checkpoint.name} changed while it was read. Start again when it is at rest")
     return made

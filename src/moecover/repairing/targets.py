@@ -1,7 +1,7 @@
 """Which down projections a repair refits and where they are stored: reads a checkpoint's names and its model class.
 
-No table of families: the experts hold them stacked, the shared expert is the one linear module of the block that ends at
-the hidden size, and the library's own conversion mapping leads to the tensors on disk. A family of another form is
+No table of families: the experts hold them stacked, the shared expert is the one linear module of the block that ends
+at the hidden size, and the library's own conversion mapping leads to the tensors on disk. A family of another form is
 refused, with the reason. The model may be on ``meta``.
 """
 

@@ -157,24 +157,22 @@ def verify(
     manifest = read_manifest(cut_checkpoint)
     plan = _plan_in(cut_checkpoint, manifest)
     check_plan(plan, original, other_weights=True)
-    if manifest["source"]["fingerprint"] != original.model_fingerprint:
-        raise InputError(
-            f"{pruned} was cut from {manifest['source']['name']}, which is not {model}: the routers differ"
-        )
+    source = manifest["source"]
+    if source["fingerprint"] != original.model_fingerprint:
+        raise InputError(f"{pruned} was cut from {source['name']}, which is not {model}: the routers differ")
     advance("checking the hashes of the written files")
     changed = changed_files(cut_checkpoint, manifest)
     texts = verification_text(original, corpora=corpora)
-    cut, repairs = read_structure(cut_checkpoint), None
+    cut, repairs, wrong = read_structure(cut_checkpoint), None, list[str]()
     if "repair" in manifest:
         advance("comparing the tensors that were not repaired")
         repairs = read_repairs(original, plan, cut_checkpoint, manifest)
+        wrong = repairs.changed
     opening = _Opening(texts, dtype, device, memory_limit, advance)
     expected = opening.masked(original, plan, cut_checkpoint, repairs)
-    found = opening.pruned(cut)
-    compared = differences(expected, found, tolerance=tolerance)
-    changed_tensors = repairs.changed if repairs is not None else []
+    compared = differences(expected, opening.pruned(cut), tolerance=tolerance)
     return Verification(
-        equal=compared.first is None and not changed and not changed_tensors,
+        equal=compared.first is None and not changed and not wrong,
         first_difference=compared.first,
         max_abs_difference=max(compared.largest.values()),
         changed_files=changed,
@@ -182,7 +180,7 @@ def verify(
         corpora=[corpus.name for corpus in texts],
         layers=compared.largest,
         repaired=len(repairs.hashes) if repairs is not None else 0,
-        changed_tensors=changed_tensors,
+        changed_tensors=wrong,
     )
 
 
