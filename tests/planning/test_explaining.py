@@ -123,10 +123,10 @@ def test_the_plan_alone_is_enough_for_what_it_holds() -> None:
     assert "stability" not in facts
     for method in ("pooled", "random"):
         other = plan(PROFILE, keep=3, method=method)
-        with pytest.raises(InputError, match="holds no utilities by corpus. Give its profile: --profile"):
+        with pytest.raises(InputError, match="holds no utilities by corpus, so profile is needed"):
             explain(other)
         assert explain(other, profile=PROFILE)["own_profile"]
-    with pytest.raises(InputError, match="the plan holds utilities by contribution. For reap give its profile"):
+    with pytest.raises(InputError, match="the plan holds utilities by contribution. For reap, profile is needed"):
         explain(made, saliency="reap")
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecover.cli.main import main
 from moecover.errors import InputError
 from moecover.planning.methods import METHODS
 from moecover.planning.saliency import SALIENCIES
@@ -19,6 +18,7 @@ from moecover.planning.selection import ranked
 from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import Profile
 from moecover.registry import load_plugin
+from tests.support.commands import run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin.py"
 
@@ -39,15 +39,6 @@ def registries() -> Iterator[None]:
 def folder(small_profile: Profile, tmp_path: Path) -> Path:
     small_profile.save(tmp_path / "profile")
     return tmp_path / "profile"
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    try:
-        status = main([str(a) for a in argv])
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    out = capsys.readouterr()
-    return status, out.out, out.err
 
 
 def test_the_example_works(small_profile: Profile, folder: Path, tmp_path: Path, capsys) -> None:

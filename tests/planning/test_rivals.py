@@ -142,7 +142,7 @@ def test_a_count_can_be_asked_for(checkpoints: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_reap_means_one_thing_whatever_the_model_normalises(checkpoints: Callable[..., Path], normalised: bool) -> None:
-    """REAP bug 13: two of its commands disagree if norm_topk_prob is false. Here reap renormalises, reap-raw does not."""
+    """REAP bug 13: two commands disagree if norm_topk_prob is false. Here reap renormalises, reap-raw does not."""
     structure = read_structure(checkpoints("qwen2_moe", norm_topk_prob=normalised))
     s = profile(structure, [random_corpus("a")], dtype="float32").statistics["a"]
     reap, raw = SALIENCIES["reap"](s), SALIENCIES["reap-raw"](s)

@@ -22,7 +22,7 @@ from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
 from moecover.runtime.loading import load_model, routers
 from tests.conftest import random_corpus
-from tests.planning.test_expert_sparsity import FAMILIES, SMALL, Case, hidden_of, naive_layer, naive_route
+from tests.support.naive_search import FAMILIES, SMALL, Case, hidden_of, naive_layer, naive_route
 
 TINY = {
     "qwen3_moe": {"num_experts": 6},
@@ -191,8 +191,8 @@ def test_it_is_the_worst_corpus_that_is_helped(cases: Callable[..., Case]) -> No
 
 def test_the_command(checkpoints: Callable[..., Path], tmp_path: Path, capsys) -> None:
     """Three steps and one shot give the same plan; the method needs the model and the inputs."""
-    from tests.cli.test_main import run
     from tests.conftest import write_rows
+    from tests.support.commands import run
 
     model = checkpoints("mixtral")
     rows = [

@@ -20,6 +20,8 @@ from moecover.text import Cell, Shown
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+ALL_CORPORA = "pooled"  # key of a saliency over all corpora together, in place of a corpus
+
 
 class LayerPlan(BaseModel):
     """The kept experts of one MoE layer.
@@ -30,7 +32,7 @@ class LayerPlan(BaseModel):
         required: experts kept whatever the method says (super experts).
         protected: by corpus, the experts that it protected, in the order of its turns.
         filled: the other kept experts, best first.
-        saliency: by corpus (``pooled`` for all as one), the saliency of every expert.
+        saliency: by corpus (`ALL_CORPORA` for all of them together), the saliency of every expert.
         search: kind of a subset search: ``exhaustive``, ``greedy`` or ``greedy with exchanges``.
         loss: reconstruction loss of that subset, see `expert_sparsity` and `worst_corpus`.
         tokens: calibration tokens that the search ran on.
@@ -161,6 +163,11 @@ class Plan(Shown, BaseModel):
     def kept(self) -> list[list[int]]:
         """Ids of the kept experts of every MoE layer, ascending."""
         return [layer.kept for layer in self.layers]
+
+    @property
+    def by_corpus(self) -> bool:
+        """Whether it holds the saliencies of each corpus by itself, in every layer."""
+        return all(layer.saliency and ALL_CORPORA not in layer.saliency for layer in self.layers)
 
     def mask(self, num_experts: int) -> NDArray[np.bool_]:
         """True where an expert is kept, ``[layer, expert]``."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Saliency = Callable[[Statistics], NDArray[np.float64]]
 
-SALIENCIES: Registry[Callable[..., Any]] = Registry("saliency")
+SALIENCIES: Registry[Saliency] = Registry("saliency")
 DEFAULT_SALIENCY = "contribution"
 
 

@@ -74,12 +74,15 @@ def utility_by_corpus(plan: Plan, profile: Profile | None, saliency: str | None)
             raise InputError(f"the profile is of another model ({profile.model['name']}) than the plan ({plan.model})")
         return name, {c: scaled(np.maximum(utility_of(name, s), 0)) for c, s in profile.statistics.items()}
     rows = [layer.saliency for layer in plan.layers]
-    if not all(rows) or any("pooled" in row for row in rows):
-        raise InputError(f"the plan ({plan.method}) holds no utilities by corpus. Give its profile: {arg('profile')}")
+    if not plan.by_corpus:
+        raise InputError(
+            f"the plan ({plan.method}) holds no utilities by corpus, so {arg('profile')} is needed: the profile that "
+            "it was made from"
+        )
     if saliency is not None and saliency != plan.options.get("saliency"):
         raise InputError(
-            f"the plan holds utilities by {plan.options.get('saliency')}. "
-            f"For {saliency} give its profile: {arg('profile')}"
+            f"the plan holds utilities by {plan.options.get('saliency')}. For {saliency}, {arg('profile')} is needed: "
+            "the profile that it was made from"
         )
     return name, {corpus: scaled(np.maximum(np.array([row[corpus] for row in rows]), 0)) for corpus in rows[0]}
 

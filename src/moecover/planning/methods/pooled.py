@@ -29,12 +29,13 @@ def pooled(profile: Profile, budget: Budget, *, saliency: str = "contribution") 
         budget: experts to keep.
         saliency: name in `SALIENCIES`.
     """
+    from moecover.planning.artifact import ALL_CORPORA
     from moecover.planning.saliency import utility_of
     from moecover.planning.selection import layer_plan, ranked
 
-    utility = {"pooled": utility_of(saliency, profile.pooled())}
+    utility = {ALL_CORPORA: utility_of(saliency, profile.pooled())}
     plans = []
-    for layer, order in enumerate(ranked(utility["pooled"]).tolist()):
+    for layer, order in enumerate(ranked(utility[ALL_CORPORA]).tolist()):
         room = budget.room(layer)
         plans.append(layer_plan(profile, layer, room, room.fill(order), utility=utility))
     return plans
