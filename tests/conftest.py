@@ -40,7 +40,7 @@ needs_shared = pytest.mark.skipif(
 
 
 def quick_dtype() -> str:
-    """The dtype in which the shipped models run quickly here: theirs is bfloat16, for which some processors lack instructions."""
+    """The dtype in which the shipped models run quickly here: some processors lack instructions for their bfloat16."""
     return "auto" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 

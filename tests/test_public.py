@@ -1,4 +1,4 @@
-"""The public face of the package: its names, their types, what importing it does, and whether Python is as able as the command line."""
+"""The public face of the package: its names, their types, what importing it does, and that Python has every verb."""
 
 from __future__ import annotations
 

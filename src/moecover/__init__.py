@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from moecover.verification.job import verify
     from moecover.verification.verify import Verification
 
-# Every public name and the module that has it, in the order of the data flow; a test holds the imports above against it.
+# Every public name and its module, in the order of the data flow; a test holds the imports above against it.
 PUBLIC = {
     "checkpoints.source": ("open_checkpoint",),
     "checkpoints.topology": ("Topology",),

@@ -49,7 +49,7 @@ def inspect(model: Model, *, revision: str | None = None, server: str | None = N
     """Read facts about a model's routed experts from its configuration and headers.
 
     Args:
-        model: local folder, hub id or structure (of a hub model only config.json and the headers of the shards are fetched).
+        model: local folder, hub id or structure (of a hub model only config.json and the shards' headers are fetched).
         revision: branch, tag or commit of a hub model.
         server: also give the requirements of this server that are not met at each size, see `servers`.
 

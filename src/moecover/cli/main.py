@@ -106,8 +106,8 @@ def _quiet_libraries(*, quiet: bool) -> None:
     """Keep other libraries' bars and advice out of the log, and their sums the same (the user's own settings stay)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if quiet or not sys.stderr.isatty() else "0")
-    # Without this, MKL's products on processors without AVX-512 depend in the last bit on where in memory a matrix lies,
-    # and `verify` compares bits.
+    # Without this, the last bit of MKL's products on processors without AVX-512 depends on the alignment of a matrix in
+    # memory, and `verify` compares bits.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 

@@ -1,4 +1,4 @@
-"""Options that several verbs share: their declaration, and what parsed arguments mean to the functions of the stages."""
+"""Options that several verbs share: their declaration, and what they mean to the functions of the stages."""
 
 from __future__ import annotations
 

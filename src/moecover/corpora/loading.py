@@ -38,7 +38,8 @@ def parsed(corpora: Corpora) -> dict[str, str | Corpus | None]:
     """Corpora by name: the file of each, None for a named one, or the corpus itself.
 
     Args:
-        corpora: names (``"c4"``), ``"NAME=PATH"``, loaded corpora, or a mapping from names to files (None: a named corpus).
+        corpora: names (``"c4"``), ``"NAME=PATH"``, loaded corpora, or a mapping from names to files
+            (None: a named corpus).
 
     Raises:
         InputError: an unknown name, a file that does not exist or cannot be read, or a name twice.

@@ -83,18 +83,9 @@ def generate(
                 f"every token. Give a smaller {arg('batch_size')} or a larger {arg('memory_limit')}, or have a server "
                 "write text and give it as --corpus self=FILE"
             )
+        sizes = {"sequences": rows, "length": tokens, "batch_size": min(how.batch_size, rows), "seed": seed}
         with shown.bar("generating", rows * tokens) as advance:
-            write_generated(
-                structure,
-                model,
-                path.resolve(),
-                sequences=rows,
-                length=tokens,
-                seed=seed,
-                batch_size=min(how.batch_size, rows),
-                advance=advance,
-                say=shown.say,
-            )
+            write_generated(structure, model, path.resolve(), **sizes, advance=advance, say=shown.say)
     return load_corpus(NAME, path, structure=structure)
 
 

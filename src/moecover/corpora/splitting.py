@@ -95,9 +95,8 @@ def split(
     check_output(folder, overwrite=overwrite, marker=FILE)
     structure = described(checkpoint, revision=revision, progress=shown)
     tokenizer = load_tokenizer(structure.checkpoint.path)
-    if isinstance(corpus, Corpus):
-        loaded = corpus
-    else:
+    loaded = corpus if isinstance(corpus, Corpus) else None
+    if loaded is None:
         with shown.spinner(f"reading corpus {name}"):
             loaded = load_corpus(
                 name,

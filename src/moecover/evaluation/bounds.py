@@ -1,4 +1,4 @@
-"""A plan by a bound instead of a number: reads a profile, the model and held-out text as users give them, gives the plan.
+"""A plan by a bound instead of a number, as a job: reads a profile, the model and held-out text as users give them.
 
 `budget_search` walks the numbers of experts; here are the checks, the text and the opened model.
 """
@@ -112,18 +112,9 @@ def plan_within(
     most = max_perplexity_increase
     if isinstance(most, str):
         most = parse_percent(most, arg("max_perplexity_increase"))
-    if texts and corpora:
-        raise InputError(
-            f"{arg('texts')} and {arg('corpora')} exclude each other: the one is held-out text, the other finds some "
-            "in the calibration text"
-        )
     check_known(options, RunOptions)
     check_least(1, windows=windows)
-    named = parsed_texts(texts)
-    given = {
-        key: None if isinstance(path, Corpus) else path for key, path in (parsed(corpora) if corpora else {}).items()
-    }
-    files: Mapping[str, str | None] = {} if named else check_held_out(made.corpora, given)
+    named, files = _sources(made, texts, corpora)
     options["dtype"] = options.get("dtype") or made.settings["dtype"]
     how = passes(options, batch_size=1)
     keeps = possible_keeps(
@@ -139,6 +130,21 @@ def plan_within(
         )
     loaded = _texts(made, named, files, structure, windows or BLOCKS, shown)
     return _found(made, structure, loaded, name, method_options, keeps=keeps, most=most, how=how, progress=shown)
+
+
+def _sources(
+    profile: Profile, texts: Texts, corpora: Corpora
+) -> tuple[dict[str, str | Corpus | None], Mapping[str, str | None]]:
+    """The held-out texts that were given, or where the calibration corpora have unused blocks."""
+    if texts and corpora:
+        raise InputError(
+            f"{arg('texts')} and {arg('corpora')} exclude each other: the one is held-out text, the other finds some "
+            "in the calibration text"
+        )
+    named = parsed_texts(texts)
+    given = parsed(corpora) if corpora else {}
+    files = {name: None if isinstance(source, Corpus) else source for name, source in given.items()}
+    return named, {} if named else check_held_out(profile.corpora, files)
 
 
 def _texts(

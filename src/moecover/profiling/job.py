@@ -77,6 +77,13 @@ def _opened(
     )
 
 
+def _check_folder(folder: Path | None, keep_inputs: int | None, *, overwrite: bool) -> None:
+    if folder is not None:
+        check_output(folder, overwrite=overwrite)
+    elif keep_inputs is not None:
+        raise InputError(f"{arg('keep_inputs', keep_inputs)} has no folder to save them in: give {arg('output')}")
+
+
 @contextlib.contextmanager
 def profiled(
     structure: Structure,
@@ -173,7 +180,7 @@ def profile(
     progress: bool | Progress = True,
     **options: Unpack[JobOptions],
 ) -> Profile:
-    """Profile a model on corpora that are kept apart: one forward pass over each, statistics of every expert.
+    """Profile a model on corpora that are kept apart: one forward pass over each, additive statistics of each expert.
 
     Args:
         checkpoint: folder, hub id (``owner/name``), or a structure from `read_structure`.
@@ -186,9 +193,6 @@ def profile(
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions` (batch size 4 by default) and `TextOptions`.
 
-    Returns:
-        The profile: additive statistics ``[layer, expert]`` by corpus.
-
     Raises:
         InputError: arguments out of range, a corpus or model that cannot be read, weights that are not finite.
         MoecoverError: the disk is full, or another process is gone.
@@ -200,10 +204,7 @@ def profile(
     parsed(corpora)
     if keep_inputs is not None:
         check_alone(here)
-        if folder is None:
-            raise InputError(f"{arg('keep_inputs', keep_inputs)} has no folder to save them in: give {arg('output')}")
-    if folder is not None:
-        check_output(folder, overwrite=overwrite)
+    _check_folder(folder, keep_inputs, overwrite=overwrite)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     if model is None:
         check_loadable(headers)
@@ -211,13 +212,12 @@ def profile(
     with held, joined(here, own_device(here, how.device)):
         structure = fetched(headers, revision=options.get("revision"), progress=shown)
         loaded = load_corpora(corpora, structure, options, progress=shown)
-        live = None if model is None else running(model, structure)
         scratch = None if folder is None else scratch_beside(folder, "profile")
         with profiled(
             structure,
             loaded,
             how,
-            model=live,
+            model=None if model is None else running(model, structure),
             folder=folder,
             scratch=scratch,
             keep_inputs=keep_inputs,

@@ -1,4 +1,4 @@
-"""Pruning as a job: reads a model as users give it, with a plan or with calibration text; writes the pruned checkpoint."""
+"""Pruning as a job: reads a model as users give it, and a plan or calibration text; writes the checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ChoiceOptions(TypedDict, total=False):
 
 
 class PruneOptions(JobOptions, ChoiceOptions, WriteOptions, total=False):
-    """Keyword arguments of `prune`: how the model runs, how much text is read, how one shot chooses, how it is written."""
+    """Keyword arguments of `prune`: how the model runs, how much text is read, how one shot chooses and writes."""
 
 
 def prune(
@@ -89,30 +89,24 @@ def prune(
     """
     shown = resolve(progress)
     check_known(options, PruneOptions)
+    given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if output is None:
         raise InputError(f"give {arg('output')}, the folder to write")
-    given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     _check_repair(repair, repaired, corpora)
     if given is None and corpora is None:
         raise InputError(f"give a plan, or {arg('corpora')} with {arg('keep')} or {arg('retain')} for one shot")
     runs = given is None or repair is not None
     how = passes(options) if runs else Passes(1)
-    counts = {name: options.get(name) for name in ("sequences", "length", "keep_inputs")}
-    check_least(1, repair_tokens=repair_tokens, **counts)  # type: ignore[arg-type]
+    check_least(1, sequences=options.get("sequences"), length=options.get("length"), repair_tokens=repair_tokens)
     if given is None:
         check_choice(checkpoint, Path(output), corpora or (), options)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     if runs:
         check_loadable(headers)
-    request = Request(
-        output=Path(output),
-        choice=_choice(headers, options) if given is None else given,
-        corpora=corpora,
-        text=options,
-        repair=repaired if repair is None else Repair(repair, repair_tokens),
-        how=how,
-        writing={name: options[name] for name in WriteOptions.__annotations__ if name in options},  # type: ignore
-    )
+    choice = _choice(headers, options) if given is None else given
+    mending = repaired if repair is None else Repair(repair, repair_tokens)
+    writing = {name: options[name] for name in WriteOptions.__annotations__ if name in options}  # type: ignore[literal-required]
+    request = Request(Path(output), choice, corpora, options, mending, how, writing)  # type: ignore[arg-type]
     return carry_out(headers, request, progress=shown)
 
 
@@ -150,6 +144,7 @@ def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOp
     Raises:
         InputError: an unknown method, option or corpus, or a folder for the profile that lies in the output or model.
     """
+    check_least(1, keep_inputs=options.get("keep_inputs"))
     given = options.get("method_options", NOTHING)
     method = options.get("method") or default_method().name
     check_options(method, {key: value for key, value in given.items() if key not in ROUND_OPTIONS})

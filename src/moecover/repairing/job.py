@@ -73,7 +73,7 @@ def repaired(
     model: Running | None = None,
     progress: Progress,
 ) -> Repaired:
-    """The repair of a plan's kept experts; finished layers are kept in ``folder``, from which an interrupted one resumes.
+    """Repair a plan's kept experts; finished layers are saved in ``folder``, from which an interrupted run resumes.
 
     Args:
         structure: the checkpoint, its files on this machine.

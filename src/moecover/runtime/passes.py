@@ -1,4 +1,4 @@
-"""How a model runs on this machine: the keyword arguments that every job with a model takes, checked before anything is read."""
+"""How a model runs on this machine: keyword arguments of every job with a model, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def passes(options: RunOptions, *, batch_size: int = 4) -> Passes:
         batch_size: the job's default.
 
     Raises:
-        InputError: a value out of range, an unknown dtype, a size that cannot be read, or a device that is not available.
+        InputError: a value out of range, an unknown dtype, a size that cannot be parsed, or an unavailable device.
     """
     check_least(1, batch_size=options.get("batch_size"))
     dtype, device = options.get("dtype") or "auto", options.get("device") or "auto"
