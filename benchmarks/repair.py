@@ -32,7 +32,6 @@ import numpy as np
 import yaml
 
 from benchmarks.methods import FAR, NEAR, sources
-from moecover import progress
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
 from moecover.comparison.bootstrap import Difference, paired_bootstrap
@@ -330,7 +329,7 @@ def main() -> None:
         for own in (None, *((name, model) for name in OWN for model in args.models)):
             path.write_text(yaml.safe_dump(grid(args, Path(scratch), own), sort_keys=False))
             folder = args.run.joinpath(*own) if own else args.run
-            for cell, reason in compare(path, folder, jobs=args.jobs, say=progress.say, bar=progress.bar).failures.items():
+            for cell, reason in compare(path, folder, jobs=args.jobs).failures.items():
                 print(f"FAILED {cell}: {reason}")
     found = {model: found_on(args.run, model) for model in args.models}
     print("\n".join(table(model, by) for model, by in found.items()))

@@ -105,8 +105,7 @@ def load_corpus(
     Args:
         name: of the corpus, in profiles and plans; a key of `CORPORA` when there is no path.
         path: .txt, .jsonl, .jsonl.gz or .parquet file.
-        structure: the model as folder, hub id or structure; gives tokenizer, vocabulary and longest sequence where they are
-            not given themselves.
+        structure: the model as folder, hub id or structure; default tokenizer, vocabulary and longest sequence.
         tokenizer: instead of the model's; loaded only when there is text.
         sequences: sequences wanted, an error when there are fewer; None takes up to 128 blocks (all rows of
             ``input_ids``).

@@ -110,8 +110,7 @@ def plan_within(
     check_options(name, {key: value for key, value in method_options.items() if key not in ROUND_OPTIONS})
     made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     most = max_perplexity_increase
-    if isinstance(most, str):
-        most = parse_percent(most, arg("max_perplexity_increase"))
+    most = parse_percent(most, arg("max_perplexity_increase")) if isinstance(most, str) else most
     check_known(options, RunOptions)
     check_least(1, windows=windows)
     named, files = _sources(made, texts, corpora)

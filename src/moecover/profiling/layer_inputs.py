@@ -77,13 +77,13 @@ class Inputs:
             ]
 
 
-def sample_of(corpora: Sequence[Corpus], tokens: int, *, flag: str | None = None) -> list[Corpus]:
+def sample_of(corpora: Sequence[Corpus], tokens: int, *, argument: str = "keep_inputs") -> list[Corpus]:
     """The first sequences of every corpus: at most ``tokens`` tokens, divided evenly, with at least one sequence each.
 
     Args:
         corpora: the whole corpora.
         tokens: number of tokens over all corpora.
-        flag: name of the option that ``tokens`` comes from, for messages; the argument ``keep_inputs`` by default.
+        argument: name of the argument that ``tokens`` comes from, for messages.
 
     Raises:
         InputError: ``tokens`` is less than one sequence of every corpus.
@@ -94,9 +94,8 @@ def sample_of(corpora: Sequence[Corpus], tokens: int, *, flag: str | None = None
         rows = int((np.cumsum(lengths) <= share).sum())
         if rows == 0:
             least = sum(int(c.mask[0].sum()) for c in corpora)
-            given = arg("keep_inputs", tokens) if flag is None else f"{flag} {tokens}"
             raise InputError(
-                f"{given}: {share} tokens a corpus are less than the first sequence of {corpus.name} ({lengths[0]}"
+                f"{arg(argument, tokens)}: {share} tokens a corpus are less than the first sequence of {corpus.name} ({lengths[0]}"
                 f" tokens). Give {max(least, int(lengths[0]) * len(corpora))} or more"
             )
         taken.append(Corpus(corpus.name, corpus.tokens[:rows], corpus.mask[:rows], corpus.record))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 from moecover.checkpoints.opening import Model, described
 from moecover.checkpoints.pieces import NOTHING
@@ -105,8 +105,8 @@ def prune(
         check_loadable(headers)
     choice = _choice(headers, options) if given is None else given
     mending = repaired if repair is None else Repair(repair, repair_tokens)
-    writing = {name: options[name] for name in WriteOptions.__annotations__ if name in options}  # type: ignore[literal-required]
-    request = Request(Path(output), choice, corpora, options, mending, how, writing)  # type: ignore[arg-type]
+    writing = cast("WriteOptions", {k: v for k, v in options.items() if k in WriteOptions.__annotations__})
+    request = Request(Path(output), choice, corpora, options, mending, how, writing)
     return carry_out(headers, request, progress=shown)
 
 

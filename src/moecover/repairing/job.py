@@ -61,6 +61,22 @@ def memory_beside(structure: Structure, *, keep: int, tokens: int | None, dtype:
     return needed_bytes(structure, where, keep=keep, tokens=tokens or TOKENS, dtype=dtype)
 
 
+def _opened(
+    structure: Structure, corpora: Sequence[Corpus], how: Passes, extra: int, progress: Progress
+) -> contextlib.AbstractContextManager[Running]:
+    """The model, with room for the repair of a layer beside it."""
+    return opened(
+        structure,
+        tokens=sum(c.num_tokens for c in corpora),
+        batch_tokens=how.batch_size * max(c.tokens.shape[1] for c in corpora),
+        dtype=how.dtype,
+        device=how.device,
+        memory_limit=how.memory_limit,
+        extra=extra,
+        say=progress.say,
+    )
+
+
 def repaired(
     structure: Structure,
     plan: Plan,
@@ -90,23 +106,9 @@ def repaired(
         InputError: the model does not fit or cannot be repaired.
         MoecoverError: the disk is full.
     """
-    sample = sample_of(corpora, tokens or TOKENS, flag=arg("repair_tokens"))
-    opening: contextlib.AbstractContextManager[Running]
-    if model is not None:
-        opening = contextlib.nullcontext(model)
-    else:
-        extra = memory_beside(structure, keep=plan.keep, tokens=tokens, dtype=how.dtype)
-        batch_tokens = how.batch_size * max(c.tokens.shape[1] for c in sample)
-        opening = opened(
-            structure,
-            tokens=sum(c.num_tokens for c in sample),
-            batch_tokens=batch_tokens,
-            dtype=how.dtype,
-            device=how.device,
-            memory_limit=how.memory_limit,
-            extra=extra,
-            say=progress.say,
-        )
+    sample = sample_of(corpora, tokens or TOKENS, argument="repair_tokens")
+    extra = memory_beside(structure, keep=plan.keep, tokens=tokens, dtype=how.dtype)
+    opening = contextlib.nullcontext(model) if model is not None else _opened(structure, sample, how, extra, progress)
     with progress.bar("repairing", len(plan.layers), unit="layers") as advance:
         return repair_to_files(
             structure,
