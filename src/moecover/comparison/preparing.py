@@ -77,7 +77,7 @@ def _read_samples(request: Request, model: ComparedModel, progress: Progress) ->
             raise request.error(f"{model.name}: {error}", "calibration", number) from error
     try:
         for sample in dict.fromkeys(c.calibrated_on for c in model.cells if c.repaired):
-            taken = sample_of(model.samples[sample], config.repair_tokens, flag="repair_tokens")
+            taken = sample_of(model.samples[sample], config.repair_tokens, argument="repair_tokens")
             model.repaired_on[sample] = tuple(taken)
     except InputError as error:
         raise request.error(f"{model.name}: {error}", "repair_tokens") from error
