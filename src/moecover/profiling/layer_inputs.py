@@ -95,7 +95,8 @@ def sample_of(corpora: Sequence[Corpus], tokens: int, *, argument: str = "keep_i
         if rows == 0:
             least = sum(int(c.mask[0].sum()) for c in corpora)
             raise InputError(
-                f"{arg(argument, tokens)}: {share} tokens a corpus are less than the first sequence of {corpus.name} ({lengths[0]}"
+                f"{arg(argument, tokens)}: {share} tokens a corpus are less than the first sequence of "
+                f"{corpus.name} ({lengths[0]}"
                 f" tokens). Give {max(least, int(lengths[0]) * len(corpora))} or more"
             )
         taken.append(Corpus(corpus.name, corpus.tokens[:rows], corpus.mask[:rows], corpus.record))
