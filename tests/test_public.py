@@ -69,9 +69,9 @@ def test_every_verb_is_a_function(verb: str) -> None:
 )
 def test_importing_changes_nothing_in_other_libraries(code: str) -> None:
     check = (
-        "import sys; before = list(sys.meta_path)\n"
         f"{code}\n"
-        "assert sys.meta_path == before\n"
+        "import sys\n"
+        "assert not [one for one in sys.meta_path if type(one).__module__.startswith('moecover')]\n"
         "from transformers.models.auto.configuration_auto import CONFIG_MAPPING\n"
         "assert 'deepseek' not in CONFIG_MAPPING\n"
     )
@@ -80,24 +80,18 @@ def test_importing_changes_nothing_in_other_libraries(code: str) -> None:
 
 
 def test_importing_is_quick() -> None:
-    code = "import moecover, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    code = (
+        "import sys; before = list(sys.meta_path); import moecover; assert sys.meta_path == before\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_script_passes_the_strict_type_checker(tmp_path: Path) -> None:
+def test_a_script_passes_the_strict_type_checker() -> None:
     """The types are public and complete: an example of every function, held against them."""
     script = ROOT / "examples" / "pipeline.py"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mypy",
-            "--strict",
-            "--cache-dir",
-            str(tmp_path),
-            "--follow-imports=silent",
-            str(script),
-        ],
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(script)],
         capture_output=True,
         text=True,
         check=False,
