@@ -47,8 +47,9 @@ def test_compare_returns_what_it_wrote(
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_mistakes_in_python(grid: Callable[..., Path], tmp_path: Path) -> None:
-    """They name arguments, and fields without a file."""
+def test_mistakes_in_python(grid: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They name arguments, and fields without a file; paths are taken from the current folder."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="^jobs=0 is out of range: 1 or more$"):
         compare(grid(), tmp_path / "run", jobs=0)
     fields = yaml.safe_load(grid().read_text())

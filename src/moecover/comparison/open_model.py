@@ -7,6 +7,7 @@ import functools
 import platform
 import resource
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from moecover.checkpoints.structure import Structure, read_structure
@@ -65,24 +66,25 @@ class OpenModel:
         if self._failure is not None:
             raise self._failure
         if self._running is None:
-            setup, config = self.setup_of(name), self.config
-            model = opened(
-                structure,
-                tokens=setup.tokens,
-                batch_tokens=setup.batch_tokens,
-                in_parts=setup.in_parts,
-                dtype=config.dtype,
-                device=config.device,
-                memory_limit=setup.limit,
-                head=True,
-                extra=setup.extra,
-            )
             try:
-                self._running = self._stack.enter_context(model)
+                self._running = self._stack.enter_context(self._opened(structure, self.setup_of(name)))
             except Exception as error:
                 self._failure = error
                 raise
         return self._running
+
+    def _opened(self, structure: Structure, setup: ModelSetup) -> AbstractContextManager[Running]:
+        return opened(
+            structure,
+            tokens=setup.tokens,
+            batch_tokens=setup.batch_tokens,
+            in_parts=setup.in_parts,
+            dtype=self.config.dtype,
+            device=self.config.device,
+            memory_limit=setup.limit,
+            head=True,
+            extra=setup.extra,
+        )
 
     @property
     def in_memory(self) -> bool:

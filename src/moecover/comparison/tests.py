@@ -53,10 +53,10 @@ def over_seeds(
         return _welch(a, b, units)
     if not single and len(a) != len(b):
         raise InputError(f"{len(a)} and {len(b)} {units}: pairs need the same ones on both sides")
-    differences = a - b
+    value, differences = float(a.mean() - b.mean()), a - b
     if test == "wilcoxon":
-        return _wilcoxon(differences, f"Wilcoxon's signed-rank test over {units}")
-    return _one_sample(differences, f"{'one-sample' if single else 'paired'} t-test over {units}")
+        return _wilcoxon(value, differences, f"Wilcoxon's signed-rank test over {units}")
+    return _one_sample(value, differences, f"{'one-sample' if single else 'paired'} t-test over {units}")
 
 
 def _welch(a: NDArray[np.float64], b: NDArray[np.float64], units: str) -> Difference:
@@ -79,11 +79,11 @@ def _spread(differences: NDArray[np.float64]) -> float:
     return float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
 
 
-def _wilcoxon(differences: NDArray[np.float64], name: str) -> Difference:
-    """Wilcoxon's signed-rank test of paired differences."""
+def _wilcoxon(value: float, differences: NDArray[np.float64], name: str) -> Difference:
+    """Wilcoxon's signed-rank test of paired differences; ``value`` is their mean."""
     from scipy import stats
 
-    value, n = float(differences.mean()), len(differences)
+    n = len(differences)
     if not differences.any() and n > 1:
         return Difference(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, n, name)
     nonzero = differences[differences != 0]
@@ -96,11 +96,11 @@ def _wilcoxon(differences: NDArray[np.float64], name: str) -> Difference:
     return Difference(value, stderr, None, None, float(stats.wilcoxon(nonzero).pvalue), biserial, n, name)
 
 
-def _one_sample(differences: NDArray[np.float64], name: str) -> Difference:
-    """Student's t-test of differences against zero."""
+def _one_sample(value: float, differences: NDArray[np.float64], name: str) -> Difference:
+    """Student's t-test of differences against zero; ``value`` is their mean."""
     from scipy import stats
 
-    value, n = float(differences.mean()), len(differences)
+    n = len(differences)
     if not differences.any() and n > 1:
         return Difference(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, n, name)
     spread = _spread(differences)
