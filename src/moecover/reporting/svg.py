@@ -1,8 +1,7 @@
 """Figures inside a page: takes matplotlib figures, gives SVG elements for HTML that follow the page's colours.
 
 Styles become CSS classes, so that the page's security policy can forbid inline styles. The colours of `figures.style`
-become variables of the style sheet, which has values for light and dark mode. Ids get a
-prefix, so that they are unique.
+become variables of the style sheet, which has values for light and dark mode. Ids get a prefix and are unique.
 """
 
 from __future__ import annotations
