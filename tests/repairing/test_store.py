@@ -432,5 +432,5 @@ def test_a_repair_shows_itself(checkpoints: Callable[..., Path], tmp_path: Path)
         f"<Repaired ridge: {len(made.hashes)} tensors, mean relative squared error {before:.3f} -> {after:.3f}>"
     )
     rows = made.rows_shown()
-    assert [row["layer"] for row in rows] == structure.topology.decoder_layers
+    assert [row["layer"] for row in rows] == list(structure.topology.decoder_layers)
     assert sum(float(row["error after"] or 0) for row in rows) / len(rows) == pytest.approx(after)

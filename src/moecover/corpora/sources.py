@@ -132,7 +132,8 @@ def _name_and_path(argument: str) -> tuple[str, str]:
         raise InputError(f"corpus {argument}: there is no path after the equals sign")
     if not equals and name not in CORPORA:
         if name.endswith(SUFFIXES):
-            raise InputError(f"corpus {name}: give the file a name, as {Path(name).name.partition('.')[0]}={name}")
+            stem = Path(name).name.partition(".")[0]
+            raise InputError(f"corpus {name}: give the file a name, as --corpus {stem}={name}")
         raise unknown_name("corpus", name, CORPORA)
     return name, path
 
