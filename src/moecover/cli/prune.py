@@ -12,6 +12,7 @@ from moecover.cli.options import (
     add_method,
     add_model,
     add_output,
+    load_plugins,
     method_arguments,
     pass_arguments,
     searching_methods,
@@ -23,7 +24,7 @@ from moecover.planning.methods import options_of_all
 
 HELP = "write the pruned checkpoint, from a plan or in one shot from corpora"
 NONE = "none"
-OF_PASS = ("corpus", "sequences", "length", "batch_size", "seed", "dtype", "device", "memory_limit")
+OF_PASS = ("corpus", "sequences", "length", "batch_size", "seed", "dtype", "device", "memory_limit", "plugin")
 ONE_SHOT = (
     *OF_PASS,
     "keep",
@@ -32,7 +33,6 @@ ONE_SHOT = (
     "method",
     "protect_super_experts",
     "option",
-    "plugin",
     "save_profile",
     "keep_inputs",
 )
@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.pruning.job import prune
 
     check(args)
+    if args.plan is not None:  # in one shot the method's arguments load them
+        load_plugins(args)
     repair = None if args.repair == NONE else args.repair
     method, options = method_arguments(args) if args.plan is None else (None, {})
     made = prune(
