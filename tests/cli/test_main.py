@@ -152,7 +152,7 @@ def test_expert_sparsity_in_three_steps_and_in_one_shot(
         "-o",
         tmp_path / "x",
     )
-    assert (status, "keeps no inputs of the layers" in err) == (2, True)
+    assert (status, "holds no expert-layer inputs" in err) == (2, True)
     status, _, err = run(capsys, "plan", tmp_path / "p", "--model", model, "--keep", 4, "-o", tmp_path / "x")
     assert (status, "--model is no option of method tb-coverage" in err) == (2, True)
 

@@ -27,7 +27,7 @@ def test_profiles_of_two_shards_add_up(structure: Structure) -> None:
     parts = profile(structure, [corpus[:3]]) + profile(structure, [corpus[3:]])
     for name in STATISTICS:
         a, b = whole.statistics["random"][name], parts.statistics["random"][name]
-        if name in ("count", "num_tokens", "max_abs"):
+        if name in ("count", "num_tokens"):
             np.testing.assert_array_equal(a, b)
         else:
             np.testing.assert_allclose(a, b, rtol=2e-6)  # another batch shape is another rounding of float32 kernels

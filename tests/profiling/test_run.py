@@ -99,7 +99,8 @@ def block_inputs(model, structure: Structure, corpus) -> list[torch.Tensor]:
     return [torch.cat(states) for states in seen]
 
 
-def assert_equal_statistics(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float = 1e-6) -> None:
+def assert_equal_statistics(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float = 3e-6) -> None:
+    """Equal but for the rounding of float32 kernels, which differs between batch shapes and processors."""
     assert set(found) == set(STATISTICS)
     for name in ("count", "num_tokens"):
         assert found[name].dtype == np.int64

@@ -6,6 +6,7 @@ Everything is said before the long job starts. The formulas are explained in doc
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import shutil
@@ -189,19 +190,36 @@ def cost(
     )
 
 
-def seconds_of(estimate: Cost, structure: Structure, *, dtype: str, device: str) -> float:
-    """Estimate the duration of a pass in seconds, from a short benchmark of this machine's arithmetic and disk."""
+@functools.cache
+def arithmetic_speed(dtype: str, device: str) -> float:
+    """Floating-point operations per second of a matrix product, from a short benchmark of this machine.
+
+    A few rows first: processors without instructions for a dtype take a hundred times as long.
+
+    Args:
+        dtype: torch dtype by name; ``auto`` stands for bfloat16.
+        device: torch device by name.
+    """
     import torch
 
-    kind = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16
-    a = torch.ones(1024, 2048, dtype=kind, device=device)
-    b = torch.ones(2048, 2048, dtype=kind, device=device)
-    a @ b
-    started, rounds = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.1:
-        (a @ b).flatten()[0].item()
-        rounds += 1
-    speed = rounds * 2 * 1024 * 2048 * 2048 / (time.perf_counter() - started)
+    kind, width = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype), 2048
+    b = torch.ones(width, width, dtype=kind, device=device)
+    speed = 0.0
+    for rows in (16, 1024):
+        a = torch.ones(rows, width, dtype=kind, device=device)
+        started, rounds = time.perf_counter(), 0
+        while rounds < 2 or time.perf_counter() - started < 0.1:
+            (a @ b).flatten()[0].item()
+            rounds += 1
+        speed = rounds * 2 * rows * width * width / (time.perf_counter() - started)
+        if rounds == 2:
+            break
+    return speed
+
+
+def seconds_of(estimate: Cost, structure: Structure, *, dtype: str, device: str) -> float:
+    """Estimate the duration of a pass in seconds, from a short benchmark of this machine's arithmetic and disk."""
+    speed = arithmetic_speed(dtype, device)
     entry = max(structure.checkpoint.tensors.values(), key=lambda e: e.num_bytes)
     started, done = time.perf_counter(), 0
     with (structure.checkpoint.path / entry.shard).open("rb", buffering=0) as file:
