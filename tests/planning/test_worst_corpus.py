@@ -225,4 +225,8 @@ def test_the_command(checkpoints: Callable[..., Path], tmp_path: Path, capsys) -
     )
     assert status == 0, err
     manifest = json.loads((tmp_path / "out" / "moecover.json").read_text())
-    assert manifest["plan"]["layers"] == json.loads((tmp_path / "plan.json").read_text())["layers"]
+    # The hidden states come from other batches than the saved ones: float32 rounding differs on some processors.
+    for one, two in zip(
+        manifest["plan"]["layers"], json.loads((tmp_path / "plan.json").read_text())["layers"], strict=True
+    ):
+        assert one == {**two, "loss": pytest.approx(two["loss"], rel=1e-5)}
