@@ -260,7 +260,7 @@ def test_refused_before_the_model_is_loaded(
         (["--max-perplexity-increase", "10", "--model", model], "give a percentage with its sign"),
         (ten, "the profile read s from the file own.jsonl"),
         ([*ten, "--corpus", f"t={own_text}"], "--corpus t is none of the profile's"),
-        ([*ten, "--corpus", own, "--perplexity", "c4"], "do not go together"),
+        ([*ten, "--corpus", own, "--perplexity", "c4"], "exclude each other"),
         ([*ten, "--corpus", f"s={tmp_path}/other.jsonl"], "is not what the profile read"),
         ([*ten, "--perplexity", "web"], "is calibration text"),
         ([*bound, "--model", checkpoints("olmoe"), "--corpus", own], "of another model"),

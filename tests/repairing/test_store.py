@@ -309,7 +309,7 @@ def test_prune_repairs_from_a_plan_and_in_one_shot(
     assert manifest_of(shot)["corpora"][0]["tokens used"] == 992  # whole sequences
     for shard in shot.glob("*.safetensors"):
         assert file_hash(shard) == file_hash(tmp_path / "planned" / shard.name)
-    assert len(pieces_by_shard(structure, plan)) > 1
+    assert len(pieces_by_shard(structure, plan.kept)) > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.jsonl", "plan.json", "planned", "shot"]
     assert run(capsys, "verify", model, str(shot))[0] == 0
 
@@ -362,7 +362,7 @@ def test_what_contradicts_itself_is_refused(
             ["--repair-tokens", "100"],
             "--repair-tokens says what a repair runs on: give --repair scale or --repair ridge",
         ),
-        (["--repair", "scale", "--corpus", text, "--keep", "4"], "--plan and --keep do not go together"),
+        (["--repair", "scale", "--corpus", text, "--keep", "4"], "--plan and --keep exclude each other"),
         (["--repair", "scale", "--corpus", text, "--repair-tokens", "0"], "--repair-tokens 0 is out of range"),
         (
             ["--repair", "scale", "--corpus", text, "--dtype", "bfloat16"],

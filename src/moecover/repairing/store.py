@@ -281,7 +281,7 @@ def repair(
             del one
     if stamped != _as_json(stamps(structure)):
         remove(folder)
-        raise MoecoverError(f"{structure.checkpoint.name} changed while it was read. Start again when it is at rest")
+        raise MoecoverError(f"{structure.checkpoint.name} changed while it was read. Run again when no other program writes to it")
     return made
 
 
