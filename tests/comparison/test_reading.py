@@ -110,7 +110,7 @@ perplexity: [test=test.jsonl]
             "retain: [0.5]",
             "retain: [0.5]\nrepairs: [ridge]\nrepair_tokens: 3",
             10,
-            "repair_tokens 3: 1 tokens a corpus are less than the first sequence of a",
+            "repair_tokens=3: 1 tokens a corpus are less than the first sequence of a",
         ),
         ("retain: [0.5]", "retain: [0.5", 9, "not YAML"),
         ("  - random", "  - rndom", 5, "unknown method 'rndom'. Did you mean random?"),
