@@ -17,18 +17,18 @@ def main(model: str, out: Path) -> None:
     print(facts)  # noqa: T201
 
     texts = ["encyclopedia", "web"]
-    profile = moecover.profile(model, texts, output=out / "profile", sequences=16, length=256)
+    profile = moecover.profile(model, texts, output=out / "profile", sequences=16)
     plan = moecover.plan(profile, retain=0.5, saliency="reap", protect=0.5)
     plan.save(out / "plan.json")
-    print(moecover.explain(plan, profile=profile))  # noqa: T201
+    print(moecover.explain(plan, profile=profile).text())  # noqa: T201
 
-    repaired = moecover.repair(model, plan, texts, kind="ridge", tokens=4096, sequences=16, length=256)
+    repaired = moecover.repair(model, plan, texts, kind="ridge", tokens=4096, sequences=16)
     pruned = moecover.prune(model, plan, out / "half", repaired=repaired)
     proof = moecover.verify(model, pruned.output)
     if not proof.equal:
         raise SystemExit(f"first difference at {proof.first_difference}")
 
-    found = moecover.evaluate(model, {"half": plan}, texts=["encyclopedia-heldout"], windows=16, length=256)
+    found = moecover.evaluate(model, {"half": plan}, texts=["encyclopedia-heldout"], windows=16)
     for row in found.rows:
         print(row.name, row.keep, {name: text.perplexity for name, text in row.perplexity.items()})  # noqa: T201
 

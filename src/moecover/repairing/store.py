@@ -281,7 +281,9 @@ def repair(
             del one
     if stamped != _as_json(stamps(structure)):
         remove(folder)
-        raise MoecoverError(f"{structure.checkpoint.name} changed while it was read. Run again when no other program writes to it")
+        raise MoecoverError(
+            f"{structure.checkpoint.name} changed while it was read. Run again when no other program writes to it"
+        )
     return made
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.deepseek.registration import register_deepseek
@@ -96,9 +97,10 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
     try:
         config = AutoConfig.from_pretrained(structure.checkpoint.path, **source)
         auto = auto_class(type(config))
-        model, info = auto.from_pretrained(
-            structure.checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
-        )
+        with _no_bars():
+            model, info = auto.from_pretrained(
+                structure.checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
+            )
     except Exception as error:  # a quantiser's package may raise anything
         known = isinstance(error, (OSError, ValueError, RuntimeError))
         if is_out_of_memory(error) or not (known or structure.quantised):
@@ -107,6 +109,20 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
     if missing := sorted(info["missing_keys"]):
         raise missing_tensors(structure.checkpoint.name, missing)
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars away: progress is shown by the job, or not at all."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def missing_tensors(name: str, missing: Sequence[str]) -> InputError:
