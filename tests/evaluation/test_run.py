@@ -105,7 +105,7 @@ def test_windows_are_the_text_in_order(tmp_path: Path) -> None:
     assert len(load_windows("t", tmp_path / "t.txt", structure=made, length=64, windows=2).tokens) == 2
     with pytest.raises(InputError, match="no text to predict"):
         load_windows("e", tmp_path / "empty.txt", structure=made)
-    with pytest.raises(InputError, match="calibration text. Give web-heldout"):
+    with pytest.raises(InputError, match="is calibration text, not held-out text. Give web-heldout"):
         load_windows("web", structure=made)
 
 
@@ -150,7 +150,7 @@ def test_calibration_text_in_the_test_text_is_said(tmp_path: Path, capsys: pytes
     found = Evaluation.load(tmp_path / "e").texts
     assert found["seen"]["overlap"]["half"] > 0.8  # but for what does not fill a block
     assert found["unseen"]["overlap"] == {}
-    assert f"{found['seen']['overlap']['half']:.0%} of the text seen is in the calibration text of half too" in err
+    assert f"{found['seen']['overlap']['half']:.0%} of the text seen is also in the calibration text of half" in err
     assert "text unseen" not in err
     prune(made, plan, tmp_path / "half")
     command = ["evaluate", str(tmp_path / "half"), *texts[:1], "--length", "128", "-o", str(tmp_path / "e2")]
