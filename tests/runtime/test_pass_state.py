@@ -77,12 +77,12 @@ def test_a_state_of_other_inputs_is_not_used(structure: Structure, tmp_path: Pat
             state=tmp_path / name,
             say=said.append,
         )
-        assert said == [f"starting anew: {tmp_path / name} was made from other inputs, {name} differs"]
+        assert said == [f"starting over: {tmp_path / name} was made from other inputs, {name} differs"]
         same(made, profile(structure, given["corpora"], model=model, batch_size=given["batch_size"]))
     (structure.checkpoint.path / "model.safetensors").touch()  # written anew, for all that is known
     said = []
     profile(structure, corpora(), model=model, batch_size=2, state=state, say=said.append)
-    assert said == [f"starting anew: {state} was made from other inputs, weights differs"]
+    assert said == [f"starting over: {state} was made from other inputs, weights differs"]
 
 
 @pytest.mark.parametrize("way", ["memory", "layers"])
@@ -98,7 +98,7 @@ def test_a_state_of_the_same_corpora_in_another_order_is_not_used(
             profile(structure, [one, two], model=model, batch_size=2, state=state)
         said: list[str] = []
         same(profile(structure, [two, one], model=model, batch_size=2, state=state, say=said.append), expected)
-    assert said == [f"starting anew: {state} was made from other inputs, corpora differs"]
+    assert said == [f"starting over: {state} was made from other inputs, corpora differs"]
 
 
 @pytest.mark.parametrize("damage", ["state", "hidden"])

@@ -126,7 +126,7 @@ def edited_config(
     """Edit config.json for ``keep`` experts: the expert counts, and names of experts in the quantisation settings.
 
     The text itself is edited, so that order, spacing and the spelling of floats are kept. Where that is ambiguous (the
-    key occurs twice with different meanings, lists change), the JSON is written anew.
+    key occurs twice with different meanings, lists change), the JSON is rewritten.
 
     Args:
         text: config.json of the source.

@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
             _fail(". ".join([STOPPED, *getattr(end, "__notes__", [])]))
         raise
     except KeyboardInterrupt as interrupt:
-        left = getattr(interrupt, "__notes__", None)  # what a job that can be resumed says of itself
+        left = getattr(interrupt, "__notes__", None)  # the last note of a resumable job
         _fail(f"interrupted{f'. {left[-1]}' if left else ', nothing half-written was left'}")
         return 130
     except OSError as error:  # a file or folder that cannot be read, where no better message was at hand

@@ -33,7 +33,7 @@ def add_revision(parser: Group) -> None:
 
 
 def add_output(parser: Group, metavar: str, text: str, *, replaced: str = "") -> None:
-    """Where the result goes; with ``replaced``, also whether what is there may be replaced."""
+    """Where the result goes; with ``replaced``, also whether an existing output may be replaced."""
     parser.add_argument("-o", "--output", type=Path, required=True, metavar=metavar, help=text)
     if replaced:
         parser.add_argument("--overwrite", action="store_true", help=f"replace {replaced}")
@@ -137,7 +137,7 @@ def add_method(parser: argparse.ArgumentParser, *, several: bool, has_seed: bool
 
 
 def _add_option(group: Group, option: Option, methods: list[str]) -> None:
-    """The flag of a method's option; which methods have it is said where not all of a kind do."""
+    """The flag of a method's option; its help names the methods that have it."""
     default = "" if option.default in (None, "") else f" (default: {option.default})"
     text = f"{', '.join(methods)}: {option.help}{default}"
     if option.mapping:

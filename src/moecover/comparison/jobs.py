@@ -1,4 +1,4 @@
-"""What workers are told and what they report: jobs, reports, and the setup of a worker; data only.
+"""Jobs, reports and the setup of a worker: what passes between the processes of a comparison; data only.
 
 A job is the profile of a calibration sample with all plans made from it (`PlanJob`), the evaluation of some cells of
 one model (`EvaluationJob`), or the profile of a model on the texts of its tasks (`TaskProfileJob`).

@@ -54,7 +54,7 @@ def check_stored(structure: Structure) -> None:
     if structure.quantised:
         raise refused(
             structure,
-            f"its experts are quantised ({structure.quantised}), a refitted weight would have to be quantised anew; "
+            f"its experts are quantised ({structure.quantised}), a refitted weight would have to be quantised again; "
             "repair the original that it was made from",
         )
 

@@ -91,7 +91,7 @@ class State:
         if found is None:
             return
         if differs := [n for n in {**self._inputs, **found["inputs"]} if self._inputs.get(n) != found["inputs"].get(n)]:
-            say(f"starting anew: {folder} was made from other inputs, {differs[0]} differs")
+            say(f"starting over: {folder} was made from other inputs, {differs[0]} differs")
             remove(folder)
             self._sums = {}
             return

@@ -203,7 +203,7 @@ class _Calls:
         self.names.setdefault(layer, {id(self.tensor(n)): n for n in router_tensors(self.structure, layer)})
 
     def repeat(self, layer: int, hidden: torch.Tensor) -> Any:
-        """Call a router again, on other hidden states ``[token, hidden]``; its tensors are looked up anew."""
+        """Call a router again, on other hidden states ``[token, hidden]``; its tensors are looked up again."""
         (first, *args), kwargs = self.seen["router", layer]
         names = self.names[layer]
 
