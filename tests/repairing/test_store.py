@@ -402,7 +402,7 @@ def test_families_and_formats_without_repair_are_refused_before_any_work(
     status, _, err = run(capsys, "prune", str(quantised), *given)
     assert status == 2
     assert (
-        "its experts are quantised (fp8), a refitted weight would have to be quantised anew; repair the original"
+        "its experts are quantised (fp8), a refitted weight would have to be quantised again; repair the original"
         in err.splitlines()[-1]
     )
 
