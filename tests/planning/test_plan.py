@@ -529,7 +529,9 @@ def test_too_few_in_every_layer(structure: Structure) -> None:
 
 
 def test_keep_all_fits(structure: Structure) -> None:
-    check_plan(keep_all(structure.topology), structure)
+    plan = keep_all(structure.topology)
+    check_plan(plan, structure)
+    assert plan.kept == [list(range(structure.topology.num_experts))] * len(structure.topology.decoder_layers)
 
 
 def test_no_plan_no_json(tmp_path: Path) -> None:

@@ -207,6 +207,7 @@ def kill_and_go_on(kills: int, way: str, tmp_path: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("way", ["memory", "layers"])
 def test_killed_at_random_moments(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kill_and_go_on` holds that the resumed profile has the same bytes."""
     monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
     make_checkpoint(tmp_path / "m", "qwen2_moe", num_hidden_layers=8)
     kill_and_go_on(2, way, tmp_path, tmp_path / "m")
@@ -215,6 +216,7 @@ def test_killed_at_random_moments(way: str, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["memory", "layers"])
 def test_killed_at_fifty_random_moments(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kill_and_go_on` holds that the resumed profile has the same bytes."""
     monkeypatch.setattr(fitting_module, "OVERHEAD", 0)
     make_checkpoint(tmp_path / "m", "qwen2_moe", num_hidden_layers=100)
     kill_and_go_on(50, way, tmp_path, tmp_path / "m")
