@@ -271,7 +271,7 @@ def test_the_plan_keeps_scores_and_provenance(checkpoints: Callable[..., Path], 
 def test_nothing_is_unpickled(
     checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """REAP bug 14: torch.load with weights_only=False of a file at a predictable path. No error: nothing was unpickled."""
+    """REAP bug 14: torch.load with weights_only=False of a predictable file. No error: nothing was unpickled."""
 
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("something was unpickled")
