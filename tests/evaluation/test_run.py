@@ -155,7 +155,7 @@ def test_calibration_text_in_the_test_text_is_said(tmp_path: Path, capsys: pytes
     prune(made, plan, tmp_path / "half")
     command = ["evaluate", str(tmp_path / "half"), *texts[:1], "--length", "128", "-o", str(tmp_path / "e2")]
     assert cli.main(command) == 0
-    assert f"is in the calibration text of {tmp_path / 'half'} too" in capsys.readouterr().err
+    assert f"is also in the calibration text of {tmp_path / 'half'}" in capsys.readouterr().err
     assert Evaluation.load(tmp_path / "e2").texts["seen"]["overlap"] == {"full": found["seen"]["overlap"]["half"]}
 
 
