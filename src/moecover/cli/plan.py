@@ -125,12 +125,13 @@ def _plans(
     args: argparse.Namespace, bound: str, profile: Profile, method: str, options: dict[str, object]
 ) -> list[Plan]:
     """The plans that a bound asks for."""
-    from moecover.evaluation.bounds import keep_within_size, plan_within
     from moecover.planning.job import plans
     from moecover.progress import resolve
 
     dtype, device, revision = args.dtype, args.device, args.revision
     if bound == "max_perplexity_increase":
+        from moecover.evaluation.bounds import plan_within
+
         found = plan_within(
             profile,
             args.model,
@@ -149,6 +150,8 @@ def _plans(
         )
         return [found]
     if bound == "max_size":
+        from moecover.evaluation.bounds import keep_within_size
+
         size, multiple_of = args.max_size, args.multiple_of
         keeps = [keep_within_size(profile, args.model, size, multiple_of=multiple_of, revision=revision)]
     else:

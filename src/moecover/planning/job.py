@@ -7,9 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecover.checkpoints.opening import Model, described, fetched
-from moecover.checkpoints.structure import Structure
-from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan
 from moecover.planning.keep import resolve_keep
@@ -17,11 +14,14 @@ from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
 from moecover.profiling.artifact import Profile
 from moecover.progress import Progress, resolve
-from moecover.runtime.loading import check_device, check_loadable, load_model
-from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:
     import torch
+
+    from moecover.checkpoints.opening import Model
+    from moecover.checkpoints.structure import Structure
+    from moecover.corpora.packing import Corpus
+    from moecover.runtime.running import Running
 
 SEARCH_TOKENS = 8192  # calibration tokens that a search runs on by default
 ROUND_OPTIONS = ("protect_super_experts",)  # of `plan_budgets` itself
@@ -114,18 +114,37 @@ def plans(
     """
     if not METHODS[method].runs_experts or model is None:
         return plan_budgets(profile, method=method, keeps=keeps, **options)
-    if structure is not None and not isinstance(model, (str, Path, Structure)):
-        live = running(model, structure)
-    else:
-        dtype = dtype or profile.settings["dtype"]
-        check_device(dtype, device or "auto")
-        headers = described(model, revision=revision, progress=progress)  # type: ignore[arg-type]
-        check_loadable(headers)
-        structure = fetched(headers, revision=revision, progress=progress)
-        with progress.spinner(f"loading {structure.checkpoint.name}"):
-            live = running(load_model(structure, dtype=dtype, device=device or "auto"), structure)
+    structure, live = _live(profile, model, structure, dtype, device, revision, progress)
     with search_resources(method, options, structure, live, budgets=len(keeps), progress=progress) as resources:
         return plan_budgets(profile, method=method, keeps=keeps, **resources, **options)
+
+
+def _live(
+    profile: Profile,
+    model: Model | torch.nn.Module | Running,
+    structure: Structure | None,
+    dtype: str | None,
+    device: str | None,
+    revision: str | None,
+    progress: Progress,
+) -> tuple[Structure, Running]:
+    """The model, loaded where it is not live yet. Imports here: planning from a profile alone starts quickly."""
+    from moecover.checkpoints.opening import described, fetched
+    from moecover.checkpoints.structure import Structure
+    from moecover.runtime.loading import check_device, check_loadable, load_model
+    from moecover.runtime.running import running
+
+    if not isinstance(model, (str, Path, Structure)):
+        if structure is None:
+            raise InputError(f"a live {arg('model')} comes with its {arg('structure')}")
+        return structure, running(model, structure)
+    dtype = dtype or profile.settings["dtype"]
+    check_device(dtype, device or "auto")
+    headers = described(model, revision=revision, progress=progress)
+    check_loadable(headers)
+    found = fetched(headers, revision=revision, progress=progress)
+    with progress.spinner(f"loading {found.checkpoint.name}"):
+        return found, running(load_model(found, dtype=dtype, device=device or "auto"), found)
 
 
 def plan(
