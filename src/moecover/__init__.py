@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from moecover.profiling.job import merge, profile
     from moecover.progress import Progress
     from moecover.pruning.job import prune
-    from moecover.pruning.one_shot import Pruned
+    from moecover.pruning.request import Pruned
     from moecover.registry import load_plugin
     from moecover.repairing.job import repair
     from moecover.repairing.store import Repaired
@@ -89,7 +89,7 @@ PUBLIC = {
     "planning.explaining.facts": ("Explanation", "explain"),
     "repairing.store": ("Repaired",),
     "repairing.job": ("repair",),
-    "pruning.one_shot": ("Pruned",),
+    "pruning.request": ("Pruned",),
     "pruning.job": ("prune",),
     "verification.verify": ("Verification",),
     "verification.job": ("verify",),

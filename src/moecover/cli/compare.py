@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from moecover.cli.options import searching_methods
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError
 
@@ -72,7 +71,7 @@ FLAGS = (
         "search-tokens",
         "search_tokens",
         "N",
-        f"tokens that {searching_methods()} search on (default: 8192)",
+        "tokens that methods which run the experts search on (default: 8192)",
         int,
     ),
     Flag("batch-size", "batch_size", "N", "sequences per forward pass (default: 4)", int),

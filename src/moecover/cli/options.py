@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from moecover.errors import InputError, flag
-from moecover.planning.methods import METHODS, default_method, options_of_all
-from moecover.planning.options import Option, json_or_text
 from moecover.registry import load_plugin
 
 if TYPE_CHECKING:
-    from moecover.corpora.loading import TextOptions
-    from moecover.runtime.passes import RunOptions
+    from moecover.corpora.options import TextOptions
+    from moecover.planning.options import Option
+    from moecover.runtime.options import RunOptions
 
 Group = argparse._ActionsContainer  # a parser or a group of options
 Number = TypeVar("Number", int, float)
@@ -94,6 +93,8 @@ def add_keep_inputs(parser: Group, when: str) -> None:
 
 def searching_methods() -> str:
     """Names of the methods that run the experts, for help texts."""
+    from moecover.planning.methods import METHODS
+
     return " and ".join(name for name, method in METHODS.items() if method.runs_experts)
 
 
@@ -105,6 +106,8 @@ def add_method(parser: argparse.ArgumentParser, *, several: bool, has_seed: bool
         several: whether several budgets may be given, with commas between them.
         has_seed: whether ``--seed`` is declared already, as that of the sample of blocks.
     """
+    from moecover.planning.methods import default_method, options_of_all
+
     group = parser.add_argument_group("plan")
     group.add_argument("--method", help=f"moecover ls methods (default: {default_method().name})")
     for option, methods in options_of_all():
@@ -226,6 +229,9 @@ def method_arguments(args: argparse.Namespace) -> tuple[str, dict[str, object]]:
     Raises:
         InputError: an unknown method, or an option that it does not have.
     """
+    from moecover.planning.methods import METHODS, default_method, options_of_all
+    from moecover.planning.options import json_or_text
+
     load_plugins(args)
     method = METHODS[args.method or default_method().name]
     given: dict[str, object] = {}

@@ -20,7 +20,6 @@ from moecover.cli.options import (
 )
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
-from moecover.planning.methods import options_of_all
 
 HELP = "write the pruned checkpoint, from a plan or in one shot from corpora"
 NONE = "none"
@@ -165,6 +164,8 @@ def check(args: argparse.Namespace) -> None:
         if args.evaluation:
             raise InputError("--evaluation goes with --plan: in one shot no plan has been evaluated yet")
         return
+    from moecover.planning.methods import options_of_all
+
     names = (*ONE_SHOT, *(option.name for option, _ in options_of_all()))
     given = [
         name for name in names if (value := getattr(args, name)) is not None and value is not False and value != []

@@ -4,32 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from typing import TypedDict
 
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.options import JobOptions, TextOptions
 from moecover.corpora.packing import SEQUENCES, Corpus, load_corpus
 from moecover.corpora.sources import parse_corpora
 from moecover.progress import Progress
-from moecover.runtime.passes import RunOptions
-
-
-class TextOptions(TypedDict, total=False):
-    """Keyword arguments of every job that reads calibration text.
-
-    Attributes:
-        sequences: blocks per corpus; None for up to 128 (all rows of ``input_ids``).
-        length: tokens per block; None for 2048, or the model's positions if fewer.
-        seed: of the sample of blocks; 0 by default.
-    """
-
-    sequences: int | None
-    length: int | None
-    seed: int
-
-
-class JobOptions(RunOptions, TextOptions, total=False):
-    """Keyword arguments of a job that runs a model on calibration text."""
-
 
 Corpora = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
 

@@ -14,7 +14,8 @@ from moecover.errors import InputError, arg
 from moecover.progress import Progress, resolve
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import itemsizes, opened
-from moecover.runtime.passes import Passes, RunOptions, check_known, check_least, passes
+from moecover.runtime.options import RunOptions, check_known
+from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running
 
 ENDING, NAME, BATCH_SIZE = ".jsonl", "self", 16

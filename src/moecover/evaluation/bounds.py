@@ -27,7 +27,8 @@ from moecover.profiling.artifact import Profile
 from moecover.progress import SILENT, Progress, resolve
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened, parse_size
-from moecover.runtime.passes import Passes, RunOptions, check_known, check_least, passes
+from moecover.runtime.options import RunOptions, check_known
+from moecover.runtime.passes import Passes, check_least, passes
 
 
 def keep_within_size(

@@ -23,7 +23,8 @@ from moecover.planning.artifact import Plan, check_plan
 from moecover.progress import Progress, resolve
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened
-from moecover.runtime.passes import Passes, RunOptions, check_known, check_least, passes
+from moecover.runtime.options import RunOptions, check_known
+from moecover.runtime.passes import Passes, check_least, passes
 
 Texts = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
 Plans = Mapping[str, Plan | str | PathLike[str]] | Sequence[str | PathLike[str]]

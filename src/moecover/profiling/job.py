@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
-from moecover.corpora.loading import Corpora, JobOptions, load_corpora, parsed
+from moecover.corpora.loading import Corpora, load_corpora, parsed
+from moecover.corpora.options import JobOptions
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.files.atomic import PARTIAL
@@ -26,8 +27,9 @@ from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import ALONE, World, joined, own_device, wait_for_all
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened
+from moecover.runtime.options import check_known
 from moecover.runtime.pass_state import kept_for_later, of_process, remove, remove_all
-from moecover.runtime.passes import Passes, check_known, check_least, passes
+from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running, running
 from moecover.text import size_text
 

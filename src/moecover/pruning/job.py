@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
-from moecover.checkpoints.opening import Model, described
+from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.pieces import NOTHING
 from moecover.checkpoints.structure import Structure
-from moecover.corpora.loading import Corpora, JobOptions, parsed
+from moecover.corpora.options import JobOptions
 from moecover.errors import InputError, arg
+from moecover.files.locks import locked
 from moecover.planning.artifact import Plan
-from moecover.planning.job import ROUND_OPTIONS
 from moecover.planning.keep import resolve_keep
 from moecover.planning.methods import default_method
-from moecover.planning.run import check_options
-from moecover.profiling.job import check_output as check_profile_folder
 from moecover.progress import Progress, resolve
-from moecover.pruning.one_shot import Choice, Pruned, Repair, Request, WriteOptions, carry_out
+from moecover.pruning.request import Choice, Pruned, Repair, Request, WriteOptions
+from moecover.pruning.writer import check_target
+from moecover.pruning.writer import prune as write_checkpoint
 from moecover.registry import unknown_name
-from moecover.repairing.job import check_kind
-from moecover.repairing.store import Repaired
-from moecover.runtime.loading import check_loadable
-from moecover.runtime.passes import Passes, check_known, check_least, passes
+from moecover.runtime.options import check_known
+
+if TYPE_CHECKING:
+    from moecover.corpora.loading import Corpora
+    from moecover.repairing.store import Repaired
+    from moecover.runtime.passes import Passes
 
 
 class ChoiceOptions(TypedDict, total=False):
@@ -87,32 +90,87 @@ def prune(
         InputError: the plan does not fit, the output exists, or arguments that contradict each other.
         MoecoverError: the disk is full, or a file cannot be read or written.
     """
-    shown = resolve(progress)
     check_known(options, PruneOptions)
+    shown = resolve(progress)
     given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if output is None:
         raise InputError(f"give {arg('output')}, the folder to write")
     _check_repair(repair, repaired, corpora)
     if given is None and corpora is None:
         raise InputError(f"give a plan, or {arg('corpora')} with {arg('keep')} or {arg('retain')} for one shot")
-    runs = given is None or repair is not None
-    how = passes(options) if runs else Passes(1)
-    check_least(1, sequences=options.get("sequences"), length=options.get("length"), repair_tokens=repair_tokens)
+    how = _how(options, repair_tokens) if given is None or repair is not None else None
     if given is None:
         check_choice(checkpoint, Path(output), corpora or (), options)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
-    if runs:
+    if how is not None:
+        from moecover.runtime.loading import check_loadable
+
         check_loadable(headers)
     choice = _choice(headers, options) if given is None else given
     mending = repaired if repair is None else Repair(repair, repair_tokens)
     writing = cast("WriteOptions", {k: v for k, v in options.items() if k in WriteOptions.__annotations__})
-    request = Request(Path(output), choice, corpora, options, mending, how, writing)
+    request = Request(Path(output), choice, corpora if how is not None else None, options, mending, how, writing)
     return carry_out(headers, request, progress=shown)
+
+
+def _how(options: PruneOptions, repair_tokens: int | None) -> Passes:
+    """How the model runs, checked. Imports here: pruning by a plan runs no model, and starts quickly."""
+    from moecover.runtime.passes import check_least, passes
+
+    check_least(1, sequences=options.get("sequences"), length=options.get("length"), repair_tokens=repair_tokens)
+    check_least(1, keep_inputs=options.get("keep_inputs"))
+    return passes(options)
+
+
+def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pruned:
+    """Fetch, make what is asked for from text, and write, while no other run can write the output.
+
+    Args:
+        headers: structure of the model; its files may still be on the hub.
+        request: what is asked for.
+        progress: shows the stages.
+
+    Raises:
+        InputError: what the stages raise.
+        MoecoverError: the disk is full, or a file cannot be read or written.
+    """
+    if request.how is None:
+        making = contextlib.nullcontext((cast("Plan", request.choice), cast("Repaired | None", request.repair)))
+        with _fetched(headers, request, progress) as structure, making as (plan, made):
+            return _written(structure, plan, request, made, progress)
+    from moecover.pruning.one_shot import made_from_text, memory_needed
+
+    extra = memory_needed(headers, request)
+    with (
+        _fetched(headers, request, progress) as structure,
+        made_from_text(structure, request, extra=extra, progress=progress) as (plan, made),
+    ):
+        return _written(structure, plan, request, made, progress)
+
+
+@contextlib.contextmanager
+def _fetched(headers: Structure, request: Request, progress: Progress) -> Iterator[Structure]:
+    """The checkpoint's files on this machine, while the output is locked."""
+    with locked(check_target(headers, request.output, overwrite=request.writing.get("overwrite", False))):
+        yield fetched(headers, revision=request.text.get("revision"), progress=progress)
+
+
+def _written(structure: Structure, plan: Plan, request: Request, made: Repaired | None, progress: Progress) -> Pruned:
+    """The checkpoint, written under a bar."""
+    before = structure.checkpoint.num_bytes
+    after = structure.num_bytes(plan.keep, mtp=request.writing.get("mtp", "drop"))
+    with progress.bar("writing", after, unit="bytes") as advance:
+        path = write_checkpoint(
+            structure, plan, request.output, repaired=made, advance=advance, say=progress.say, **request.writing
+        )
+    return Pruned(path, plan, structure.topology, before, after, made)
 
 
 def _check_repair(repair: str | None, repaired: Repaired | None, corpora: Corpora | None) -> None:
     if repair is None:
         return
+    from moecover.repairing.job import check_kind
+
     check_kind(repair)
     if repaired is not None:
         raise InputError(f"give {arg('repair')} or {arg('repaired')}, not both")
@@ -144,7 +202,10 @@ def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOp
     Raises:
         InputError: an unknown method, option or corpus, or a folder for the profile that lies in the output or model.
     """
-    check_least(1, keep_inputs=options.get("keep_inputs"))
+    from moecover.corpora.loading import parsed
+    from moecover.planning.job import ROUND_OPTIONS
+    from moecover.planning.run import check_options
+
     given = options.get("method_options", NOTHING)
     method = options.get("method") or default_method().name
     check_options(method, {key: value for key, value in given.items() if key not in ROUND_OPTIONS})
@@ -153,6 +214,8 @@ def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOp
         raise unknown_name(f"corpus in {arg('weights')}", unknown[0], names)
     if (save_profile := options.get("save_profile")) is None:
         return
+    from moecover.profiling.job import check_output as check_profile_folder
+
     check_profile_folder(Path(save_profile), overwrite=options.get("overwrite", False))  # type: ignore[arg-type]
     folder = Path(save_profile).resolve()
     source = model.checkpoint.name if isinstance(model, Structure) else model

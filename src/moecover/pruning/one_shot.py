@@ -1,23 +1,17 @@
-"""Fetch, profile, plan, repair and write, one after the other on one opened model, while the output is locked.
+"""The stages of one shot before the checkpoint is written: profile, plan and repair, on one opened model.
 
-`pruning.job` says what is asked for; here the stages follow each other. What an interrupted run has finished serves the
-next one.
+What an interrupted run has finished serves the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING
 
-from moecover.checkpoints.opening import fetched
-from moecover.checkpoints.structure import Structure
-from moecover.checkpoints.topology import Topology
-from moecover.corpora.loading import Corpora, JobOptions, load_corpora
+from moecover.corpora.loading import load_corpora
 from moecover.corpora.packing import Corpus
-from moecover.files.locks import locked
 from moecover.planning.artifact import Plan, check_plan
 from moecover.planning.job import SEARCH_TOKENS, plan_line, search_resources
 from moecover.planning.methods import METHODS
@@ -25,203 +19,107 @@ from moecover.planning.run import plan_budgets
 from moecover.profiling.job import profiled, scratch_beside
 from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress
-from moecover.pruning.card_numbers import Measurement
-from moecover.pruning.writer import check_target
-from moecover.pruning.writer import prune as write_checkpoint
+from moecover.pruning.request import Choice, Repair, Request
 from moecover.repairing.job import memory_beside, repaired
 from moecover.repairing.store import Repaired, kept_for_later
 from moecover.runtime.pass_state import remove
 from moecover.runtime.passes import Passes
-from moecover.text import Cell, Shown, size_text
 
 if TYPE_CHECKING:
+    from moecover.checkpoints.structure import Structure
     from moecover.runtime.running import Running
 
 
-class WriteOptions(TypedDict, total=False):
-    """Keyword arguments on how the checkpoint is written.
+def memory_needed(headers: Structure, request: Request) -> int:
+    """Bytes that a repair needs beside the model; refuses a model that cannot be repaired, before it is fetched.
 
-    Attributes:
-        overwrite: replace a folder that moecover wrote.
-        other_weights: accept a plan made on other weights of the same shape.
-        mtp: multi-token-prediction layers with experts of their own: ``drop`` (default), or ``prune`` them by the ids
-            of the last MoE layer.
-        evaluations: by a name for messages, evaluations of the plan whose numbers go on the model card.
-        command: what the user typed, for the model card.
+    Raises:
+        InputError: see `repairing.job.memory_beside`.
     """
-
-    overwrite: bool
-    other_weights: bool
-    mtp: str
-    evaluations: Mapping[str, Measurement]
-    command: str
+    if not isinstance(request.repair, Repair) or request.how is None:
+        return 0
+    return memory_beside(headers, keep=request.choice.keep, tokens=request.repair.tokens, dtype=request.how.dtype)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How one shot chooses the experts: method, its options, experts per layer, and what becomes of the profile."""
-
-    method: str
-    options: Mapping[str, Any]
-    keep: int
-    profile_folder: Path | None = None
-    search_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Repair:
-    """The repair that is asked for: its kind, and calibration tokens (None for the default)."""
-
-    kind: str
-    tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one call of `prune` asks for.
-
-    Attributes:
-        output: folder to write.
-        choice: a plan, or how one is made from the corpora.
-        corpora: calibration text, where something is made from it.
-        text: how much of it.
-        repair: what to repair, a finished repair, or None.
-        how: see `Passes`.
-        writing: see `WriteOptions`.
-    """
-
-    output: Path
-    choice: Plan | Choice
-    corpora: Corpora | None
-    text: JobOptions
-    repair: Repair | Repaired | None
-    how: Passes
-    writing: WriteOptions
-
-
-@dataclass(frozen=True, repr=False)
-class Pruned(Shown):
-    """What was written; stands for its folder wherever a path is expected.
-
-    Attributes:
-        output: folder of the checkpoint.
-        plan: which experts stayed.
-        topology: of the source.
-        bytes_before: of all tensors of the source.
-        num_bytes: of all tensors of the checkpoint.
-        repaired: the repair, None without one.
-    """
-
-    output: Path
-    plan: Plan
-    topology: Topology
-    bytes_before: int
-    num_bytes: int
-    repaired: Repaired | None = None
-
-    def __fspath__(self) -> str:
-        return str(self.output)
-
-    def __truediv__(self, name: str) -> Path:
-        return self.output / name
-
-    def sizes(self) -> str:
-        """What became of experts and bytes."""
-        share = self.num_bytes / self.bytes_before
-        sizes = f"{size_text(self.bytes_before)} -> {size_text(self.num_bytes)} ({share:.0%})"
-        return f"{self.plan.keep} of {self.topology.num_experts} experts per layer, {sizes}"
-
-    def summary(self) -> str:
-        """See `Shown`."""
-        return f"{self.output}: {self.sizes()}"
-
-    def rows_shown(self) -> list[dict[str, Cell]]:
-        """See `Shown`: the source, and what was written."""
-        return [
-            {"": "source", "experts per layer": self.topology.num_experts, "size": size_text(self.bytes_before)},
-            {"": str(self.output), "experts per layer": self.plan.keep, "size": size_text(self.num_bytes)},
-        ]
-
-
-def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pruned:
-    """Run the stages that a request asks for, while no other run can write the output.
+@contextlib.contextmanager
+def made_from_text(
+    structure: Structure, request: Request, *, extra: int, progress: Progress
+) -> Iterator[tuple[Plan, Repaired | None]]:
+    """The plan and the repair of a request; the block writes the checkpoint, then finished layers of a repair go.
 
     Args:
-        headers: structure of the model; its files may still be on the hub.
-        request: what is asked for.
+        structure: the checkpoint, its files on this machine.
+        request: what is asked for; its corpora are there.
+        extra: from `memory_needed`.
         progress: shows the stages.
 
     Raises:
         InputError: what the stages raise.
-        MoecoverError: the disk is full, or a file cannot be read or written.
+        MoecoverError: the disk is full.
     """
-    output, asked, how = request.output, request.repair, request.how
-    extra = 0
-    if isinstance(asked, Repair):
-        extra = memory_beside(headers, keep=request.choice.keep, tokens=asked.tokens, dtype=how.dtype)
-    with locked(check_target(headers, output, overwrite=request.writing.get("overwrite", False))):
-        structure = fetched(headers, revision=request.text.get("revision"), progress=progress)
-        state = scratch_beside(output.resolve(), "repair")
-        with kept_for_later(state):
-            with contextlib.ExitStack() as stack:  # holds the model, which is not needed for writing
-                plan, model, corpora = _chosen(structure, request, extra, stack, progress)
-                made = asked if isinstance(asked, Repaired) else None
-                if isinstance(asked, Repair):
-                    made = repaired(
-                        structure,
-                        plan,
-                        corpora,
-                        how,
-                        kind=asked.kind,
-                        tokens=asked.tokens,
-                        folder=state,
-                        model=model,
-                        progress=progress,
-                    )
-                del model
-            pruned = _written(structure, plan, request, made, progress)
-        remove(state)
-    return pruned
+    assert request.corpora is not None
+    assert request.how is not None
+    state = scratch_beside(request.output.resolve(), "repair")
+    with kept_for_later(state):
+        yield _made(structure, request, request.how, extra, state, progress)
+    remove(state)
+
+
+def _made(
+    structure: Structure, request: Request, how: Passes, extra: int, state: Path, progress: Progress
+) -> tuple[Plan, Repaired | None]:
+    choice, asked = request.choice, request.repair
+    if isinstance(choice, Plan):
+        check_plan(choice, structure, other_weights=request.writing.get("other_weights", False))
+    corpora = load_corpora(request.corpora or (), structure, request.text, progress=progress)
+    with contextlib.ExitStack() as stack:  # holds the model, which is not needed for writing
+        model: Running | None = None
+        if isinstance(choice, Plan):
+            plan = choice
+        else:
+            plan, model = _chosen(structure, corpora, choice, request.output, how, extra, stack, progress)
+        if not isinstance(asked, Repair):
+            return plan, asked
+        made = repaired(
+            structure,
+            plan,
+            corpora,
+            how,
+            kind=asked.kind,
+            tokens=asked.tokens,
+            folder=state,
+            model=model,
+            progress=progress,
+        )
+        return plan, made
 
 
 def _chosen(
-    structure: Structure, request: Request, extra: int, stack: contextlib.ExitStack, progress: Progress
-) -> tuple[Plan, Running | None, Sequence[Corpus]]:
-    """The plan, given or made; the model it was made with, open until the stack is closed; the corpora."""
-    choice, how = request.choice, request.how
-    if isinstance(choice, Plan):
-        check_plan(choice, structure, other_weights=request.writing.get("other_weights", False))
-    corpora: Sequence[Corpus] = ()
-    if request.corpora is not None and (isinstance(choice, Choice) or isinstance(request.repair, Repair)):
-        corpora = load_corpora(request.corpora, structure, request.text, progress=progress)
-    if isinstance(choice, Plan):
-        return choice, None, corpora
-    searches = METHODS[choice.method].runs_experts
+    structure: Structure,
+    corpora: Sequence[Corpus],
+    choice: Choice,
+    output: Path,
+    how: Passes,
+    extra: int,
+    stack: contextlib.ExitStack,
+    progress: Progress,
+) -> tuple[Plan, Running]:
+    """The plan of one shot, and the model that it was made with, open until the stack is closed."""
     profile, model = stack.enter_context(
         profiled(
             structure,
             corpora,
             how,
             folder=choice.profile_folder,
-            scratch=scratch_beside(request.output, "profile"),
+            scratch=scratch_beside(output, "profile"),
             keep_inputs=choice.search_tokens,
             extra=extra,
             progress=progress,
         )
     )
+    searches = METHODS[choice.method].runs_experts
     sample = sample_of(corpora, choice.search_tokens or SEARCH_TOKENS) if searches else None
     with search_resources(choice.method, choice.options, structure, model, sample=sample, progress=progress) as more:
         (plan,) = plan_budgets(profile, method=choice.method, keeps=[choice.keep], **more, **choice.options)
-    progress.say(f"{request.output}: {plan_line(plan, structure.topology.num_experts)}")
-    return plan, model, corpora
-
-
-def _written(structure: Structure, plan: Plan, request: Request, made: Repaired | None, progress: Progress) -> Pruned:
-    """The checkpoint, written under a bar."""
-    before = structure.checkpoint.num_bytes
-    after = structure.num_bytes(plan.keep, mtp=request.writing.get("mtp", "drop"))
-    with progress.bar("writing", after, unit="bytes") as advance:
-        path = write_checkpoint(
-            structure, plan, request.output, repaired=made, advance=advance, say=progress.say, **request.writing
-        )
-    return Pruned(path, plan, structure.topology, before, after, made)
+    progress.say(f"{output}: {plan_line(plan, structure.topology.num_experts)}")
+    return plan, model

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
-from moecover.corpora.loading import Corpora, JobOptions, load_corpora, parsed
+from moecover.corpora.loading import Corpora, load_corpora, parsed
+from moecover.corpora.options import JobOptions
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan, check_plan
@@ -24,7 +25,8 @@ from moecover.repairing.store import repair as repair_to_files
 from moecover.repairing.targets import check_dtype, check_stored, places_on_disk
 from moecover.runtime.loading import check_loadable
 from moecover.runtime.memory import opened
-from moecover.runtime.passes import Passes, check_known, check_least, passes
+from moecover.runtime.options import check_known
+from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
 
 from moecover.errors import InputError, arg
 from moecover.runtime.loading import check_device
 from moecover.runtime.memory import parse_size
-
-
-class RunOptions(TypedDict, total=False):
-    """Keyword arguments of every job that runs a model.
-
-    Attributes:
-        batch_size: sequences per forward pass; each job has its own default.
-        dtype: torch dtype by name (``bfloat16``, ``float16``, ``float32``); None or ``auto`` for the checkpoint's.
-        device: torch device by name; None or ``auto`` for a GPU where there is one.
-        memory_limit: memory that may be used, in bytes or as text (``"4GB"``); None for nine tenths of what is free. A
-            model that does not fit runs layer by layer.
-        revision: branch, tag or commit of a hub model.
-    """
-
-    batch_size: int | None
-    dtype: str | None
-    device: str | None
-    memory_limit: int | str | None
-    revision: str | None
+from moecover.runtime.options import RunOptions
 
 
 @dataclass(frozen=True)
@@ -64,21 +44,6 @@ def passes(options: RunOptions, *, batch_size: int = 4) -> Passes:
     return Passes(
         options.get("batch_size") or batch_size, dtype, device, parse_size(limit) if isinstance(limit, str) else limit
     )
-
-
-def check_known(options: Mapping[str, object], kind: type) -> None:
-    """Refuse keyword arguments that a job does not take, as Python does for those that are spelled out.
-
-    Args:
-        options: as given.
-        kind: a TypedDict.
-
-    Raises:
-        TypeError: names the argument.
-    """
-    known = {name for base in (kind, *kind.__mro__) for name in getattr(base, "__annotations__", {})}
-    if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"unexpected keyword argument {unknown[0]!r}. Known: {', '.join(sorted(known))}")
 
 
 def check_least(least: int, **counts: int | None) -> None:
