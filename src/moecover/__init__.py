@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from moecover.pruning.job import prune
     from moecover.pruning.request import Pruned
     from moecover.registry import load_plugin
+    from moecover.repairing.artifact import Repaired
     from moecover.repairing.job import repair
-    from moecover.repairing.store import Repaired
     from moecover.reporting.page import Report, report
     from moecover.reporting.sections import SECTIONS
     from moecover.runtime.loading import load_model
@@ -87,7 +87,7 @@ PUBLIC = {
     "planning.job": ("plan",),
     "planning.masking": ("masked",),
     "planning.explaining.facts": ("Explanation", "explain"),
-    "repairing.store": ("Repaired",),
+    "repairing.artifact": ("Repaired",),
     "repairing.job": ("repair",),
     "pruning.request": ("Pruned",),
     "pruning.job": ("prune",),

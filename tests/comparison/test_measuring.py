@@ -18,7 +18,7 @@ from moecover.planning.artifact import Plan
 from moecover.profiling.artifact import Profile
 from moecover.repairing.layers import needed_bytes
 from moecover.repairing.targets import places_on_disk
-from moecover.runtime.memory import cost
+from moecover.runtime.cost import cost
 from tests.support.grids import rows, run, write_arc, written
 
 PLUGIN = """

@@ -216,7 +216,7 @@ def test_what_cannot_be_done_is_said_first(
 def test_a_model_bigger_than_memory_is_refused_with_a_way_out(
     checkpoints: Callable[..., Path], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moecover.runtime import memory as fitting
+    from moecover.runtime import cost as fitting
 
     structure = read_structure(checkpoints("mixtral"))
     sizes = fitting.cost(structure, tokens=8 * 16, batch_tokens=8, limit=0, head=True)

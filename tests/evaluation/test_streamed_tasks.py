@@ -18,7 +18,7 @@ from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.run import evaluate
 from moecover.evaluation.tasks import Tasks, resolve
 from moecover.planning.masking import masked, masked_layers
-from moecover.runtime import memory
+from moecover.runtime import cost
 from moecover.runtime.loading import load_model
 from moecover.runtime.running import unmasked
 from moecover.runtime.streaming import Streamed, streamed
@@ -132,8 +132,8 @@ def test_the_command_layer_by_layer(
     err = capsys.readouterr().err
     assert "scoring tasks: 66 requests in" in err
     assert not re.search(r"\d+%|it/s|Tokenizing", err)  # no bar but ours
-    monkeypatch.setattr(memory, "OVERHEAD", 0)
-    bare = memory.cost(made, tokens=256, batch_tokens=64, limit=0, head=True)
+    monkeypatch.setattr(cost, "OVERHEAD", 0)
+    bare = cost.cost(made, tokens=256, batch_tokens=64, limit=0, head=True)
     limit = (bare.streamed + bare.whole) // 2
     assert cli.main([*command, "--memory-limit", str(limit), "-o", str(tmp_path / "parts")]) == 0
     err = capsys.readouterr().err

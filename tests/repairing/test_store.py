@@ -29,7 +29,7 @@ from moecover.pruning.writer import prune
 from moecover.repairing import layers as repairing
 from moecover.repairing.layers import LayerRepair, repair_layers, repaired
 from moecover.repairing.store import kept_for_later
-from moecover.runtime import memory as fitting
+from moecover.runtime import cost as fitting
 from moecover.runtime.loading import load_model
 from moecover.runtime.streaming import streamed
 from moecover.verification.verify import verify

@@ -20,15 +20,15 @@ from moecover.checkpoints.structure import read_structure
 from moecover.cli import main as cli
 from moecover.errors import InputError
 from moecover.profiling.artifact import COUNTS, MAXIMA, Profile
+from moecover.runtime import cost as fitting
 from moecover.runtime import distributed
-from moecover.runtime import memory as fitting
 from tests.support.passes import limit_between
 
 WORKER = """
 import sys
 from moecover.cli import main as cli
 from moecover.runtime import distributed
-from moecover.runtime import memory as fitting
+from moecover.runtime import cost as fitting
 from moecover.runtime import pass_state as states
 fitting.OVERHEAD = 0
 distributed.PULSE, distributed.SILENCE = 0.5, 5

@@ -14,9 +14,10 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli import main as cli
 from moecover.errors import InputError
 from moecover.profiling.artifact import Profile
-from moecover.runtime import memory as fitting_module
+from moecover.runtime import cost as fitting_module
+from moecover.runtime.cost import cost
 from moecover.runtime.layerwise import run_in_parts
-from moecover.runtime.memory import cost, opened, parse_size
+from moecover.runtime.memory import opened, parse_size
 from moecover.runtime.running import unmasked
 from moecover.runtime.streaming import Streamed
 from tests.support.passes import Stop, limit_between, same, stop_after
@@ -55,7 +56,7 @@ def test_hidden_states_that_do_not_fit_lie_in_files(
         opened(structure, **given, memory_limit=limit),
     ):
         pass  # without a folder
-    monkeypatch.setattr(fitting_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=made.hidden))
+    monkeypatch.setattr("moecover.runtime.memory.shutil.disk_usage", lambda path: SimpleNamespace(free=made.hidden))
     with (
         pytest.raises(InputError, match="of scratch disk, 0.0 GB are free"),
         opened(structure, **given, memory_limit=limit, scratch=tmp_path / "s"),

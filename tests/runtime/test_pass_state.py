@@ -18,7 +18,7 @@ from moecover.cli import main as cli
 from moecover.errors import MoecoverError
 from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
-from moecover.runtime import memory as fitting_module
+from moecover.runtime import cost as fitting_module
 from moecover.runtime.loading import load_model
 from moecover.runtime.pass_state import FILE, State
 from moecover.runtime.streaming import streamed
@@ -163,7 +163,7 @@ def test_a_read_error_in_the_middle(structure: Structure, tmp_path: Path, monkey
 KILLED = """
 import sys, time
 from moecover.cli import main as cli
-from moecover.runtime import memory as fitting
+from moecover.runtime import cost as fitting
 from moecover.runtime import pass_state as states
 fitting.OVERHEAD = 0
 save = states.State.save

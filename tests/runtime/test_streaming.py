@@ -20,7 +20,7 @@ from moecover.planning.run import plan, plan_budgets
 from moecover.profiling.layer_inputs import sample_of
 from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
-from moecover.runtime import memory as fitting_module
+from moecover.runtime import cost as fitting_module
 from moecover.runtime.layerwise import run
 from moecover.runtime.loading import load_model
 from moecover.runtime.shards import Files

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.profiling.artifact import Profile
-from moecover.runtime.memory import cost
+from moecover.runtime.cost import cost
 from moecover.runtime.pass_state import State
 from tests.conftest import random_corpus
 

@@ -13,7 +13,8 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.planning.artifact import Plan
 from moecover.pruning.writer import prune
-from moecover.repairing.store import Repaired, repair
+from moecover.repairing.artifact import Repaired
+from moecover.repairing.store import repair
 from moecover.runtime.loading import load_model
 from tests.conftest import hand_plan, random_corpus
 

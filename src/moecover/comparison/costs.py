@@ -12,8 +12,9 @@ from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
 from moecover.errors import arg
 from moecover.repairing.layers import needed_bytes
+from moecover.runtime.cost import Cost, cost, seconds_of
 from moecover.runtime.loading import check_device
-from moecover.runtime.memory import Cost, available_memory, cost, parse_size, seconds_of
+from moecover.runtime.memory import available_memory, parse_size
 
 REPAIR_PASSES = 10  # passes over its text that a repair is taken to cost, until one was timed
 
@@ -51,7 +52,7 @@ def setup_of(model: ComparedModel, config: Config, limit: int) -> ModelSetup:
 def pass_cost(
     model: ComparedModel, setup: ModelSetup, config: Config, tokens: int, in_parts: tuple[int, int] = (0, 0)
 ) -> Cost:
-    """What a pass of a model takes, see `runtime.memory.cost`."""
+    """What a pass of a model takes, see `runtime.cost.cost`."""
     return cost(
         model.structure,
         tokens=tokens,

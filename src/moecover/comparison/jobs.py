@@ -29,7 +29,7 @@ class ModelSetup:
         limit: bytes of memory that it may use.
         batch_tokens: tokens of the largest forward pass.
         tokens: of the largest set of texts that one pass reads.
-        in_parts: tokens and forward passes of all cells in the tasks, see `runtime.memory.cost`.
+        in_parts: tokens and forward passes of all cells in the tasks, see `runtime.cost.cost`.
         extra: bytes of memory that repairs take beside the model.
         texts: for perplexity.
     """

@@ -12,8 +12,9 @@ from moecover.corpora.generation import cache_bytes, write_generated
 from moecover.corpora.packing import LENGTH, SEQUENCES, Corpus, load_corpus
 from moecover.errors import InputError, arg
 from moecover.progress import Progress, resolve
+from moecover.runtime.cost import itemsizes
 from moecover.runtime.loading import check_loadable
-from moecover.runtime.memory import itemsizes, opened
+from moecover.runtime.memory import opened
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running

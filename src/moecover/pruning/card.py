@@ -10,7 +10,7 @@ from moecover.text import markdown_table
 if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
     from moecover.planning.artifact import Plan
-    from moecover.repairing.store import Repaired
+    from moecover.repairing.artifact import Repaired
 
 
 CARRIED_KEYS = ("license", "license_name", "license_link", "pipeline_tag")

@@ -25,7 +25,7 @@ from moecover.runtime.options import check_known
 
 if TYPE_CHECKING:
     from moecover.corpora.loading import Corpora
-    from moecover.repairing.store import Repaired
+    from moecover.repairing.artifact import Repaired
     from moecover.runtime.passes import Passes
 
 

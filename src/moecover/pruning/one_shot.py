@@ -20,8 +20,9 @@ from moecover.profiling.job import profiled, scratch_beside
 from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress
 from moecover.pruning.request import Choice, Repair, Request
+from moecover.repairing.artifact import Repaired
 from moecover.repairing.job import memory_beside, repaired
-from moecover.repairing.store import Repaired, kept_for_later
+from moecover.repairing.store import kept_for_later
 from moecover.runtime.pass_state import remove
 from moecover.runtime.passes import Passes
 

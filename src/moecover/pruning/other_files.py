@@ -28,7 +28,7 @@ from moecover.pruning.shards import edited_index
 
 if TYPE_CHECKING:
     from moecover.files.resumable import Partial
-    from moecover.repairing.store import Repaired
+    from moecover.repairing.artifact import Repaired
 
 CARD, ORIGINAL_CARD = "README.md", "README.original.md"
 

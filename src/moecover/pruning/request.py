@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moecover.corpora.loading import Corpora
     from moecover.corpora.options import JobOptions
     from moecover.pruning.card_numbers import Measurement
-    from moecover.repairing.store import Repaired
+    from moecover.repairing.artifact import Repaired
     from moecover.runtime.passes import Passes
 
 

@@ -27,7 +27,7 @@ from moecover.pruning.shards import write_shard
 from moecover.registry import unknown_name
 
 if TYPE_CHECKING:
-    from moecover.repairing.store import Repaired
+    from moecover.repairing.artifact import Repaired
 
 MTP_CHOICES = ("drop", "prune")
 

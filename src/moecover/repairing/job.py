@@ -19,8 +19,9 @@ from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan, check_plan
 from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress, resolve
+from moecover.repairing.artifact import Repaired
 from moecover.repairing.layers import TOKENS, needed_bytes
-from moecover.repairing.store import Repaired, kept_for_later
+from moecover.repairing.store import kept_for_later
 from moecover.repairing.store import repair as repair_to_files
 from moecover.repairing.targets import check_dtype, check_stored, places_on_disk
 from moecover.runtime.loading import check_loadable

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -22,9 +21,9 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.files.atomic import canonical_json, write_bytes
-from moecover.files.copying import HASH
 from moecover.planning.artifact import Plan
 from moecover.profiling.run import stamps
+from moecover.repairing.artifact import Repaired
 from moecover.repairing.layers import LayerRepair, repair_layers
 from moecover.repairing.targets import places_on_disk
 from moecover.repairing.tensors import (
@@ -37,78 +36,11 @@ from moecover.repairing.tensors import (
     written_tensors,
 )
 from moecover.runtime.pass_state import remove
-from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
     import torch
 
     from moecover.runtime.running import Running
-
-
-@dataclass(frozen=True, repr=False)
-class Repaired(Shown):
-    """The repair of a whole model.
-
-    Attributes:
-        kind: ``scale`` or ``ridge``.
-        corpora: the records of the calibration text, with the number of tokens used.
-        layers: the repair of every MoE layer.
-        hashes: of every tensor of the output that is not the original's, by name.
-        pieces: where the bytes of these tensors lie, by name.
-    """
-
-    kind: str
-    corpora: list[dict[str, Any]]
-    layers: list[LayerRow]
-    hashes: dict[str, str]
-    pieces: dict[str, Piece]
-
-    def of_layer(self, structure: Structure, plan: Plan) -> Callable[[int], LayerRepair]:
-        """A function that reads the repair of a MoE layer from its file, for `with_repairs`."""
-        where, shards = places_on_disk(structure), dict[Path, dict[str, TensorEntry]]()
-
-        def read(name: str) -> bytes:
-            path = self.pieces[name].file
-            assert path is not None
-            return stored_bytes(path.parent, shards.setdefault(path, read_header(path)[0])[name])
-
-        return lambda layer: layer_repair(structure, where[layer], plan.layers[layer].kept, self.layers[layer], read)
-
-    def mean_errors(self) -> tuple[float, float]:
-        """Squared error as a share of the squared output before and after, mean over corpora and layers."""
-        before = sum(_mean(row["before"]) for row in self.layers) / len(self.layers)
-        return before, sum(_mean(row["after"]) for row in self.layers) / len(self.layers)
-
-    def manifest(self) -> dict[str, Any]:
-        """The entry in the manifest of the output."""
-        return {
-            "kind": self.kind,
-            "corpora": self.corpora,
-            "mean": self.mean_errors(),
-            "layers": self.layers,
-            "hash": HASH,
-            "tensors": self.hashes,
-        }
-
-    def summary(self) -> str:
-        before, after = self.mean_errors()
-        return f"{self.kind}: {len(self.hashes)} tensors, mean relative squared error {before:.3f} -> {after:.3f}"
-
-    def rows_shown(self) -> list[dict[str, Cell]]:
-        return [
-            {
-                "layer": row["decoder_layer"],
-                "experts refitted": len(row["experts"]),
-                "shared refitted": row["shared"],
-                "error before": _mean(row["before"]),
-                "error after": _mean(row["after"]),
-            }
-            for row in self.layers
-        ]
-
-
-def _mean(errors: Mapping[str, float]) -> float:
-    return sum(errors.values()) / len(errors)
 
 
 class _About(TypedDict):
