@@ -157,6 +157,15 @@ def _inputs(
     return found
 
 
+def _check_unchanged(structure: Structure, stamped: object, folder: Path) -> None:
+    """Drop a repair whose model was written to meanwhile."""
+    if stamped != _as_json(stamps(structure)):
+        remove(folder)
+        raise MoecoverError(
+            f"{structure.checkpoint.name} changed while it was read. Run again when no other program writes to it"
+        )
+
+
 def repair(
     structure: Structure,
     plan: Plan,
@@ -211,11 +220,7 @@ def repair(
                 layers.add(one, [corpus.name for corpus in corpora])
                 advance(1)
             del one
-    if stamped != _as_json(stamps(structure)):
-        remove(folder)
-        raise MoecoverError(
-            f"{structure.checkpoint.name} changed while it was read. Run again when no other program writes to it"
-        )
+    _check_unchanged(structure, stamped, folder)
     return made
 
 
