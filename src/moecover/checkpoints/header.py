@@ -6,9 +6,8 @@ They are checked against the size of the file. Only JSON is parsed; no weight is
 from __future__ import annotations
 
 import json
-import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,9 @@ BITS_DTYPES = {
 }
 DTYPE_BITS = {dtype: bits for bits, dtypes in BITS_DTYPES.items() for dtype in dtypes}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+LARGEST = 2**60  # bytes or numbers: beyond every file
+
+Row = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, begin and end within the tensor data
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,80 @@ def _read_json(path: Path, size: int) -> tuple[bytes, int]:
         return file.read(length), 8 + length
 
 
-def _sizes(values: Iterable[object]) -> tuple[int, ...]:
-    sizes = tuple(n for n in values if type(n) is int and n >= 0)
-    if len(sizes) != len(tuple(values)):
-        raise ValueError(f"{values} are no sizes")
-    return sizes
+def _sizes(values: object) -> tuple[int, ...]:
+    found = tuple(n for n in values if type(n) is int and n >= 0) if isinstance(values, list) else ()
+    if not isinstance(values, list) or len(found) != len(values):
+        raise ValueError("a shape or offsets are no list of sizes")
+    return found
+
+
+def row_of(name: str, dtype: str, shape: object, offsets: object) -> Row:
+    """The row of a tensor for `entries_of`, from the JSON values of a header.
+
+    Raises:
+        ValueError: shape or offsets are no list of integers from 0.
+    """
+    begin, end = _sizes(offsets)
+    return name, dtype, _sizes(shape), begin, end
+
+
+def _count(shape: Sequence[int]) -> int:
+    """Numbers in a tensor; `LARGEST` where there are more, so that no product grows beyond all bounds."""
+    count = 1
+    for size in shape:
+        if (count := count * size) >= LARGEST:
+            return LARGEST
+    return count
+
+
+def is_unicode(value: object) -> bool:
+    """Whether a value is a text that UTF-8 can encode, which JSON with lone surrogates is not."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _checked_metadata(value: object, where: str) -> dict[str, str] | None:
+    """The ``__metadata__`` of a header, which safetensors requires to be texts by texts."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: __metadata__ is {type(value).__name__}, an object of texts is needed")
+    for key, text in value.items():
+        if not is_unicode(key) or not is_unicode(text):
+            raise InputError(f"{where}: __metadata__ has {type(text).__name__} under {key!r}, a text is needed")
+    return value
+
+
+def entries_of(rows: Iterable[Row], shard: str, where: str, *, offset: int = 0) -> dict[str, TensorEntry]:
+    """The tensors of one file by name, in the order of their bytes, after their sizes were checked.
+
+    Args:
+        rows: from `row_of`.
+        shard: name of the file.
+        where: the file in messages.
+        offset: bytes before the tensor data.
+
+    Raises:
+        InputError: a name is no text, a dtype is unknown, a shape does not fit its bytes, or the bytes have gaps.
+    """
+    entries, position = dict[str, TensorEntry](), 0
+    for name, dtype, shape, begin, end in sorted(rows, key=lambda row: (row[3], row[4])):
+        if not is_unicode(name):
+            raise InputError(f"{where}: the name of tensor {name!r} is no valid Unicode")
+        if (bits := DTYPE_BITS.get(dtype)) is None:
+            raise InputError(f"{where}: tensor {name} has the unknown type {dtype}")
+        if (count := _count(shape)) >= LARGEST or max(begin, end) >= LARGEST:
+            raise InputError(f"{where}: tensor {name} has a shape or offsets that no file can hold")
+        if begin != position or (end - begin) * 8 != count * bits:
+            raise InputError(
+                f"{where}: tensor {name} has shape {list(shape)} of {dtype}, {count * bits // 8} bytes, "
+                f"but the header gives it bytes {begin} to {end}"
+            )
+        position = end
+        entries[name] = TensorEntry(name, dtype, shape, shard, offset + begin, offset + end)
+    return entries
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str] | None]:
@@ -80,28 +151,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str] | No
     size = path.stat().st_size
     text, offset = _read_json(path, size)
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode("utf-8"))
         metadata = header.pop("__metadata__", None)
         rows = []
         for name, v in header.items():
-            begin, end = _sizes(v["data_offsets"])
-            rows.append((name, str(v["dtype"]), _sizes(v["shape"]), begin, end))
+            rows.append(row_of(name, str(v["dtype"]), v["shape"], v["data_offsets"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} has no valid safetensors header: {error}") from error
-    rows.sort(key=lambda row: (row[3], row[4]))
-    entries, position = {}, 0
-    for name, dtype, shape, begin, end in rows:
-        bits = DTYPE_BITS.get(dtype)
-        if bits is None:
-            raise InputError(f"{path}: tensor {name} has the unknown type {dtype}")
-        count = math.prod(shape)
-        if begin != position or (end - begin) * 8 != count * bits:
-            raise InputError(
-                f"{path}: tensor {name} has shape {list(shape)} of {dtype}, {count * bits // 8} bytes, "
-                f"but the header gives it bytes {begin} to {end}"
-            )
-        position = end
-        entries[name] = TensorEntry(name, dtype, shape, path.name, offset + begin, offset + end)
-    if offset + position != size:
-        raise InputError(f"{path} is truncated: {size} bytes, its header describes {offset + position}. Fetch it again")
+    metadata = _checked_metadata(metadata, str(path))
+    entries = entries_of(rows, path.name, str(path), offset=offset)
+    end = max((entry.end for entry in entries.values()), default=offset)
+    if end != size:
+        raise InputError(f"{path} is truncated: {size} bytes, its header describes {end}. Fetch it again")
     return entries, metadata

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moecover.checkpoints.config_edit import Config, first_number
+from moecover.checkpoints.config_edit import SHARED_KEYS, Config, first_number
 from moecover.checkpoints.families import PROVEN_FAMILIES
 from moecover.checkpoints.opening import Model
 from moecover.checkpoints.servers import unmet
@@ -14,7 +14,6 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import InputError
 from moecover.text import Cell, Shown, size_text
 
-SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 SHARED_WIDTH_KEYS = ("shared_expert_intermediate_size", "shared_intermediate_size")
 PERCENTAGES = (25, 50, 75)  # of the experts, whose sizes are given
 
@@ -72,7 +71,7 @@ def inspect(model: Model, *, revision: str | None = None, server: str | None = N
     try:
         structure = read_structure(checkpoint)
     except InputError as error:
-        return Inspection({**facts, "refused": [str(error)], "warnings": []})
+        return Inspection({**facts, "refused": [str(error)], "warnings": list(checkpoint.notes)})
     topology = structure.topology
     return Inspection(
         {

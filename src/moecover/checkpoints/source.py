@@ -9,30 +9,24 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moecover.checkpoints.config_edit import QUANTISATION_FILES, Config, quantisation
-from moecover.checkpoints.header import TensorEntry, read_header
+from moecover.checkpoints.header import TensorEntry, entries_of, read_header, row_of
+from moecover.checkpoints.weight_files import (
+    INDEX_ENDING,
+    OTHER_WEIGHTS,
+    check_config,
+    merged,
+    named_weights,
+    plain_name,
+    shards_of,
+    unread_note,
+    weights_in,
+)
 from moecover.errors import InputError, arg
 from moecover.text import Cell, Shown, size_text
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-OTHER_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".tflite",
-    ".npz",
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,6 +41,8 @@ class Checkpoint(Shown):
         tensors: all tensors by name, in the order of the shards and of their bytes.
         shard_metadata: the ``__metadata__`` of every shard by file name, in order.
         index: parsed index file, None for a checkpoint of one file.
+        index_name: its name, None for a checkpoint of one file.
+        notes: what the user should know of how the files were read.
     """
 
     folder: Path | None
@@ -56,6 +52,8 @@ class Checkpoint(Shown):
     tensors: dict[str, TensorEntry]
     shard_metadata: dict[str, dict[str, str] | None]
     index: Config | None
+    index_name: str | None = None
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """Name, family, number of tensors and size."""
@@ -77,8 +75,8 @@ class Checkpoint(Shown):
     @property
     def text_config(self) -> Config:
         """The part of config.json that describes the language model."""
-        text: Config = self.config.get("text_config", self.config)
-        return text
+        text = self.config.get("text_config")
+        return text if isinstance(text, dict) else self.config
 
     @property
     def path(self) -> Path:
@@ -135,7 +133,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     local = _download(text, revision)
     opened = open_folder(local, name=text)
     commit = local.name if re.fullmatch(r"[0-9a-f]{40}", local.name) else revision
-    return Checkpoint(local, text, commit, opened.config, opened.tensors, opened.shard_metadata, opened.index)
+    return replace(opened, revision=commit)
 
 
 # --------------------------------------------------------------------------------------------------------------- hub
@@ -158,20 +156,28 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _open_hub_headers(model: str, revision: str | None) -> Checkpoint:
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download, parse_safetensors_file_metadata
 
     try:
-        config_file = Path(hf_hub_download(model, "config.json", revision=revision))
-        repository = get_safetensors_metadata(model, revision=revision)
+        config = _read_json(Path(hf_hub_download(model, "config.json", revision=revision)))
+        check_config(config, model)
+        if (named := named_weights(config, model)) is None:
+            files = get_safetensors_metadata(model, revision=revision).files_metadata
+        else:
+            index = _read_json(Path(hf_hub_download(model, named, revision=revision))) if _is_index(named) else None
+            shards = [named] if index is None else shards_of(index, named)
+            files = {s: parse_safetensors_file_metadata(model, s, revision=revision) for s in shards}
+        rows = {
+            shard: [row_of(n, t.dtype, list(t.shape), list(t.data_offsets)) for n, t in header.tensors.items()]
+            for shard, header in sorted(files.items())
+        }
+    except InputError:
+        raise
     except Exception as error:  # as in _download
         raise _hub_error(model, revision, error) from error
-    config = _read_json(config_file)
-    tensors = {
-        name: TensorEntry(name, info.dtype, tuple(info.shape), shard, *info.data_offsets)
-        for shard, header in sorted(repository.files_metadata.items())
-        for name, info in header.tensors.items()
-    }
-    return Checkpoint(None, model, revision, config, tensors, dict.fromkeys(repository.files_metadata), None)
+    headers = {plain_name(s, model): entries_of(of_shard, s, f"{model}, {s}") for s, of_shard in rows.items()}
+    tensors, notes = merged(headers, None, model)
+    return Checkpoint(None, model, revision, config, tensors, dict.fromkeys(headers), None, notes=tuple(notes))
 
 
 # ------------------------------------------------------------------------------------------------------------ folder
@@ -185,26 +191,8 @@ def _read_json(path: Path) -> Config:
     return value
 
 
-def _plain_name(name: object, where: Path) -> str:
-    """A file name from a checkpoint, refused if it could point out of its folder."""
-    if not isinstance(name, str) or re.fullmatch(r"[^/\\]*\.safetensors", name) is None:
-        raise InputError(f"{where} names the file {name!r}. Only plain names that end in .safetensors are read")
-    return name
-
-
-def _shards(folder: Path) -> tuple[list[str], Config | None]:
-    """Names of the shards in a folder, and its parsed index if it has one."""
-    if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{folder / INDEX} has no weight_map")
-        return sorted({_plain_name(shard, folder / INDEX) for shard in weight_map.values()}), index
-    if (folder / SINGLE).is_file():
-        return [SINGLE], None
-    other = sorted(p.name for p in folder.iterdir() if p.name.endswith(OTHER_WEIGHTS))
-    found = f"; {', '.join(other[:3])} is not read, weights come from safetensors only" if other else ""
-    raise InputError(f"{folder} has a config.json but no weights: neither {SINGLE} nor {INDEX}{found}")
+def _is_index(name: str) -> bool:
+    return name.endswith(INDEX_ENDING)
 
 
 def open_folder(folder: Path, *, name: str) -> Checkpoint:
@@ -213,20 +201,15 @@ def open_folder(folder: Path, *, name: str) -> Checkpoint:
     if not config_path.is_file():
         raise InputError(f"{folder} holds no config.json. Give the folder of a Hugging Face checkpoint")
     config = _read_json(config_path)
-    shards, index = _shards(folder)
-    tensors: dict[str, TensorEntry] = {}
-    metadata: dict[str, dict[str, str] | None] = {}
+    check_config(config, str(folder))
+    weights, notes = weights_in(folder, config)
+    index = _read_json(folder / weights) if _is_index(weights) else None
+    shards = [weights] if index is None else shards_of(index, folder / weights)
+    headers, metadata = dict[str, dict[str, TensorEntry]](), dict[str, dict[str, str] | None]()
     for shard in shards:
         if not (folder / shard).is_file():
-            raise InputError(f"{folder / shard} is missing, {INDEX} names it. Fetch the checkpoint again")
-        entries, metadata[shard] = read_header(folder / shard)
-        if repeated := entries.keys() & tensors.keys():
-            raise InputError(f"{folder}: tensor {min(repeated)} is in two shards")
-        tensors.update(entries)
-    if index is not None:
-        weight_map = index["weight_map"]
-        for tensor, shard in weight_map.items():
-            if tensor not in tensors or tensors[tensor].shard != shard:
-                raise InputError(f"{folder / INDEX} says that {tensor} is in {shard}, but it is not there")
-        tensors = {key: entry for key, entry in tensors.items() if key in weight_map}
-    return Checkpoint(folder, name, None, config, tensors, metadata, index)
+            raise InputError(f"{folder / shard} is missing, {weights} names it. Fetch the checkpoint again")
+        headers[shard], metadata[shard] = read_header(folder / shard)
+    tensors, more = merged(headers, index, folder / weights)
+    said = (*notes, *more, *unread_note(folder, shards))
+    return Checkpoint(folder, name, None, config, tensors, metadata, index, None if index is None else weights, said)

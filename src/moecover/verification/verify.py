@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.checkpoints.manifest import MANIFEST, changed_files, read_manifest
+from moecover.checkpoints.manifest import MANIFEST, changed_files, check_complete, read_manifest
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer, make_corpus
@@ -155,6 +155,7 @@ def verify(
     original = read_structure(model, revision=revision)
     cut_checkpoint = open_checkpoint(pruned)
     manifest = read_manifest(cut_checkpoint)
+    check_complete(cut_checkpoint, manifest)
     plan = _plan_in(cut_checkpoint, manifest)
     check_plan(plan, original, other_weights=True)
     source = manifest["source"]
