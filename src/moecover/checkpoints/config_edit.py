@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from moecover.errors import InputError
@@ -18,13 +18,11 @@ Config = dict[str, Any]  # parsed config.json: its keys and their types differ b
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k")
 GROUP_KEYS = ("n_group", "num_expert_group")
+SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+OTHER_COUNTS = ("topk_group", *SHARED_KEYS)
+OTHER_CONFIGS = {"vision_config", "audio_config"}  # of other parts of a multimodal model
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
-QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-# A name (or pattern) of a module or tensor of one expert: layer number and expert number; dots may be escaped.
-EXPERT_NAME = re.compile(r"(\d+)(\\?\.(?:[^.\\]+\\?\.)*?experts\\?\.)(\d+)(?!\d)")
-
-# A name, the layer number and the expert id in it -> the new id; None if that expert is removed.
-NewId = Callable[[str, int, int], int | None]
+QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
 def _parts(config: Config, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Config]]:
@@ -35,21 +33,70 @@ def _parts(config: Config, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
             yield from _parts(value, (*path, key))
 
 
+def number(value: object) -> int | None:
+    """A count of a raw config as one number; None if it is no count.
+
+    Some families give a list with a value for every layer: this is its maximum (the same number for all, as a rule).
+    """
+    if type(value) is int:
+        return value
+    counts = [v for v in value if type(v) is int] if isinstance(value, list) else []
+    return max(counts) if isinstance(value, list) and counts and len(counts) == len(value) else None
+
+
+def check_counts(config: Config, name: str) -> None:
+    """Refuse a raw config whose counts of experts, of experts per token or of groups are no whole numbers from 0.
+
+    Args:
+        config: parsed config.json.
+        name: the checkpoint, in messages.
+
+    Raises:
+        InputError: one is not, or layers have different numbers of experts.
+    """
+    for path, part in _parts(config):
+        if OTHER_CONFIGS.intersection(path):
+            continue
+        for key in (*COUNT_KEYS, *TOP_K_KEYS, *GROUP_KEYS, *OTHER_COUNTS):
+            value, where = part.get(key), f"{name}: config.json has {'.'.join((*path, key))}"
+            if value is None:
+                continue
+            if number(value) is None or min(value if isinstance(value, list) else [value]) < 0:
+                raise InputError(f"{where} {value!r}, a whole number from 0 on is needed")
+            if key in COUNT_KEYS and isinstance(value, list) and len(set(value)) > 1:
+                raise InputError(
+                    f"{where} {value!r}: layers with different numbers of experts are not supported, for stock loaders "
+                    "read one number"
+                )
+
+
 def expert_count_keys(config: Config) -> dict[tuple[str, ...], int]:
     """Paths of the keys of a raw config that count the decoder's routed experts, with their values above one."""
     return {
         (*path, key): value
         for path, part in _parts(config)
-        if not {"vision_config", "audio_config"}.intersection(path)
+        if not OTHER_CONFIGS.intersection(path)
         for key in COUNT_KEYS
-        if isinstance(value := part.get(key), int) and not isinstance(value, bool) and value > 1
+        if (value := number(part.get(key))) is not None and value > 1
     }
 
 
 def with_expert_count(config: Config, keys: tuple[tuple[str, ...], ...], count: int) -> Config:
-    """A copy of a raw config with every expert-count key set to ``count``."""
+    """A copy of a raw config with every expert-count key set to ``count``, in a list for every layer."""
     edited = copy.deepcopy(config)
     for path in keys:
+        part = edited
+        for name in path[:-1]:
+            part = part[name]
+        old = part[path[-1]]
+        part[path[-1]] = [count] * len(old) if isinstance(old, list) else count
+    return edited
+
+
+def with_single_counts(config: Config, counts: Mapping[tuple[str, ...], int]) -> Config:
+    """A copy of a raw config in which every expert count is one number, as model classes need it."""
+    edited = copy.deepcopy(config)
+    for path, count in counts.items():
         part = edited
         for name in path[:-1]:
             part = part[name]
@@ -58,11 +105,11 @@ def with_expert_count(config: Config, keys: tuple[tuple[str, ...], ...], count: 
 
 
 def first_number(config: Config, keys: tuple[str, ...]) -> int | None:
-    """The first integer under one of the keys, in a raw config or the ones nested in it; None if there is none."""
+    """The first count under one of the keys, in a raw config or the ones nested in it; None if there is none."""
     for _, part in _parts(config):
         for key in keys:
-            if isinstance(part.get(key), int):
-                return int(part[key])
+            if (found := number(part.get(key))) is not None:
+                return found
     return None
 
 
@@ -91,37 +138,14 @@ def without_mtp(config: Config) -> Config:
     return edited
 
 
-def renumbered(value: Any, new_id: NewId) -> Any:
-    """A JSON value in which strings and keys that name an expert use its new id; those of removed experts are left out.
-
-    Raises:
-        InputError: a pattern names an expert without the number of its layer, so that no id fits all layers.
-    """
-    if isinstance(value, str):
-        return _new_name(value, new_id)
-    if isinstance(value, list):
-        return [v for v in (renumbered(item, new_id) for item in value) if v is not None]
-    if isinstance(value, dict):
-        items = ((renumbered(k, new_id), renumbered(v, new_id), v) for k, v in value.items())
-        return {k: v for k, v, old in items if k is not None and (v is not None or old is None)}
-    return value
-
-
-def _new_name(name: str, new_id: NewId) -> str | None:
-    match = EXPERT_NAME.search(name)
-    if match is None:
-        if re.search(r"experts\\?\.\d", name):
-            raise InputError(
-                f"the quantisation settings name an expert without its layer ({name}), which cannot be renumbered. "
-                "Write out the layers"
-            )
-        return name
-    new = new_id(name, int(match[1]), int(match[3]))
-    return None if new is None else f"{name[: match.start(3)]}{new}{name[match.end(3) :]}"
-
-
 def edited_config(
-    text: str, count_keys: tuple[tuple[str, ...], ...], experts: int, keep: int, *, new_id: NewId, drop_mtp: bool
+    text: str,
+    count_keys: tuple[tuple[str, ...], ...],
+    experts: int,
+    keep: int,
+    *,
+    settings: Callable[[Any], Any],
+    drop_mtp: bool,
 ) -> str:
     """Edit config.json for ``keep`` experts: the expert counts, and names of experts in the quantisation settings.
 
@@ -133,7 +157,7 @@ def edited_config(
         count_keys: paths of the keys that count experts.
         experts: number of experts of the source.
         keep: number of experts that are kept.
-        new_id: the new id of an expert.
+        settings: edits the quantisation settings, see `renumbering.renumbered`.
         drop_mtp: also remove multi-token-prediction layers.
     """
     wanted = with_expert_count(json.loads(text), count_keys, keep)
@@ -142,7 +166,7 @@ def edited_config(
     for _, part in _parts(wanted):
         for key in QUANTISATION_KEYS:
             if key in part:
-                part[key] = renumbered(part[key], new_id)
+                part[key] = settings(part[key])
     edited = text
     for path in count_keys:
         edited = re.sub(rf'("{re.escape(path[-1])}"\s*:\s*){experts}\b', rf"\g<1>{keep}", edited)
@@ -152,17 +176,3 @@ def edited_config(
     if json.loads(edited) == wanted:
         return edited
     return json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
-
-
-def edited_settings(text: str, new_id: NewId) -> str:
-    """A quantiser's own settings file with the names of experts renumbered; the same text if it names none.
-
-    Raises:
-        InputError: see `renumbered`.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text  # not JSON in spite of its name: copied as it is
-    edited = renumbered(value, new_id)
-    return text if edited == value else json.dumps(edited, indent=4, ensure_ascii=False) + "\n"
