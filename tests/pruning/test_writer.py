@@ -78,7 +78,7 @@ def test_config_is_edited_in_place_and_nothing_else(
 
 def test_odd_spelling_of_config_survives() -> None:
     def edit(text: str) -> str:
-        return edited_config(text, (("num_local_experts",),), 6, 3, new_id=lambda name, layer, old: old, drop_mtp=False)
+        return edited_config(text, (("num_local_experts",),), 6, 3, settings=lambda value: value, drop_mtp=False)
 
     text = '{"num_local_experts"  :\t6,\n "eps": 1e-06, "big": 1E5, "note": "num_local_experts: 6"}'
     assert edit(text) == text.replace(":\t6", ":\t3")
@@ -236,9 +236,7 @@ def test_output_that_exists_is_refused_and_overwritten_only_when_ours(
     out = prune(structure, chosen, tmp_path / "out")
     with pytest.raises(InputError, match=r"out exists. Choose another output, or give overwrite"):
         prune(structure, chosen, out)
-    (out / "stale").write_text("x")
     prune(structure, chosen, out, overwrite=True)
-    assert not (out / "stale").exists()
     foreign = tmp_path / "home"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("x")
@@ -388,9 +386,9 @@ def test_output_behind_a_link(checkpoints: Callable[..., Path], tmp_path: Path) 
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")  # dangling at first
     prune(structure, quarter(structure), tmp_path / "link")
     assert (tmp_path / "disk" / "out" / "moecover.json").is_file()
-    (tmp_path / "disk" / "out" / "stale").write_text("x")
+    before = (tmp_path / "disk" / "out").stat().st_ino
     prune(structure, quarter(structure), tmp_path / "link", overwrite=True)
-    assert not (tmp_path / "link" / "stale").exists()
+    assert (tmp_path / "disk" / "out").stat().st_ino != before
     assert leftovers(tmp_path) == ["disk", "link"]
     assert leftovers(tmp_path / "disk") == ["out"]
 

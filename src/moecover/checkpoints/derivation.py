@@ -14,11 +14,15 @@ from moecover.checkpoints.config_edit import (
     GROUP_KEYS,
     TOP_K_KEYS,
     Config,
+    check_counts,
     expert_count_keys,
+    number,
     with_expert_count,
+    with_single_counts,
 )
 from moecover.checkpoints.expert_tensors import classify
 from moecover.checkpoints.families import PROVEN_FAMILIES, UNSUPPORTED
+from moecover.checkpoints.formats import check_format
 from moecover.checkpoints.model_class import build_on_meta
 from moecover.checkpoints.names import layer_number
 from moecover.checkpoints.source import Checkpoint
@@ -36,9 +40,12 @@ def derive(checkpoint: Checkpoint) -> ExpertLayout:
         InputError: no routed experts, an architecture that is unknown or does not fit, or tensors that do not match it.
     """
     config, name = checkpoint.config, checkpoint.name
-    counts = expert_count_keys(config)
     if reason := UNSUPPORTED.get(str(config.get("model_type"))):
         raise InputError(f"{name}: {config['model_type']} is not supported: {reason}")
+    check_format(checkpoint)
+    check_counts(config, name)
+    counts = expert_count_keys(config)
+    config = with_single_counts(config, counts)
     one = build_on_meta(config, name)
     if not counts:
         raise _no_experts(name, config)
@@ -112,9 +119,14 @@ def _check_modules(modules: tuple[str, ...], axes: dict[str, int], name: str, fa
 
 def _topology(model: torch.nn.Module, family: str, modules: tuple[str, ...], experts: int, name: str) -> Topology:
     text: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]  # a class of the library's
-    top_k = next((int(v) for k in TOP_K_KEYS if isinstance(v := getattr(text, k, None), int)), None)
+    top_k = next((v for k in TOP_K_KEYS if (v := number(getattr(text, k, None))) is not None), None)
     if top_k is None:
         raise InputError(f"{name}: no number of experts per token (top-k) in config.json under {', '.join(TOP_K_KEYS)}")
+    if not 1 <= top_k <= experts:
+        raise InputError(
+            f"{name}: config.json sends a token to {top_k} of {experts} experts. Allowed: 1 to {experts} "
+            f"({', '.join(TOP_K_KEYS)})"
+        )
     groups, top_groups = _groups(text, experts, name)
     layers = tuple(layer_number(module) for module in modules)
     return Topology(

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from moecover.checkpoints.formats import packed_router
 from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.names import OTHER_PARTS, any_expert, expert_number, layer_number, mtp_root, read_names
 from moecover.checkpoints.source import Checkpoint
-from moecover.checkpoints.tensor_checks import check_filled, check_rows, wrong_shape
+from moecover.checkpoints.tensor_checks import FLOAT_TYPES, check_filled, check_rows, wrong_shape
 from moecover.checkpoints.topology import ExpertTensor, ExpertTensors
 from moecover.errors import InputError
 
@@ -61,6 +62,8 @@ def classify(
             one = expert_number(key)
             axis, expected = axes[target] if one is None else None, tuple(parameters[target].shape)
             part = axis is not None and shared[target] > 1 and entry.shape[axis] == experts
+            if not routed and entry.dtype not in FLOAT_TYPES and entry.shape != expected:
+                raise packed_router(checkpoint, entry)
             if axis is not None and entry.shape != expected and not part:
                 raise wrong_shape(checkpoint, entry, expected)
             tail = 0 if axis is None else expected[axis] - experts

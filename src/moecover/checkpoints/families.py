@@ -43,6 +43,7 @@ PROVEN_FAMILIES = {
     "inkling_mm_model": "its own",
     "inkling_text": "its own",
     "jamba": "softmax",
+    "kimi_k2": "sigmoid + bias for the choice, best groups first, renormalised",
     "kimi_linear": "sigmoid + bias for the choice, renormalised",
     "kolibri1": "its own",
     "laguna": "sigmoid + bias for the choice, renormalised",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.config_edit import Config
 from moecover.checkpoints.deepseek.registration import register_deepseek
+from moecover.checkpoints.families import PROVEN_FAMILIES
+from moecover.checkpoints.names import OTHER_PARTS
 from moecover.errors import InputError
 from moecover.signals import held
 
@@ -30,6 +33,32 @@ def auto_class(config_class: type) -> Any:
     return None
 
 
+def _known_type(config: Config, family: str) -> str:
+    """A sentence on the known model type that an unknown one would pass as; empty if there is none."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    names = {
+        **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    given = config.get("architectures")
+    classes = given if isinstance(given, list) else []
+    for known, class_names in names.items():
+        if found := set(map(str, classes[:1])) & {*([class_names] if isinstance(class_names, str) else class_names)}:
+            return f". Its class {found.pop()} is that of {known!r}: if its files are too, make that its model_type"
+    for key, part in config.items():
+        if (
+            isinstance(part, dict)
+            and not OTHER_PARTS.search(f"{key}.")
+            and str(part.get("model_type")) in CONFIG_MAPPING
+        ):
+            return f". Its {key} is of the known type {part['model_type']!r}: prune that language model by itself"
+    if close := difflib.get_close_matches(family, PROVEN_FAMILIES, n=1):
+        return f". The known type of the nearest name is {close[0]!r}"
+    return ""
+
+
 def build_on_meta(config: Config, name: str) -> torch.nn.Module:
     """A model of the class of a raw config on torch's ``meta`` device, without memory.
 
@@ -50,7 +79,7 @@ def build_on_meta(config: Config, name: str) -> torch.nn.Module:
     if family not in CONFIG_MAPPING:
         raise InputError(
             f"{name}: architecture {family!r} is not known to transformers {transformers.__version__}, "
-            "and code that comes with a checkpoint is not run"
+            f"and code that comes with a checkpoint is not run{_known_type(config, family)}"
         )
     try:
         parsed = CONFIG_MAPPING[family].from_dict(transformers.PreTrainedConfig._decode_special_floats(config))

@@ -34,6 +34,20 @@ def _power_of_two(keep: int) -> bool:
     return keep & (keep - 1) == 0
 
 
+DEEPSEEK_V4_COUNTS = {*(2**power for power in range(8)), 192, 256, 320, 384, 448, 512, 576}
+PARALLEL = (16, 32, 64)  # GPUs beyond one machine of eight, where the source's number is a multiple of them
+
+
+def _parallel(server: str, size: int, otherwise: str) -> Limit:
+    """The requirement of expert parallelism over several machines; not said again where fewer GPUs fail already."""
+    return Limit(
+        server,
+        f"a multiple of {size}",
+        f"expert parallelism over {size} GPUs {otherwise}",
+        lambda topology, keep: keep % size == 0 or topology.num_experts % size > 0 or keep % (size // 2) > 0,
+    )
+
+
 LIMITS = (
     Limit(
         "vllm",
@@ -53,12 +67,20 @@ LIMITS = (
         "the fast top-k kernel does not run, a generic one does",
         lambda topology, keep: _power_of_two(keep) or keep % 64 == 0,
     ),
+    *(_parallel("vllm", size, "is uneven, and its load balancer refuses") for size in PARALLEL),
+    Limit(
+        "vllm",
+        "a power of two up to 128, or 192, 256, 320, 384, 448, 512 or 576",
+        "the routing kernel of DeepSeek-V4 fails",
+        lambda topology, keep: topology.family != "deepseek_v4" or keep in DEEPSEEK_V4_COUNTS,
+    ),
     Limit(
         "sglang",
         "a multiple of 8",
         "expert parallelism over 8 GPUs fails (it asks for an even split)",
         lambda topology, keep: keep % 8 == 0,
     ),
+    *(_parallel("sglang", size, "fails (it asks for an even split)") for size in PARALLEL),
     Limit(
         "sglang",
         "a power of two, at most 32 in a router group",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,21 +81,46 @@ class Structure(Shown):
             total += entry.num_bytes // places * (places - row.tail)
         return total
 
-    def num_bytes(self, keep: int, *, mtp: str = "drop") -> int:
+    def num_bytes(self, kept: int | Sequence[Sequence[int]], *, mtp: str = "drop") -> int:
         """Bytes of all tensors after pruning.
 
         Args:
-            keep: experts per layer that are kept.
+            kept: ids of the kept experts of every MoE layer; or their number, for the most bytes that so many may take
+                (experts of a mixed-precision checkpoint differ).
             mtp: how multi-token-prediction layers with experts are treated, as in `prune`.
         """
-        removed, sizes = self.topology.num_experts - keep, self.checkpoint.tensors
-        saved = self.expert_total_bytes // self.topology.num_experts * removed
+        layers = [list(of_layer) for of_layer in self._sizes_of(self.tensors)]
+        twins = {name: row for name, row in self.mtp.items() if row} if mtp == "prune" else {}
+        for layer, of_layer in zip(layers, self._sizes_of(twins), strict=True):
+            layer[:] = [a + b for a, b in zip(layer, of_layer, strict=True)]
+        total = self.checkpoint.num_bytes
         if mtp == "drop":
-            saved += sum(sizes[name].num_bytes for name in self.mtp)
-        else:
-            cut = sum(sizes[name].num_bytes for name, row in self.mtp.items() if row)
-            saved += cut // self.topology.num_experts * removed
-        return self.checkpoint.num_bytes - saved
+            total -= sum(self.checkpoint.tensors[name].num_bytes for name in self.mtp)
+        total -= sum(map(sum, layers))
+        if isinstance(kept, int):
+            return total + sum(self._largest(of_layer, kept) for of_layer in layers)
+        return total + sum(of_layer[e] for of_layer, ids in zip(layers, kept, strict=True) for e in ids)
+
+    def _sizes_of(self, tensors: Mapping[str, ExpertTensor]) -> list[list[int]]:
+        """Bytes of every expert in some of the tensors, ``[layer][expert]``."""
+        experts = self.topology.num_experts
+        sizes = [[0] * experts for _ in self.topology.decoder_layers]
+        for name, row in tensors.items():
+            entry = self.checkpoint.tensors[name]
+            if row.expert is not None:
+                sizes[row.layer][row.expert] += entry.num_bytes
+                continue
+            assert row.axis is not None
+            each = entry.num_bytes // entry.shape[row.axis]
+            sizes[row.layer][:] = [size + each for size in sizes[row.layer]]
+        return sizes
+
+    def _largest(self, sizes: Sequence[int], keep: int) -> int:
+        """Bytes of the largest ``keep`` experts of a layer, as many in every group of its router."""
+        groups = self.topology.num_groups if keep % self.topology.num_groups == 0 else 1
+        width = len(sizes) // groups
+        by_group = [sorted(sizes[g * width : (g + 1) * width], reverse=True) for g in range(groups)]
+        return sum(sum(group[: keep // groups]) for group in by_group)
 
     @functools.cached_property
     def model_fingerprint(self) -> str:
@@ -133,7 +159,7 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
 def assembled(checkpoint: Checkpoint, layout: ExpertLayout) -> Structure:
     """The structure of a checkpoint whose layout is known."""
     topology, tensors = layout.topology, layout.tensors
-    warnings = []
+    warnings = list(checkpoint.notes)
     if topology.family not in PROVEN_FAMILIES:
         warnings.append(
             f"family {topology.family!r} is not among the proven ones (moecover ls families): run `moecover verify` on "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from moecover.checkpoints.header import TensorEntry
+from moecover.checkpoints.header import DTYPE_BITS, TensorEntry
 from moecover.checkpoints.names import kind_of
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.topology import ExpertTensor
@@ -40,6 +40,7 @@ def check_rows(checkpoint: Checkpoint, found: Rows, modules: tuple[str, ...], ex
         InputError: experts that the configuration does not have, that are missing or not alike, or a quantised router.
     """
     for key, row in found.items():
+        _check_whole_bytes(checkpoint.tensors[key], row)
         if row.expert is not None and row.expert >= experts:
             raise InputError(f"{checkpoint.name}: tensor {key} is of expert {row.expert}, config.json has {experts}")
     quantised = any(t.routed and checkpoint.tensors[k].dtype not in FLOAT_TYPES for k, t in found.items())
@@ -49,6 +50,15 @@ def check_rows(checkpoint: Checkpoint, found: Rows, modules: tuple[str, ...], ex
     else:
         _check_experts_alike(checkpoint, found)
     return quantised
+
+
+def _check_whole_bytes(entry: TensorEntry, row: ExpertTensor) -> None:
+    """One expert's part of a tensor is a whole number of bytes, which types of less than a byte do not ensure."""
+    if row.axis is not None and math.prod(entry.shape[row.axis + 1 :]) * DTYPE_BITS[entry.dtype] % 8:
+        raise InputError(
+            f"tensor {entry.name} in {entry.shard} of shape {list(entry.shape)} of {entry.dtype} shares bytes between "
+            "experts, so that it cannot be cut"
+        )
 
 
 def _check_router(checkpoint: Checkpoint, found: Rows, *, quantised: bool) -> None:

@@ -147,7 +147,7 @@ def measure(structure: Structure, model: torch.nn.Module, work: Sequence[tuple[s
                 with masked(model, structure, plan):
                     for corpus in corpora:
                         values[corpus.name].append(perplexity(model, corpus, advance=advance))
-            rows.append(Row(label, retain, chosen[0].keep, structure.num_bytes(chosen[0].keep), values))
+            rows.append(Row(label, retain, chosen[0].keep, structure.num_bytes(chosen[0].kept), values))
     return rows
 
 

@@ -18,7 +18,8 @@ from moecover.errors import InputError
 from moecover.progress import Progress
 from moecover.registry import load_plugin
 from moecover.repairing.targets import Place, check_dtype, places_on_disk
-from moecover.runtime.loading import check_device, check_loadable
+from moecover.runtime.loadable import check_loadable
+from moecover.runtime.loading import check_device
 from moecover.runtime.memory import parse_size
 from moecover.signals import held
 
@@ -89,7 +90,7 @@ def _headers(request: Request, number: int, progress: Progress) -> Structure:
         source = shipped_model(name.removeprefix(SHIPPED)) if name.startswith(SHIPPED) else name
         with progress.spinner(f"reading {entry.name}"):
             structure = read_structure(open_checkpoint(source, revision=entry.revision, headers_only=True))
-        check_loadable(structure)
+        check_loadable(structure, request.config.dtype)
     except InputError as error:
         raise request.error(error, "models", number) from error
     for warning in structure.warnings:

@@ -13,7 +13,7 @@ from moecover.corpora.packing import LENGTH, SEQUENCES, Corpus, load_corpus
 from moecover.errors import InputError, arg
 from moecover.progress import Progress, resolve
 from moecover.runtime.cost import itemsizes
-from moecover.runtime.loading import check_loadable
+from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.passes import Passes, check_least, passes
@@ -75,7 +75,7 @@ def generate(
     check_file(path, overwrite=overwrite)
     how = passes(options, batch_size=BATCH_SIZE)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
-    check_loadable(headers)
+    check_loadable(headers, how.dtype)
     tokens, rows = _length(headers, length), sequences or SEQUENCES
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
     with _opened(structure, rows, tokens, how, shown) as model:

@@ -25,7 +25,7 @@ from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
 from moecover.profiling.artifact import Profile
 from moecover.progress import SILENT, Progress, resolve
-from moecover.runtime.loading import check_loadable
+from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened, parse_size
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.passes import Passes, check_least, passes
@@ -121,7 +121,7 @@ def plan_within(
         made, multiple_of=multiple_of, protect_super_experts=bool(method_options.get("protect_super_experts"))
     )
     headers = described(model, revision=options.get("revision"), progress=shown)
-    check_loadable(headers)
+    check_loadable(headers, how.dtype)
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
     if structure.model_fingerprint != made.model["fingerprint"]:
         raise InputError(

@@ -21,7 +21,7 @@ from moecover.evaluation.tasks import resolve as resolve_tasks
 from moecover.files.atomic import check_output
 from moecover.planning.artifact import Plan, check_plan
 from moecover.progress import Progress, resolve
-from moecover.runtime.loading import check_loadable
+from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.passes import Passes, check_least, passes
@@ -159,7 +159,7 @@ def evaluate(
         check_output(Path(output), overwrite=overwrite, marker=FILE)
     variants = named_plans(plans)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
-    check_loadable(headers)
+    check_loadable(headers, how.dtype)
     for plan in variants.values():
         check_plan(plan, headers)
     structure = fetched(headers, revision=options.get("revision"), progress=shown)

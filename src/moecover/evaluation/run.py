@@ -178,7 +178,7 @@ def _row(
         None if plan is None else _plan_record(plan),
         experts if plan is None else plan.keep,
         experts,
-        structure.checkpoint.num_bytes if plan is None else structure.num_bytes(plan.keep),
+        structure.checkpoint.num_bytes if plan is None else structure.num_bytes(plan.kept),
         {text: text_result(text, found[number], close=compared) for text, found in sums.items()},
         scored[number][0],
     )

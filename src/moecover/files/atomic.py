@@ -146,6 +146,21 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def resolved(path: str | Path) -> Path:
+    """The absolute path of an output: a link is followed, its target is what gets replaced, on the disk where it lies.
+
+    Raises:
+        InputError: it leads nowhere (a link to itself, a name that no file system takes, a home folder of nobody).
+    """
+    try:
+        found = Path(path).expanduser().resolve()
+        found.exists()
+        return found
+    except (OSError, RuntimeError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{str(path)!r} cannot be an output: {what}. Choose another one") from error
+
+
 def check_output(path: Path, *, overwrite: bool, marker: str) -> None:
     """Refuse an output folder that exists, unless it may be overwritten and was written by this program.
 
@@ -155,8 +170,16 @@ def check_output(path: Path, *, overwrite: bool, marker: str) -> None:
         marker: name of a file by which a folder that this program wrote is recognised.
 
     Raises:
-        InputError: the folder exists, or is a mount point.
+        InputError: the folder exists, cannot be read, or is a mount point.
     """
+    path = resolved(path)
+    try:
+        _check_output(path, overwrite=overwrite, marker=marker)
+    except OSError as error:
+        raise InputError(f"{reason(f'looking at the output {path}', error)}. Choose another one") from error
+
+
+def _check_output(path: Path, *, overwrite: bool, marker: str) -> None:
     if path.is_mount():
         raise InputError(f"{path} is a mount point, which cannot be replaced as a whole. Choose a folder inside it")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):

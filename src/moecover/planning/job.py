@@ -131,7 +131,8 @@ def _live(
     """The model, loaded where it is not live yet. Imports here: planning from a profile alone starts quickly."""
     from moecover.checkpoints.opening import described, fetched
     from moecover.checkpoints.structure import Structure
-    from moecover.runtime.loading import check_device, check_loadable, load_model
+    from moecover.runtime.loadable import check_loadable
+    from moecover.runtime.loading import check_device, load_model
     from moecover.runtime.running import running
 
     if not isinstance(model, (str, Path, Structure)):
@@ -141,7 +142,7 @@ def _live(
     dtype = dtype or profile.settings["dtype"]
     check_device(dtype, device or "auto")
     headers = described(model, revision=revision, progress=progress)
-    check_loadable(headers)
+    check_loadable(headers, dtype)
     found = fetched(headers, revision=revision, progress=progress)
     with progress.spinner(f"loading {found.checkpoint.name}"):
         return found, running(load_model(found, dtype=dtype, device=device or "auto"), found)

@@ -25,7 +25,7 @@ from moecover.profiling.run import check_alone
 from moecover.profiling.run import profile as run_profile
 from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import ALONE, World, joined, own_device, wait_for_all
-from moecover.runtime.loading import check_loadable
+from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import check_known
 from moecover.runtime.pass_state import kept_for_later, of_process, remove, remove_all
@@ -209,7 +209,7 @@ def profile(
     _check_folder(folder, keep_inputs, overwrite=overwrite)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     if model is None:
-        check_loadable(headers)
+        check_loadable(headers, how.dtype)
     held = locked(folder.resolve()) if folder is not None and here.rank == 0 else contextlib.nullcontext()
     with held, joined(here, own_device(here, how.device)):
         structure = fetched(headers, revision=options.get("revision"), progress=shown)

@@ -10,6 +10,7 @@ from moecover.text import markdown_table
 if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
     from moecover.planning.artifact import Plan
+    from moecover.pruning.origin import Origin
     from moecover.repairing.artifact import Repaired
 
 
@@ -23,9 +24,9 @@ def _header_entry(card: str, key: str) -> str | None:
     return entry[1].strip() if entry else None
 
 
-def _header(structure: Structure, original_card: str) -> list[str]:
+def _header(structure: Structure, original_card: str, origin: Origin | None) -> list[str]:
     """Lines of the YAML header."""
-    checkpoint = structure.checkpoint
+    checkpoint = origin or structure.checkpoint
     lines = ["---", "library_name: transformers", "tags: [moe, expert-pruning, moecover]"]
     if "/" in checkpoint.name and checkpoint.revision:
         lines.append(f"base_model: {checkpoint.name}")
@@ -48,16 +49,34 @@ def _weights(repaired: Repaired | None) -> str:
     )
 
 
-def _sizes(structure: Structure, plan: Plan) -> str:
-    """The table of sizes, original beside pruned."""
+def _short_name(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
+def _sizes(structure: Structure, plan: Plan, origin: Origin | None, mtp: str) -> str:
+    """The table of sizes: the original, what was pruned if that is another, and what is left."""
     topology = structure.topology
-    before, after = structure.checkpoint.num_bytes, structure.num_bytes(plan.keep)
+    before, after = structure.checkpoint.num_bytes, structure.num_bytes(plan.kept, mtp=mtp)
+    if origin is not None:
+        first = "" if origin.num_bytes is None else f"{origin.num_bytes / 1e6:.1f}"
+        return markdown_table(
+            [
+                _row("routed experts per MoE layer", origin.num_experts, topology.num_experts, plan.keep),
+                _row("experts per token", topology.top_k, topology.top_k, topology.top_k),
+                _row("tensors, MB", first, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}"),
+            ],
+            right=("original", "before this step", "pruned"),
+        )
     rows = (
         ("routed experts per MoE layer", str(topology.num_experts), str(plan.keep)),
         ("experts per token", str(topology.top_k), str(topology.top_k)),
         ("tensors, MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}"),
     )
     return markdown_table([dict(zip(("", "original", "pruned"), row, strict=True)) for row in rows])
+
+
+def _row(label: str, *values: object) -> dict[str, str]:
+    return {"": label, **dict(zip(("original", "before this step", "pruned"), map(str, values), strict=True))}
 
 
 def model_card(
@@ -68,6 +87,8 @@ def model_card(
     command: str,
     original_card: str,
     figures: str = "",
+    origin: Origin | None = None,
+    mtp: str = "drop",
 ) -> str:
     """The text of README.md.
 
@@ -78,19 +99,23 @@ def model_card(
         command: the command line that made the checkpoint; empty for none.
         original_card: card of the source; its licence is carried over.
         figures: a section of measured numbers, see `card_numbers.measured`; empty for none.
+        origin: the first original, where the source was pruned before; None where it is one itself.
+        mtp: what became of multi-token-prediction layers, see `writer.prune`.
     """
     topology, checkpoint = structure.topology, structure.checkpoint
-    name = checkpoint.name.rstrip("/").rpartition("/")[2] or checkpoint.name
+    name, experts = _short_name((origin or checkpoint).name), (origin or topology).num_experts
+    steps = f" in several steps, this time from `{_short_name(checkpoint.name)}`" if origin else ""
     options = ", ".join(f"{key} {value}" for key, value in plan.options.items()) or "none"
     revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
     lines = [
-        *_header(structure, original_card),
+        *_header(structure, original_card, origin),
         "",
-        f"# {name}, {plan.keep} of {topology.num_experts} experts",
+        f"# {name}, {plan.keep} of {experts} experts",
         "",
-        f"This is `{name}` ({topology.family}) with whole routed experts removed by moecover. {_weights(repaired)}",
+        f"This is `{name}` ({topology.family}) with whole routed experts removed by moecover{steps}. "
+        f"{_weights(repaired)}",
         "",
-        _sizes(structure, plan),
+        _sizes(structure, plan, origin, mtp),
         "",
         f"Method: {plan.method}; options: {options}. `moecover.json` holds the plan with every expert's saliency, the "
         "original id of every expert, and a hash of every file.",

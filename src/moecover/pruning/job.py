@@ -12,11 +12,13 @@ from moecover.checkpoints.pieces import NOTHING
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.options import JobOptions
 from moecover.errors import InputError, arg
+from moecover.files.atomic import resolved
 from moecover.files.locks import locked
 from moecover.planning.artifact import Plan
 from moecover.planning.keep import resolve_keep
 from moecover.planning.methods import default_method
 from moecover.progress import Progress, resolve
+from moecover.pruning.other_files import check_settings
 from moecover.pruning.request import Choice, Pruned, Repair, Request, WriteOptions
 from moecover.pruning.writer import check_target
 from moecover.pruning.writer import prune as write_checkpoint
@@ -103,9 +105,9 @@ def prune(
         check_choice(checkpoint, Path(output), corpora or (), options)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     if how is not None:
-        from moecover.runtime.loading import check_loadable
+        from moecover.runtime.loadable import check_loadable
 
-        check_loadable(headers)
+        check_loadable(headers, how.dtype)
     choice = _choice(headers, options) if given is None else given
     mending = repaired if repair is None else Repair(repair, repair_tokens)
     writing = cast("WriteOptions", {k: v for k, v in options.items() if k in WriteOptions.__annotations__})
@@ -141,11 +143,10 @@ def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pr
     from moecover.pruning.one_shot import made_from_text, memory_needed
 
     extra = memory_needed(headers, request)
-    with (
-        _fetched(headers, request, progress) as structure,
-        made_from_text(structure, request, extra=extra, progress=progress) as (plan, made),
-    ):
-        return _written(structure, plan, request, made, progress)
+    with _fetched(headers, request, progress) as structure:
+        check_settings(structure, request.choice, mtp=request.writing.get("mtp", "drop"))
+        with made_from_text(structure, request, extra=extra, progress=progress) as (plan, made):
+            return _written(structure, plan, request, made, progress)
 
 
 @contextlib.contextmanager
@@ -158,7 +159,7 @@ def _fetched(headers: Structure, request: Request, progress: Progress) -> Iterat
 def _written(structure: Structure, plan: Plan, request: Request, made: Repaired | None, progress: Progress) -> Pruned:
     """The checkpoint, written under a bar."""
     before = structure.checkpoint.num_bytes
-    after = structure.num_bytes(plan.keep, mtp=request.writing.get("mtp", "drop"))
+    after = structure.num_bytes(plan.kept, mtp=request.writing.get("mtp", "drop"))
     with progress.bar("writing", after, unit="bytes") as advance:
         path = write_checkpoint(
             structure, plan, request.output, repaired=made, advance=advance, say=progress.say, **request.writing
@@ -217,8 +218,8 @@ def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOp
     from moecover.profiling.job import check_output as check_profile_folder
 
     check_profile_folder(Path(save_profile), overwrite=options.get("overwrite", False))  # type: ignore[arg-type]
-    folder = Path(save_profile).resolve()
+    folder = resolved(save_profile)
     source = model.checkpoint.name if isinstance(model, Structure) else model
-    for other in (output.resolve(), Path(source).resolve()):
+    for other in (resolved(output), resolved(source)):
         if folder == other or other in folder.parents:
             raise InputError(f"{arg('save_profile', save_profile)} lies in {other}. Choose another folder")

@@ -8,29 +8,30 @@ file.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecover.checkpoints.config_edit import QUANTISATION_FILES, NewId, edited_config, edited_settings
+from moecover.checkpoints.config_edit import QUANTISATION_FILES, edited_config
 from moecover.checkpoints.manifest import MANIFEST
 from moecover.checkpoints.names import MTP
 from moecover.checkpoints.pieces import Piece
-from moecover.checkpoints.source import INDEX, OTHER_WEIGHTS, Checkpoint
+from moecover.checkpoints.renumbering import NewId, Renumbering, edited_settings, renumbered
 from moecover.checkpoints.structure import Structure
+from moecover.checkpoints.weight_files import inside
+from moecover.files.atomic import explained
 from moecover.files.copying import HASH, file_hash
-from moecover.planning.artifact import Plan
+from moecover.planning.artifact import LayerPlan, Plan
 from moecover.pruning.card import model_card
+from moecover.pruning.copies import CARD, ORIGINAL_CARD, Copies
+from moecover.pruning.origin import Origin
 from moecover.pruning.shards import edited_index
 
 if TYPE_CHECKING:
     from moecover.files.resumable import Partial
+    from moecover.pruning.request import Choice
     from moecover.repairing.artifact import Repaired
-
-CARD, ORIGINAL_CARD = "README.md", "README.original.md"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Cut:
         repaired: tensors that replace those of the source; None for none.
         command: the command line that the user typed; empty in Python.
         figures: a section of measured numbers for the card, see `card_numbers.measured`.
+        origin: the first original, where the source was pruned before.
     """
 
     structure: Structure
@@ -52,10 +54,11 @@ class Cut:
     repaired: Repaired | None = None
     command: str = ""
     figures: str = ""
+    origin: Origin | None = None
 
 
 def new_ids(cut: Cut) -> NewId:
-    """The function that gives the new id of an expert named in a setting, see `config_edit.renumbered`."""
+    """The function that gives the new id of an expert named in a setting, see `renumbering.renumbered`."""
     plan, layers = cut.plan, cut.structure.topology.decoder_layers
     layer_of = {number: layer for layer, number in enumerate(layers)}
 
@@ -71,6 +74,35 @@ def new_ids(cut: Cut) -> NewId:
     return new_id
 
 
+def renumbering(cut: Cut) -> Renumbering:
+    """What becomes of the experts' names in settings."""
+    topology = cut.structure.topology
+    names = tuple(cut.structure.checkpoint.tensors)
+    return Renumbering(new_ids(cut), topology.decoder_layers, topology.num_experts, names)
+
+
+def check_settings(structure: Structure, choice: Plan | Choice, *, mtp: str = "drop") -> None:
+    """Refuse settings that name experts in a way that cannot be renumbered, before anything is made from text.
+
+    Args:
+        structure: the source.
+        choice: a plan; or how one will be made: then settings must fit whichever experts stay.
+        mtp: see `writer.prune`.
+
+    Raises:
+        InputError: see `renumbering.renumbered`.
+    """
+    decoder_layers, experts = structure.topology.decoder_layers, structure.topology.num_experts
+    if not isinstance(choice, Plan):
+        kept = [sorted((i + shift) % experts for i in range(choice.keep)) for shift in range(len(decoder_layers))]
+        layers = [LayerPlan(decoder_layer=d, kept=k) for d, k in zip(decoder_layers, kept, strict=True)]
+        choice = Plan(schema=1, keep=choice.keep, layers=layers)
+    with explained(f"reading {structure.checkpoint.name}", left="Nothing was written"):
+        edited_files(
+            Cut(structure, choice, mtp), (structure.checkpoint.path / "config.json").read_text(encoding="utf-8"), {}
+        )
+
+
 def edited_files(cut: Cut, config: str, shards: Mapping[str, Sequence[Piece]]) -> dict[str, bytes]:
     """The content of config.json, of quantisation settings and of the index, by name, for the experts that remain.
 
@@ -83,51 +115,34 @@ def edited_files(cut: Cut, config: str, shards: Mapping[str, Sequence[Piece]]) -
         InputError: settings name experts in a way that cannot be renumbered.
         OSError: a file cannot be read.
     """
-    structure, checkpoint, new_id = cut.structure, cut.structure.checkpoint, new_ids(cut)
+    structure, checkpoint, how = cut.structure, cut.structure.checkpoint, renumbering(cut)
     drop_mtp = bool(structure.mtp) and cut.mtp == "drop"
-    experts = structure.topology.num_experts
-    text = edited_config(config, structure.count_keys, experts, cut.plan.keep, new_id=new_id, drop_mtp=drop_mtp)
+    text = edited_config(
+        config,
+        structure.count_keys,
+        structure.topology.num_experts,
+        cut.plan.keep,
+        settings=lambda value: renumbered(value, how),
+        drop_mtp=drop_mtp,
+    )
     found = {"config.json": text.encode()}
     for name in QUANTISATION_FILES:
-        if (file := checkpoint.path / name).is_file():
-            settings = edited_settings(file.read_text(encoding="utf-8", errors="surrogateescape"), new_id)
+        if (file := checkpoint.path / name).is_file() and inside(checkpoint.path, file):
+            settings = edited_settings(file.read_text(encoding="utf-8", errors="surrogateescape"), how)
             found[name] = settings.encode(errors="surrogateescape")
-    if checkpoint.index is not None:
-        found[INDEX] = edited_index(checkpoint, shards).encode()
+    if checkpoint.index_name is not None:
+        found[checkpoint.index_name] = edited_index(checkpoint, shards).encode()
     return found
 
 
-def copied_files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Files that are copied as they are, relative to the folder: no weights, no links to folders, nothing hidden."""
-    skipped = {"config.json", INDEX, MANIFEST}
-    if (checkpoint.path / MANIFEST).is_file():
-        skipped.add(CARD)  # written by this program; the original card is README.original.md
-    for parent, folders, files in os.walk(checkpoint.path):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(files):
-            path = Path(parent) / name
-            relative = path.relative_to(checkpoint.path)
-            wanted = not name.startswith(".") and not name.endswith(OTHER_WEIGHTS) and path.is_file()
-            if wanted and relative.as_posix() not in skipped:
-                yield relative
-
-
-def left_out_files(checkpoint: Checkpoint) -> list[str]:
-    """Weights in other formats and safetensors outside the index: they hold the whole model and are not copied."""
-    return sorted(
-        p.relative_to(checkpoint.path).as_posix()
-        for p in checkpoint.path.rglob("*")
-        if p.name.endswith(OTHER_WEIGHTS) and not (p.name in checkpoint.shard_metadata and p.parent == checkpoint.path)
-    )
-
-
-def write_other_files(cut: Cut, partial: Partial, edited: Mapping[str, bytes]) -> None:
+def write_other_files(cut: Cut, partial: Partial, edited: Mapping[str, bytes], copies: Copies) -> None:
     """Write everything but the shards: edited settings, copies, the card, and last the manifest.
 
     Args:
         cut: what is written.
         partial: the output folder, whose shards are finished.
         edited: from `edited_files`.
+        copies: from `copies_of`.
     """
     checkpoint, folder = cut.structure.checkpoint, partial.files
     hashes: dict[str, str] = {name: entry[HASH] for name, entry in partial.finished.items()}
@@ -136,7 +151,7 @@ def write_other_files(cut: Cut, partial: Partial, edited: Mapping[str, bytes]) -
         (folder / name).write_bytes(content)
         hashes[name] = file_hash(folder / name)
 
-    for relative in copied_files(checkpoint):
+    for relative in copies.copied:
         name = ORIGINAL_CARD if relative.as_posix() == CARD else relative.as_posix()
         if name not in edited:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -147,18 +162,26 @@ def write_other_files(cut: Cut, partial: Partial, edited: Mapping[str, bytes]) -
     original = folder / ORIGINAL_CARD
     text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
     card = model_card(
-        cut.structure, cut.plan, repaired=cut.repaired, command=cut.command, original_card=text, figures=cut.figures
+        cut.structure,
+        cut.plan,
+        repaired=cut.repaired,
+        command=cut.command,
+        original_card=text,
+        figures=cut.figures,
+        origin=cut.origin,
+        mtp=cut.mtp,
     )
     put(CARD, card.encode())
-    manifest = json.dumps(_manifest(cut, hashes), indent=1) + "\n"
+    manifest = json.dumps(_manifest(cut, hashes, copies.left_out), indent=1) + "\n"
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
-def _manifest(cut: Cut, hashes: Mapping[str, str]) -> dict[str, object]:
+def _manifest(cut: Cut, hashes: Mapping[str, str], left_out: Sequence[str]) -> dict[str, object]:
     """The content of moecover.json."""
     from moecover.version import VERSION
 
     structure, plan, checkpoint = cut.structure, cut.plan, cut.structure.checkpoint
+    first_ids = cut.origin.ids if cut.origin is not None else [None] * len(plan.layers)
     return {
         "schema": 1,
         "created_by": f"moecover {VERSION}",
@@ -168,18 +191,20 @@ def _manifest(cut: Cut, hashes: Mapping[str, str]) -> dict[str, object]:
             "revision": checkpoint.revision,
             "fingerprint": structure.model_fingerprint,
             "topology": structure.topology.to_json(),
+            "num_bytes": checkpoint.num_bytes,
         },
+        **({"original": cut.origin.to_json()} if cut.origin is not None else {}),
         "experts": [
             {
                 "decoder_layer": layer.decoder_layer,
-                "old_to_new": {str(old): new for new, old in enumerate(layer.kept)},
+                "old_to_new": {str(old if ids is None else ids[old]): new for new, old in enumerate(layer.kept)},
             }
-            for layer in plan.layers
+            for layer, ids in zip(plan.layers, first_ids, strict=True)
         ],
         "plan": plan.to_dict(),
         **({"mtp": cut.mtp} if structure.mtp else {}),
         **({"repair": cut.repaired.manifest()} if cut.repaired is not None else {}),
-        "left_out": left_out_files(checkpoint),
+        "left_out": list(left_out),
         "hash": HASH,
         "files": dict(sorted(hashes.items())),
     }

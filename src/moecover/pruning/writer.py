@@ -16,13 +16,16 @@ from moecover.checkpoints.manifest import MANIFEST
 from moecover.checkpoints.pieces import NOTHING, Piece, pieces_by_shard
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, MoecoverError, arg
-from moecover.files.atomic import check_output, digest, explained, stamp
+from moecover.files.atomic import check_output, digest, explained, resolved, stamp
 from moecover.files.copying import followed
 from moecover.files.locks import locked
 from moecover.files.resumable import Partial, restore, resumable_folder
 from moecover.planning.artifact import Plan, check_plan
 from moecover.pruning.card_numbers import Measurement, measured
+from moecover.pruning.copies import copies_of, notes_on
+from moecover.pruning.origin import origin_of
 from moecover.pruning.other_files import Cut, edited_files, write_other_files
+from moecover.pruning.overwriting import check_replaceable
 from moecover.pruning.shards import write_shard
 from moecover.registry import unknown_name
 
@@ -35,17 +38,20 @@ MTP_CHOICES = ("drop", "prune")
 def check_target(structure: Structure, output: str | Path, *, overwrite: bool = False) -> Path:
     """The resolved output folder; refused when it exists or overlaps the source, before any work is done.
 
+    What ``overwrite`` would remove must be what this program wrote.
+
     Raises:
         InputError: see above.
     """
-    # A link is followed: its target is what gets replaced, on the disk where it lies.
-    path, folder = Path(output).expanduser().resolve(), structure.checkpoint.folder
+    path, folder = resolved(output), structure.checkpoint.folder
     source = folder.resolve() if folder else None  # a hub model that is not downloaded yet lies in the cache
     if source and (path == source or source in path.parents or path in source.parents):
         raise InputError(
             f"the output {output} and the model {structure.checkpoint.name} overlap. Choose another folder"
         )
     check_output(path, overwrite=overwrite, marker=MANIFEST)
+    if overwrite and (path / MANIFEST).is_file():
+        check_replaceable(path)
     return path
 
 
@@ -138,7 +144,9 @@ def _write(
     with explained(f"reading {checkpoint.name}", left="Nothing was written"):
         config = (checkpoint.path / "config.json").read_text(encoding="utf-8")
         inputs = inputs_of(structure, cut.plan, config, mtp=cut.mtp)
-        edited = edited_files(cut, config, shards)
+        edited, copies = edited_files(cut, config, shards), copies_of(checkpoint)
+    for note in notes_on(copies):
+        say(f"note: {note}")
     if repaired is not None:
         inputs["--repair"] = digest(repaired.manifest())
     with resumable_folder(path, inputs, say=say) as partial:
@@ -146,7 +154,7 @@ def _write(
             say(f"resuming: {len(partial.finished)} of {len(shards)} shards are there")
         _check_space(shards, partial, output, path.parent)
         _write_shards(structure, shards, partial, advance)
-        write_other_files(cut, partial, edited)
+        write_other_files(cut, partial, edited, copies)
 
 
 def prune(
@@ -199,5 +207,6 @@ def prune(
     with locked(path):
         restore(path)
         check_target(structure, output, overwrite=overwrite)  # another run may have finished meanwhile
-        _write(Cut(structure, plan, mtp, repaired, command, figures), path, output, advance=advance, say=say)
+        cut = Cut(structure, plan, mtp, repaired, command, figures, origin_of(structure))
+        _write(cut, path, output, advance=advance, say=say)
     return path

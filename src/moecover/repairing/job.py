@@ -24,7 +24,7 @@ from moecover.repairing.layers import TOKENS, needed_bytes
 from moecover.repairing.store import kept_for_later
 from moecover.repairing.store import repair as repair_to_files
 from moecover.repairing.targets import check_dtype, check_stored, places_on_disk
-from moecover.runtime.loading import check_loadable
+from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import check_known
 from moecover.runtime.passes import Passes, check_least, passes
@@ -172,7 +172,7 @@ def repair(
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     check_stored(headers)
-    check_loadable(headers)
+    check_loadable(headers, how.dtype)
     check_plan(chosen, headers, other_weights=other_weights)
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
     loaded = load_corpora(corpora, structure, options, progress=shown)

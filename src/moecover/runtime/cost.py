@@ -11,7 +11,7 @@ import re
 import time
 from dataclasses import dataclass
 
-from moecover.checkpoints.config_edit import first_number
+from moecover.checkpoints.config_edit import SHARED_KEYS, first_number
 from moecover.checkpoints.structure import Structure
 from moecover.runtime.layerwise import PASSES
 from moecover.text import duration_text
@@ -127,7 +127,7 @@ def cost(
     vocabulary = (first_number(checkpoint.config, ("vocab_size",)) or 0) * topology.hidden_size * itemsize
     ends = outside if outside < 2 * vocabulary else max(outside - vocabulary, vocabulary)
     width = structure.expert_num_bytes * scale / itemsize / (3 * topology.hidden_size)
-    slots = topology.top_k + max(1, first_number(checkpoint.config, ("n_shared_experts", "num_shared_experts")) or 0)
+    slots = topology.top_k + max(1, first_number(checkpoint.config, SHARED_KEYS) or 0)
     working = batch_tokens * (slots * (3 * width + 2 * topology.hidden_size) + 8 * topology.hidden_size) * itemsize
     working += batch_tokens * vocabulary / topology.hidden_size * 2 if head else 0  # logits, and in float32
     streamed = OVERHEAD + ends + largest + working + extra

@@ -10,12 +10,11 @@ from moecover.checkpoints.deepseek.registration import register_deepseek
 from moecover.checkpoints.model_class import auto_class
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg, is_out_of_memory
+from moecover.runtime.loadable import DTYPES, check_loadable, not_loaded
 from moecover.signals import held
 
 if TYPE_CHECKING:
     import torch
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")  # those of the grouped kernel
 
 
 def check_device(dtype: str, device: str) -> str:
@@ -45,36 +44,6 @@ def check_device(dtype: str, device: str) -> str:
     return device
 
 
-def check_loadable(structure: Structure) -> None:
-    """Refuse, before its weights are downloaded, a quantised checkpoint that transformers cannot load here.
-
-    Raises:
-        InputError: the quantisation method is unknown or its package is missing; says which.
-    """
-    if structure.quantised is None:
-        return
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    checkpoint = structure.checkpoint
-    settings = checkpoint.text_config.get("quantization_config") or checkpoint.config.get("quantization_config")
-    if not settings:
-        return
-    try:
-        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
-    except Exception as error:  # quantisers raise errors of all kinds
-        raise _not_loaded(structure, error) from error
-
-
-def _not_loaded(structure: Structure, error: Exception) -> InputError:
-    reason, way_out = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__, ""
-    if structure.quantised:
-        way_out = (
-            f". It is quantised ({structure.quantised}): profile the original that it was made from, its plan applies"
-            " here too"
-        )
-    return InputError(f"{structure.checkpoint.name} could not be loaded: {reason}{way_out}")
-
-
 def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
     """Load the model of a checkpoint in evaluation mode.
 
@@ -89,6 +58,7 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
         InputError: unknown dtype or device, or tensors that are missing in the files.
     """
     device = check_device(dtype, device)
+    check_loadable(structure, dtype)
     from transformers import AutoConfig
 
     register_deepseek()
@@ -102,10 +72,10 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
                 structure.checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
             )
     except Exception as error:  # a quantiser's package may raise anything
-        known = isinstance(error, (OSError, ValueError, RuntimeError))
-        if is_out_of_memory(error) or not (known or structure.quantised):
+        known = isinstance(error, (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError))
+        if is_out_of_memory(error) or not (known or structure.checkpoint.declared_quantisation):
             raise
-        raise _not_loaded(structure, error) from error
+        raise not_loaded(structure, error) from error
     if missing := sorted(info["missing_keys"]):
         raise missing_tensors(structure.checkpoint.name, missing)
     return model.to(device).eval()  # type: ignore[no-any-return]

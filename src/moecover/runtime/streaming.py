@@ -17,6 +17,7 @@ from moecover.checkpoints.model_class import auto_class
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
 from moecover.runtime import layerwise
+from moecover.runtime.loadable import check_loadable
 from moecover.runtime.loading import check_device, missing_tensors
 from moecover.runtime.lockstep import Here, Passing
 from moecover.runtime.running import Result, Within, layer_names
@@ -92,9 +93,10 @@ def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    if structure.quantised:
+    check_loadable(structure, dtype)
+    if how := structure.quantised or structure.checkpoint.declared_quantisation:
         raise InputError(
-            f"{structure.checkpoint.name} is quantised ({structure.quantised}), which does not run layer by layer. Use"
+            f"{structure.checkpoint.name} is quantised ({how}), which does not run layer by layer. Use"
             " the original that it was made from"
         )
     register_deepseek()
