@@ -38,6 +38,13 @@ def _known_type(config: Config, family: str) -> str:
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    for key, part in config.items():
+        if (
+            isinstance(part, dict)
+            and not OTHER_PARTS.search(f"{key}.")
+            and str(part.get("model_type")) in CONFIG_MAPPING
+        ):
+            return f". Its {key} is of the known type {part['model_type']!r}: prune that language model by itself"
     names = {
         **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -47,13 +54,6 @@ def _known_type(config: Config, family: str) -> str:
     for known, class_names in names.items():
         if found := set(map(str, classes[:1])) & {*([class_names] if isinstance(class_names, str) else class_names)}:
             return f". Its class {found.pop()} is that of {known!r}: if its files are too, make that its model_type"
-    for key, part in config.items():
-        if (
-            isinstance(part, dict)
-            and not OTHER_PARTS.search(f"{key}.")
-            and str(part.get("model_type")) in CONFIG_MAPPING
-        ):
-            return f". Its {key} is of the known type {part['model_type']!r}: prune that language model by itself"
     if close := difflib.get_close_matches(family, PROVEN_FAMILIES, n=1):
         return f". The known type of the nearest name is {close[0]!r}"
     return ""

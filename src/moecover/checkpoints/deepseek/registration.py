@@ -67,7 +67,7 @@ def register_deepseek_config() -> None:
     for alias, known in ALIASES.items():
         if alias not in CONFIG_MAPPING:
             base = CONFIG_MAPPING[known]
-            CONFIG_MAPPING.register(
-                alias,
-                type(base.__name__, (base,), {"model_type": alias, "__module__": __name__, "__doc__": base.__doc__}),
-            )
+            # By a name of its own: transformers' mappings look configurations up by the names of their classes.
+            name = f"{alias.title().replace('_', '')}Config"
+            members = {"model_type": alias, "__module__": __name__, "__doc__": base.__doc__}
+            CONFIG_MAPPING.register(alias, type(name, (base,), members))
