@@ -432,6 +432,17 @@ def test_existing_outputs(checkpoints: Callable[..., Path], rows: Path, tmp_path
     status, _, err = run(capsys, *command)
     assert (status, "profile.safetensors exists" in err) == (2, True)
     assert run(capsys, *command, "--overwrite")[0] == 0
+    (tmp_path / "p" / "notes.txt").write_text("mine")
+    assert run(capsys, *command, "--overwrite")[0] == 0
+    assert (tmp_path / "p" / "notes.txt").read_text() == "mine"
+    (tmp_path / "text.txt").write_text("The river rises in the hills. " * 40)
+    text = ["--perplexity", f"t={tmp_path / 'text.txt'}", "--length", 16]
+    command = ["evaluate", checkpoints("mixtral"), *text, "-o", tmp_path / "e"]
+    assert run(capsys, *command)[0] == 0
+    assert run(capsys, *command, "--overwrite")[0] == 0
+    (tmp_path / "e" / "notes.txt").write_text("mine")
+    status, _, err = run(capsys, *command, "--overwrite")
+    assert (status, "e/notes.txt was not written by moecover" in err) == (2, True)
 
 
 def test_inspect_says_what_would_be_refused(tmp_path: Path, checkpoints: Callable[..., Path], capsys) -> None:

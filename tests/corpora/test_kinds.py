@@ -200,6 +200,10 @@ def test_from_the_command_line_to_a_plan(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*split_it, "--overwrite"]) == 0
     out = capsys.readouterr().out
     assert "mixed-2" in out
+    (tmp_path / "my kinds" / "notes.txt").write_text("mine")
+    assert main([*split_it, "--overwrite"]) == 2
+    assert "my kinds/notes.txt was not written by moecover" in capsys.readouterr().err
+    (tmp_path / "my kinds" / "notes.txt").unlink()
     following = shlex.split(out.split("next: moecover ")[1])
     following[-1] = str(tmp_path / "profile")
     assert main(following) == 0

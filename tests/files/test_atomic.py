@@ -16,6 +16,7 @@ from moecover.files.atomic import (
     kept_file,
     new_file,
     new_folder,
+    resolved,
     write_bytes,
     write_text,
 )
@@ -104,3 +105,36 @@ def test_equal_values_have_equal_texts() -> None:
     assert canonical_json({"b": [1, 2.0], "a": None}) == '{"a":null,"b":[1,2.0]}'
     with pytest.raises(ValueError):
         canonical_json(float("nan"))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "1.jsonl.bak", "sub/1.jsonl", ".hidden", "x.jsonl"])
+def test_a_file_of_the_user_s_in_an_output_is_named(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    (out / "sub").mkdir(parents=True)
+    for own in ("mine", "1.jsonl", "23.jsonl"):
+        (out / own).write_text("x")
+    names = ("mine", "[0-9].jsonl", "[0-9][0-9].jsonl")
+    check_output(out, overwrite=True, marker="mine", names=names)
+    (out / name).write_text("x")
+    with pytest.raises(InputError, match=f"out/{name} was not written by moecover, and overwriting would remove it"):
+        check_output(out, overwrite=True, marker="mine", names=names)
+
+
+def test_an_output_that_leads_nowhere(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path in (loop, loop / "x", tmp_path / ("n" * 300), "a\0b", "~no-such-user-here/x"):
+        with pytest.raises(InputError, match="cannot be an output"):
+            resolved(path)
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    assert resolved(tmp_path / "link") == (tmp_path / "new").resolve()
+
+
+def test_an_output_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(InputError, match=r"looking at the output .*out: .*Permission denied\. Choose another one"):
+        check_output(tmp_path / "out", overwrite=True, marker="mine")

@@ -48,6 +48,7 @@ BUDGETS = (0.5, 0.25)
 SEEDS = (0, 1, 2)  # of methods that choose by chance
 WRITTEN = "pruned-50"
 RESULTS = "moecover-demo.json"  # also the mark by which a second run knows the folder as a demo's
+FILES = (RESULTS, "profile/*", "plans/*", "explained*", f"{WRITTEN}/*")
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def tour(output: Path, *, name: str = DEFAULT, dtype: str = "auto") -> Demo:
     """
     started, source = time.monotonic(), shipped_model(name)
     output = Path(os.path.abspath(output))  # noqa: PTH100
-    check_output(output, overwrite=True, marker=RESULTS)
+    check_output(output, overwrite=True, marker=RESULTS, names=FILES)
     with progress.spinner("reading the shipped model and its corpora"):
         structure = read_structure(source)
         corpora = [load_corpus(name, structure=structure, length=LENGTH) for name in CALIBRATION]

@@ -92,7 +92,7 @@ def split(
     check_least(2, length=length, kinds=kinds)
     check_least(0, seed=seed)
     name, path = (corpus.name, "") if isinstance(corpus, Corpus) else _source(corpus)
-    check_output(folder, overwrite=overwrite, marker=FILE)
+    check_output(folder, overwrite=overwrite, marker=FILE, names=(FILE, "[0-9]*.jsonl"))
     structure = described(checkpoint, revision=revision, progress=shown)
     tokenizer = load_tokenizer(structure.checkpoint.path)
     loaded = corpus if isinstance(corpus, Corpus) else None

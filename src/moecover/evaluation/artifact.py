@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Items = dict[str, dict[str, dict[str, NDArray[np.float64]]]]
     Windows = dict[str, dict[str, NDArray[np.float64]]]
 
-FILE, ITEMS, WINDOWS = "evaluation.json", "items.parquet", "windows.parquet"
+FILE, ITEMS, WINDOWS = FILES = ("evaluation.json", "items.parquet", "windows.parquet")
 FULL = "full"  # name of the row of the model itself
 SCHEMA = 1
 

@@ -13,7 +13,7 @@ from moecover.corpora.packing import Corpus, load_tokenizer
 from moecover.corpora.rows import SUFFIXES
 from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
-from moecover.evaluation.artifact import FILE, FULL, Evaluation
+from moecover.evaluation.artifact import FILE, FILES, FULL, Evaluation
 from moecover.evaluation.run import evaluate as run_evaluation
 from moecover.evaluation.run import overlaps
 from moecover.evaluation.tasks import Tasks
@@ -156,7 +156,7 @@ def evaluate(
     check_least(1, limit=options.get("limit"), windows=windows, length=length)
     how = passes(options, batch_size=1)
     if output is not None:
-        check_output(Path(output), overwrite=overwrite, marker=FILE)
+        check_output(Path(output), overwrite=overwrite, marker=FILE, names=FILES)
     variants = named_plans(plans)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     check_loadable(headers, how.dtype)

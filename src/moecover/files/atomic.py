@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -161,22 +162,37 @@ def resolved(path: str | Path) -> Path:
         raise InputError(f"{str(path)!r} cannot be an output: {what}. Choose another one") from error
 
 
-def check_output(path: Path, *, overwrite: bool, marker: str) -> None:
+def check_output(path: Path, *, overwrite: bool, marker: str, names: Sequence[str] | None = None) -> None:
     """Refuse an output folder that exists, unless it may be overwritten and was written by this program.
 
     Args:
         path: the folder to be written.
         overwrite: whether the user permits it.
         marker: name of a file by which a folder that this program wrote is recognised.
+        names: shell patterns of the files that this program writes there, relative to the folder; any other file is the
+            user's and is not overwritten. None where the caller looks itself.
 
     Raises:
-        InputError: the folder exists, cannot be read, or is a mount point.
+        InputError: the folder exists, holds a file of the user's, cannot be read, or is a mount point.
     """
     path = resolved(path)
     try:
         _check_output(path, overwrite=overwrite, marker=marker)
+        _check_files(path, names)
     except OSError as error:
         raise InputError(f"{reason(f'looking at the output {path}', error)}. Choose another one") from error
+
+
+def _check_files(path: Path, names: Sequence[str] | None) -> None:
+    """Refuse to replace a folder that holds other files than this program writes."""
+    for file in sorted(path.rglob("*")) if names is not None and path.is_dir() else ():
+        name = file.relative_to(path).as_posix()
+        if (file.is_dir() and not file.is_symlink()) or any(fnmatch.fnmatchcase(name, p) for p in names or ()):
+            continue
+        raise InputError(
+            f"{file} was not written by moecover, and overwriting would remove it. Move it away, or choose another "
+            "output"
+        )
 
 
 def _check_output(path: Path, *, overwrite: bool, marker: str) -> None:
