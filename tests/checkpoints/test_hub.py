@@ -130,6 +130,22 @@ def test_inspect_fetches_headers_only(hub: Hub, tmp_path: Path) -> None:
     assert "pytorch_model.bin" not in hub.sent
 
 
+def test_weights_that_the_configuration_names(hub: Hub, tmp_path: Path) -> None:
+    """The same tensors from the headers over the network as from the downloaded files, and no others."""
+    config = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "own.safetensors.index.json").write_bytes((hub.folder / "model.safetensors.index.json").read_bytes())
+    (hub.folder / "config.json").write_text(
+        json.dumps({**config, "transformers_weights": "own.safetensors.index.json"})
+    )
+    (hub.folder / "model.safetensors").write_bytes(b"never read")
+    before = json.loads(moecover(hub, tmp_path, "inspect", hub.folder, "--json").stdout)
+    done = moecover(hub, tmp_path, "inspect", REPO, "--json")
+    assert done.returncode == 0, done.stderr + done.stdout
+    facts = json.loads(done.stdout)
+    assert {**facts, "model": 0, "warnings": 0} == {**before, "model": 0, "warnings": 0}
+    assert facts["shards"] == len(list(hub.folder.glob("model-*.safetensors")))
+
+
 def test_prune_a_hub_model_at_a_revision(hub: Hub, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"input_ids": list(range(40))}) + "\n")

@@ -176,6 +176,47 @@ def test_names_of_experts_in_the_settings_are_renumbered(checkpoints: Callable[.
     assert (out / "quantize_config.json").read_text() == '{"bits":  4}'
 
 
+def block_of(experts: list[int]) -> list[list[str]]:
+    """The modules of a decoder layer, as GPTQ's settings list them."""
+    return [["self_attn.k_proj"], *([f"mlp.experts.{e}.{leaf}" for e in experts] for leaf in ("up_proj", "down_proj"))]
+
+
+def test_names_of_a_block_are_kept_or_refused_before_the_work(
+    checkpoints: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other experts stay in every layer: a list of all of them loses the last ids, a part has none that fit."""
+    settings = {"quant_method": "gptq", "modules_in_block_to_quantize": block_of(list(range(12)))}
+    folder = quantise(checkpoints("qwen2_moe"), tmp_path / "m", "gptq")
+    set_config(folder, quantization_config=settings)
+    structure = read_structure(folder)
+    out = prune(structure, some_plan(structure), tmp_path / "out")
+    after = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert after == {**settings, "modules_in_block_to_quantize": block_of(list(range(6)))}
+    plain = tmp_path / "plain"
+    shutil.copytree(checkpoints("qwen2_moe"), plain)
+    (plain / "quantize_config.json").write_text(json.dumps({"modules_in_block_to_quantize": block_of([0, 5])}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"input_ids": list(range(40))}) + "\n")
+    command = [
+        "prune",
+        plain,
+        "--corpus",
+        f"r={rows}",
+        "--keep",
+        6,
+        "-o",
+        tmp_path / "o",
+        "--save-profile",
+        tmp_path / "p",
+    ]
+    assert cli.main([str(part) for part in command]) == 2
+    assert "'mlp.experts.0.up_proj', which cannot be renumbered" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+    with pytest.raises(InputError, match="which cannot be renumbered"):
+        prune(read_structure(plain), some_plan(structure), tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
 Change = Callable[[Tensors], object]
 LAYER = "model.layers.1.mlp"
 MISFITS: dict[str, tuple[Change, str]] = {

@@ -81,7 +81,8 @@ PROVEN_WITH = "5.23.0"  # the version of transformers that the tests ran with
 # Why `inspect`, `profile` and `prune` refuse a type; completes "TYPE is not supported: ...".
 UNSUPPORTED: dict[str, str] = {
     "dbrx": "the experts of a layer are stacked in one matrix, and the choice is made outside its router",
-    "deepseek_v4": "its first layers look up a token's experts in a table, by the id of the token",
+    "deepseek_v4": "its first layers look up a token's experts by its id in a table and need all of them, while "
+    "config.json has one number of experts for all layers",
     "diffusion_gemma": "its encoder and its decoder both have layers with experts, under one count",
     "doge": "an expert is one row of an embedding, found by a pair of keys",
     "ernie4_5_vl_moe": "a layer has two groups of experts, for text and for images, of two widths and under one count",
