@@ -167,6 +167,7 @@ def test_a_kill_between_the_two_renames_of_a_replacement(source: Path, tmp_path:
     with pytest.raises(InputError, match="out exists"):
         prune(structure, half(structure), tmp_path / "out")
     assert (tmp_path / "out" / "old").read_text() == "x"
+    (tmp_path / "out" / "old").unlink()
     prune(structure, half(structure), tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == expected
     assert names_in(tmp_path) == ["m", "once", "out"]
