@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SECONDS ?= 3600
 
-.PHONY: demo test test-slow lint format docs bench clean
+.PHONY: demo test test-slow fuzz lint format docs bench clean
 demo: $(STAMP)
 	$(BIN)/moecover demo
 
@@ -13,6 +14,9 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moecover.errors import InputError
+from moecover.files.reading import parse_json
 
 Config = dict[str, Any]  # parsed config.json: its keys and their types differ by family
 
@@ -136,7 +137,7 @@ def edited_config(
         new_id: the new id of an expert.
         drop_mtp: also remove multi-token-prediction layers.
     """
-    wanted = with_expert_count(json.loads(text), count_keys, keep)
+    wanted = with_expert_count(parse_json(text), count_keys, keep)
     if drop_mtp:
         wanted = without_mtp(wanted)
     for _, part in _parts(wanted):
@@ -161,7 +162,7 @@ def edited_settings(text: str, new_id: NewId) -> str:
         InputError: see `renumbered`.
     """
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return text  # not JSON in spite of its name: copied as it is
     edited = renumbered(value, new_id)

@@ -5,7 +5,6 @@ They are checked against the size of the file. Only JSON is parsed; no weight is
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecover.errors import InputError
+from moecover.files.reading import parse_json
 
 BITS_DTYPES = {
     4: ("F4",),
@@ -80,7 +80,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str] | No
     size = path.stat().st_size
     text, offset = _read_json(path, size)
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         metadata = header.pop("__metadata__", None)
         rows = []
         for name, v in header.items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from moecover.checkpoints.source import Checkpoint
 from moecover.errors import InputError
-from moecover.files.copying import HASH, file_hash
+from moecover.files.hashing import HASH, file_hash
+from moecover.files.reading import read_json
 
 MANIFEST = "moecover.json"
 Manifest = dict[str, Any]  # JSON, written by `pruning.writer`
@@ -23,7 +23,7 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest:
     if not path.is_file():
         raise InputError(f"{checkpoint.name} holds no {MANIFEST}: it was not written by `moecover prune`")
     try:
-        manifest: Manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Manifest = read_json(path)
         manifest["plan"], manifest["files"], manifest["source"]["name"], manifest["source"]["fingerprint"]
         if manifest["hash"] != HASH:
             raise ValueError(f"its hashes are {manifest['hash']}, {HASH} is known")

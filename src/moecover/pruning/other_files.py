@@ -21,7 +21,7 @@ from moecover.checkpoints.names import MTP
 from moecover.checkpoints.pieces import Piece
 from moecover.checkpoints.source import INDEX, OTHER_WEIGHTS, Checkpoint
 from moecover.checkpoints.structure import Structure
-from moecover.files.copying import HASH, file_hash
+from moecover.files.hashing import HASH, file_hash
 from moecover.planning.artifact import Plan
 from moecover.pruning.card import model_card
 from moecover.pruning.shards import edited_index
