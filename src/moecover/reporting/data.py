@@ -145,13 +145,20 @@ class Usage(_Lenient):
     model: str
     keep: int | None = None
     experts: int | None = None
+    tasks: list[str] = Field(default_factory=list)
     layers: list[int] = Field(default_factory=list)
     corpora: dict[str, dict[str, TaskAgreement]] = Field(default_factory=dict)
     plans: dict[str, dict[str, KeptWeight]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_value_a_layer(self) -> Usage:
+        named = [*map(set[str], self.corpora.values()), *map(set[str], self.plans.values())]
+        if any(not self.tasks or not by_task >= set(self.tasks) for by_task in named):
+            raise ValueError("a corpus or plan does not have values for every task")
+        if named and not (self.layers and self.experts and 0 < (self.keep or 0) <= self.experts):
+            raise ValueError("`layers`, `experts` and `keep` do not go together")
         rows = [v for found in self.corpora.values() for t in found.values() for v in (t.jaccard, t.spearman)]
+        rows += [list(t.kept_weight) for found in self.plans.values() for t in found.values()]
         if any(len(row) != len(self.layers) for row in rows):
             raise ValueError(f"a row does not have one value for each of the {len(self.layers)} layers")
         return self
