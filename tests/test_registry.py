@@ -141,6 +141,51 @@ def test_errors_of_a_plugins_functions_name_its_file(planets: Registry[Planet], 
         planets["Aurora"].moons()
 
 
+def test_unknown_names_are_answered_by_in_and_get(planets: Registry[Planet]) -> None:
+    from moecover.corpora.sources import CORPORA
+    from moecover.planning.methods import METHODS
+
+    for table in (planets, CORPORA, METHODS):
+        assert "nonsense" not in table
+        assert table.get("nonsense") is None
+        assert 5 not in table
+        with pytest.raises(InputError, match="^unknown .* 'nonsense'"):
+            _ = table["nonsense"]
+        with pytest.raises(KeyError):
+            _ = table["nonsense"]
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "exit()", "raise SystemExit"])
+def test_a_plugin_that_exits_is_an_error(code: str, planets: Registry[Planet], tmp_path: Path) -> None:
+    (tmp_path / "at_import.py").write_text(code)
+    with pytest.raises(InputError, match=r"at_import.py, line 1: the file raised SystemExit"):
+        load_plugin(tmp_path / "at_import.py")
+    body = "\n".join(f"    {line}" for line in code.split("; "))
+    (tmp_path / "later.py").write_text(f"from planets import PLANETS\n@PLANETS('p', paper='')\ndef f():\n{body}\n")
+    load_plugin(tmp_path / "later.py")
+    with pytest.raises(InputError, match="planet p raised SystemExit"):
+        planets["p"]()  # type: ignore[operator]
+
+
+def test_what_a_plugin_prints_does_not_reach_stdout(
+    planets: Registry[Planet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loud.py").write_text(
+        "print('hello')\nfrom planets import PLANETS\n"
+        "@PLANETS('p', paper='')\ndef f():\n    print('again')\n    return 3\n"
+    )
+    load_plugin(tmp_path / "loud.py")
+    assert planets["p"]() == 3  # type: ignore[operator]
+    out, err = capsys.readouterr()
+    assert (out, err.split()) == ("", ["hello", "again"])
+
+
+def test_an_error_without_a_message_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text("class E(Exception):\n    def __str__(self):\n        raise ValueError\nraise E\n")
+    with pytest.raises(InputError, match="the file raised E: no message"):
+        load_plugin(tmp_path / "odd.py")
+
+
 def test_functions_outside_plugins_are_left_as_they_are() -> None:
     def function() -> int:
         return 1

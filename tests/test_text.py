@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from moecover.text import Cell, Shown, duration_text, html_table, markdown_table, size_text
+from moecover.text import (
+    Cell,
+    Shown,
+    aligned,
+    duration_text,
+    html_table,
+    markdown_block,
+    markdown_code,
+    markdown_table,
+    markdown_text,
+    size_text,
+)
 
 ROWS: list[dict[str, Cell]] = [
     {"name": "a|b", "value": 1.23456, "count": 3},
@@ -35,6 +46,36 @@ def test_markdown() -> None:
         "| <c> |  | 12 |",
     ]
     assert markdown_table(ROWS, columns=["count"]).splitlines() == ["| count |", "|---:|", "| 3 |", "| 12 |"]
+
+
+@pytest.mark.parametrize(
+    "text, markdown",
+    [
+        ("Qwen1.5-MoE_A2.7B (50 %), p < 0.001", "Qwen1.5-MoE_A2.7B (50 %), p < 0.001"),
+        ("*b* _i_ `c` ~~s~~", r"\*b\* \_i\_ \`c\` \~~s\~~"),
+        ("<script>x</script><!-- -->", r"\<script>x\</script>\<!-- -->"),
+        ("[text](http://e.org) ![i](x)", r"[text]\(http://e.org) ![i]\(x)"),
+        ("&lt; a & b", r"\&lt; a & b"),
+        ("\\`x", r"\\\`x"),
+        ("two\nlines\x1b[1m", "two lines\\x1b[1m"),
+    ],
+)
+def test_text_within_markdown_is_literal(text: str, markdown: str) -> None:
+    assert markdown_text(text) == markdown
+
+
+def test_code_within_markdown_cannot_be_left() -> None:
+    assert markdown_code("a b") == "`a b`"
+    assert markdown_code("a`b``c") == "```a`b``c```"
+    assert markdown_code("`a") == "`` `a ``"
+    assert markdown_block("x\n```\ny") == "````\nx\n```\ny\n````"
+
+
+def test_aligned_cells_are_literal() -> None:
+    text = aligned(["[b]name", "n"], [["[red]x[/]", "1"], [":smile: \x1b[31m", "20"]], left=1)
+    assert text.splitlines()[0].split() == ["[b]name", "n"]
+    assert "[red]x[/]" in text
+    assert ":smile: \\x1b[31m" in text
 
 
 def test_html_is_escaped() -> None:

@@ -5,6 +5,7 @@ library of the running interpreter. Writes a checkpoint in the hub's format (tok
 safetensors file) and ``training.json`` with the settings, the loss curve and the final figures.
 
     python training/train_tiny.py --data DIR -o OUT --work WORK [--tokens 20e6]
+    python training/hub_layout.py OUT
 
 An interrupted run resumes from ``WORK/state.safetensors`` when it is started again with the same options.
 By default, glibc returns memory to the system and faults it in again at every step, which costs a third of the time.

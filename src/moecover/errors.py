@@ -7,6 +7,7 @@ in Python they read ``protect=1.5``, on the command line ``--protect 1.5``.
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Self
 
 MARK = "\x1f"  # around an argument's name within a message
@@ -22,6 +23,31 @@ FLAG_OF = {  # flags that are not spelled like the argument
     "weights": "weight",
 }
 _ARGUMENT = re.compile(f"{MARK}(\\w+)(?:=([^{MARK}]*))?{MARK}")
+LONGEST = 440  # characters of a message: with the program's name before it, one line of less than 500
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Text as a terminal or a log can show it: control, format and unassigned characters are escaped, spaces are plain.
+
+    Args:
+        text: may come from a file.
+        lines: line feeds stay.
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if character in "\t\n\r\v\f" or unicodedata.category(character) in ("Zs", "Zl", "Zp"):
+        return " "
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """Text of at most so many characters: the middle of a longer one is left out."""
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 5]} ... {text[-end:]}"
 
 
 def arg(name: str, value: object = None) -> str:
@@ -31,7 +57,7 @@ def arg(name: str, value: object = None) -> str:
         name: the name in Python.
         value: the value that was given; None names the argument alone.
     """
-    return f"{MARK}{name}{'' if value is None else f'={value}'}{MARK}"
+    return f"{MARK}{name}{'' if value is None else f'={value}'.replace(MARK, '')}{MARK}"
 
 
 def flag(name: str) -> str:
@@ -40,18 +66,23 @@ def flag(name: str) -> str:
 
 
 class MoecoverError(Exception):
-    """The job could not be finished, or a check failed (exit status 1)."""
+    """The job could not be finished, or a check failed (exit status 1).
+
+    A message is one printable line of bounded length, whatever the names and texts from files that it quotes.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
         self.message = message  # arguments are marked
-        super().__init__(_ARGUMENT.sub(lambda m: m[1] if m[2] is None else f"{m[1]}={m[2]}", message))
+        text = _ARGUMENT.sub(lambda m: m[1] if m[2] is None else f"{m[1]}={m[2]}", message)
+        super().__init__(shortened(printable(text)))
 
     @property
     def for_command_line(self) -> str:
         """The message with command-line flags instead of Python arguments."""
-        return _ARGUMENT.sub(lambda m: flag(m[1]) if m[2] is None else f"{flag(m[1])} {m[2]}", self.message)
+        text = _ARGUMENT.sub(lambda m: flag(m[1]) if m[2] is None else f"{flag(m[1])} {m[2]}", self.message)
+        return shortened(printable(text))
 
     def extended(self, sentence: str) -> Self:
         """The same error with one more sentence."""
@@ -60,8 +91,10 @@ class MoecoverError(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error from Python or torch means that CPU or GPU memory ran out."""
+    if not isinstance(error, (RuntimeError, OSError)):
+        return isinstance(error, MemoryError)
     text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return "out of memory" in text or "can't allocate memory" in text
 
 
 class InputError(MoecoverError, ValueError):

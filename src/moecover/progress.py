@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
+from moecover.errors import printable
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 Advance = Callable[[int], None]  # called with the amount that was done since the last call
 Relabel = Callable[[str], None]
@@ -64,13 +66,13 @@ class Drawn:
         from rich import progress
 
         columns = [
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn(),
             progress.TimeRemainingColumn(elapsed_when_finished=True),
         ]
         with progress.Progress(*columns, console=console) as drawn:
-            task = drawn.add_task(label, total=total)
+            task = drawn.add_task(printable(label), total=total)
             yield lambda amount: drawn.advance(task, amount)
 
     @contextlib.contextmanager
@@ -81,13 +83,13 @@ class Drawn:
             self.say(label)
             yield self.say
             return
-        with console.status(label) as status:
-            yield lambda text: status.update(text)
+        with console.status(_literal(label)) as status:
+            yield lambda text: status.update(_literal(text))
 
     def say(self, line: str) -> None:
         """Print one line; a closed stderr is ignored, since the job does not depend on its log."""
         with contextlib.suppress(BrokenPipeError):
-            print(line, file=sys.stderr, flush=True)  # noqa: T201
+            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
     def _open(self) -> Console:
         from rich.console import Console
@@ -113,6 +115,13 @@ class Silent:
 
 
 DRAWN, SILENT = Drawn(), Silent()
+
+
+def _literal(label: str) -> RenderableType:
+    """A label that may hold names from files: square brackets are no markup."""
+    from rich.text import Text
+
+    return Text(printable(label))
 
 
 def _is_live(console: Console) -> bool:

@@ -15,21 +15,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Generic, ParamSpec, TypeVar
 
-from moecover.errors import InputError, MoecoverError, is_out_of_memory
+from moecover.errors import InputError, MoecoverError, is_out_of_memory, shortened
 
 R = TypeVar("R")
 T = TypeVar("T")
 P = ParamSpec("P")
 
+LONGEST_NAME = 100  # characters of an unknown name that a message quotes
+
 _plugin: str | None = None  # the plugin that is being imported
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+class UnknownNameError(InputError, KeyError):
+    """A table has no entry of a name; also a KeyError, as mappings raise it, so that ``in`` and ``get`` answer."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # KeyError quotes its message
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """The error for a name that a table does not have: the closest names, then all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=2)
+    close = difflib.get_close_matches(str(name)[:LONGEST_NAME], known, n=2)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    return InputError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
+    return UnknownNameError(f"unknown {kind} {shortened(repr(name), LONGEST_NAME)}.{hint} Known: {', '.join(known)}")
 
 
 class Registry(Mapping[str, R], Generic[R]):
@@ -142,10 +151,11 @@ def _guarded(function: Callable[P, T], what: str, plugin: str) -> Callable[P, T]
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return function(*args, **kwargs)
+            with contextlib.redirect_stdout(sys.stderr):  # stdout carries the result
+                return function(*args, **kwargs)
         except MoecoverError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise
             raise _plugin_error(plugin, what, error) from error
@@ -153,8 +163,11 @@ def _guarded(function: Callable[P, T], what: str, plugin: str) -> Callable[P, T]
     return call
 
 
-def _plugin_error(plugin: str, what: str, error: Exception) -> InputError:
-    reason = str(error).strip().split("\n")[0]
+def _plugin_error(plugin: str, what: str, error: Exception | SystemExit) -> InputError:
+    try:
+        reason = str(error).strip().split("\n")[0]
+    except Exception:  # an error class of the plugin's own
+        reason = "no message"
     line, trace = "", error.__traceback__
     while trace is not None:  # the last line of the traceback that lies in the user's file
         if trace.tb_frame.f_code.co_filename == plugin:
@@ -180,10 +193,13 @@ def load_plugin(path: str | Path) -> None:
     _plugin = str(path)
     try:
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout carries the result
+            spec.loader.exec_module(module)
     except MoecoverError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
         raise _plugin_error(str(path), "the file", error) from error
     finally:
         _plugin = None

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import html
+import io
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from moecover.errors import printable
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +36,41 @@ def cell_text(value: Cell) -> str:
     """The text of a table cell: floats with four significant digits, empty for None."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+
+
+def aligned(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 0,
+    sections: Collection[int] = (),
+    width: int = 110,
+) -> str:
+    """Rows as aligned text with a rule below the headings.
+
+    Args:
+        headings: one a column.
+        rows: cells, as many as headings; taken literally.
+        left: how many columns, from the first on, are aligned to the left; the others to the right.
+        sections: numbers of rows that have a rule above them.
+        width: of the text at most, in characters.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, heading in enumerate(headings):
+        drawn.add_column(Text(printable(heading)), justify="left" if number < left else "right", no_wrap=True)
+    for number, row in enumerate(rows):
+        if number in sections:
+            drawn.add_section()
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
+    out = io.StringIO()
+    Console(file=out, width=width).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
 
 
 def markdown_table(
@@ -49,9 +87,44 @@ def markdown_table(
     lines = ["| " + " | ".join(names) + " |"]
     lines.append("|" + "|".join("---:" if name in right or _numeric(rows, name) else "---" for name in names) + "|")
     for row in rows:
-        cells = (cell_text(row.get(name)).replace("|", "\\|").replace("\n", " ") for name in names)
+        cells = (markdown_cell(cell_text(row.get(name))) for name in names)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+# What has a meaning in the middle of a line of markdown: escapes, code, emphasis, links, HTML and entities.
+_MARKUP = re.compile(
+    r"\\(?=[!-/:-@\[-`{-~])|[`*]|(?<![^\W_])_|_(?![^\W_])|~(?=~)|(?<=\])[(\[]|<(?=[A-Za-z/!?])|&(?=#?\w+;)"
+)
+
+
+def markdown_text(text: str) -> str:
+    """Text that may come from a file, as a line of markdown shows it literally."""
+    return _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text))
+
+
+def markdown_code(text: str) -> str:
+    """Text as a code span of markdown, whatever backticks are in it."""
+    text = printable(text)
+    fence = "`" * (longest_run(text, "`") + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def markdown_block(text: str) -> str:
+    """Text as a fenced block of code, whatever backticks are in it."""
+    fence = "`" * max(3, longest_run(text, "`") + 1)
+    return f"{fence}\n{printable(text, lines=True)}\n{fence}"
+
+
+def longest_run(text: str, character: str) -> int:
+    """Length of the longest run of a character in a text."""
+    return max(map(len, re.findall(f"{re.escape(character)}+", text)), default=0)
+
+
+def markdown_cell(text: str) -> str:
+    """Markdown as a cell of a table: no column of its own."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def html_table(rows: Sequence[Mapping[str, Cell]], *, caption: str = "") -> str:

@@ -86,8 +86,8 @@ BAD: list[tuple[Any, str]] = [
     (b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,NaN]}}', "no valid safetensors header"),
     (json.dumps({"w": entry()}).encode("utf-16"), "no valid safetensors header"),
     (b'{"\xff":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "no valid safetensors header"),
-    ({"\ud800": entry()}, "is no valid Unicode"),
-    ({"__metadata__": {"a": "\udfff"}}, "__metadata__ has str under 'a'"),
+    ({"\ud800": entry()}, "which is not Unicode"),
+    ({"__metadata__": {"a": "\udfff"}}, "which is not Unicode"),
 ]
 
 

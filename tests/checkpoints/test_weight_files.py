@@ -184,7 +184,6 @@ def sharded(checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
         "../m/model.safetensors",
         "sub/x.safetensors",
         "x\0.safetensors",
-        "\ud800.safetensors",
     ],
 )
 def test_weights_named_by_the_configuration_must_be_a_file_in_the_folder(sharded: Path, value: object) -> None:

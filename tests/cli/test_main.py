@@ -511,9 +511,10 @@ def test_lists_load_little(what: str, needed: set[str]) -> None:
 
 
 def test_what_was_read_before_needs_no_torch(
-    checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys
+    checkpoints: Callable[..., Path], rows: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that was inspected once: inspect, plan, explain, prune by a plan; the written checkpoint is another."""
+    monkeypatch.setenv("MOECOVER_CACHE", str(tmp_path / "cache"))  # not what other tests have read
     model, out = checkpoints("qwen3_moe"), tmp_path / "out"
     assert {"torch", "transformers"} <= loaded_by("inspect", model)
     assert loaded_by("inspect", model, "--for", "vllm") == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -114,6 +115,38 @@ def test_a_large_difference_is_found() -> None:
     rng = np.random.default_rng(5)
     assert sum(paired_bootstrap(*answers(rng, SIZES, gain=0.5), resamples=2000).p < 0.01 for _ in range(50)) >= 48
     assert sum(perplexity_difference(*windows(rng, 20, shift=0.05), resamples=2000).p < 0.01 for _ in range(50)) >= 48
+
+
+def test_p_has_no_floor() -> None:
+    """Beyond the last draw p follows the tail of the draws: a clear difference passes a correction for any family."""
+    rng = np.random.default_rng(8)
+    a, b = {"t": np.ones(400)}, {"t": (rng.random(400) < 0.3).astype(float)}
+    found = paired_bootstrap(a, b)
+    z = found.value / (np.std(a["t"] - b["t"], ddof=1) / 20)
+    assert math.log10(found.p) == pytest.approx(math.log10(2 * stats.t.sf(z, 399)), rel=0.15)
+    one = np.stack([rng.normal(1, 0.5, 16), np.ones(16)], axis=1)
+    two = np.stack([np.zeros(16), np.ones(16)], axis=1)
+    windowed = perplexity_difference(one, two)
+    assert math.log10(windowed.p) == pytest.approx(math.log10(stats.ttest_1samp(one[:, 0], 0).pvalue), rel=0.15)
+    assert windowed.p * 270 < 0.05  # where 10,000 draws alone would give 0.002
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.2, 0.3, 0.35, 0.4, 0.5, 0.7])
+def test_p_is_that_of_many_more_draws(shift: float) -> None:
+    """On both sides of the share of draws from which the tail is fitted."""
+    rng = np.random.default_rng(9)
+    d = {"t": rng.standard_exponential(100) - 1 + shift}
+    zero = {"t": np.zeros(100)}
+    few = [paired_bootstrap(d, zero, resamples=10_000, seed=s).p for s in range(5)]
+    many = paired_bootstrap(d, zero, resamples=2_000_000, seed=9).p
+    assert np.median(np.log(few)) == pytest.approx(math.log(many), abs=0.35)
+
+
+def test_p_falls_steadily_with_the_difference() -> None:
+    rng = np.random.default_rng(10)
+    noise, zero = rng.standard_normal(50), {"t": np.zeros(50)}
+    found = [paired_bootstrap({"t": noise + shift}, zero).p for shift in np.linspace(0.4, 2, 40)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(found))
 
 
 def test_what_is_too_little_for_a_test_says_so() -> None:

@@ -65,11 +65,11 @@ def test_comparisons_say_what_was_found() -> None:
         == "the 4 comparisons of TB-Coverage on m: every other method, budget, calibration set and measure"
     )
     assert found[0]["words"].startswith(
-        "At 50 % of the experts, TB-Coverage is better than REAP on the mean of 2 tasks: +"
+        "At 50 % of the experts, this plan of TB-Coverage is better than that of REAP on the mean of 2 tasks: +"
     )
     assert "points (95 % interval +" in found[0]["words"]
     assert found[1]["words"].startswith(
-        "At 50 % of the experts, TB-Coverage is worse than REAP in perplexity on wiki: +"
+        "At 50 % of the experts, this plan of TB-Coverage is worse than that of REAP in perplexity on wiki: +"
     )
     assert found[2]["words"] == (
         "At 50 % of the experts, there is no significant difference between TB-Coverage and same "
@@ -151,6 +151,30 @@ def test_calibration_samples_are_paired() -> None:
     assert unpaired["over_runs"]["test"] == "Welch's t-test over runs"
 
 
+def test_a_clear_difference_passes_the_correction_for_a_large_family() -> None:
+    rng = np.random.default_rng(15)
+    better = {"t": np.ones(400)}
+    rivals = [cell(f"rival {i}", {"t": (rng.random(400) < 0.3).astype(float)}) for i in range(270)]
+    found = comparisons([cell("TB-Coverage", better), *rivals], resamples=2000)
+    assert {c["verdict"] for c in found} == {"better"}
+    assert max(c["p_holm"] for c in found) < 1e-6
+
+
+def test_one_calibration_sample_says_nothing_about_methods() -> None:
+    a, b = answers(np.random.default_rng(16), SIZES, gain=0.5)
+    (one,) = comparisons([cell("TB-Coverage", a), cell("REAP", b)])
+    assert one["one_sample"] == ["TB-Coverage", "REAP"]
+    assert "this plan of TB-Coverage is better than that of REAP" in one["words"]
+    assert one["words"].endswith("One calibration sample says nothing about the methods: plan on several (`samples`).")
+    several = [cell(label, items, sample=s) for s in range(3) for label, items in (("TB-Coverage", a), ("REAP", b))]
+    (three,) = comparisons(several)
+    assert three["one_sample"] == []
+    assert "TB-Coverage is better than REAP" in three["words"]
+    seeds = [cell("random", b, calibration=[], seed=s) for s in range(3)]  # needs no calibration text
+    (mixed,) = comparisons([*several[::2], *seeds])
+    assert mixed["one_sample"] == []
+
+
 def test_false_alarms_with_seeds_by_simulation() -> None:
     """Plans that are all drawn alike: one of them against five others is declared different in 5 % at the most."""
     rng = np.random.default_rng(11)
@@ -180,7 +204,7 @@ def test_every_calibration_set_is_compared_in_itself() -> None:
         (["w", "c"], "REAP"),
         (["w", "c"], "random"),
     ]
-    assert ", calibrated on w + c, TB-Coverage" in found[2]["words"]
+    assert ", calibrated on w + c, this plan of TB-Coverage" in found[2]["words"]
     assert ", one seed of random: another may give more or less)" in found[3]["words"]
     assert (found[2]["one_seed"], found[3]["one_seed"]) == ([], ["random"])
 

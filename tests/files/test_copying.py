@@ -13,7 +13,8 @@ import xxhash
 
 from moecover.errors import MoecoverError
 from moecover.files import copying
-from moecover.files.copying import file_hash, followed, write_ranges
+from moecover.files.copying import followed, write_ranges
+from moecover.files.hashing import file_hash
 
 CONTENT = os.urandom(1_000_000)
 RANGES = [(0, 10), (500_000, 900_000), (100, 300_000), (999_999, 1_000_000)]

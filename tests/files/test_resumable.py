@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moecover.errors import InputError, MoecoverError
-from moecover.files.copying import file_hash
+from moecover.files.hashing import file_hash
 from moecover.files.resumable import partial_folder, resumable_folder
 from tests.support.folders import names_in
 

@@ -510,6 +510,18 @@ def test_minimal_plan_by_hand_is_accepted(structure: Structure, tmp_path: Path) 
         (lambda p: p["layers"][0]["kept"].__setitem__(-1, 60), "keeps expert 60. Allowed: 0 to"),
         (lambda p: p["layers"].pop(), "the plan has decoder layers"),
         (lambda p: p["layers"][0].__setitem__("decoder_layer", 9), "the plan has decoder layers 9"),
+        (lambda p: p["layers"][0].__setitem__("filled", [0, 7]), "expert 7 is not in `kept`"),
+        (lambda p: p["layers"][0].__setitem__("protected", {"a": [9]}), "expert 9 is not in `kept`"),
+        (lambda p: p["layers"][0].__setitem__("saliency", {"a": [1.0, 2.0]}), "one number for each expert"),
+        (lambda p: p["layers"][0].__setitem__("saliency", {"a": [1.0] * 60}), "of other corpora than before"),
+        (
+            lambda p: [r.__setitem__("saliency", {"a": [1.0] * 60}) for r in p["layers"]],
+            "has 60 values of a, the model",
+        ),
+        (
+            lambda p: [r.__setitem__("saliency", {"a": [1.0] * (60 + i)}) for i, r in enumerate(p["layers"])],
+            "has another length than before",
+        ),
     ],
 )
 def test_bad_edits_are_refused(structure: Structure, tmp_path: Path, edit, message: str) -> None:
@@ -517,6 +529,10 @@ def test_bad_edits_are_refused(structure: Structure, tmp_path: Path, edit, messa
     raw = json.loads(hand_plan(structure, [list(range(keep))] * len(structure.topology.decoder_layers)).to_json())
     edit(raw)
     path = tmp_path / "plan.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="changed since it was written. Make it again; one changed on purpose"):
+        Plan.load(path)
+    del raw["sha256"]
     path.write_text(json.dumps(raw))
     with pytest.raises(InputError, match=message):
         check_plan(Plan.load(path), structure)
@@ -534,9 +550,24 @@ def test_keep_all_fits(structure: Structure) -> None:
     assert plan.kept == [list(range(structure.topology.num_experts))] * len(structure.topology.decoder_layers)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"loss": NaN}', "not a finite number"),
+        ('{"method": "\\ud800"}', "lone surrogate"),
+        ("[" * 1500, "nested deeper"),
+        ("[]", "it holds list"),
+        ("null", "it holds NoneType"),
+    ],
+)
+def test_what_no_plan_holds_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Plan.from_json(text)
+
+
 def test_no_plan_no_json(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no plan"):
         Plan.load(tmp_path / "none.json")
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match="cannot be used: Expecting property name"):
         Plan.load(tmp_path / "plan.json")

@@ -18,7 +18,7 @@ from moecover.planning.selection import ranked
 from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import Profile
 from moecover.registry import load_plugin
-from tests.support.commands import run
+from tests.support.command_line import run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin.py"
 

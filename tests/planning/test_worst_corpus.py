@@ -192,7 +192,7 @@ def test_it_is_the_worst_corpus_that_is_helped(cases: Callable[..., Case]) -> No
 def test_the_command(checkpoints: Callable[..., Path], tmp_path: Path, capsys) -> None:
     """Three steps and one shot give the same plan; the method needs the model and the inputs."""
     from tests.conftest import write_rows
-    from tests.support.commands import run
+    from tests.support.command_line import run
 
     model = checkpoints("mixtral")
     rows = [

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import InputError
+from moecover.files.tensor_file import read_tensors, tensor_bytes
 from moecover.planning.run import plan
 from moecover.profiling.artifact import STATISTICS, Profile
 from moecover.profiling.merging import merged
@@ -67,22 +67,85 @@ def test_saved_file_has_the_documented_layout(small_profile: Profile, tmp_path: 
         (lambda t: t["a/norm_sum"].__setitem__((0, 0), float("nan")), "negative or non-finite"),
         (lambda t: t["a/count"].__setitem__((0, 0), -1), "negative or non-finite"),
         (lambda t: t.pop("b/max_abs"), "b/max_abs is missing"),
-        (lambda t: t["b/norm_sum/parts"].fill_(float("inf")), "b/norm_sum/parts holds negative"),
+        (lambda t: t["b/norm_sum/parts"].fill(float("inf")), "b/norm_sum/parts holds negative"),
         (lambda t: t.pop("b/norm_sum/parts"), "b/norm_sum/parts is missing"),
+        (lambda t: t.__setitem__("a/count", t["a/count"] > 0), "a/count is of type bool, int64 is needed"),
+        (lambda t: t.__setitem__("a/count", t["a/count"].astype("uint8")), "a/count is of type uint8"),
+        (lambda t: t.__setitem__("a/norm_sum", t["a/norm_sum"].astype("complex64")), "is of type complex64"),
+        (lambda t: t.__setitem__("a/norm_sum", t["a/norm_sum"].astype("float32")), "float64 is needed"),
+        (lambda t: t.__setitem__("a/norm_sum", t["a/norm_sum"][:, :2]), "a/norm_sum is of shape"),
     ],
 )
-def test_damaged_profile_is_refused(small_profile: Profile, tmp_path: Path, spoil, message: str) -> None:
+def test_impossible_statistics_are_refused(small_profile: Profile, tmp_path: Path, spoil, message: str) -> None:
     path = small_profile.save(tmp_path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
+    document, tensors = read_tensors(path)
     spoil(tensors)
-    save_file(tensors, path, metadata=metadata)
+    path.write_bytes(tensor_bytes(tensors, document))
     with pytest.raises(InputError, match=message):
         Profile.load(tmp_path)
-    path.write_bytes(b"not a profile")
-    with pytest.raises(InputError, match="damaged"):
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda d: d.pop("topology"), "lacks 'topology'"),
+        (lambda d: d["corpora"]["a"][0].pop("tokens"), "lacks 'tokens'"),
+        (lambda d: d["corpora"]["a"][0].pop("sha256"), "lacks 'sha256'"),
+        (lambda d: d["corpora"]["a"][0].__setitem__("tokens", "many"), "cannot be used"),
+        (lambda d: d["corpora"].__setitem__("a", None), "cannot be used"),
+        (lambda d: d["corpora"].__setitem__("pooled", d["corpora"].pop("a")), "stands for all corpora together"),
+        (lambda d: d.__setitem__("settings", 5), "cannot be used"),
+        (lambda d: d.__setitem__("schema", 2), "it has schema 2, this version reads 3"),
+    ],
+)
+def test_impossible_metadata_is_refused(small_profile: Profile, tmp_path: Path, spoil, message: str) -> None:
+    path = small_profile.save(tmp_path)
+    document, tensors = read_tensors(path)
+    spoil(document)
+    path.write_bytes(tensor_bytes(tensors, document))
+    with pytest.raises(InputError, match=message):
         Profile.load(tmp_path)
+
+
+def test_flipped_bits_are_found_or_change_nothing(small_profile: Profile, tmp_path: Path) -> None:
+    path = small_profile.save(tmp_path)
+    content, rng, accepted = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(300):
+        changed = bytearray(content)
+        changed[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        try:
+            loaded = Profile.load(tmp_path)
+        except InputError:
+            continue
+        accepted += 1
+        assert loaded.fingerprint == small_profile.fingerprint
+    assert accepted <= 2  # the spaces that pad the header
+    path.write_bytes(b"not a profile")
+    with pytest.raises(InputError, match="cannot be used"):
+        Profile.load(tmp_path)
+
+
+def test_a_damaged_sample_of_inputs_is_found_when_it_is_read(structure: Structure, tmp_path: Path) -> None:
+    profile(structure, [random_corpus("a", seed=1)], keep_inputs=(64, tmp_path)).save(tmp_path)
+    inputs = Profile.load(tmp_path).inputs
+    assert inputs is not None
+    layers = [inputs.layer(layer) for layer in range(2)]
+    path = tmp_path / "inputs.safetensors"
+    content, rng = path.read_bytes(), np.random.default_rng(1)
+    for _ in range(200):
+        changed = bytearray(content)
+        changed[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        try:
+            found = Profile.load(tmp_path).inputs
+            assert found is not None
+            again = [found.layer(layer) for layer in range(2)]
+            (text,) = found.sequences()
+        except InputError:
+            continue
+        assert [[x.tolist() for x in layer] for layer in again] == [[x.tolist() for x in layer] for layer in layers]
+        assert text.tokens.tobytes() == inputs.sequences()[0].tokens.tobytes()
 
 
 def test_fingerprint_does_not_depend_on_versions(small_profile: Profile) -> None:

@@ -22,7 +22,7 @@ from moecover.checkpoints.pieces import pieces_by_shard
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli import main as cli
 from moecover.errors import InputError, MoecoverError
-from moecover.files.copying import file_hash
+from moecover.files.hashing import file_hash
 from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
 from moecover.pruning.writer import prune

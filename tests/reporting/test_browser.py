@@ -69,6 +69,8 @@ def shown(driver: Any, address: str, *, width: int = 1280, scheme: str = "light"
     )
     driver.get_log("browser")
     driver.get(address)
+    wait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
+    wait(driver, 30).until(lambda d: d.execute_script("return document.readyState") == "complete")
 
 
 @pytest.mark.parametrize("name", ["paper", "hostile"])

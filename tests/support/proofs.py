@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moecover.files.copying import file_hash
+from moecover.files.hashing import file_hash
 from tests.conftest import random_corpus
 
 

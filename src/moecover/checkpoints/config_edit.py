@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from moecover.errors import InputError
+from moecover.files.reading import parse_json
 
 Config = dict[str, Any]  # parsed config.json: its keys and their types differ by family
 
@@ -160,7 +161,7 @@ def edited_config(
         settings: edits the quantisation settings, see `renumbering.renumbered`.
         drop_mtp: also remove multi-token-prediction layers.
     """
-    wanted = with_expert_count(json.loads(text), count_keys, keep)
+    wanted = with_expert_count(parse_json(text), count_keys, keep)
     if drop_mtp:
         wanted = without_mtp(wanted)
     for _, part in _parts(wanted):

@@ -5,13 +5,13 @@ They are checked against the size of the file. Only JSON is parsed; no weight is
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moecover.errors import InputError
+from moecover.files.reading import parse_json
 
 BITS_DTYPES = {
     4: ("F4",),
@@ -92,14 +92,6 @@ def _count(shape: Sequence[int]) -> int:
     return count
 
 
-def is_unicode(value: object) -> bool:
-    """Whether a value is a text that UTF-8 can encode, which JSON with lone surrogates is not."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
 def _checked_metadata(value: object, where: str) -> dict[str, str] | None:
     """The ``__metadata__`` of a header, which safetensors requires to be texts by texts."""
     if value is None:
@@ -107,7 +99,7 @@ def _checked_metadata(value: object, where: str) -> dict[str, str] | None:
     if not isinstance(value, dict):
         raise InputError(f"{where}: __metadata__ is {type(value).__name__}, an object of texts is needed")
     for key, text in value.items():
-        if not is_unicode(key) or not is_unicode(text):
+        if not isinstance(text, str):
             raise InputError(f"{where}: __metadata__ has {type(text).__name__} under {key!r}, a text is needed")
     return value
 
@@ -122,12 +114,10 @@ def entries_of(rows: Iterable[Row], shard: str, where: str, *, offset: int = 0) 
         offset: bytes before the tensor data.
 
     Raises:
-        InputError: a name is no text, a dtype is unknown, a shape does not fit its bytes, or the bytes have gaps.
+        InputError: a dtype is unknown, a shape does not fit its bytes, or the bytes have gaps.
     """
     entries, position = dict[str, TensorEntry](), 0
     for name, dtype, shape, begin, end in sorted(rows, key=lambda row: (row[3], row[4])):
-        if not is_unicode(name):
-            raise InputError(f"{where}: the name of tensor {name!r} is no valid Unicode")
         if (bits := DTYPE_BITS.get(dtype)) is None:
             raise InputError(f"{where}: tensor {name} has the unknown type {dtype}")
         if (count := _count(shape)) >= LARGEST or max(begin, end) >= LARGEST:
@@ -151,7 +141,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str] | No
     size = path.stat().st_size
     text, offset = _read_json(path, size)
     try:
-        header = json.loads(text.decode("utf-8"))
+        header = parse_json(text)
         metadata = header.pop("__metadata__", None)
         rows = []
         for name, v in header.items():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moecover.checkpoints.source import Checkpoint
 from moecover.errors import InputError
-from moecover.files.copying import HASH, file_hash
+from moecover.files.hashing import HASH, file_hash
+from moecover.files.reading import read_json
 
 MANIFEST = "moecover.json"
 Manifest = dict[str, Any]  # JSON, written by `pruning.writer`
@@ -34,7 +34,7 @@ def parsed_manifest(path: Path) -> Manifest:
         InputError: it is damaged.
     """
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         _check(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {error!r}. Prune again") from error

@@ -25,6 +25,7 @@ from typing import Any
 from moecover.checkpoints.names import EXPERT, expert_number, layer_number
 from moecover.checkpoints.patterns import Pattern, pattern_of, split_prefix, substituted
 from moecover.errors import InputError
+from moecover.files.reading import parse_json
 
 # A name of a module or tensor of one expert: layer number and expert number; dots may be escaped.
 EXPERT_NAME = re.compile(r"(\d+)(\\?\.(?:[^.\\]+\\?\.)*?experts\\?\.)(\d+)(?!\d)")
@@ -276,7 +277,7 @@ def edited_settings(text: str, how: Renumbering) -> str:
         InputError: see `renumbered`.
     """
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return text  # not JSON in spite of its name: copied as it is
     edited = renumbered(value, how)

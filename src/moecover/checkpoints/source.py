@@ -6,7 +6,6 @@ checkpoint runs. File names that the checkpoint itself gives (in its index) are 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from moecover.checkpoints.weight_files import (
     weights_in,
 )
 from moecover.errors import InputError, arg
+from moecover.files.reading import read_json
 from moecover.text import Cell, Shown, size_text
 
 
@@ -183,7 +183,7 @@ def _open_hub_headers(model: str, revision: str | None) -> Checkpoint:
 # ------------------------------------------------------------------------------------------------------------ folder
 def _read_json(path: Path) -> Config:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

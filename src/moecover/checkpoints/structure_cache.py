@@ -28,6 +28,7 @@ from moecover.checkpoints.tensor_checks import check_rows
 from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, ExpertTensors, Topology
 from moecover.errors import MoecoverError
 from moecover.files.atomic import canonical_json, write_text
+from moecover.files.reading import parse_json
 
 VARIABLE, OFF = "MOECOVER_CACHE", "off"
 MAX_FILES, MAX_BYTES = 64, 500_000
@@ -109,7 +110,7 @@ def recall(checkpoint: Checkpoint, place: Path) -> ExpertLayout | None:
     try:
         with place.open("rb") as file:
             mine, text = os.fstat(file.fileno()).st_uid == os.getuid(), file.read(MAX_BYTES)
-        content = json.loads(text)
+        content = parse_json(text)
         if not mine or content["sha256"] != content_hash(place, content["structure"]):
             return None
         return _restored(checkpoint, content["structure"])

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moecover.checkpoints.config_edit import Config
-from moecover.checkpoints.header import TensorEntry, is_unicode
+from moecover.checkpoints.header import TensorEntry
 from moecover.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ def plain_name(name: object, where: object) -> str:
     Raises:
         InputError: it is no plain name of a safetensors file.
     """
-    if not isinstance(name, str) or re.fullmatch(r"[^/\\\0]*\.safetensors", name) is None or not is_unicode(name):
+    if not isinstance(name, str) or re.fullmatch(r"[^/\\\0]*\.safetensors", name) is None:
         raise InputError(f"{where} names the file {name!r}. Only plain names that end in .safetensors are read")
     return name
 
@@ -128,8 +128,6 @@ def shards_of(index: Config, where: object) -> list[str]:
         raise InputError(f"{where} has no weight_map")
     if not isinstance(metadata, dict):
         raise InputError(f"{where}: metadata is {metadata!r}, an object is needed")
-    if bad := next((name for name in weight_map if not is_unicode(name)), None):
-        raise InputError(f"{where}: the name of tensor {bad!r} is no valid Unicode")
     return sorted({plain_name(shard, where) for shard in weight_map.values()})
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.checkpoints.shipped import DEFAULT
-from moecover.cli.tables import aligned
 from moecover.cli.verb import Outcome
+from moecover.text import aligned
 
 if TYPE_CHECKING:
     from moecover.cli.tour import Demo, Row

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.cli.options import add_device, add_model, add_output, add_plugin, load_plugins, pass_arguments
-from moecover.cli.tables import aligned
 from moecover.cli.verb import Outcome
+from moecover.text import aligned
 
 if TYPE_CHECKING:
     from moecover.evaluation.artifact import Evaluation, Row

@@ -13,11 +13,13 @@ import json
 import os
 import signal
 import sys
+import traceback
+from pathlib import Path
 from typing import NoReturn, TextIO, cast
 
 from moecover import progress
 from moecover.cli.verb import Verb
-from moecover.errors import InputError, MoecoverError, is_out_of_memory
+from moecover.errors import InputError, MoecoverError, is_out_of_memory, printable, shortened
 from moecover.runtime.distributed import ALONE, STOPPED, World, first_to_fail, world
 from moecover.signals import behind
 from moecover.version import VERSION
@@ -59,7 +61,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {shortened(printable(message))}\n")
 
 
 def verb(name: str) -> Verb:
@@ -99,6 +101,7 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+TRACEBACK = "MOECOVER_TRACEBACK"  # environment variable: show where an internal error comes from
 HELP_OF_ALL = "--help"  # every verb's line, no verb's options
 
 
@@ -131,7 +134,18 @@ def _fail(text: str) -> None:
     """Say in one line why the command ends; of several processes only the first that fails does."""
     here = _place()
     if first_to_fail(here):
-        _print(f"moecover: {f'rank {here.rank} of {here.size}: ' if here.size > 1 else ''}{text}", sys.stderr)
+        rank = f"rank {here.rank} of {here.size}: " if here.size > 1 else ""
+        _print(f"moecover: {rank}{shortened(printable(text))}", sys.stderr)
+
+
+def _internal(error: Exception) -> int:
+    """A fault of this program, in one line; the traceback for its developers on request."""
+    if os.environ.get(TRACEBACK):
+        raise error
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(at.filename).name}:{at.lineno}"
+    _fail(f"internal error: {type(error).__name__} in {place}: {error}. Set {TRACEBACK}=1 for the traceback to report")
+    return 1
 
 
 def _run(argv: list[str]) -> int:
@@ -151,7 +165,7 @@ def _run(argv: list[str]) -> int:
             raise KeyboardInterrupt from error
         raise
     if here.rank == 0:
-        _print(json.dumps(outcome.result, indent=1) if args.json else outcome.text, sys.stdout)
+        _print(json.dumps(outcome.result, indent=1) if args.json else printable(outcome.text, lines=True), sys.stdout)
     return outcome.status
 
 
@@ -178,9 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a file or folder that cannot be read, where no better message was at hand
         _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         return 1
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            return _internal(error)
         _fail("not enough memory. Give a smaller --batch-size or --length, or a smaller --dtype")
         return 1
     finally:

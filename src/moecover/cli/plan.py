@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.cli.options import add_device, add_method, add_output, add_revision, method_arguments
-from moecover.cli.tables import aligned
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
+from moecover.text import aligned
 
 if TYPE_CHECKING:
     from moecover.planning.artifact import Plan

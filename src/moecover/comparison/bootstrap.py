@@ -125,20 +125,44 @@ def degrees_of_freedom(variances: Sequence[float], degrees: Sequence[int]) -> fl
     return sum(variances) ** 2 / below if below > 0 else float(sum(degrees))
 
 
+FEW, MANY = 0.0025, 0.04  # shares of the draws between which the tail is fitted
+
+
+def _normal_score(draws: NDArray[np.float64]) -> float:
+    """Normal quantile of the share of the draws ``[resample]`` that lie beyond zero, on the side with fewer of them.
+
+    Below a share of `FEW` the count of draws is too coarse. There the line through the quantiles at `FEW` and `MANY` of
+    that side is continued on normal scores; a steeper line than the normal distribution of the same spread gives is not
+    used, so that a tail without variation cannot make p too small.
+    """
+    from scipy.stats import norm
+
+    above = np.sort(draws if np.median(draws) > 0 else -draws)  # few of them are below zero
+    share = (1 + int((above <= 0).sum())) / (1 + len(above))
+    if share > FEW:
+        return float(norm.isf(share))
+    low, high = (float(v) for v in np.quantile(above, (FEW, MANY)))
+    first, second = float(norm.isf(FEW)), float(norm.isf(MANY))
+    fitted = first + low * (first - second) / (high - low) if high > low else math.inf
+    spread = float(above.std(ddof=1))
+    return min(fitted, float(above.mean()) / spread) if spread > 0 else fitted
+
+
 def _bootstrapped(
     value: float, draws: NDArray[np.float64], degrees: float, effect: float | None, n: int, differing: int, test: str
 ) -> Difference:
     """Interval and p-value from draws of the estimate ``[resample]`` with a number of degrees of freedom.
 
     A percentile interval uses normal quantiles and is too narrow for few units. Its levels are moved outwards to the
-    quantiles of Student's distribution (Hesterberg 2015); p is the level at which that interval touches zero.
+    quantiles of Student's distribution (Hesterberg 2015); p is the level at which that interval touches zero. Where
+    hardly a draw is beyond zero, the level comes from a tail fitted to the draws (`_normal_score`), so that p has no
+    floor and a correction for many comparisons can be passed.
     """
     from scipy.stats import norm, t
 
     level = float(norm.cdf(t.ppf(ALPHA / 2, degrees)))
     low, high = (float(v) for v in np.quantile(draws, (level, 1 - level)))
-    beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-    p = min(1.0, 2 * float(t.sf(norm.isf((1 + beyond) / (1 + len(draws))), degrees)))
+    p = min(1.0, 2 * float(t.sf(_normal_score(draws), degrees)))
     enough = differing >= LEAST or not differing
     why = "" if enough else f"; no test: {differing} of {n} differ, {LEAST} are needed"
     stderr = float(draws.std(ddof=1))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from moecover.comparison.cells import Cell, CellRecord
+from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
 from moecover.files.atomic import new_folder, write_text
+from moecover.files.hashing import sealed, unsealed
+from moecover.files.reading import read_json
 
 SCHEMA = 1
 CELL = "cell.json"
@@ -95,16 +98,25 @@ def write_cell(
     with new_folder(run / cell_path(cell)) as folder:
         if evaluation is not None:
             evaluation.save(folder)
-        write_text(folder / CELL, json.dumps(record, indent=1) + "\n")
+        write_text(folder / CELL, json.dumps(sealed(record), indent=1) + "\n")
+
+
+def read_record(path: Path) -> Any:
+    """A JSON file of a run folder.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}. Remove it and run `moecover compare` again") from error
 
 
 def stored_cell(run: Path, cell: Cell) -> StoredCell | None:
     """cell.json of a cell, None if there is none or it is damaged."""
     try:
-        found = json.loads((run / cell_path(cell) / CELL).read_text(encoding="utf-8"))
+        found = unsealed(read_json(run / cell_path(cell) / CELL))
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or not {"fingerprint", "status"} <= found.keys():
-        return None
-    stored: StoredCell = found  # type: ignore[assignment]
-    return stored
+    return cast("StoredCell", found) if {"fingerprint", "status"} <= found.keys() else None

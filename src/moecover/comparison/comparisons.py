@@ -36,13 +36,14 @@ class OfTask(TypedDict):
 class Further(TypedDict):
     """What else is told of a comparison.
 
-    Runs of both methods, labels of methods with a single random seed, and where there are enough of them the tests over
-    runs and over tasks (fields of `Difference`) and the difference in every task.
+    Runs of both methods, labels of methods with a single random seed or a single calibration sample, and where there
+    are enough of them the tests over runs and over tasks (fields of `Difference`) and the difference in every task.
     """
 
     runs_a: int
     runs_b: int
     one_seed: list[str]
+    one_sample: list[str]
     over_runs: NotRequired[dict[str, object]]
     over_tasks: NotRequired[dict[str, object]]
     by_task: NotRequired[dict[str, OfTask]]
@@ -153,6 +154,7 @@ def _records(pairs: Sequence[_Pair], cells: Sequence[MeasuredCell], label: str) 
             runs_a=pair.further["runs_a"],
             runs_b=pair.further["runs_b"],
             one_seed=pair.further["one_seed"],
+            one_sample=pair.further["one_sample"],
             family=len(pairs),
         )
         record = {
@@ -234,6 +236,7 @@ def _compared(ours: Sequence[MeasuredCell], theirs: Sequence[MeasuredCell], meas
         "runs_a": len(runs_a),
         "runs_b": len(runs_b),
         "one_seed": [c[0].label for c in (ours, theirs) if len(c) == 1 and c[0].seed is not None],
+        "one_sample": [c[0].label for c in (runs_a, runs_b) if c[0].calibration and len({x.sample for x in c}) == 1],
     }
     if len(runs_a) > 1 or len(runs_b) > 1:
         units = "calibration samples" if paired else "runs"

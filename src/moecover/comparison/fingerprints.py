@@ -5,10 +5,10 @@ A cell whose fingerprint has changed is computed again. docs/compare.md lists wh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,29 +19,68 @@ from moecover.comparison.cells import Cell
 from moecover.comparison.config import Config
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.variants import SUPER_EXPERTS
-from moecover.files.atomic import canonical_json
+from moecover.files.atomic import canonical_json, digest, write_text
+from moecover.files.hashing import file_hash, sealed, unsealed
+from moecover.files.reading import read_json
 from moecover.planning.methods import METHODS
+from moecover.progress import Progress
 from moecover.runtime.loading import check_device
 
 if TYPE_CHECKING:
     from moecover.evaluation.tasks import Tasks
 
-HEAD_BYTES = 4096  # of every tensor, that enter the fingerprint of the weights
+WEIGHTS = "weights.json"
+ShardHashes = dict[str, list[int | str]]  # by shard: what identifies the file, then its hash
 
 
-def weights_fingerprint(structure: Structure) -> str:
-    """Hash of the first bytes of every tensor, to tell apart weights that share their routers."""
-    digest = hashlib.sha256(structure.model_fingerprint.encode())
-    files: dict[str, int] = {}
+def hashed_weights(structure: Structure, before: ShardHashes, progress: Progress) -> ShardHashes:
+    """The hash of every shard, all of its bytes.
+
+    Reading all weights takes as long as copying the checkpoint. A hash is therefore taken over for a shard whose size,
+    times and inode are the same.
+
+    Args:
+        structure: a checkpoint on this machine.
+        before: the hashes of an earlier run.
+        progress: shows the reading.
+    """
+    folder, found = structure.checkpoint.path, ShardHashes()
+    identities = {shard: _identity(folder / shard) for shard in sorted(structure.checkpoint.shard_metadata)}
+    to_read = {shard: one[0] for shard, one in identities.items() if before.get(shard, [])[:-1] != one}
+    label = f"{structure.checkpoint.name}: hashing the weights"
+    with progress.bar(label, sum(to_read.values()), unit="bytes") if to_read else contextlib.nullcontext() as advance:
+        for shard, identity in identities.items():
+            if shard not in to_read:
+                found[shard] = before[shard]
+                continue
+            found[shard] = [*identity, file_hash(folder / shard)]
+            if advance is not None:
+                advance(identity[0])
+    return found
+
+
+def weights_fingerprint(structure: Structure, hashes: ShardHashes) -> str:
+    """Hash of every byte of the weights, from `hashed_weights`."""
+    return digest([structure.model_fingerprint, {shard: known[-1] for shard, known in hashes.items()}])
+
+
+def remembered(run: Path) -> dict[str, ShardHashes]:
+    """The hashes that earlier runs stored, by model; empty where they cannot be read."""
     try:
-        for name, entry in sorted(structure.checkpoint.tensors.items()):
-            if entry.shard not in files:
-                files[entry.shard] = os.open(structure.checkpoint.path / entry.shard, os.O_RDONLY)
-            digest.update(name.encode() + os.pread(files[entry.shard], min(entry.num_bytes, HEAD_BYTES), entry.start))
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
-    return digest.hexdigest()
+        return unsealed(read_json(run / WEIGHTS))
+    except (OSError, ValueError):
+        return {}
+
+
+def remember(run: Path, hashes: Mapping[str, ShardHashes]) -> None:
+    """Store the hashes of the models for later runs."""
+    write_text(run / WEIGHTS, json.dumps(sealed(hashes), indent=1) + "\n")
+
+
+def _identity(path: Path) -> list[int]:
+    """What stays the same of a file while nobody writes to it or replaces it."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
 def tasks_fingerprint(tasks: Tasks, limit: int | None) -> str:
@@ -53,13 +92,13 @@ def tasks_fingerprint(tasks: Tasks, limit: int | None) -> str:
     """
     from importlib.metadata import version
 
-    digest = hashlib.sha256(json.dumps([version("lm_eval"), tasks.parts, limit]).encode())
+    hasher = hashlib.sha256(json.dumps([version("lm_eval"), tasks.parts, limit]).encode())
     for name, task in sorted(tasks.loaded["tasks"].items()):
         about = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(task.dump_config(), default=str, sort_keys=True))
-        digest.update(f"{name} {about}".encode())
+        hasher.update(f"{name} {about}".encode())
         for document in itertools.islice(task.eval_docs, limit):
-            digest.update(json.dumps(document, default=str, sort_keys=True).encode())
-    return digest.hexdigest()
+            hasher.update(json.dumps(document, default=str, sort_keys=True).encode())
+    return hasher.hexdigest()
 
 
 def cell_fingerprint(

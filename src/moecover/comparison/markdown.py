@@ -17,6 +17,7 @@ from moecover.comparison.models import ModelRecord
 from moecover.comparison.tables import ReadCell, mean_of
 from moecover.corpora.sources import set_name
 from moecover.evaluation.artifact import Evaluation
+from moecover.text import markdown_cell, markdown_code, markdown_text
 
 LEGEND = (
     "± is the standard deviation over seeds and calibration samples, in brackets the standard error over the items of "
@@ -60,7 +61,7 @@ def markdown(
     """
     parts = ["# Results\n"]
     if command:
-        parts.append(f"`{command}`\n")
+        parts.append(f"{markdown_code(command)}\n")
     parts.append(LEGEND)
     measures = _measures(texts, tasks)
     for model in models:
@@ -70,17 +71,22 @@ def markdown(
             parts.append(_chapter(model, mine, measures))
             ids = {record["id"] for record, _ in mine}
             parts += [_usage(name, usage, mine) for usage in usages if usage["plans"].keys() & ids]
-            lines = [f"- {sentence}\n" for sentence in sentences.get(name, ())]
-            parts += [f"### Comparisons, {name}\n\n{''.join(lines)}"] if lines else []
+            lines = [f"- {markdown_text(sentence)}\n" for sentence in sentences.get(name, ())]
+            parts += [f"### Comparisons, {markdown_text(name)}\n\n{''.join(lines)}"] if lines else []
     if failed := [record for record, e in found if e is None]:
-        parts.append("## Failed\n\n" + "".join(f"- {record['id']}: {record['reason']}\n" for record in failed))
+        parts.append("## Failed\n\n" + "".join(_failure(record) for record in failed))
     return "\n".join(parts)
+
+
+def _failure(record: StoredCell) -> str:
+    return f"- {markdown_text(str(record['id']))}: {markdown_text(str(record['reason']))}\n"
 
 
 def _table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table whose first column is aligned to the left, all others to the right."""
+    heads, *rows = [[markdown_cell(markdown_text(cell)) for cell in cells] for cells in (heads, *body)]
     lines = ["| " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * (len(heads) - 2)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in body]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -143,8 +149,8 @@ def _chapter(model: ModelRecord, mine: Sequence[Done], measures: Mapping[str, Se
         groups.setdefault(key, []).append((record, evaluation))
     several = len({calibration for _, _, calibration in groups if calibration}) > 1
     parts = [
-        f"## {model['name']}\n\n{model['experts']} experts a layer, top-{model['top_k']}, {model['layers']} layers, "
-        f"{model['num_bytes'] / 1e6:,.1f} MB.\n"
+        f"## {markdown_text(model['name'])}\n\n{model['experts']} experts a layer, top-{model['top_k']}, "
+        f"{model['layers']} layers, {model['num_bytes'] / 1e6:,.1f} MB.\n"
     ]
     for title, columns in measures.items():
         body = []
@@ -160,7 +166,7 @@ def _chapter(model: ModelRecord, mine: Sequence[Done], measures: Mapping[str, Se
         if body:
             calibrated = ["calibrated on"] if several else []
             heads = ["method", *calibrated, "experts", "MB", "cells", *(column.heading for column in columns)]
-            parts.append(f"### {title}, {model['name']}\n\n{_table(heads, body)}")
+            parts.append(f"### {title}, {markdown_text(model['name'])}\n\n{_table(heads, body)}")
     return "\n".join(parts)
 
 
@@ -178,7 +184,7 @@ def _usage(name: str, facts: Usage, mine: Sequence[Done]) -> str:
             values = [[v for v in by_task[task][quantity] if v is not None] for task in tasks]
             body.append([corpus, heading, *(f"{statistics.fmean(v):.3f}" if v else NOTHING for v in values)])
     parts = [
-        f"### Which experts the tasks use, {name}\n\n"
+        f"### Which experts the tasks use, {markdown_text(name)}\n\n"
         f"Overlap (Jaccard) of the {keep} of {experts} experts with the most {facts['saliency']} on a corpus and the "
         f"{keep} that a task routes to most, and rank correlation over all; random choice overlaps by about "
         f"{keep / (2 * experts - keep):.2f}. Task texts are for analysis only, no plan is made from them.\n",
@@ -193,6 +199,6 @@ def _usage(name: str, facts: Usage, mine: Sequence[Done]) -> str:
         shares = [[statistics.fmean(facts["plans"][i][task]["kept_weight"]) for i in ids] for task in tasks]
         body.append([label, f"{kept}", *(_estimate([(100 * v, None) for v in one], ".1f") for one in shares)])
     if body:
-        heading = f"### Routing weight of the tasks on kept experts, {name}, %\n"
+        heading = f"### Routing weight of the tasks on kept experts, {markdown_text(name)}, %\n"
         parts += [heading, _table(["method", "experts", *tasks], body)]
     return "\n".join(parts)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TypedDict
 
 from moecover.checkpoints.structure import Structure
+from moecover.comparison.cell_files import read_record
 from moecover.comparison.cells import Cell, Sample
 from moecover.comparison.config import ModelEntry
 from moecover.comparison.jobs import RunFacts
 from moecover.corpora.packing import Corpus
 from moecover.files.atomic import write_text
+from moecover.files.reading import read_json
 from moecover.repairing.targets import Place
 
 MODELS = "models.json"
@@ -31,6 +33,7 @@ class ComparedModel:
         repaired_on: the part of a calibration sample that a repair runs on.
         places: what a repair refits; empty if no cell is repaired.
         texts: for perplexity.
+        shard_hashes: hash of every weight file, see `fingerprints.hashed_weights`.
         weights: hash of the weights.
         in_tasks: tokens and forward passes of one variant in the tasks.
         longest: tokens of the longest request of the tasks.
@@ -47,6 +50,7 @@ class ComparedModel:
     repaired_on: dict[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
     places: list[Place] = field(default_factory=list)
     texts: tuple[Corpus, ...] = ()
+    shard_hashes: dict[str, list[int | str]] = field(default_factory=dict)
     weights: str = ""
     in_tasks: tuple[int, int] = (0, 0)
     longest: int = 0
@@ -84,7 +88,7 @@ class ModelRecord(TypedDict):
 def stored_facts(run: Path) -> dict[str, RunFacts]:
     """How the models ran in earlier runs, by name; empty if models.json cannot be read."""
     try:
-        found = json.loads((run / MODELS).read_text(encoding="utf-8"))
+        found = read_json(run / MODELS)
         return {
             m["name"]: RunFacts(
                 dtype=m["dtype"],
@@ -127,7 +131,7 @@ def write_models(run: Path, models: Sequence[ComparedModel], facts: Mapping[str,
 
 def read_models(run: Path) -> list[ModelRecord]:
     """The content of models.json."""
-    found: list[ModelRecord] = json.loads((run / MODELS).read_text(encoding="utf-8"))
+    found: list[ModelRecord] = read_record(run / MODELS)
     return found
 
 

@@ -22,10 +22,12 @@ from moecover.corpora.sources import set_name
 from moecover.errors import InputError
 from moecover.evaluation.task_usage import task_corpora
 from moecover.files.atomic import PARTIAL, canonical_json, write_text
+from moecover.files.reading import read_json
 from moecover.planning.artifact import Plan
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan_budgets
-from moecover.profiling.artifact import Profile, model_record
+from moecover.profiling.artifact import Profile
+from moecover.profiling.records import model_record
 from moecover.profiling.run import profile
 from moecover.runtime.pass_state import kept_for_later, remove
 
@@ -99,7 +101,7 @@ def _profile(model: OpenModel, name: str, path: str, corpora: Sequence[Corpus], 
     }
     inputs = json.loads(json.dumps(inputs))
     with contextlib.suppress(OSError, ValueError, InputError):
-        stored = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
+        stored = read_json(folder / MADE_FROM)
         search_tokens = stored.pop("search_tokens")
         if stored == inputs and (not searches or search_tokens == config.search_tokens):
             return Profile.load(folder)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from moecover.checkpoints.structure import read_structure
 from moecover.comparison.config import corpora_of
-from moecover.comparison.fingerprints import cell_fingerprint, tasks_fingerprint, versions, weights_fingerprint
+from moecover.comparison.fingerprints import (
+    cell_fingerprint,
+    hashed_weights,
+    remembered,
+    tasks_fingerprint,
+    versions,
+    weights_fingerprint,
+)
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.open_model import tasks_of
 from moecover.comparison.reading import Request
@@ -21,8 +29,14 @@ from moecover.progress import Progress
 MOSTLY = 0.5  # of the text: samples that take more of it overlap, so that their spread is underestimated
 
 
-def prepare(request: Request, model: ComparedModel, progress: Progress) -> None:
+def prepare(request: Request, model: ComparedModel, run: Path, progress: Progress) -> None:
     """Download a model, read what its cells depend on, and give every cell its fingerprint.
+
+    Args:
+        request: the comparison.
+        model: of it.
+        run: the run folder, where hashes of weights are remembered.
+        progress: shows the stages.
 
     Raises:
         InputError: a text or task that cannot be read, with the line.
@@ -34,7 +48,8 @@ def prepare(request: Request, model: ComparedModel, progress: Progress) -> None:
     _read_samples(request, model, progress)
     _warn_of_overlap(model, progress)
     tasks = _read_tasks(request, model, progress) if request.config.tasks else None
-    model.weights, computed_by = weights_fingerprint(model.structure), versions()
+    model.shard_hashes = hashed_weights(model.structure, remembered(run).get(model.name, {}), progress)
+    model.weights, computed_by = weights_fingerprint(model.structure, model.shard_hashes), versions()
     for cell in model.cells:
         model.fingerprints[cell.id] = cell_fingerprint(request.config, model, cell, tasks, computed_by)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from moecover import text
-from moecover.comparison.cell_files import DONE, SCHEMA, StoredCell
+from moecover.comparison.cell_files import DONE, SCHEMA, StoredCell, read_record
 from moecover.comparison.cells import Cell
 from moecover.comparison.comparisons import ComparisonRecord, comparisons
 from moecover.comparison.markdown import markdown
@@ -23,6 +23,7 @@ from moecover.corpora.sources import set_name
 from moecover.evaluation.artifact import Evaluation, TaskRecord, TextRecord
 from moecover.evaluation.task_usage import FILE as USAGE
 from moecover.files.atomic import write_text
+from moecover.files.hashing import sealed
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 Record = dict[str, Any]  # a row, as evaluation.json has it
@@ -128,7 +129,7 @@ def write_results(run: Path, cells: Sequence[Cell], *, command: str) -> Results:
     }
     write_text(run / CSV, csv_text(tidy(found)))
     write_text(run / MARKDOWN, _markdown(run, results, found))
-    write_text(run / JSON, json.dumps(results, indent=1) + "\n")
+    write_text(run / JSON, json.dumps(sealed(results), indent=1) + "\n")
     return results
 
 
@@ -152,7 +153,7 @@ def measured(record: StoredCell, evaluation: Evaluation) -> MeasuredCell:
 
 
 def _markdown(run: Path, results: Results, found: Sequence[ReadCell]) -> str:
-    usages = json.loads((run / USAGE).read_text(encoding="utf-8")) if (run / USAGE).is_file() else []
+    usages = read_record(run / USAGE) if (run / USAGE).is_file() else []
     sentences: dict[str, list[str]] = {}
     for comparison in results["comparisons"]:
         sentences.setdefault(comparison["model"], []).append(comparison["words"])

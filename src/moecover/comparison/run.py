@@ -16,6 +16,7 @@ from moecover.comparison.cells import Cell
 from moecover.comparison.checks import checked
 from moecover.comparison.config import Config
 from moecover.comparison.costs import check_fits, estimated_seconds, memory_limit, setup_of
+from moecover.comparison.fingerprints import remember
 from moecover.comparison.jobs import ModelSetup, PlanJob, TaskProfileJob, WorkerSetup
 from moecover.comparison.models import ComparedModel, stored_facts, write_models
 from moecover.comparison.planning_jobs import MADE_FROM
@@ -91,8 +92,9 @@ def _fill(asked: Request, run: Path, models: Sequence[ComparedModel], jobs: int,
     config = asked.config
     _remove_partial(run)
     for model in models:
-        prepare(asked, model, progress)
+        prepare(asked, model, run, progress)
     write_text(run / CONFIG, config.text())
+    remember(run, {model.name: model.shard_hashes for model in models})
     _find_pending(run, models, progress)
     limit = memory_limit(config, jobs)
     setups = {m.name: setup_of(m, config, limit) for m in models}

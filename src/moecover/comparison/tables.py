@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict, cast
 
 from moecover.comparison.bootstrap import mean_of_tasks
-from moecover.comparison.cell_files import CELL, DONE, StoredCell, cell_path
+from moecover.comparison.cell_files import CELL, DONE, StoredCell, cell_path, stored_cell
 from moecover.comparison.cells import Cell
 from moecover.corpora.sources import set_name
+from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
 
 
@@ -56,7 +56,8 @@ def read_cells(run: Path, cells: Sequence[Cell]) -> list[ReadCell]:
     for cell in cells:
         folder = run / cell_path(cell)
         if (folder / CELL).is_file():
-            record: StoredCell = json.loads((folder / CELL).read_text(encoding="utf-8"))
+            if (record := stored_cell(run, cell)) is None:
+                raise InputError(f"{folder / CELL} is damaged. Remove {folder} and run `moecover compare` again")
             found.append(ReadCell(record, Evaluation.load(folder) if record["status"] == DONE else None))
     return found
 

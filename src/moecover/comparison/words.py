@@ -16,6 +16,9 @@ WORSE: Verdict = "worse"
 NONE_FOUND: Verdict = "no significant difference"
 
 
+ONE_SAMPLE = "One calibration sample says nothing about the methods: plan on several (`samples`)"
+
+
 @dataclass(frozen=True)
 class Compared:
     """What a sentence is about.
@@ -30,6 +33,7 @@ class Compared:
         runs_a: runs of the first method that were averaged.
         runs_b: of the second.
         one_seed: labels of methods that depend on a random seed and have only one.
+        one_sample: labels of methods that depend on calibration text and have only one sample of it.
         family: comparisons that p-values are corrected for.
     """
 
@@ -42,6 +46,7 @@ class Compared:
     runs_a: int
     runs_b: int
     one_seed: Sequence[str]
+    one_sample: Sequence[str]
     family: int
 
     @property
@@ -85,6 +90,8 @@ def sentence(compared: Compared, difference: Difference, verdict: Verdict) -> st
     figures = f"{size} ({_interval(compared, difference)}), {_p_value(difference, compared.family)}"
     if verdict == NONE_FOUND:
         return f"{where}there is no significant difference between {a} and {b} {on}: {figures}."
+    if compared.one_sample:
+        return f"{where}this plan of {a} is {verdict} than that of {b} {on}: {figures}. {ONE_SAMPLE}."
     return f"{where}{a} is {verdict} than {b} {on}: {figures}."
 
 

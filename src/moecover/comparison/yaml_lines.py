@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from moecover.errors import InputError, arg
+from moecover.files.reading import read_yaml
 
 KeyPath = tuple[str | int, ...]
 
@@ -48,9 +49,7 @@ def load(path: Path) -> tuple[dict[str, object], dict[KeyPath, int]]:
         InputError: no such file, not YAML, not a mapping, or a key that is given twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
+        value, node = read_yaml(path)
     except FileNotFoundError:
         raise InputError(f"no configuration {path}. docs/compare.md says how to write one") from None
     except UnicodeDecodeError as error:
@@ -59,6 +58,8 @@ def load(path: Path) -> tuple[dict[str, object], dict[KeyPath, int]]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict) or node is None:
         raise InputError(f"{path} holds no keys with values. docs/compare.md says how to write one")
     try:

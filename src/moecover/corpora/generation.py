@@ -24,6 +24,7 @@ from moecover.corpora.packing import load_tokenizer
 from moecover.errors import InputError
 from moecover.files.atomic import PARTIAL, canonical_json, kept_file
 from moecover.files.locks import locked
+from moecover.files.reading import parse_json
 from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _rows_done(file: BinaryIO, length: int, batch_size: int) -> int:
     ends = [0]
     for line in file if file.readable() else ():
         try:
-            whole = line.endswith(b"\n") and len(json.loads(line)["input_ids"]) == length
+            whole = line.endswith(b"\n") and len(parse_json(line)["input_ids"]) == length
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:

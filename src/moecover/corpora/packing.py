@@ -17,7 +17,7 @@ from moecover.corpora.documents import FileCorpus, NamedCorpus
 from moecover.corpora.overlap import sketch
 from moecover.corpora.rows import texts
 from moecover.corpora.sampling import Sample, sample_rows, sample_text
-from moecover.corpora.sources import CORPORA
+from moecover.corpora.sources import CORPORA, check_name
 from moecover.errors import InputError, arg
 from moecover.signals import held
 from moecover.text import Cell, Shown
@@ -45,6 +45,9 @@ class Corpus(Shown):
     tokens: NDArray[np.int64]
     mask: NDArray[np.bool_]
     record: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
     @property
     def num_tokens(self) -> int:

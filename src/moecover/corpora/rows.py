@@ -6,12 +6,12 @@ A row is one document (``text``) or one sequence of token ids (``input_ids``, wi
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moecover.errors import InputError
+from moecover.files.reading import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 COLUMNS = ("text", "input_ids", "attention_mask")
@@ -41,7 +41,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict) or not ("text" in row or "input_ids" in row):

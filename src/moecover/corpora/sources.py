@@ -23,6 +23,24 @@ from moecover.corpora.rows import SUFFIXES
 from moecover.errors import InputError
 from moecover.registry import unknown_name
 
+ALL_CORPORA = "pooled"  # in plans, the key of what holds for all corpora together; no corpus can have it as its name
+LONGEST_NAME = 100  # characters
+
+
+def check_name(name: object) -> None:
+    """Refuse a name that no corpus can have: it is part of tensors' names, of file names and of option values.
+
+    Raises:
+        InputError: not a text of 1 to `LONGEST_NAME` printable characters, a / or = in it, or `ALL_CORPORA`.
+    """
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+        raise InputError(f"corpus {name!r}: a name has 1 to {LONGEST_NAME} printable characters. Choose another name")
+    if "/" in name or "=" in name or name == ALL_CORPORA:
+        raise InputError(
+            f"corpus {name!r}: a name holds neither / nor =, and {ALL_CORPORA} stands for all corpora together. Choose "
+            "another name"
+        )
+
 
 class Corpora(Mapping[str, NamedCorpus]):
     """Named corpora, in the order in which they were added."""
@@ -40,8 +58,7 @@ class Corpora(Mapping[str, NamedCorpus]):
         Raises:
             InputError: the name is taken by another corpus, or cannot be part of a tensor's name.
         """
-        if not name or "/" in name or "=" in name:
-            raise InputError(f"corpus {name!r}: a name has at least one character and none of / and =")
+        check_name(name)
         if name in self._corpora and not _same(self._corpora[name], corpus):
             raise InputError(f"corpus {name} exists already. Choose another name")
         self._corpora[name] = corpus
@@ -50,9 +67,6 @@ class Corpora(Mapping[str, NamedCorpus]):
         if name not in self._corpora:
             raise unknown_name("corpus", name, self._corpora)
         return self._corpora[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._corpora
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._corpora)
@@ -111,6 +125,7 @@ def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for argument in arguments:
         for name, path in each_file(*_name_and_path(argument)).items():
+            check_name(name)
             if name in sources:
                 raise InputError(f"corpus {name} is given twice. Corpora are kept apart by name: give each its own")
             sources[name] = path

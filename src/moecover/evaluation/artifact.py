@@ -6,22 +6,19 @@ A row is one variant of one model: the model itself, or a plan of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-import numpy as np
-
 from moecover.errors import InputError
+from moecover.evaluation.tables import read_items, read_windows, write_items, write_windows
 from moecover.files.atomic import new_folder, write_text
+from moecover.files.hashing import HASH, file_hash, sealed, unsealed
+from moecover.files.reading import read_json
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Items = dict[str, dict[str, dict[str, NDArray[np.float64]]]]
-    Windows = dict[str, dict[str, NDArray[np.float64]]]
+    from moecover.evaluation.tables import Items, Windows
 
 FILE, ITEMS, WINDOWS = FILES = ("evaluation.json", "items.parquet", "windows.parquet")
 FULL = "full"  # name of the row of the model itself
@@ -207,18 +204,11 @@ class Evaluation(Shown):
         Raises:
             MoecoverError: the disk is full or the folder cannot be written.
         """
-        import pyarrow
-        import pyarrow.parquet as parquet
-
-        tables = (
-            (ITEMS, _item_rows(self.items), _ITEM_COLUMNS),
-            (WINDOWS, _window_rows(self.windows), _WINDOW_COLUMNS),
-        )
         with new_folder(folder) as draft:
-            for name, rows, columns in tables:
-                types = pyarrow.schema([(column, getattr(pyarrow, kind)()) for column, kind in columns.items()])
-                parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=types), draft / name)
-            write_text(draft / FILE, json.dumps(self.to_dict(), indent=1) + "\n")
+            write_items(draft / ITEMS, self.items)
+            write_windows(draft / WINDOWS, self.windows)
+            content = {**self.to_dict(), "hash": HASH, "files": {f: file_hash(draft / f) for f in (ITEMS, WINDOWS)}}
+            write_text(draft / FILE, json.dumps(sealed(content), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Evaluation:
@@ -228,29 +218,27 @@ class Evaluation(Shown):
             InputError: there is none, or it is damaged.
         """
         import pyarrow
-        import pyarrow.parquet as parquet
 
         path = folder / FILE
         if not path.is_file():
             raise InputError(f"{folder} holds no {FILE}: it was not written by `moecover evaluate`")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = unsealed(read_json(path, finite=True))
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema {content['schema']}, {SCHEMA} is known")
+            for name in (ITEMS, WINDOWS):
+                if file_hash(folder / name) != content["files"][name]:
+                    raise ValueError(f"{name} was changed since it was written")
             return cls(
                 content["model"],
                 content["texts"],
                 content["tasks"],
                 [_row(record) for record in content["rows"]],
-                _items(parquet.read_table(folder / ITEMS).to_pylist()),
-                _windows(parquet.read_table(folder / WINDOWS).to_pylist()),
+                read_items(folder / ITEMS),
+                read_windows(folder / WINDOWS),
             )
         except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
             raise InputError(f"{folder} is damaged: {error!r}. Evaluate again") from error
-
-
-_ITEM_COLUMNS = {"row": "string", "task": "string", "metric": "string", "item": "int64", "value": "float64"}
-_WINDOW_COLUMNS = {"row": "string", "text": "string", "window": "int64", "nll": "float64", "tokens": "int64"}
 
 
 def _row(record: dict[str, Any]) -> Row:
@@ -260,37 +248,3 @@ def _row(record: dict[str, Any]) -> Row:
         task: {metric: Score(**score) for metric, score in scores.items()} for task, scores in record["tasks"].items()
     }
     return Row(**{**record, "perplexity": perplexity, "tasks": tasks})
-
-
-def _item_rows(items: Items) -> Iterator[dict[str, object]]:
-    """Rows of items.parquet."""
-    for row, tasks in items.items():
-        for task, metrics in tasks.items():
-            for metric, values in metrics.items():
-                for item, value in enumerate(values):
-                    yield {"row": row, "task": task, "metric": metric, "item": item, "value": float(value)}
-
-
-def _items(rows: Iterable[dict[str, Any]]) -> Items:
-    """The inverse of `_item_rows`."""
-    items: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for one in rows:
-        by_metric = items.setdefault(one["row"], {}).setdefault(one["task"], {})
-        by_metric.setdefault(one["metric"], []).append(one["value"])
-    return {r: {t: {m: np.asarray(v) for m, v in ms.items()} for t, ms in ts.items()} for r, ts in items.items()}
-
-
-def _window_rows(windows: Windows) -> Iterator[dict[str, object]]:
-    """Rows of windows.parquet."""
-    for row, texts in windows.items():
-        for text, values in texts.items():
-            for i, (nll, tokens) in enumerate(values):
-                yield {"row": row, "text": text, "window": i, "nll": float(nll), "tokens": int(tokens)}
-
-
-def _windows(rows: Iterable[dict[str, Any]]) -> Windows:
-    """The inverse of `_window_rows`."""
-    windows: dict[str, dict[str, list[tuple[float, int]]]] = {}
-    for one in rows:
-        windows.setdefault(one["row"], {}).setdefault(one["text"], []).append((one["nll"], one["tokens"]))
-    return {r: {t: np.asarray(v, dtype=np.float64) for t, v in ts.items()} for r, ts in windows.items()}

@@ -5,7 +5,6 @@ Only the place that the documents are read from differs: definitions, versions a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moecover.errors import InputError, arg
+from moecover.files.reading import parse_json
 
 Rows = Any  # a `datasets.Dataset`, which has no types
 GROUP_PREFIX = "files of "  # before a task's name: the harness's group of its parts
@@ -100,7 +100,7 @@ def from_files(name: str, folder: Path, known: Collection[str]) -> dict[str, Any
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
+        yield from map(parse_json, file)
 
 
 def _processing(

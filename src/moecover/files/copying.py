@@ -13,20 +13,17 @@ import errno
 import io
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final
 
 import xxhash
 
 from moecover.errors import MoecoverError
+from moecover.files.hashing import BUFFER_BYTES, feed
 
-HASH: Final = "xxh3_128"  # as the manifest calls it
 CHUNK_BYTES = 4 << 20  # the most that is copied between two checks for signals and for errors of the second thread
 AHEAD_CHUNKS = 32  # how far ahead the disk is asked to read
-BUFFER_BYTES = 256 << 10  # fits the second-level cache: the hasher is a fifth faster than with megabytes
 # Errors of a system that has the call, but not for these files; the next way is tried.
 UNSUPPORTED = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.ENOTSOCK}
 
@@ -53,7 +50,8 @@ def _ways() -> list[Callable[[int, int, int, int], int]]:
     return [*found, _by_hand]
 
 
-def _advise(descriptor: int, start: int, count: int, advice: str) -> None:
+def advise(descriptor: int, start: int, count: int, advice: str) -> None:
+    """Tell the system how a byte range of a file is going to be read (``WILLNEED``, ...), where it can be told."""
     if hasattr(os, "posix_fadvise"):  # not on macOS
         os.posix_fadvise(descriptor, start, count, getattr(os, f"POSIX_FADV_{advice}"))
 
@@ -73,7 +71,7 @@ def _read_ahead(descriptor: int, ranges: list[tuple[int, int]]) -> Iterator[Iter
             room.acquire()
             if over.is_set():
                 return
-            _advise(descriptor, start, end - start, "WILLNEED")
+            advise(descriptor, start, end - start, "WILLNEED")
 
     def in_turn() -> Iterator[tuple[int, int]]:
         for chunk in chunks:
@@ -83,7 +81,7 @@ def _read_ahead(descriptor: int, ranges: list[tuple[int, int]]) -> Iterator[Iter
     if not hasattr(os, "posix_fadvise"):
         yield iter(chunks)
         return
-    _advise(descriptor, 0, 0, "RANDOM")  # no read-ahead but ours
+    advise(descriptor, 0, 0, "RANDOM")  # no read-ahead but ours
     thread = threading.Thread(target=ask, name="reader ahead", daemon=True)
     thread.start()
     try:
@@ -150,25 +148,6 @@ def _append(
     return size
 
 
-def _feed(digest: xxhash.xxh3_128, file: io.FileIO, stop: int = sys.maxsize) -> None:
-    """Hash the file from its position to the position ``stop``, or to the end."""
-    buffer = memoryview(bytearray(BUFFER_BYTES))
-    while (left := stop - file.tell()) > 0 and (count := file.readinto(buffer[:left])):
-        digest.update(buffer[:count])
-
-
-def file_hash(path: Path) -> str:
-    """The hash of a file's bytes (`HASH`), in hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        _feed(digest, file)
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------- hashing while writing
 ABANDON = -1  # in place of a size: the file will not be completed
 Told = Path | int | None  # a new file, its size so far, or that it is complete
@@ -230,9 +209,9 @@ class _Follower:
                 for size in iter(self._get, None):
                     assert isinstance(size, int)
                     start = file.tell()
-                    _feed(digest, file, size)
+                    feed(digest, file, size)
                     # What is not on disk yet stays in the cache, but its writing begins now.
-                    _advise(file.fileno(), start, size - start, "DONTNEED")
+                    advise(file.fileno(), start, size - start, "DONTNEED")
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error

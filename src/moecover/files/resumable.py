@@ -17,7 +17,8 @@ from typing import Any, TypedDict, TypeGuard
 
 from moecover.errors import InputError, MoecoverError
 from moecover.files.atomic import PARTIAL, put_in_place, reason
-from moecover.files.copying import HASH, file_hash
+from moecover.files.hashing import HASH, file_hash
+from moecover.files.reading import read_json
 
 Inputs = dict[str, Any]  # JSON values by the name that a message gives them
 
@@ -76,7 +77,7 @@ def _is_object(value: object) -> TypeGuard[dict[str, object]]:
 def _read_journal(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
     """Inputs and finished files as recorded; both empty if nothing was recorded or the journal is damaged."""
     try:
-        journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        journal = read_json(folder / JOURNAL)
     except (FileNotFoundError, ValueError):
         return {}, {}
     if not _is_object(journal) or journal.get("schema") != 1:

@@ -12,15 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import Topology
+from moecover.corpora.sources import ALL_CORPORA
 from moecover.errors import InputError, arg
 from moecover.files.atomic import canonical_json, write_text
+from moecover.files.hashing import SEAL, sealed, unsealed
+from moecover.files.reading import parse_json
 from moecover.planning.keep import resolve_keep
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-ALL_CORPORA = "pooled"  # key of a saliency over all corpora together, in place of a corpus
 
 
 class LayerPlan(BaseModel):
@@ -55,6 +56,12 @@ class LayerPlan(BaseModel):
         if len(set(self.kept)) < len(self.kept) or min(self.kept) < 0:
             raise ValueError(f"decoder layer {self.decoder_layer}: `kept` must hold different ids from 0 on")
         self.kept.sort()
+        named = {*self.required, *self.filled, *(e for experts in self.protected.values() for e in experts)}
+        if spare := named - set(self.kept):
+            raise ValueError(f"decoder layer {self.decoder_layer}: expert {min(spare)} is not in `kept`")
+        lengths = {len(values) for values in self.saliency.values()}
+        if len(lengths) > 1 or (lengths and max(self.kept) >= min(lengths)):
+            raise ValueError(f"decoder layer {self.decoder_layer}: `saliency` does not have one number for each expert")
         return self
 
 
@@ -72,6 +79,7 @@ class Plan(Shown, BaseModel):
         profile_fingerprint: of the profile that it was made from.
         model: name of that model.
         calibration: by corpus, the records of the calibration text; empty if the choice does not depend on it.
+        weight_files: stamps of the weight files that were profiled, see `checkpoints.stamps`.
         found: how ``keep`` was found, if it was searched for, see `evaluation.budget_search`.
     """
 
@@ -87,7 +95,18 @@ class Plan(Shown, BaseModel):
     profile_fingerprint: str | None = None
     model: str | None = None
     calibration: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
+    weight_files: dict[str, list[int]] = Field(default_factory=dict)
     found: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _layers_agree(self) -> Plan:
+        first = self.layers[0]
+        for layer in self.layers:
+            if layer.saliency.keys() != first.saliency.keys():
+                raise ValueError(f"decoder layer {layer.decoder_layer}: `saliency` is of other corpora than before")
+            if {len(v) for v in layer.saliency.values()} != {len(v) for v in first.saliency.values()}:
+                raise ValueError(f"decoder layer {layer.decoder_layer}: `saliency` has another length than before")
+        return self
 
     def summary(self) -> str:
         """Method, number of experts and model."""
@@ -113,17 +132,18 @@ class Plan(Shown, BaseModel):
         return repr(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """What plan.json holds; without the empty parts of a layer, and without an empty ``found``."""
+        """What plan.json holds, without the empty parts of a layer and without empty ``weight_files`` and ``found``."""
         value = self.model_dump(by_alias=True)
-        if not self.found:
-            del value["found"]
+        for name in ("weight_files", "found"):
+            if not value[name]:
+                del value[name]
         value["layers"] = [{k: v for k, v in row.items() if v not in (None, [], {})} for row in value["layers"]]
         return value
 
     def to_json(self) -> str:
-        """The text of plan.json; the same plan gives the same bytes."""
-        value = self.to_dict()
-        layers = value.pop("layers")
+        """The text of plan.json, sealed; the same plan gives the same bytes."""
+        value = sealed(self.to_dict())
+        layers: list[object] = value.pop("layers")  # type: ignore[assignment]
         head = json.dumps(value, indent=1)[: -len("\n}")]
         rows = ",\n".join(f"  {json.dumps(layer, allow_nan=False)}" for layer in layers)
         return f'{head},\n "layers": [\n{rows}\n ]\n}}\n'
@@ -141,9 +161,9 @@ class Plan(Shown, BaseModel):
             InputError: not JSON, or not a plan; says where.
         """
         try:
-            value = json.loads(text)
+            value = unsealed(parse_json(text, finite=True), required=False)
         except ValueError as error:
-            raise InputError(f"{name} is not JSON: {error}") from error
+            raise InputError(f"{name} cannot be used: {error}{_remedy(text)}") from error
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -175,6 +195,10 @@ class Plan(Shown, BaseModel):
         for row, layer in zip(mask, self.layers, strict=True):
             row[layer.kept] = True
         return mask
+
+
+def _remedy(text: str) -> str:
+    return f". Make it again; one changed on purpose must not have the entry `{SEAL}`" if f'"{SEAL}"' in text else ""
 
 
 def kept_hash(plan: Plan) -> str:
@@ -232,6 +256,11 @@ def _check_layer(layer: LayerPlan, keep: int, topology: Topology) -> None:
         )
     if layer.kept[-1] >= topology.num_experts:
         raise InputError(f"{where} keeps expert {layer.kept[-1]}. Allowed: 0 to {topology.num_experts - 1}")
+    if wrong := [corpus for corpus, values in layer.saliency.items() if len(values) != topology.num_experts]:
+        raise InputError(
+            f"{where} has {len(layer.saliency[wrong[0]])} values of {wrong[0]}, the model has {topology.num_experts} "
+            "experts. Make the plan again"
+        )
     size = topology.num_experts // topology.num_groups
     counts = np.bincount([e // size for e in layer.kept], minlength=topology.num_groups)
     if counts.min() < counts.max():

@@ -5,11 +5,11 @@ Options that several methods share are constants here, so that a flag means the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moecover.errors import InputError, arg
+from moecover.files.reading import parse_json
 
 
 def _anything(value: object) -> str | None:
@@ -65,7 +65,7 @@ class Option:
 def json_or_text(text: str) -> object:
     """The value of an option without a parser of its own: JSON if it is valid JSON, otherwise the text itself."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

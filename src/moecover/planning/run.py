@@ -89,6 +89,7 @@ def plan_budgets(
             model_fingerprint=profile.model["fingerprint"],
             profile_fingerprint=profile.fingerprint,
             model=profile.model["name"],
+            weight_files=profile.model.get("files", {}),
             calibration={} if chosen.blind and not required else profile.corpora,
         )
         for budget, layers in zip(budgets, _choices(chosen, profile, budgets, complete), strict=True)

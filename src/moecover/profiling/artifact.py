@@ -6,27 +6,28 @@ Arrays are numpy arrays, so that planning on a profile needs no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moecover.checkpoints.topology import Topology
+from moecover.corpora.sources import check_name
 from moecover.errors import InputError, arg
 from moecover.files.atomic import canonical_json, write_bytes
+from moecover.files.tensor_file import read_tensors, tensor_bytes
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import Inputs, open_inputs
+from moecover.profiling.records import ModelRecord, Settings
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
     import pandas
     from numpy.typing import NDArray
 
-    from moecover.checkpoints.structure import Structure
 
-SCHEMA = 2
+SCHEMA = 3
 PARTS = 8  # of a corpus, whose running sums are kept
 FILE = "profile.safetensors"
 COUNTS = ("count", "num_tokens")
@@ -37,30 +38,6 @@ STATISTICS = (*COUNTS, *SUMS, *MAXIMA)
 REMAKE = "Run `moecover profile` again"
 
 Statistics = dict[str, "NDArray[Any]"]
-
-
-class ModelRecord(TypedDict):
-    """The model of a profile."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-
-
-def model_record(structure: Structure) -> ModelRecord:
-    """What a profile records of its model."""
-    checkpoint = structure.checkpoint
-    return {"name": checkpoint.name, "revision": checkpoint.revision, "fingerprint": structure.model_fingerprint}
-
-
-class Settings(TypedDict, total=False):
-    """How a profile was made; empty where that is unknown."""
-
-    batch_size: int
-    dtype: str
-    device: str
-    experts: str
-    versions: dict[str, str]
 
 
 def added(one: Statistics, two: Statistics) -> Statistics:
@@ -211,10 +188,8 @@ class Profile(Shown):
     def save(self, folder: str | Path) -> Path:
         """Write ``profile.safetensors`` into a folder; the file appears only when it is complete.
 
-        Tensors are named ``{corpus}/{statistic}``; the metadata entry ``moecover`` holds everything else as JSON.
+        Tensors are named ``{corpus}/{statistic}``; everything else is in the document of the file, see `tensor_file`.
         """
-        from safetensors.numpy import save
-
         about = {
             "schema": SCHEMA,
             "topology": self.topology.to_json(),
@@ -227,7 +202,7 @@ class Profile(Shown):
         path = Path(folder) / FILE
         if self.inputs is None or self.inputs.path != path.with_name(INPUTS):
             path.with_name(INPUTS).unlink(missing_ok=True)  # of an earlier profile
-        write_bytes(path, save(tensors, metadata={"moecover": json.dumps(about)}))
+        write_bytes(path, tensor_bytes(tensors, about))
         return path
 
     @classmethod
@@ -244,16 +219,14 @@ class Profile(Shown):
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
             raise InputError(f"{folder} holds no {FILE}. Make one with `moecover profile`")
-        about, tensors = _read(path)
-        if not isinstance(about, dict) or about.get("schema") != SCHEMA:
-            found = about.get("schema") if isinstance(about, dict) else None
-            raise InputError(f"{path} has schema {found}, this version reads {SCHEMA}. {REMAKE}")
         try:
-            topology = Topology.from_json(about["topology"])
-            names = list(about["corpora"])
-            about["model"]["fingerprint"], about["model"]["name"], about["settings"]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged: its metadata lacks {error}. {REMAKE}") from error
+            about, tensors = read_tensors(path)
+            if about.get("schema") != SCHEMA:
+                raise ValueError(f"it has schema {about.get('schema')}, this version reads {SCHEMA}")
+            topology, names = _described(about)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            lacks = "its metadata lacks " if isinstance(error, KeyError) else ""
+            raise InputError(f"{path} cannot be used: {lacks}{error}. {REMAKE}") from error
         shape = (len(topology.decoder_layers), topology.num_experts)
         statistics, parts = dict[str, Statistics](), dict[str, Statistics]()
         for corpus in names:
@@ -270,16 +243,20 @@ class Profile(Shown):
         return cls(topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs)
 
 
-def _read(path: Path) -> tuple[Any, dict[str, NDArray[Any]]]:
-    """The metadata and the tensors of a file."""
-    from safetensors import SafetensorError, safe_open
+def _described(about: dict[str, Any]) -> tuple[Topology, list[str]]:
+    """The topology and the corpora of a file, after a look at what later stages read of its document.
 
-    try:
-        with safe_open(path, framework="np") as file:
-            about = json.loads((file.metadata() or {}).get("moecover", "null"))
-            return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {error}. {REMAKE}") from error
+    Raises:
+        KeyError: an entry is missing.
+        TypeError: an entry has another type.
+        ValueError: a corpus has a name that none can have.
+    """
+    about["model"]["fingerprint"], about["model"]["name"], about["settings"].items()
+    for name, records in about["corpora"].items():
+        check_name(name)
+        for record in records:
+            record["sha256"] + "", record["tokens"] + 0
+    return Topology.from_json(about["topology"]), list(about["corpora"])
 
 
 def _checked(path: Path, tensors: dict[str, NDArray[Any]], key: str, shape: tuple[int, int]) -> NDArray[Any]:
@@ -290,6 +267,8 @@ def _checked(path: Path, tensors: dict[str, NDArray[Any]], key: str, shape: tupl
         got = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
         raise InputError(f"{path}: {key} is {got}, {list(shape)} is needed")
     is_count = key.removesuffix("/parts").rpartition("/")[2] in COUNTS
+    if tensor.dtype != (wanted := np.dtype("int64" if is_count else "float64")):
+        raise InputError(f"{path}: {key} is of type {tensor.dtype}, {wanted} is needed. {REMAKE}")
     if not np.isfinite(tensor).all() or (is_count and (tensor < 0).any()):
         raise InputError(f"{path}: {key} holds negative or non-finite values. {REMAKE}")
     return tensor

@@ -21,6 +21,7 @@ from moecover.files.locks import locked
 from moecover.profiling.artifact import FILE, Profile
 from moecover.profiling.layer_inputs import num_bytes, sample_of
 from moecover.profiling.merging import merged
+from moecover.profiling.reuse import finished
 from moecover.profiling.run import check_alone
 from moecover.profiling.run import profile as run_profile
 from moecover.progress import Progress, resolve
@@ -96,6 +97,7 @@ def profiled(
     folder: Path | None = None,
     scratch: Path | None = None,
     keep_inputs: int | None = None,
+    reuse: bool = False,
     extra: int = 0,
     here: World = ALONE,
     progress: Progress,
@@ -110,6 +112,7 @@ def profiled(
         folder: where the profile is saved; None for nowhere.
         scratch: folder for the state of the pass, from which an interrupted one resumes; removed when the block ends.
         keep_inputs: tokens of the expert layers' inputs to save in ``folder``.
+        reuse: take over a profile that is in ``folder`` already, from an interrupted run of the same.
         extra: bytes of memory that the caller needs beside the model.
         here: this process among others that profile the same together.
         progress: shows the pass.
@@ -128,9 +131,15 @@ def profiled(
         if model is None:
             opening = _opened(structure, corpora, how, extra=extra, state=state, here=here, progress=progress)
             model = stack.enter_context(opening)
-        made = _passed(structure, corpora, how, model, inputs, state, here, progress)
-        if folder is not None and here.rank == 0:
-            made.save(folder)
+        made = None
+        if reuse and folder is not None:
+            made = finished(structure, folder, corpora, model, how.batch_size, keep_inputs)
+        if made is not None:
+            progress.say(f"resuming: the profile in {folder} is done")
+        else:
+            made = _passed(structure, corpora, how, model, inputs, state, here, progress)
+            if folder is not None and here.rank == 0:
+                made.save(folder)
         wait_for_all(here)
         yield made, model
         if state is not None:

@@ -15,7 +15,7 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.profiling.hooks import Tap, recording
-from moecover.profiling.layer_inputs import Writer
+from moecover.profiling.inputs_writer import Writer
 from moecover.profiling.sums import Sums
 from moecover.runtime.distributed import World
 from moecover.runtime.layerwise import run

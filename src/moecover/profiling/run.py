@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from moecover.checkpoints.stamps import stamps
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError, arg
 from moecover.files.atomic import canonical_json
-from moecover.profiling.artifact import MAXIMA, Profile, Settings, Statistics, model_record
+from moecover.profiling.artifact import MAXIMA, Profile, Statistics
+from moecover.profiling.inputs_writer import Writer, writing
 from moecover.profiling.layer_inputs import FILE as INPUTS
-from moecover.profiling.layer_inputs import Writer, open_inputs, sample_of, writing
+from moecover.profiling.layer_inputs import open_inputs, sample_of
 from moecover.profiling.passes import Job, in_memory, layer_by_layer
+from moecover.profiling.records import Settings, model_record
 from moecover.profiling.sums import Sums
 from moecover.runtime.distributed import ALONE, World, add_up, check_same, checking
 from moecover.runtime.loading import load_model
@@ -104,13 +107,6 @@ def check_alone(here: World) -> None:
     """
     if here.size > 1:
         raise InputError(f"{arg('keep_inputs')} does not go together with several processes: profile the sample in one")
-
-
-def stamps(structure: Structure) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of every shard: tells whether the weights are still the same."""
-    checkpoint = structure.checkpoint
-    found = [(shard, (checkpoint.path / shard).stat()) for shard in sorted(checkpoint.shard_metadata)]
-    return [(shard, stat.st_size, stat.st_mtime_ns) for shard, stat in found]
 
 
 def _depends_on(

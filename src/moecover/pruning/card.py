@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from typing import TYPE_CHECKING
 
-from moecover.text import markdown_table
+import yaml
+
+from moecover.errors import printable, shortened
+from moecover.files.reading import parse_yaml
+from moecover.text import markdown_block, markdown_code, markdown_table, markdown_text
 
 if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
@@ -15,30 +21,47 @@ if TYPE_CHECKING:
 
 
 CARRIED_KEYS = ("license", "license_name", "license_link", "pipeline_tag")
+LONGEST_ENTRY = 200  # characters
 
 
-def _header_entry(card: str, key: str) -> str | None:
-    """A one-line entry of a card's YAML header."""
-    header = re.match(r"---\n(.*?)\n---", card, flags=re.DOTALL)
-    entry = re.search(rf"^{key}:[ \t]*(\S.*)$", header[1], flags=re.MULTILINE) if header else None
-    return entry[1].strip() if entry else None
+def _carried(card: str) -> dict[str, str | list[str]]:
+    """The entries of a card's YAML header that are carried over; none where the header cannot be read."""
+    header = re.match(r"---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card, flags=re.DOTALL)
+    try:
+        entries = parse_yaml(header[1])[0] if header else None
+    except (ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(entries, dict):
+        return {}
+    found = {key: _plain(entries[key]) for key in CARRIED_KEYS if key in entries}
+    return {key: value for key, value in found.items() if value}
+
+
+def _plain(value: object) -> str | list[str]:
+    """An entry as text, or a list of texts, that a header can hold; empty for anything else."""
+    if isinstance(value, list):
+        return [text for one in value if isinstance(text := _plain(one), str) and text]
+    return shortened(printable(value), LONGEST_ENTRY) if isinstance(value, str) else ""
 
 
 def _header(structure: Structure, original_card: str, origin: Origin | None) -> list[str]:
     """Lines of the YAML header."""
     checkpoint = origin or structure.checkpoint
-    lines = ["---", "library_name: transformers", "tags: [moe, expert-pruning, moecover]"]
+    entries: dict[str, object] = {"library_name": "transformers", "tags": ["moe", "expert-pruning", "moecover"]}
     if "/" in checkpoint.name and checkpoint.revision:
-        lines.append(f"base_model: {checkpoint.name}")
-    carried = {key: _header_entry(original_card, key) for key in CARRIED_KEYS}
-    return [*lines, *(f"{key}: {value}" for key, value in carried.items() if value), "---"]
+        entries["base_model"] = printable(checkpoint.name)
+    entries |= _carried(original_card)
+    text: str = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, default_flow_style=None, width=sys.maxsize)
+    return ["---", *text.splitlines(), "---"]
 
 
 def _weights(repaired: Repaired | None) -> str:
     """What the remaining weights are."""
     if repaired is None:
         return "The remaining weights are those of the original, byte for byte; nothing was trained."
-    texts = ", ".join(f"{record['tokens used']:,} tokens of {record['name']}" for record in repaired.corpora)
+    texts = ", ".join(
+        f"{record['tokens used']:,} tokens of {markdown_text(record['name'])}" for record in repaired.corpora
+    )
     before, after = repaired.mean_errors()
     return (
         f"{len(repaired.hashes)} tensors, down projections of experts, were refitted in closed form (repair: "
@@ -104,34 +127,32 @@ def model_card(
     """
     topology, checkpoint = structure.topology, structure.checkpoint
     name, experts = _short_name((origin or checkpoint).name), (origin or topology).num_experts
-    steps = f" in several steps, this time from `{_short_name(checkpoint.name)}`" if origin else ""
+    steps = f" in several steps, this time from {markdown_code(_short_name(checkpoint.name))}" if origin else ""
     options = ", ".join(f"{key} {value}" for key, value in plan.options.items()) or "none"
-    revision = f" --revision {checkpoint.revision}" if checkpoint.revision else ""
+    revision = f" --revision {shlex.quote(checkpoint.revision)}" if checkpoint.revision else ""
     lines = [
         *_header(structure, original_card, origin),
         "",
-        f"# {name}, {plan.keep} of {experts} experts",
+        f"# {markdown_text(name)}, {plan.keep} of {experts} experts",
         "",
-        f"This is `{name}` ({topology.family}) with whole routed experts removed by moecover{steps}. "
-        f"{_weights(repaired)}",
+        f"This is {markdown_code(name)} ({markdown_text(topology.family)}) with whole routed experts removed by "
+        f"moecover{steps}. {_weights(repaired)}",
         "",
         _sizes(structure, plan, origin, mtp),
         "",
-        f"Method: {plan.method}; options: {options}. `moecover.json` holds the plan with every expert's saliency, the "
-        "original id of every expert, and a hash of every file.",
+        f"Method: {markdown_text(plan.method)}; options: {markdown_text(options)}. `moecover.json` holds the plan with "
+        "every expert's saliency, the original id of every expert, and a hash of every file.",
         "",
     ]
     if figures:
         lines.append(figures)
     if command:
-        lines += ["Command:", "", "```", command, "```", ""]
+        lines += ["Command:", "", markdown_block(command), ""]
     lines += [
         "To check it against the original (its outputs equal those of the original with the removed experts masked"
         f"{' and the refitted tensors in place' if repaired else ''}):",
         "",
-        "```",
-        f"moecover verify {checkpoint.name} .{revision}",
-        "```",
+        markdown_block(f"moecover verify {shlex.quote(checkpoint.name)} .{revision}"),
     ]
     if original_card:
         lines += ["", "The model card of the original is README.original.md."]

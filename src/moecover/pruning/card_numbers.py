@@ -12,7 +12,7 @@ from typing import NotRequired, Protocol, TypedDict
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan, kept_hash
-from moecover.text import markdown_table
+from moecover.text import markdown_table, markdown_text
 
 
 class ModelFacts(TypedDict):
@@ -150,7 +150,7 @@ def _hashes(evaluation: Measurement) -> list[tuple[str, str]]:
 def _table(about: Measurement, columns: Mapping[str, Row]) -> str:
     """All measurements as a table, one column a row of the evaluation."""
     lines = [*_text_lines(about, columns), *_task_lines(about, list(columns.values()))]
-    rows = [{"": label, **dict(zip(columns, cells, strict=True))} for label, cells in lines]
+    rows = [{"": markdown_text(label), **dict(zip(columns, cells, strict=True))} for label, cells in lines]
     return markdown_table(rows, columns=["", *columns], right=columns)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.pieces import NOTHING
+from moecover.checkpoints.stamps import changed_since
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.options import JobOptions
 from moecover.errors import InputError, arg
@@ -158,6 +159,8 @@ def _fetched(headers: Structure, request: Request, progress: Progress) -> Iterat
 
 def _written(structure: Structure, plan: Plan, request: Request, made: Repaired | None, progress: Progress) -> Pruned:
     """The checkpoint, written under a bar."""
+    if note := changed_since(structure, plan.weight_files):
+        progress.say(f"note: {note}")
     before = structure.checkpoint.num_bytes
     after = structure.num_bytes(plan.kept, mtp=request.writing.get("mtp", "drop"))
     with progress.bar("writing", after, unit="bytes") as advance:
@@ -216,8 +219,11 @@ def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOp
     if (save_profile := options.get("save_profile")) is None:
         return
     from moecover.profiling.job import check_output as check_profile_folder
+    from moecover.profiling.reuse import check_reusable
 
-    check_profile_folder(Path(save_profile), overwrite=options.get("overwrite", False))  # type: ignore[arg-type]
+    check_profile_folder(Path(save_profile), overwrite=True)
+    if not options.get("overwrite", False):
+        check_reusable(Path(save_profile), list(names))
     folder = resolved(save_profile)
     source = model.checkpoint.name if isinstance(model, Structure) else model
     for other in (resolved(output), resolved(source)):

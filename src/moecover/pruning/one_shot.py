@@ -78,7 +78,7 @@ def _made(
         if isinstance(choice, Plan):
             plan = choice
         else:
-            plan, model = _chosen(structure, corpora, choice, request.output, how, extra, stack, progress)
+            plan, model = _chosen(structure, corpora, choice, request, how, extra, stack, progress)
         if not isinstance(asked, Repair):
             return plan, asked
         made = repaired(
@@ -99,7 +99,7 @@ def _chosen(
     structure: Structure,
     corpora: Sequence[Corpus],
     choice: Choice,
-    output: Path,
+    request: Request,
     how: Passes,
     extra: int,
     stack: contextlib.ExitStack,
@@ -112,8 +112,9 @@ def _chosen(
             corpora,
             how,
             folder=choice.profile_folder,
-            scratch=scratch_beside(output, "profile"),
+            scratch=scratch_beside(request.output, "profile"),
             keep_inputs=choice.search_tokens,
+            reuse=not request.writing.get("overwrite", False),
             extra=extra,
             progress=progress,
         )
@@ -122,5 +123,5 @@ def _chosen(
     sample = sample_of(corpora, choice.search_tokens or SEARCH_TOKENS) if searches else None
     with search_resources(choice.method, choice.options, structure, model, sample=sample, progress=progress) as more:
         (plan,) = plan_budgets(profile, method=choice.method, keeps=[choice.keep], **more, **choice.options)
-    progress.say(f"{output}: {plan_line(plan, structure.topology.num_experts)}")
+    progress.say(f"{request.output}: {plan_line(plan, structure.topology.num_experts)}")
     return plan, model

@@ -21,7 +21,7 @@ from moecover.checkpoints.renumbering import NewId, Renumbering, edited_settings
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.weight_files import inside
 from moecover.files.atomic import explained
-from moecover.files.copying import HASH, file_hash
+from moecover.files.hashing import HASH, file_hash
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.pruning.card import model_card
 from moecover.pruning.copies import CARD, ORIGINAL_CARD, Copies

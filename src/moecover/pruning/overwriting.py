@@ -8,7 +8,7 @@ from pathlib import Path
 from moecover.checkpoints.manifest import MANIFEST, parsed_manifest
 from moecover.errors import InputError
 from moecover.files.atomic import explained, stamp
-from moecover.files.copying import file_hash
+from moecover.files.hashing import file_hash
 
 REMEDY = "Move it away, or choose another output"
 

@@ -10,7 +10,7 @@ from typing import Any
 from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.pieces import Piece
 from moecover.checkpoints.structure import Structure
-from moecover.files.copying import HASH
+from moecover.files.hashing import HASH
 from moecover.planning.artifact import Plan
 from moecover.repairing.layers import LayerRepair
 from moecover.repairing.targets import places_on_disk

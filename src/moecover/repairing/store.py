@@ -13,23 +13,24 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.pieces import Piece
+from moecover.checkpoints.stamps import stamps
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.files.atomic import canonical_json, write_bytes
+from moecover.files.hashing import hash_of, sealed, unsealed
+from moecover.files.reading import parse_json
 from moecover.planning.artifact import Plan
-from moecover.profiling.run import stamps
 from moecover.repairing.artifact import Repaired
 from moecover.repairing.layers import LayerRepair, repair_layers
 from moecover.repairing.targets import places_on_disk
 from moecover.repairing.tensors import (
     LayerRow,
     bytes_of,
-    hash_of,
     layer_repair,
     layer_row,
     stored_bytes,
@@ -106,7 +107,7 @@ class _Layers:
         tensors = written_tensors(self._structure, self._places[layer], self._plan.layers[layer].kept, made, row)
         hashes = {name: hash_of(bytes_of(tensor)) for name, tensor in tensors.items()}
         about: _About = {"inputs": self._inputs, "row": row, "hashes": hashes}
-        write_bytes(self._file(layer), save(tensors, metadata={"moecover": json.dumps(about)}))
+        write_bytes(self._file(layer), save(tensors, metadata={"moecover": json.dumps(sealed(about))}))
         self._take(read_header(self._file(layer))[0], about)
 
     def _file(self, layer: int) -> Path:
@@ -124,7 +125,7 @@ def _read(path: Path) -> tuple[dict[str, TensorEntry], _About] | None:
     """The tensors of a finished layer and what its file says of itself; None where it is missing or damaged."""
     try:
         entries, metadata = read_header(path)
-        about: _About = json.loads((metadata or {})["moecover"])
+        about = cast("_About", unsealed(parse_json((metadata or {})["moecover"])))
         about["inputs"].keys(), about["row"].keys()
         if about["hashes"].keys() != entries.keys():
             return None

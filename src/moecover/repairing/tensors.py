@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-import xxhash
-
 from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.pieces import piece
 from moecover.checkpoints.structure import Structure
@@ -58,11 +56,6 @@ def layer_row(repair: LayerRepair, corpora: Sequence[str]) -> LayerRow:
         "after": dict(zip(corpora, repair.fit.after, strict=True)),
         "kept": repair.fit.kept,
     }
-
-
-def hash_of(content: bytes | memoryview) -> str:
-    """The hash of a tensor's bytes."""
-    return str(xxhash.xxh3_128_hexdigest(content))
 
 
 def stored_bytes(folder: Path, entry: TensorEntry) -> bytes:

@@ -138,11 +138,7 @@ def _explained(of: RunData, model: ModelFindings) -> tuple[list[tuple[float, Fac
         try:
             plan = Plan.load(of.folder / str(cell.plan))
             profile = of.profiles.get(plan.profile_fingerprint or "")
-            found.append((cell.retain, explain(plan, profile=None if _holds_utilities(plan) else profile)))
+            found.append((cell.retain, explain(plan, profile=None if plan.by_corpus else profile)))
         except InputError as error:
             missing.append(f"{percentage(cell.retain)}: {error}")
     return found, missing
-
-
-def _holds_utilities(plan: Plan) -> bool:
-    return all(row.saliency and "pooled" not in row.saliency for row in plan.layers)

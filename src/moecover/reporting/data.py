@@ -5,13 +5,14 @@ Fields that this version does not use are ignored, so a run of a later minor ver
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from moecover.errors import InputError
+from moecover.files.hashing import unsealed
+from moecover.files.reading import read_json
 
 RESULTS, USAGE, SCHEMA = "results.json", "usage.json", 1
 Kind = TypeVar("Kind")
@@ -144,13 +145,20 @@ class Usage(_Lenient):
     model: str
     keep: int | None = None
     experts: int | None = None
+    tasks: list[str] = Field(default_factory=list)
     layers: list[int] = Field(default_factory=list)
     corpora: dict[str, dict[str, TaskAgreement]] = Field(default_factory=dict)
     plans: dict[str, dict[str, KeptWeight]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_value_a_layer(self) -> Usage:
+        named = [*map(set[str], self.corpora.values()), *map(set[str], self.plans.values())]
+        if any(not self.tasks or not by_task >= set(self.tasks) for by_task in named):
+            raise ValueError("a corpus or plan does not have values for every task")
+        if named and not (self.layers and self.experts and 0 < (self.keep or 0) <= self.experts):
+            raise ValueError("`layers`, `experts` and `keep` do not go together")
         rows = [v for found in self.corpora.values() for t in found.values() for v in (t.jaccard, t.spearman)]
+        rows += [list(t.kept_weight) for found in self.plans.values() for t in found.values()]
         if any(len(row) != len(self.layers) for row in rows):
             raise ValueError(f"a row does not have one value for each of the {len(self.layers)} layers")
         return self
@@ -171,8 +179,8 @@ class Run(_Lenient):
 
 def _json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error}. Run `moecover compare` again") from error
 
 
@@ -186,9 +194,12 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         found = "is a file" if folder.is_file() else f"contains no {RESULTS}" if folder.is_dir() else "does not exist"
         raise InputError(f"{folder} is not a run of `moecover compare`: it {found}. Give the folder that compare wrote")
-    value = _json(path)
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        got = value.get("schema") if isinstance(value, dict) else None
+    try:
+        value = unsealed(_json(path), required=False)  # a run may also be put together by hand
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}. Run `moecover compare` again") from error
+    if value.get("schema") != SCHEMA:
+        got = value.get("schema")
         raise InputError(f"{path} has schema {got}, but this version reads {SCHEMA}. Run `moecover compare` again")
     return _checked(Run, value, path)
 

@@ -85,8 +85,9 @@ def _caveats(model: ModelFindings) -> list[str]:
         found.append("No comparison was tested: read differences between methods with care.")
     if all(p.runs == 1 for s in model.series for p in s.points):
         found.append(
-            "Every method ran once: the error bars reflect the number of questions, not the variation over seeds and "
-            "calibration samples."
+            "Every method ran once, on one calibration sample: single plans are compared here, and nothing follows for "
+            "the methods. The error bars reflect the number of questions, not the variation over seeds and calibration "
+            "samples."
         )
     return found
 

@@ -13,13 +13,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
 
 from moecover.errors import MoecoverError
 from moecover.files.atomic import explained
-from moecover.files.copying import file_hash
+from moecover.files.hashing import file_hash
+from moecover.files.tensor_file import read_tensors, tensor_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -101,14 +102,11 @@ class State:
         say(f"resuming: {self.done} of {found['of']} {found['unit']} are done")
 
     def _read(self) -> _Saved | None:
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(self.folder / FILE, framework="np") as file:
-                found: _Saved = json.loads(file.metadata()["moecover"])
-                self._sums = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            document, self._sums = read_tensors(self.folder / FILE)
+            found = cast("_Saved", document)
             found["inputs"].keys(), found["done"], found["outputs"], found["of"], found["unit"]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None  # there is no state, or it is damaged
         return found
 
@@ -135,13 +133,11 @@ class State:
         Raises:
             MoecoverError: the disk is full or the folder cannot be written.
         """
-        from safetensors.numpy import save
-
         if outputs is not None:
             outputs = [{**row, "hash": file_hash(self._file(call, row["turn"]))} for call, row in enumerate(outputs)]
         about = {"inputs": self._inputs, "done": done, "of": of, "unit": unit, "outputs": outputs}
         tensors = {f"{corpus}/{name}": v for corpus, one in sums.items() for name, v in one.state().items()}
-        content = save(tensors, metadata={"moecover": json.dumps(about)})
+        content = tensor_bytes(tensors, about)
         with explained(f"writing {self.folder}", left=REST_IS_SAFE):
             self.folder.mkdir(parents=True, exist_ok=True)
             new = self.folder / f"{FILE}.new"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.header import TensorEntry
 from moecover.errors import MoecoverError
+from moecover.files.copying import advise
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ class Files:
         """Ask the system to read tensors ahead."""
         for entry in entries:
             with contextlib.suppress(OSError):
-                os.posix_fadvise(self._descriptor(entry.shard), entry.start, entry.num_bytes, os.POSIX_FADV_WILLNEED)
+                advise(self._descriptor(entry.shard), entry.start, entry.num_bytes, "WILLNEED")
 
     def close(self) -> None:
         """Close the shards."""

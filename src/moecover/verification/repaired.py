@@ -12,11 +12,12 @@ from moecover.checkpoints.pieces import pieces_by_shard
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
-from moecover.files.copying import CHUNK_BYTES, HASH
+from moecover.files.copying import CHUNK_BYTES
+from moecover.files.hashing import HASH, hash_of
 from moecover.planning.artifact import Plan
 from moecover.repairing.layers import LayerRepair
 from moecover.repairing.targets import places_on_disk
-from moecover.repairing.tensors import hash_of, layer_repair, names_of, stored_bytes
+from moecover.repairing.tensors import layer_repair, names_of, stored_bytes
 
 
 @dataclass(frozen=True)

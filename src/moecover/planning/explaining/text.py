@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moecover.planning.explaining.records import Changes, LayerFacts, Overall, Stability
+from moecover.text import aligned
 
 MOST_PAIRS = 10  # of corpora, that have a line each; more are a matrix
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, heading in enumerate(headings):
-        drawn.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        drawn.add_row(*row)
-    out = io.StringIO()
-    Console(file=out, width=160).print(drawn)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
+    return aligned(headings, rows, left=1, width=160)
 
 
 def _number(value: float | None) -> str:

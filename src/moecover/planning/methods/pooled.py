@@ -29,7 +29,7 @@ def pooled(profile: Profile, budget: Budget, *, saliency: str = "contribution") 
         budget: experts to keep.
         saliency: name in `SALIENCIES`.
     """
-    from moecover.planning.artifact import ALL_CORPORA
+    from moecover.corpora.sources import ALL_CORPORA
     from moecover.planning.saliency import utility_of
     from moecover.planning.selection import layer_plan, ranked
 

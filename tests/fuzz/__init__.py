@@ -1,0 +1,1 @@
+"""Malformed inputs: what the command does with files that are damaged, hostile or merely odd."""

@@ -1,0 +1,87 @@
+"""The rule for every input: done, or refused in one line, quickly, and nothing is left that looks finished."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import resource
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moecover import progress
+from moecover.cli.main import main
+
+SECONDS = 30
+CHARACTERS = 500
+MEMORY_KB = 2 << 20  # what one command may add to the peak of this process
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line and what it writes.
+
+    Attributes:
+        arguments: of the program.
+        output: the file or folder that must not exist if the command fails; None for none.
+    """
+
+    arguments: Sequence[object]
+    output: Path | None = None
+
+
+class TooSlowError(BaseException):
+    """The command ran out of its time; not an Exception, so that nothing handles it."""
+
+
+@contextlib.contextmanager
+def _alarm(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TooSlowError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def broken(command: Command) -> str | None:
+    """Run a command in this process; what it does against the rule, None if nothing."""
+    out, err, before = io.StringIO(), io.StringIO(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status: object = None
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _alarm(SECONDS):
+            status = main([*map(str, command.arguments), "-q"])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    except TooSlowError:
+        return f"longer than {SECONDS} s"
+    except BaseException:  # an error of a library in another language is no Exception
+        return f"it raises\n{traceback.format_exc()}"
+    finally:
+        progress.quiet = False
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return _judged(command, status, err.getvalue(), grown)
+
+
+def _judged(command: Command, status: object, err: str, grown: int) -> str | None:
+    if grown > MEMORY_KB:
+        return f"it takes {grown >> 10} MiB of memory"
+    if status == 0:
+        return None
+    lines = err.splitlines()
+    said = lines[-1] if lines else ""
+    checks = {
+        f"exit status {status!r}": status in (1, 2),
+        f"{len(lines)} lines on stderr: {err[:2000]}": len(lines) == 1,
+        f"a message of {len(said)} characters": 0 < len(said) < CHARACTERS,
+        f"a message that is not printable: {said!r}": said.isprintable(),
+        f"an internal error: {said}": "internal error" not in said and "Traceback" not in err,
+        f"{command.output} is there": command.output is None or not command.output.exists(),
+    }
+    return next((what for what, holds in checks.items() if not holds), None)
