@@ -53,6 +53,7 @@ def main() -> None:
     tensors = separate(load_file(folder / "model.safetensors"))
     tensors.setdefault(HEAD, tensors[EMBEDDING].clone())
     config["tie_word_embeddings"] = False
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where programs look that are older than the other
     if config["model_type"] == "deepseek":
         config["auto_map"] = {"AutoConfig": f"{Path(CONFIGURATION).stem}.DeepseekConfig"}
         source = shipped_model("deepseek-moe-tiny") / CONFIGURATION

@@ -362,7 +362,7 @@ def test_long_names_and_many_methods(tmp_path: Path) -> None:
     [
         (None, r"is not a run of `moecover compare`: it contains no results.json"),
         ("{", r"results.json is damaged: .*Run `moecover compare` again"),
-        ("[]", r"has schema None, but this version reads 1"),
+        ("[]", r"it holds list, a JSON object is needed"),
         ('{"schema": 2}', r"has schema 2, but this version reads 1"),
         ('{"schema": 1, "models": []}', r"is damaged: cells: Field required"),
         (

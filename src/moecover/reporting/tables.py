@@ -5,6 +5,7 @@ The tables of comparisons are in `comparison_tables`.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from moecover.reporting.blocks import MISSING, Column, Table, Value, text_column
 from moecover.reporting.data import Run, Usage
 from moecover.reporting.figures.overlap import expected_overlap
 from moecover.reporting.figures.style import Facts
-from moecover.reporting.findings import Estimate, ModelFindings, failed
+from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
 from moecover.reporting.numbers import percentage, points, size
 from moecover.reporting.values import (
     COORDINATES,
@@ -67,14 +68,32 @@ def perplexity_table(model: ModelFindings) -> Table | None:
         found = [p.perplexity.get(text) for _, p in rows]
         best = best_rows(rows, found, largest=False)
         values.append([perplexity_value(e, "best" if i in best else "") for i, e in enumerate(found)])
+    several = len(model.texts) > 1 and model.full is not None
+    losses = [_losses(model, p) if several else () for _, p in rows]
+    heads = [Column(head, first="ascending") for head in ("mean loss, nats", "worst text, nats")] if several else []
     return Table(
         "perplexity",
         f"Perplexity on {model.name}, lower is better",
-        (*COORDINATES, *(Column(text, first="ascending") for text in model.texts)),
-        tuple((*coordinates(name, p), *(v[i] for v in values)) for i, (name, p) in enumerate(rows)),
+        (*COORDINATES, *(Column(text, first="ascending") for text in model.texts), *heads),
+        tuple((*coordinates(name, p), *(v[i] for v in values), *losses[i]) for i, (name, p) in enumerate(rows)),
         "± one standard error over the runs, where there are several. Perplexities are averaged geometrically. "
-        "Bold: lowest at its budget, which does not imply significance.",
+        "Bold: lowest at its budget, which does not imply significance."
+        + (" Loss: log perplexity less that of the full model, and the text where it is largest." if several else ""),
     )
+
+
+def _losses(model: ModelFindings, p: Point) -> tuple[Value, Value]:
+    """The mean over the texts of what a point loses against the full model, in nats per token, and the worst text."""
+    full = model.full.perplexity if model.full else {}
+    lost = {
+        text: math.log(p.perplexity[text].value / full[text].value)
+        for text in model.texts
+        if text in p.perplexity and text in full
+    }
+    if p is model.full or len(lost) < len(model.texts):
+        return MISSING, MISSING
+    worst, mean = max(lost, key=lambda text: lost[text]), statistics.fmean(lost.values())
+    return Value(f"{mean:.3f}", mean), Value(f"{lost[worst]:.3f}", lost[worst], worst)
 
 
 def distance_table(model: ModelFindings) -> Table | None:
