@@ -17,6 +17,7 @@ from pathlib import Path
 
 from methods_pages import MODELS, draw_methods, methods_page
 
+from moecover.checkpoints.server_needs import NEEDS
 from moecover.checkpoints.servers import LIMITS
 from moecover.cli.demo import markdown_table, rows_from_json
 from moecover.cli.ls import LISTS
@@ -45,8 +46,8 @@ FAMILIES = (
     "equal bit for bit to the masked original and to rounding to the original with the dropped experts' logits "
     "at minus infinity, and\n"
     "reloaded in a process that never imports this package (but `deepseek`, whose class this package brings: "
-    "vLLM, SGLang and llama.cpp\n"
-    "know the type themselves, plain transformers does not). Routing as the class's own configuration has it; "
+    "plain transformers has none; what servers\n"
+    "need is below). Routing as the class's own configuration has it; "
     '"its own" is not one\n'
     "that expert-sparsity re-routes. A type that is not listed runs with a warning: prove the result with "
     "`moecover verify`.\n"
@@ -78,6 +79,14 @@ def tables_page() -> str:
         "\nRead in their public sources in August 2026, not run here. "
         "`inspect --for SERVER` and `prune` warn from this table."
     )
+    lines += [
+        "\n## What servers need of the folder\n",
+        "| server | needs | otherwise | remedy |",
+        "|---|---|---|---|",
+        *(f"| {need.version} | {need.needs} | {need.otherwise} | {need.remedy} |" for need in NEEDS),
+        "\nRun with the shipped models ([log](log.md)); `inspect --for SERVER` warns from this table. The shipped "
+        "models, and what is pruned from them, have all of it but the class that vLLM lacks.",
+    ]
     parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -104,6 +113,8 @@ def import_graph() -> dict[str, set[str]]:
         relative = path.relative_to(ROOT / "src")
         if len(relative.parts) == 2 and path.stem in ("__init__", "__main__"):
             continue  # re-exports of all stages, not a part of the flow
+        if relative.parts[1] == "assets":
+            continue  # code that belongs to a model
         own = stage_of(".".join(relative.with_suffix("").parts))
         arrows.setdefault(own, set())
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

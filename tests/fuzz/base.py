@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import yaml
@@ -43,4 +44,5 @@ def made_base(base: Path) -> Path:
 
 
 def _run(*arguments: object) -> None:
-    assert main([*map(str, arguments), "-q"]) == 0
+    with contextlib.redirect_stdout(None):
+        assert main([*map(str, arguments), "-q"]) == 0

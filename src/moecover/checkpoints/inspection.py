@@ -8,6 +8,7 @@ from typing import Any
 from moecover.checkpoints.config_edit import SHARED_KEYS, Config, first_number
 from moecover.checkpoints.families import PROVEN_FAMILIES
 from moecover.checkpoints.opening import Model
+from moecover.checkpoints.server_needs import lacking
 from moecover.checkpoints.servers import unmet
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
@@ -89,7 +90,7 @@ def inspect(model: Model, *, revision: str | None = None, server: str | None = N
             "quantised": structure.quantised,
             "mtp_bytes": sum(checkpoint.tensors[name].num_bytes for name in structure.mtp),
             "refused": [],
-            "warnings": list(structure.warnings),
+            "warnings": [*structure.warnings, *(lacking(structure, server) if server else ())],
         }
     )
 

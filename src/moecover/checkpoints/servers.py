@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moecover.checkpoints.server_needs import NEEDS
 from moecover.checkpoints.topology import Topology
 
 
@@ -100,7 +101,7 @@ LIMITS = (
         lambda topology, keep: _power_of_two(keep),
     ),
 )
-SERVERS = tuple(dict.fromkeys(limit.server for limit in LIMITS))
+SERVERS = tuple(dict.fromkeys([*(limit.server for limit in LIMITS), *(need.server for need in NEEDS)]))
 
 
 def unmet(topology: Topology, keep: int, server: str | None = None) -> list[str]:

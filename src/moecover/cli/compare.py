@@ -156,4 +156,5 @@ def run(args: argparse.Namespace) -> Outcome:
     made = compare(read(path, flags), args.output, jobs=args.jobs, command=shlex.join(["moecover", *args.argv]))
     lines = [(args.output / MARKDOWN).read_text(encoding="utf-8").rstrip(), ""]
     lines += [f"FAILED {name}: {reason}" for name, reason in made.failures.items()]
-    return Outcome(made.results, "\n".join([*lines, made.summary()]), 1 if made.failures else 0)
+    problem = f"{len(made.failures)} cells failed, the first is {next(iter(made.failures))}" if made.failures else ""
+    return Outcome(made.results, "\n".join([*lines, made.summary()]), 1 if problem else 0, problem)

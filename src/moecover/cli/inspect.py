@@ -16,7 +16,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_model(parser)
     parser.add_argument(
-        "--for", dest="server", choices=SERVERS, help="also show what this server would lack at every size"
+        "--for",
+        dest="server",
+        choices=SERVERS,
+        help="also show what this server needs that the folder lacks, and what it would lack at every size",
     )
 
 
@@ -48,7 +51,8 @@ def run(args: argparse.Namespace) -> Outcome:
         )
     lines += [line("note", warning) for warning in facts["warnings"]]
     lines += [line("refused", reason) for reason in facts["refused"]] or [line("refused", "nothing, it can be pruned")]
-    return Outcome(facts, "\n".join(lines), 1 if facts["refused"] else 0)
+    problem = f"{args.model} cannot be pruned: {facts['refused'][0]}" if facts["refused"] else ""
+    return Outcome(facts, "\n".join(lines), 1 if problem else 0, problem)
 
 
 def line(name: str, text: str) -> str:

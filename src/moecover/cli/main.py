@@ -166,6 +166,8 @@ def _run(argv: list[str]) -> int:
         raise
     if here.rank == 0:
         _print(json.dumps(outcome.result, indent=1) if args.json else printable(outcome.text, lines=True), sys.stdout)
+    if outcome.problem:
+        _fail(outcome.problem)
     return outcome.status
 
 

@@ -7,11 +7,19 @@ from typing import NamedTuple, Protocol
 
 
 class Outcome(NamedTuple):
-    """What a verb gives: the result for ``--json``, the text to print otherwise, the exit status."""
+    """What a verb gives.
+
+    Attributes:
+        result: for ``--json``.
+        text: printed otherwise.
+        status: exit status.
+        problem: why that is not 0, in one line for stderr; empty where the log has said so.
+    """
 
     result: object
     text: str
     status: int = 0
+    problem: str = ""
 
 
 class Verb(Protocol):

@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> Outcome:
         memory_limit=args.memory_limit,
         revision=args.revision,
     )
-    return Outcome(found.to_dict(), verdict(found, args.pruned), 0 if found.equal else 1)
+    problem = "" if found.equal else f"{args.pruned} is not what the masked original is"
+    return Outcome(found.to_dict(), verdict(found, args.pruned), 1 if problem else 0, problem)
 
 
 def verdict(found: Verification, pruned: str) -> str:
