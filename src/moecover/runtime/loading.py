@@ -45,6 +45,23 @@ def check_device(dtype: str, device: str) -> str:
     return device
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
+    return device.type != "mps"
+
+
+def check_float64(device: torch.device, what: str) -> None:
+    """Refuse work that needs float64 on a device that has none.
+
+    Raises:
+        InputError: names the work and the device.
+    """
+    if not has_float64(device):
+        raise InputError(
+            f"{what} computes in float64, which {arg('device', device.type)} does not have. Give {arg('device', 'cpu')}"
+        )
+
+
 def check_loadable(structure: Structure) -> None:
     """Refuse, before its weights are downloaded, a quantised checkpoint that transformers cannot load here.
 
