@@ -42,10 +42,12 @@ class Sums:
         self.topology = topology
         self._device = device if has_float64(device) else torch.device("cpu")
         slots = len(topology.decoder_layers) * topology.num_experts
-        self._sums = torch.zeros(len(SUMS) - 1, slots, dtype=torch.float64, device=device)  # SUMS without prob_sum
-        self._prob_sum = torch.zeros(slots, dtype=torch.float64, device=device)
-        self._count = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._max_abs = torch.zeros(slots, dtype=torch.float32, device=device)
+        self._sums = torch.zeros(
+            len(SUMS) - 1, slots, dtype=torch.float64, device=self._device
+        )  # SUMS without prob_sum
+        self._prob_sum = torch.zeros(slots, dtype=torch.float64, device=self._device)
+        self._count = torch.zeros(slots, dtype=torch.int64, device=self._device)
+        self._max_abs = torch.zeros(slots, dtype=torch.float32, device=self._device)
         self._num_tokens = np.zeros(len(topology.decoder_layers), dtype=np.int64)
         self._scoring: str | None = None
         self._ends = sorted({round(batches * part / PARTS) for part in range(1, PARTS)} - {0, batches})
@@ -161,7 +163,7 @@ class Sums:
         self._sums = torch.stack([flat(name) for name in SUMS if name != "prob_sum"])
         self._prob_sum, self._count, self._max_abs = flat("prob_sum"), flat("count"), flat("max_abs").float()
         self._num_tokens = state["num_tokens"][:, 0].copy()
-        self._scoring = SCORING_NAMES[number] if (number := int(state["scoring"])) >= 0 else None
+        self._scoring = SCORING_NAMES[number] if (number := int(state["scoring"].item())) >= 0 else None
         self.parts = {name: state[f"parts.{name}"].copy() for name in self.parts}
         self._noted = state["noted"].copy()
 
