@@ -33,7 +33,7 @@ def tensor_bytes(tensors: Mapping[str, NDArray[np.generic]], document: Mapping[s
 
     stored = {
         name: np.asarray(tensor, order="C") for name, tensor in tensors.items()
-    }  # `save` takes others as they lie
+    }  # in C order
     hashes = {name: array_hash(tensor) for name, tensor in stored.items()}
     return bytes(save(stored, metadata={KEY: json.dumps(sealed({**document, HASHES: hashes}))}))
 
