@@ -114,7 +114,7 @@ class Bench:
             for chosen in plan_budgets(made, keeps=self.keeps, **options):
                 self.measure(calibration, label, seed, chosen)
         search = {"model": self.model, "structure": self.structure, "sample": sample_of(loaded, SEARCH_TOKENS)}
-        for mode in ("layerwise", "progressive"):
+        for mode in ("layerwise", "progressive", "progressive-local"):
             for chosen in plan_budgets(made, method="expert-sparsity", keeps=self.keeps, mode=mode, **search):
                 self.measure(calibration, f"expert-sparsity, {mode}", seed, chosen)
         return made

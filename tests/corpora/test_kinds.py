@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -230,8 +231,9 @@ def test_refusals(changed: list[str], message: str, tmp_path: Path, checkpoints:
     for name in ("1", "2"):
         (tmp_path / "f" / f"{name}.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}) + "\n")
     changed = [text.replace("FOLDER", str(tmp_path / "f")) for text in changed]
-    base = ["--corpus", f"self={tmp_path}/f/1.jsonl", "-o", str(tmp_path / "kinds"), "--overwrite"]
-    assert main(["split", str(checkpoints("qwen2_moe")), *base, *changed]) == 2
+    base = {"--corpus": f"self={tmp_path}/f/1.jsonl", "-o": str(tmp_path / "kinds")}
+    given = itertools.chain(*{**base, changed[0]: changed[1]}.items())
+    assert main(["split", str(checkpoints("qwen2_moe")), *given, "--overwrite"]) == 2
     assert message in capsys.readouterr().err
     shutil.rmtree(tmp_path / "f")
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moecover.errors import InputError, MoecoverError
+from moecover.errors import InputError
 from moecover.evaluation.perplexity import perplexity, score, text_result
 from tests.conftest import random_corpus
 
@@ -39,9 +39,18 @@ def test_no_token_to_predict() -> None:
         text_result("t", np.zeros((2, 4)))
 
 
-def test_numbers_that_are_not_finite() -> None:
-    with pytest.raises(MoecoverError, match="the mean negative log-likelihood is nan. Evaluate with another dtype"):
-        text_result("t", np.array([[math.nan, 3, 0, 0]]))
+@pytest.mark.parametrize("column", [0, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite(column: int, value: float) -> None:
+    sums = np.ones((4, 4))
+    sums[2, column] = value
+    with pytest.raises(InputError, match="corpus t, window 2: the log-likelihoods are not finite"):
+        text_result("t", sums, close=True)
+
+
+def test_a_perplexity_beyond_the_largest_number() -> None:
+    with pytest.raises(InputError, match="corpus t: with 1000 nats a token the perplexity is not finite"):
+        text_result("t", np.array([[3000.0, 3, 0, 0]]))
 
 
 def test_batch_size_out_of_range() -> None:

@@ -28,6 +28,7 @@ from moecover.profiling.artifact import Profile
 from moecover.profiling.layer_inputs import FILE, open_inputs, sample_of
 from moecover.profiling.run import profile
 from moecover.runtime.loading import load_model, routers
+from moecover.runtime.streaming import streamed
 from tests.conftest import random_corpus
 from tests.support.naive_search import FAMILIES, SMALL, Case, hidden_of, naive_layer, naive_route
 
@@ -49,19 +50,25 @@ def cases(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return get
 
 
-def naive_loss(case: Case, layer: int, batches: list[torch.Tensor], kept: list[int]) -> float:
-    k, total = case.structure.topology.top_k, 0.0
-    for batch in batches:
-        logits, outputs, bias = naive_layer(case, layer, batch)
-        squares = 0.0
-        for token in range(len(batch)):
-            difference = np.zeros(outputs.shape[-1])
-            for sign, alive in ((1, list(range(outputs.shape[1]))), (-1, kept)):
-                for e, w in naive_route(case.family, logits[token], alive, bias, k).items():
-                    difference += sign * w * outputs[token, e]
-            squares += float(difference @ difference)
-        total += squares**0.5
-    return total
+def naive_outputs(case: Case, layer: int, batch: torch.Tensor, kept: list[int]) -> np.ndarray:
+    """Routed output of every token among the kept experts, ``[token, hidden]``."""
+    logits, outputs, bias = naive_layer(case, layer, batch)
+    found = np.zeros((len(batch), outputs.shape[-1]))
+    for token in range(len(batch)):
+        for e, w in naive_route(case.family, logits[token], kept, bias, case.structure.topology.top_k).items():
+            found[token] += w * outputs[token, e]
+    return found
+
+
+def naive_loss(
+    case: Case, layer: int, batches: list[torch.Tensor], kept: list[int], full: list[torch.Tensor] | None = None
+) -> float:
+    """Of re-routing what enters the layer; the target is the layer's output on what enters it in the full model."""
+    every = list(range(case.structure.topology.num_experts))
+    return sum(
+        float(np.linalg.norm(naive_outputs(case, layer, whole, every) - naive_outputs(case, layer, batch, kept)))
+        for batch, whole in zip(batches, full or batches, strict=True)
+    )
 
 
 def naive_greedy(case: Case, layer: int, batches: list[torch.Tensor], keep: int) -> list[int]:
@@ -78,38 +85,45 @@ def naive_greedy(case: Case, layer: int, batches: list[torch.Tensor], keep: int)
     return alive
 
 
-def products_of(case: Case, layer: int, batches: list[torch.Tensor]) -> Products:
+def products_of(case: Case, layer: int, batches: list[torch.Tensor], target: torch.Tensor | None = None) -> Products:
     router = routers(case.model, case.structure)[layer]
     with torch.inference_mode():
         routing = recognise(case.model, case.structure, router, router, layer, torch.cat(batches))
         logits = torch.cat([router(batch)[0] for batch in batches])
-        return Products(case.model.get_submodule(case.structure.experts_modules[layer]), routing, batches, logits)
+        return Products(
+            case.model.get_submodule(case.structure.experts_modules[layer]), routing, batches, logits, target
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- losses and search
 @pytest.mark.parametrize("keep", [6, 4, 2])
-@pytest.mark.parametrize("mode", ["layerwise", "progressive"])
+@pytest.mark.parametrize("mode", ["layerwise", "progressive", "progressive-local"])
 def test_tiny_mixtral_all_losses_and_the_choice(cases: Callable[..., Case], keep: int, mode: str) -> None:
-    """8 experts, top-2: the losses of all C(8, r) subsets and the best one, every layer, both modes."""
+    """8 experts, top-2: the losses of all C(8, r) subsets and the best one, every layer, all modes."""
     case = cases("mixtral")
     options = {"model": case.model, "structure": case.structure, "mode": mode}
     (made,) = plan_budgets(case.profile, method="expert-sparsity", keeps=[keep], **options)
     assert [row.search for row in made.layers] == ["exhaustive"] * 2
     before: dict[int, list[int]] = {}
     for layer, row in enumerate(made.layers):
-        batches = hidden_of(case, layer, before if mode == "progressive" else None)
+        batches = hidden_of(case, layer, before if mode != "layerwise" else None)
+        full = hidden_of(case, layer) if mode == "progressive" else batches
         assert [len(b) for b in batches] == [48, 48, 48, 48]
         every = list(itertools.combinations(range(8), keep))
         alive = torch.zeros(len(every), 8, dtype=torch.bool).scatter_(1, torch.tensor(every), True)
-        expected = np.array([naive_loss(case, layer, batches, list(subset)) for subset in every])
+        expected = np.array([naive_loss(case, layer, batches, list(subset), full) for subset in every])
         with torch.inference_mode():
-            found = products_of(case, layer, batches).losses(alive).numpy()
+            target = case.model.get_submodule(case.structure.experts_modules[layer].rpartition(".")[0])
+            outputs = (
+                torch.cat([target(batch[None]).flatten(0, 1) for batch in full]) if mode == "progressive" else None
+            )
+            found = products_of(case, layer, batches, outputs).losses(alive).numpy()
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         assert tuple(row.kept) == every[int(expected.argmin())]
         assert row.loss == pytest.approx(expected.min(), rel=1e-5)
         assert row.tokens == 192
         before[layer] = row.kept
-    if mode == "progressive":  # the second layer saw other inputs than in the full model
+    if mode != "layerwise":  # the second layer saw other inputs than in the full model
         assert not torch.allclose(hidden_of(case, 1)[0], hidden_of(case, 1, before)[0])
 
 
@@ -130,6 +144,40 @@ def test_greedy_equals_naive_greedy(cases: Callable[..., Case], family: str) -> 
         assert found == [naive_greedy(case, layer, batches, k) for k in keeps]
         for one, two in itertools.pairwise(made):  # nested
             assert set(two.layers[layer].kept) < set(one.layers[layer].kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_the_full_models_output_as_the_target(cases: Callable[..., Case], family: str) -> None:
+    """Mode progressive, greedily: the losses of dropping one expert, and those of the sets, from scratch."""
+    case = cases(family)
+    topology = case.structure.topology
+    first = list(range(topology.num_experts))
+    size = topology.num_experts // topology.num_groups
+    cut = {0: [e for e in first if e % size]}
+    batches, full = hidden_of(case, 1, cut)[:2], hidden_of(case, 1)[:2]
+    with torch.inference_mode():
+        target = torch.cat([torch.from_numpy(naive_outputs(case, 1, batch, first)) for batch in full]).float()
+        products = products_of(case, 1, batches, target)
+        alive = torch.tensor([e % size != 1 for e in first])
+        found = products.losses_without(alive)
+        for e in alive.nonzero().flatten().tolist():
+            kept = [a for a in first if alive[a] and a != e]
+            if len(kept) < topology.top_k:
+                continue
+            without = torch.tensor([[a in kept for a in first]])
+            assert found[e].item() == pytest.approx(products.losses(without).item(), rel=1e-8)
+            assert found[e].item() == pytest.approx(naive_loss(case, 1, batches, kept, full), rel=1e-5)
+
+
+def test_progressive_layer_by_layer(cases: Callable[..., Case]) -> None:
+    """The same plans where one decoder layer is in memory at a time."""
+    case = cases("qwen2_moe")
+    for mode in ("progressive", "progressive-local"):
+        options = {"method": "expert-sparsity", "keeps": [6, 5], "structure": case.structure, "mode": mode}
+        whole = plan_budgets(case.profile, model=case.model, **options)
+        with streamed(case.structure) as stream:
+            parts = plan_budgets(case.profile, model=stream, **options)
+        assert [one.to_json() for one in parts] == [one.to_json() for one in whole]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

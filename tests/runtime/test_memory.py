@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,18 @@ import torch
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli import main as cli
 from moecover.errors import InputError
+from moecover.evaluation.run import evaluate
 from moecover.profiling.artifact import Profile
 from moecover.runtime import cost as fitting_module
+from moecover.runtime import layerwise
 from moecover.runtime.cost import cost
 from moecover.runtime.layerwise import run_in_parts
 from moecover.runtime.memory import opened, parse_size
 from moecover.runtime.running import unmasked
-from moecover.runtime.streaming import Streamed
+from moecover.runtime.streaming import Streamed, streamed
+from tests.conftest import random_corpus
 from tests.support.passes import Stop, limit_between, same, stop_after
+from tests.support.tasks import random_plan
 
 
 @pytest.mark.parametrize("text, expected", [("4GB", 4 * 10**9), ("1.5 GiB", 3 * 2**29), ("100", 100), ("7kb", 7000)])
@@ -141,3 +146,53 @@ def test_the_command(
     assert "resuming: 2 of 3 layers are done" in log
     same(Profile.load(tmp_path / "p"), Profile.load(tmp_path / "whole"))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_libraries_that_are_loaded_do_not_count_again(structure: Structure) -> None:
+    """And what libraries prepare for a model is no larger than the model."""
+    given = {"tokens": 64, "batch_tokens": 64, "limit": 0}
+    fresh, resident = cost(structure, **given), cost(structure, **given, resident=500_000_000)
+    full = cost(structure, **given, resident=10**12)
+    assert fresh.whole - resident.whole == 500_000_000
+    assert full.whole < 10 * structure.checkpoint.num_bytes
+    assert fresh.whole - full.whole == 600_000_000
+
+
+def test_the_advice_on_a_limit_that_is_too_small_does(structure: Structure) -> None:
+    given = {"tokens": 64, "batch_tokens": 64}
+    with pytest.raises(InputError) as caught, opened(structure, **given, memory_limit=1000):
+        pass
+    found = re.search(r"0.00 GB may be used. Give memory_limit=(\S+) or more", str(caught.value))
+    assert found is not None
+    with opened(structure, **given, memory_limit=parse_size(found[1])):
+        pass
+
+
+def test_passes_that_belong_together_are_in_one_part(structure: Structure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no part has more passes than threads are allowed; the numbers stay the same."""
+    texts = [
+        random_corpus("a", sequences=7, length=16, vocab=128),
+        random_corpus("b", sequences=2, length=9, vocab=128),
+    ]
+    plans = {f"p{seed}": random_plan(structure, 4, seed) for seed in range(3)}
+    running: list[int] = []
+    run = layerwise.run
+
+    def counted(stream: Streamed, calls: list[object], **more: object) -> list[object]:
+        running.append(len(calls))
+        return run(stream, calls, **more)
+
+    monkeypatch.setattr(layerwise, "run", counted)
+    with streamed(structure) as stream:
+        once = evaluate(structure, plans, model=stream, texts=texts)
+    assert running == [28, 8]
+    running.clear()
+    monkeypatch.setattr(layerwise, "PASSES", 10)
+    with streamed(structure) as stream:
+        parts = evaluate(structure, plans, model=stream, texts=texts)
+    assert running == [8, 8, 8, 4, 8]
+    assert parts.rows == once.rows
+    running.clear()
+    with streamed(structure, room=16 * 4) as stream:
+        assert evaluate(structure, plans, model=stream, texts=texts).rows == once.rows
+    assert running == [4] * 7 + [4, 4]

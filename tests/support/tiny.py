@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 COMMON = {
@@ -83,19 +83,26 @@ OTHERS = {
 TEXT = "The river rises in the hills, turns south past the old mill and falls into the sea. 0123456789\n"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most 300 tokens, trained on `TEXT`; ``<end>`` ends and pads."""
+def make_tokenizer(*, begins: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most 300 tokens, trained on `TEXT`; ``<end>`` ends and pads.
+
+    Args:
+        begins: whether its post-processor puts a BOS token, ``<s>``, before a text, as those of Gemma and Llama do.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<end>"],
+        special_tokens=["<end>", "<s>"] if begins else ["<end>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT] * 10, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    own = {"bos_token": "<s>"} if begins else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", **own)
 
 
 def make_checkpoint(

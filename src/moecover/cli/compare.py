@@ -67,6 +67,7 @@ FLAGS = (
     Flag("samples", "samples", "N,N", "seeds of the calibration samples (default: 0)", int, several=True),
     Flag("sequences", "sequences", "N", "calibration blocks per corpus (default: up to 128)", int),
     Flag("length", "length", "N", f"tokens per calibration block {POSITIONS}", int),
+    Flag("bos", "bos", "WHEN", "what blocks and windows begin with: auto (as the tokenizer adds it), always, never"),
     Flag(
         "search-tokens",
         "search_tokens",

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecover.cli.options import add_device, add_model, add_output, add_plugin, load_plugins, pass_arguments
+from moecover.cli.options import add_bos, add_device, add_model, add_output, add_plugin, load_plugins, pass_arguments
 from moecover.cli.verb import Outcome
 from moecover.text import aligned
 
@@ -54,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=int, metavar="N", help="tokens per window (default: 2048, or the model's positions if fewer)"
     )
+    add_bos(parser, "a window")
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows or requests per forward pass (default: 1)")
     add_device(parser)
     add_output(parser, "DIR", "folder to write", replaced="an evaluation that is there")
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> Outcome:
         limit=args.limit,
         windows=args.windows,
         length=args.length,
+        bos=args.bos,
         **pass_arguments(args),
     )
     return Outcome(found.to_dict(), f"{table(found)}\n\n{args.output / FILE}: {len(found.rows)} rows")

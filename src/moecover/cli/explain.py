@@ -27,7 +27,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--change",
         type=float,
-        default=0.02,
         metavar="X",
         help="stable: at most this share of the kept experts still changes (default: 0.02)",
     )
@@ -44,11 +43,16 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.reporting.figures.plan_figures import NAMES, check_folder, draw
 
     load_plugins(args)
-    if not 0 < args.change < 1:
-        raise InputError(f"--change {args.change} is out of range: a share of the kept experts, above 0 and below 1")
+    if args.change is not None and args.profile is None:
+        raise InputError("--change says what is stable, which a profile tells: give --profile PROFILE_DIR")
+    if args.overwrite and args.output is None:
+        raise InputError("--overwrite replaces figures: give -o DIR")
+    change = 0.02 if args.change is None else args.change
+    if not 0 < change < 1:
+        raise InputError(f"--change {change} is out of range: a share of the kept experts, above 0 and below 1")
     if args.output:
         check_folder(args.output, NAMES, overwrite=args.overwrite)
-    facts = explain(args.plan, profile=args.profile, against=args.against, saliency=args.saliency, change=args.change)
+    facts = explain(args.plan, profile=args.profile, against=args.against, saliency=args.saliency, change=change)
     text = text_of(facts, layers=args.layers)
     if args.output:
         pictures = draw(facts, args.output, overwrite=args.overwrite)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from moecover.cli.options import add_device, add_model, add_output, pass_arguments
+from moecover.cli.options import add_bos, add_device, add_model, add_output, pass_arguments
 from moecover.cli.verb import Outcome
 
 HELP = "have a model write its own calibration text, for text that no named corpus has"
@@ -21,6 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows at a time (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add_bos(parser, "a row")
     add_device(parser)
     text = "file to write: rows of input_ids, for --corpus self=FILE.jsonl"
     add_output(parser, "FILE.jsonl", text, replaced="a file that is there")
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> Outcome:
         sequences=args.sequences,
         length=args.length,
         seed=args.seed,
+        bos=args.bos,
         overwrite=args.overwrite,
         **pass_arguments(args),
     )

@@ -15,7 +15,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 from moecover import progress
 from moecover.cli.verb import Verb
@@ -59,7 +59,25 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{', '.join(action.option_strings)} {value}"
 
 
+class _Once(argparse._StoreAction):
+    """Stores a value, and refuses a second one: it would take the first one's place without a word."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        seen: set[str] = namespace.__dict__.setdefault("_given", set())
+        if option is not None and self.dest in seen:
+            parser.error(f"{option} is given twice. Give it once")
+        seen.add(self.dest)
+        super().__call__(parser, namespace, values, option)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {shortened(printable(message))}\n")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from moecover.corpora.bos import BOS
 from moecover.errors import InputError, flag
 from moecover.registry import load_plugin
 
@@ -65,7 +66,18 @@ def add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     group.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 4)")
     group.add_argument("--seed", type=int, help="of the sample of blocks, and of seeded methods (default: 0)")
+    add_bos(group, "a block of text")
     add_device(group)
+
+
+def add_bos(parser: Group, what: str) -> None:
+    """What sequences of text begin with."""
+    parser.add_argument(
+        "--bos",
+        choices=BOS,
+        help=f"what {what} begins with: auto, what the tokenizer adds by itself; always, its BOS token; never, nothing "
+        "(default: auto)",
+    )
 
 
 def add_device(parser: Group) -> None:
@@ -203,31 +215,37 @@ def pass_arguments(args: argparse.Namespace) -> RunOptions:
 
 def text_arguments(args: argparse.Namespace) -> TextOptions:
     """How much of the corpora is read."""
-    return {"sequences": args.sequences, "length": args.length, "seed": args.seed or 0}
+    given: TextOptions = {"sequences": args.sequences, "length": args.length, "bos": args.bos}
+    return given if args.seed is None else {**given, "seed": args.seed}
 
 
 def pairs(arguments: list[str], name: str, parse: Callable[[str], object]) -> dict[str, object]:
     """``NAME=VALUE`` arguments of a flag.
 
     Raises:
-        InputError: one has no name or no value.
+        InputError: one has no name or no value, or a name is given twice.
     """
     found: dict[str, object] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not key or not equals:
             raise InputError(f"{flag(name)} {argument}: give NAME=VALUE")
+        if key in found:
+            raise InputError(f"{flag(name)} {argument}: {key} has the value {found[key]} already. Give it once")
         found[key] = parse(text)
     return found
 
 
-def method_arguments(args: argparse.Namespace) -> tuple[str, dict[str, object]]:
+def method_arguments(args: argparse.Namespace, *, shared_seed: bool) -> tuple[str, dict[str, object]]:
     """The method that is asked for and its options as given, plugins loaded.
 
-    ``--seed`` is that of the sample of blocks too: a method that chooses nothing by chance ignores it.
+    Args:
+        args: of the verb.
+        shared_seed: whether ``--seed`` is that of the sample of blocks too: a method that chooses nothing by chance has
+            no use for it then, and ``--option seed=N`` gives the method another one.
 
     Raises:
-        InputError: an unknown method, or an option that it does not have.
+        InputError: an unknown method, an option that it does not have, or one that is given in two ways.
     """
     from moecover.planning.methods import METHODS, default_method, options_of_all
     from moecover.planning.options import json_or_text
@@ -241,9 +259,13 @@ def method_arguments(args: argparse.Namespace) -> tuple[str, dict[str, object]]:
             given[option.name] = pairs(value, option.name, option.parse)
         elif not option.mapping and value is not None:
             given[option.name] = value
-    given |= pairs(args.option, "option", json_or_text)
-    if not method.seeded:
+    if shared_seed and not method.seeded:
         given.pop("seed", None)
+    more = pairs(args.option, "option", json_or_text)
+    twice = [name for name in more if name in given and not (shared_seed and name == "seed")]
+    if twice:
+        raise InputError(f"{flag(twice[0])} and --option {twice[0]}=... give the same option. Give it once")
+    given |= more
     method.complete(given)
     if args.protect_super_experts:
         given["protect_super_experts"] = True

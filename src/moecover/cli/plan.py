@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecover.cli.options import add_device, add_method, add_output, add_revision, method_arguments
+from moecover.cli.options import add_bos, add_device, add_method, add_output, add_revision, method_arguments
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
 from moecover.text import aligned
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELP = "choose the experts to keep from a profile"
 BOUNDS = ("keep", "retain", "max_size", "max_perplexity_increase")
-OF_PERPLEXITY = ("perplexity", "corpus", "windows", "batch_size")  # options that go with that bound alone
+OF_PERPLEXITY = ("perplexity", "corpus", "windows", "bos", "batch_size")  # options that go with that bound alone
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,7 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
         "need none",
     )
     group.add_argument("--windows", type=int, metavar="N", help="windows or blocks per text at most (default: 64)")
+    add_bos(group, "a window")
     group.add_argument("--batch-size", type=int, metavar="N", help="windows per forward pass (default: 1)")
 
 
@@ -74,11 +75,12 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.planning.methods import METHODS
     from moecover.profiling.artifact import Profile
 
-    method, options = method_arguments(args)
+    method, options = method_arguments(args, shared_seed=False)
     bound = which_bound(args)
     needs_model = METHODS[method].runs_experts or bound in ("max_size", "max_perplexity_increase")
     if args.model and not needs_model:
         raise InputError(f"--model is no option of method {method}: it plans from the profile alone")
+    check_model_options(args, bound, method)
     profile = Profile.load(args.profile)
     if METHODS[method].runs_experts:
         check_search(method, profile, args.model, name=str(args.profile))
@@ -121,6 +123,21 @@ def which_bound(args: argparse.Namespace) -> str:
     return bound
 
 
+def check_model_options(args: argparse.Namespace, bound: str, method: str) -> None:
+    """Refuse options on a model that does not run, or is not read at all.
+
+    Raises:
+        InputError: names the option.
+    """
+    from moecover.planning.methods import METHODS
+
+    runs = METHODS[method].runs_experts or bound == "max_perplexity_increase"
+    names = ("dtype", "device", "memory_limit") if not runs else ()
+    names = (*names, "revision") if not args.model else names
+    if stray := [name for name in names if getattr(args, name) is not None]:
+        raise InputError(f"{flag(stray[0])} has no use here: no model runs for {flag(bound)} with method {method}")
+
+
 def _plans(
     args: argparse.Namespace, bound: str, profile: Profile, method: str, options: dict[str, object]
 ) -> list[Plan]:
@@ -139,6 +156,7 @@ def _plans(
             texts=args.perplexity,
             corpora=args.corpus,
             windows=args.windows,
+            bos=args.bos,
             multiple_of=args.multiple_of,
             method=method,
             batch_size=args.batch_size,
@@ -166,6 +184,7 @@ def _plans(
         model=args.model,
         dtype=dtype,
         device=device,
+        memory_limit=args.memory_limit,
         revision=revision,
         progress=resolve(),
     )

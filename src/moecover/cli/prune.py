@@ -23,7 +23,7 @@ from moecover.errors import InputError, flag
 
 HELP = "write the pruned checkpoint, from a plan or in one shot from corpora"
 NONE = "none"
-OF_PASS = ("corpus", "sequences", "length", "batch_size", "seed", "dtype", "device", "memory_limit", "plugin")
+OF_PASS = ("corpus", "sequences", "length", "batch_size", "seed", "bos", "dtype", "device", "memory_limit", "plugin")
 ONE_SHOT = (
     *OF_PASS,
     "keep",
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.plan is not None:  # in one shot the method's arguments load them
         load_plugins(args)
     repair = None if args.repair == NONE else args.repair
-    method, options = method_arguments(args) if args.plan is None else (None, {})
+    method, options = method_arguments(args, shared_seed=True) if args.plan is None else (None, {})
     made = prune(
         args.model,
         args.plan,

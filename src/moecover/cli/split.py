@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from moecover.cli.options import add_output, add_plugin, add_revision, load_plugins
+from moecover.cli.options import add_bos, add_output, add_plugin, add_revision, load_plugins
 from moecover.cli.verb import Outcome
 
 HELP = "split a corpus of mixed text into its kinds of text, each a corpus of its own"
@@ -36,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the sample of blocks and of where the clustering starts (default: 0)"
     )
+    add_bos(parser, "a block of text")
     text = "folder to write: 1.jsonl, 2.jsonl ..., for --corpus NAME=DIR"
     add_output(parser, "DIR", text, replaced="kinds that are there")
     add_plugin(parser)
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> Outcome:
         sequences=args.sequences,
         length=args.length,
         seed=args.seed,
+        bos=args.bos,
         overwrite=args.overwrite,
         revision=args.revision,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -108,6 +108,7 @@ class Config(BaseModel):
     samples: Numbers = [0]
     sequences: Count | None = None
     length: Count | None = None
+    bos: Literal["auto", "always", "never"] = "auto"
     batch_size: Count = 4
     search_tokens: Count = 8192
     methods: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -82,8 +83,8 @@ def check_fits(request: Request, model: ComparedModel, setup: ModelSetup) -> Non
         raise request.error(text, "tasks")
     if found.by_layer and found.streamed > setup.limit:
         text = (
-            f"{model.name}: one layer at a time still needs {found.streamed / 1e9:.1f} GB of memory, {allowed}. "
-            f"Give a smaller batch_size or length, fewer {arg('jobs')}, or a larger memory_limit"
+            f"{model.name}: one layer at a time still needs {math.ceil(found.streamed / 1e7) / 100:.2f} GB of memory, "
+            f"{setup.limit / 1e9:.2f} GB may be used. Give a memory_limit of as much, or fewer {arg('jobs')}"
         )
         raise request.error(text, "memory_limit")
 

@@ -45,6 +45,7 @@ def markdown(
     models: Sequence[ModelRecord],
     texts: Sequence[str],
     tasks: Mapping[str, Mapping[str, Any]],
+    notes: Mapping[str, Sequence[str]],
     usages: Sequence[Usage] = (),
     sentences: Mapping[str, Sequence[str]],
 ) -> str:
@@ -56,6 +57,7 @@ def markdown(
         models: in the order of their chapters.
         texts: names of the texts for perplexity.
         tasks: records by name.
+        notes: on the measurements, by model.
         usages: which experts the tasks use, by model; see `evaluation.task_usage.usage`.
         sentences: the comparisons in words, by model.
     """
@@ -69,6 +71,7 @@ def markdown(
         mine = [(record, e) for record, e in found if record["model"] == name and e is not None]
         if mine:
             parts.append(_chapter(model, mine, measures))
+            parts += [f"Note: {note}.\n" for note in notes.get(name, ())]
             ids = {record["id"] for record, _ in mine}
             parts += [_usage(name, usage, mine) for usage in usages if usage["plans"].keys() & ids]
             lines = [f"- {markdown_text(sentence)}\n" for sentence in sentences.get(name, ())]

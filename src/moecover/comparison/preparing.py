@@ -62,7 +62,12 @@ def _read_texts(request: Request, model: ComparedModel, progress: Progress) -> N
         try:
             with progress.spinner(f"{model.name}: reading text {name}"):
                 text = load_windows(
-                    name, path or None, structure=model.structure, length=config.window, windows=config.windows
+                    name,
+                    path or None,
+                    structure=model.structure,
+                    length=config.window,
+                    windows=config.windows,
+                    bos=config.bos,
                 )
         except InputError as error:
             raise request.error(f"{model.name}: {error}", "perplexity", number) from error
@@ -85,6 +90,7 @@ def _read_samples(request: Request, model: ComparedModel, progress: Progress) ->
                         sequences=config.sequences,
                         length=config.length,
                         seed=seed,
+                        bos=config.bos,
                     )
                     for name, path in parse_corpora(config.calibration[number]).items()
                 )
@@ -113,9 +119,17 @@ def _read_tasks(request: Request, model: ComparedModel, progress: Progress) -> s
             passes = -(-tasks.num_requests // request.config.batch_size)
             model.in_tasks, model.longest = (tasks.num_tokens(), passes), tasks.longest
             model.in_memory = tasks.in_memory()
+            records = [corpus.record for sample in model.samples.values() for corpus in sample]
+            shares = {name: overlap(text.tokens, text.mask, records) for name, text in tasks.texts.items()}
     except InputError as error:
         text = str(error).removeprefix("--tasks ").removeprefix("tasks=")  # the place says that already
         raise request.error(text, "tasks") from error
+    for name, share in shares.items():
+        if share >= WORTH_SAYING:
+            progress.say(
+                f"note: {model.name}: {share:.0%} of the task {name} is in the calibration text too, so its score says "
+                "little about unseen text"
+            )
     return tasks_fingerprint(tasks, request.config.limit)
 
 

@@ -20,7 +20,9 @@ from moecover.comparison.measures import MeasuredCell
 from moecover.comparison.models import ModelRecord, read_models
 from moecover.comparison.tables import ReadCell, csv_text, read_cells, tidy
 from moecover.corpora.sources import set_name
-from moecover.evaluation.artifact import Evaluation, TaskRecord, TextRecord
+from moecover.evaluation.artifact import Evaluation
+from moecover.evaluation.records import TaskRecord, TextRecord
+from moecover.evaluation.task_scores import cut_text
 from moecover.evaluation.task_usage import FILE as USAGE
 from moecover.files.atomic import write_text
 from moecover.files.hashing import sealed
@@ -36,8 +38,21 @@ class ResultCell(StoredCell):
     row: Record | None
 
 
+class Cut(TypedDict):
+    """How many items of a task are longer than a model's positions, see `TaskRecord`."""
+
+    model: str
+    task: str
+    cut: int
+    items: int
+
+
 class Results(TypedDict):
-    """The content of results.json: versions, models, texts and tasks, cells, comparisons, ids of failed cells."""
+    """The content of results.json.
+
+    Versions, models, texts and tasks, which items are longer than the positions of which model, cells, comparisons, ids
+    of failed cells.
+    """
 
     schema: int
     created_by: dict[str, str]
@@ -45,6 +60,7 @@ class Results(TypedDict):
     models: list[ModelRecord]
     texts: dict[str, TextRecord]
     tasks: dict[str, TaskRecord]
+    cut: list[Cut]
     cells: list[ResultCell]
     comparisons: list[ComparisonRecord]
     failed: list[str]
@@ -122,7 +138,8 @@ def write_results(run: Path, cells: Sequence[Cell], *, command: str) -> Results:
         "command": command,
         "models": read_models(run),
         "texts": _merged(e.texts for e in done),
-        "tasks": _merged(e.tasks for e in done),
+        "tasks": _merged({n: _of_any_model(t) for n, t in e.tasks.items()} for e in done),
+        "cut": _cut(found),
         "cells": [{**record, "row": asdict(e.rows[0]) if e else None} for record, e in found],
         "comparisons": comparisons([measured(record, e) for record, e in found if e is not None]),
         "failed": [record["id"] for record, e in found if e is None],
@@ -152,6 +169,14 @@ def measured(record: StoredCell, evaluation: Evaluation) -> MeasuredCell:
     )
 
 
+def cut_texts(cut: Iterable[Cut]) -> dict[str, list[str]]:
+    """Sentences on items that are longer than a model's positions, by model."""
+    found: dict[str, list[str]] = {}
+    for one in cut:
+        found.setdefault(one["model"], []).append(cut_text(one["task"], one["cut"], one["items"]))
+    return found
+
+
 def _markdown(run: Path, results: Results, found: Sequence[ReadCell]) -> str:
     usages = read_record(run / USAGE) if (run / USAGE).is_file() else []
     sentences: dict[str, list[str]] = {}
@@ -163,9 +188,33 @@ def _markdown(run: Path, results: Results, found: Sequence[ReadCell]) -> str:
         models=results["models"],
         texts=list(results["texts"]),
         tasks=results["tasks"],
+        notes=cut_texts(results["cut"]),
         usages=usages,
         sentences=sentences,
     )
+
+
+def _of_any_model(task: TaskRecord) -> TaskRecord:
+    """A task's record without what depends on the model."""
+    record = task.copy()
+    record.pop("cut", None)
+    record.pop("overlap", None)
+    return record
+
+
+def _cut(found: Iterable[ReadCell]) -> list[Cut]:
+    """Tasks with items that are longer than a model's positions."""
+    by_place: dict[tuple[str, str], Cut] = {}
+    for record, evaluation in found:
+        for name, task in evaluation.tasks.items() if evaluation else ():
+            if cut := task.get("cut"):
+                by_place[record["model"], name] = {
+                    "model": record["model"],
+                    "task": name,
+                    "cut": cut,
+                    "items": task["items"],
+                }
+    return list(by_place.values())
 
 
 def _versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from moecover.comparison.models import ComparedModel, stored_facts, write_models
 from moecover.comparison.planning_jobs import MADE_FROM
 from moecover.comparison.preparing import prepare
 from moecover.comparison.reading import Request, request
-from moecover.comparison.results import Comparison, write_results
+from moecover.comparison.results import Comparison, cut_texts, write_results
 from moecover.comparison.schedule import Schedule
 from moecover.comparison.working import work_through
 from moecover.errors import InputError, arg
@@ -74,6 +74,9 @@ def compare(
     with locked(folder):
         made = _fill(asked, folder, models, jobs, shown)
         results = write_results(folder, [cell for m in models for cell in m.cells], command=command)
+    for name, notes in cut_texts(results["cut"]).items():
+        for note in notes:
+            shown.say(f"note: {name}: {note}")
     return Comparison(Path(run), results, made)
 
 

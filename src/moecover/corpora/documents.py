@@ -7,6 +7,7 @@ Each class here is one kind of entry of `moecover.corpora.sources.CORPORA`. A ki
 from __future__ import annotations
 
 import hashlib
+import sys
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from moecover.corpora.rows import Row, file_rows, jsonl_rows, texts
+from moecover.corpora.rows import Row, file_rows, jsonl_rows, texts, whole_texts
 from moecover.errors import InputError
 
 
@@ -202,9 +203,8 @@ class FileCorpus(NamedCorpus):
     def documents(self, seed: int) -> Iterator[str]:
         return texts(self.rows(seed), f"corpus file {self.path}")
 
-    def held_out_documents(self) -> Iterator[str]:
-        held_out = self.path if self.held_out is None else self.held_out
-        return texts(file_rows(Path(held_out)), f"text file {held_out}")
+    def held_out_documents(self, longest: int = sys.maxsize) -> Iterator[str]:
+        return whole_texts(Path(self.path if self.held_out is None else self.held_out), longest=longest)
 
     def held_out_record(self, name: str) -> dict[str, str]:
         return {"source": Path(self.path if self.held_out is None else self.held_out).name}

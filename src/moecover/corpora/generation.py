@@ -20,11 +20,13 @@ import numpy as np
 
 from moecover.checkpoints.config_edit import first_number
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.bos import body_length, prefix_record
 from moecover.corpora.packing import load_tokenizer
 from moecover.errors import InputError
 from moecover.files.atomic import PARTIAL, canonical_json, kept_file
 from moecover.files.locks import locked
 from moecover.files.reading import parse_json
+from moecover.runtime.finite import naming, rows_text, watched
 from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ def generate(
     sequences: int,
     length: int,
     seed: int,
+    prefix: tuple[int, ...] = (),
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> NDArray[np.int64]:
     """Sample sequences from a model: documents one after the other, from its own distribution.
@@ -87,8 +90,9 @@ def generate(
         model: from `load_model`.
         first: ids that a document may begin with, drawn uniformly; int64 ``[id]``.
         sequences: number of sequences, generated as one batch.
-        length: tokens per sequence, including the first.
+        length: tokens per sequence, including the first ones.
         seed: of the sampling.
+        prefix: ids that every sequence begins with, before its first document.
         advance: called with the number of tokens added.
 
     Returns:
@@ -116,12 +120,15 @@ def generate(
         advance(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    with _plain_sampling(live, length - 1), torch.random.fork_rng():
+    before = torch.tensor([list(prefix)] * sequences, dtype=torch.int64, device=live.device).reshape(sequences, -1)
+    tokens = body_length(length, prefix) - 1
+    with _plain_sampling(live, tokens), torch.random.fork_rng():
         torch.manual_seed(seed)
         ids = begins[torch.randint(len(begins), (sequences,), device=live.device)][:, None]
-        advance(sequences)
+        ids = torch.cat([before, ids], dim=1)
+        advance(ids.numel())
         given = {"attention_mask": torch.ones_like(ids), "logits_processor": [begin], "stopping_criteria": [step]}
-        made = live.generate(ids, **given)
+        made = live.generate(ids, **given) if tokens else ids
     found: NDArray[np.int64] = made.cpu().numpy()
     return found
 
@@ -139,7 +146,7 @@ def _plain_sampling(live: Any, tokens: int) -> Iterator[None]:
         live.generation_config = theirs
 
 
-def draft_of(path: Path, inputs: Mapping[str, str | int]) -> Path:
+def draft_of(path: Path, inputs: Mapping[str, str | int | list[int]]) -> Path:
     """The hidden file that holds finished rows until all are done, named by a hash of what they are made from."""
     digest = hashlib.sha256(canonical_json({"format": FORMAT, **inputs}).encode()).hexdigest()
     return path.with_name(f".{path.name}.{digest[:12]}{PARTIAL}")
@@ -179,6 +186,7 @@ def write_generated(
     length: int,
     seed: int,
     batch_size: int,
+    prefix: tuple[int, ...] = (),
     advance: Callable[[int], None] = lambda tokens: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -192,17 +200,19 @@ def write_generated(
         length: tokens per row.
         seed: of the sampling.
         batch_size: rows generated at a time; the result depends on it.
+        prefix: ids that every row begins with.
         advance: called with the number of tokens added.
         say: called with a line on the state of an interrupted run.
 
     Raises:
-        InputError: the model's class cannot generate, or another run writes the file.
+        InputError: the model's class cannot generate or gives numbers that are not finite, or another run writes the
+            file.
         MoecoverError: the disk is full or the folder cannot be written.
     """
     first = first_tokens(structure)
     seeds = np.random.default_rng(seed).integers(2**63, size=sequences).tolist()  # a batch uses its first row's
     runs = running(model, structure)
-    inputs: dict[str, str | int] = {
+    inputs: dict[str, str | int | list[int]] = {
         "model": structure.model_fingerprint,
         "sequences": sequences,
         "length": length,
@@ -210,6 +220,7 @@ def write_generated(
         "batch_size": batch_size,
         "dtype": str(runs.dtype),
         "device": str(runs.device.type),
+        **prefix_record(prefix),
     }
     draft = draft_of(path, inputs)
     with locked(path), kept_file(path, draft) as file:
@@ -220,7 +231,9 @@ def write_generated(
         try:
             for start in range(done, sequences, batch_size):
                 number = min(batch_size, sequences - start)
-                rows = generate(runs.module, first, sequences=number, length=length, seed=seeds[start], advance=advance)
+                with watched(runs), naming(rows_text("row", start, number)):
+                    sizes = {"sequences": number, "length": length, "seed": seeds[start]}
+                    rows = generate(runs.module, first, **sizes, prefix=prefix, advance=advance)
                 file.write(b"".join(json.dumps({"input_ids": row}).encode() + b"\n" for row in rows.tolist()))
                 file.flush()
         except BaseException as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from moecover.corpora.bos import body_length
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.files.atomic import new_folder, write_text
@@ -60,17 +61,18 @@ class Piece:
     place: int
 
 
-def pieces_of(corpus: Corpus, ends: Sequence[int]) -> list[Piece]:
+def pieces_of(corpus: Corpus, ends: Sequence[int], *, begin: int = 0) -> list[Piece]:
     """Cut the documents of a corpus into parts of about `PIECE` tokens, those of one document of equal length.
 
     Args:
         corpus: a new row begins a new document.
         ends: ids that end a document; they stay part of it.
+        begin: tokens that every row begins with and that are part of no document (BOS).
     """
     found: list[Piece] = []
     documents = 0
     for row, keep in zip(corpus.tokens, corpus.mask, strict=True):
-        ids = row[keep]
+        ids = row[keep][begin:]
         for document in np.split(ids, np.flatnonzero(np.isin(ids, ends)) + 1):
             if np.isin(document, ends, invert=True).any():  # more than its end
                 parts = np.array_split(document, max(1, round(len(document) / PIECE)))
@@ -173,7 +175,7 @@ def rows_of(pieces: Sequence[Piece], length: int, end: int | None) -> list[Ids]:
 
 
 def split(
-    corpus: Corpus, ends: Sequence[int], *, kinds: int = KINDS, seed: int = 0
+    corpus: Corpus, ends: Sequence[int], *, kinds: int = KINDS, seed: int = 0, begin: int = 0
 ) -> tuple[list[list[Piece]], list[list[int]]]:
     """Split a corpus into kinds of text.
 
@@ -182,6 +184,7 @@ def split(
         ends: ids that end a document.
         kinds: number of kinds.
         seed: of the starts of k-means.
+        begin: see `pieces_of`.
 
     Returns:
         The pieces of every kind, the largest kind first; `TYPICAL` token ids of every kind, the most typical first.
@@ -189,7 +192,7 @@ def split(
     Raises:
         InputError: there are fewer kinds.
     """
-    pieces = pieces_of(corpus, ends)
+    pieces = pieces_of(corpus, ends, begin=begin)
     if len(pieces) < kinds:
         raise InputError(
             f"corpus {corpus.name} has {len(pieces)} pieces of about {PIECE} tokens, too few for {kinds} kinds. "
@@ -216,6 +219,7 @@ def write_kinds(
     *,
     length: int,
     ends: Sequence[int],
+    prefix: tuple[int, ...] = (),
 ) -> list[KindFacts]:
     """Write a folder with 1.jsonl, 2.jsonl ... for ``--corpus NAME=FOLDER``, and `FILE`; it appears only when complete.
 
@@ -226,6 +230,7 @@ def write_kinds(
         words: typical words of every kind.
         length: tokens per row.
         ends: ids that end a document.
+        prefix: ids that every row begins with; they count in ``length``.
 
     Raises:
         MoecoverError: the disk is full or the folder cannot be written.
@@ -234,14 +239,14 @@ def write_kinds(
     whole = sum(len(piece.ids) for kind in kinds for piece in kind)
     with new_folder(folder) as draft:
         for number, (kind, typical) in enumerate(zip(kinds, words, strict=True), 1):
-            rows = rows_of(kind, length, ends[0] if ends else None)
-            lines = (json.dumps({"input_ids": row.tolist()}) + "\n" for row in rows)
+            rows = rows_of(kind, body_length(length, prefix), ends[0] if ends else None)
+            lines = (json.dumps({"input_ids": [*prefix, *row.tolist()]}) + "\n" for row in rows)
             write_text(draft / f"{number}.jsonl", "".join(lines))
             facts.append(
                 {
                     "file": f"{number}.jsonl",
                     "rows": len(rows),
-                    "tokens": sum(map(len, rows)),
+                    "tokens": sum(len(prefix) + len(row) for row in rows),
                     "share": sum(len(piece.ids) for piece in kind) / whole,
                     "words": list(typical),
                 }

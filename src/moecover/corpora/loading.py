@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.bos import check_bos
 from moecover.corpora.options import JobOptions, TextOptions
 from moecover.corpora.packing import SEQUENCES, Corpus, load_corpus
 from moecover.corpora.sources import parse_corpora
+from moecover.errors import InputError, arg
 from moecover.progress import Progress
 
 Corpora = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
@@ -26,9 +28,13 @@ def parsed(corpora: Corpora) -> dict[str, str | Corpus | None]:
     """
     if isinstance(corpora, Mapping):
         corpora = [name if path is None else f"{name}={fspath(path)}" for name, path in corpora.items()]
-    found: dict[str, str | Corpus | None] = {one.name: one for one in corpora if isinstance(one, Corpus)}
+    loaded = [one for one in corpora if isinstance(one, Corpus)]
     texts = [one for one in corpora if isinstance(one, str)]
-    return found | {name: path or None for name, path in (parse_corpora(texts) if texts else {}).items()}
+    named = {name: path or None for name, path in (parse_corpora(texts) if texts else {}).items()}
+    names = [*(one.name for one in loaded), *named]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"corpus {twice[0]} is given twice. Corpora are kept apart by name: give each its own")
+    return {**{one.name: one for one in loaded}, **named}
 
 
 def load_corpora(
@@ -50,13 +56,21 @@ def load_corpora(
         InputError: what `parsed` and `load_corpus` raise.
     """
     sequences, length, seed = options.get("sequences"), options.get("length"), options.get("seed", 0)
+    bos = options.get("bos") or "auto"
+    check_bos(bos)
+    sources = parsed(corpora)
+    of_reading = [name for name in TextOptions.__annotations__ if options.get(name) is not None]
+    if of_reading and all(isinstance(source, Corpus) for source in sources.values()):
+        raise InputError(f"{arg(of_reading[0])} says how text is read, but all corpora are loaded already")
     loaded = []
-    for name, source in parsed(corpora).items():
+    for name, source in sources.items():
         if isinstance(source, Corpus):
             loaded.append(source)
             continue
         with progress.spinner(f"reading corpus {name}"):
-            corpus = load_corpus(name, source, structure=structure, sequences=sequences, length=length, seed=seed)
+            corpus = load_corpus(
+                name, source, structure=structure, sequences=sequences, length=length, seed=seed, bos=bos
+            )
         record = corpus.record
         if "length" in record and sequences is None and record["sequences"] < SEQUENCES:
             progress.say(

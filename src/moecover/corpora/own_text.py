@@ -8,8 +8,9 @@ from typing import Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.bos import body_length, check_bos, prefix_of
 from moecover.corpora.generation import cache_bytes, write_generated
-from moecover.corpora.packing import LENGTH, SEQUENCES, Corpus, load_corpus
+from moecover.corpora.packing import LENGTH, SEQUENCES, Corpus, load_corpus, load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.progress import Progress, resolve
 from moecover.runtime.cost import itemsizes
@@ -43,6 +44,7 @@ def generate(
     sequences: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: str | None = None,
     overwrite: bool = False,
     progress: bool | Progress = True,
     **options: Unpack[RunOptions],
@@ -55,6 +57,7 @@ def generate(
         sequences: rows; None for 128.
         length: tokens per row; None for 2048, or the model's positions if fewer.
         seed: of the draws.
+        bos: what every row begins with, before its first document: see `TextOptions`.
         overwrite: replace a file that is there.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions`; batch size (rows at a time) 16 by default.
@@ -72,12 +75,18 @@ def generate(
     check_least(1, sequences=sequences)
     check_least(2, length=length)
     check_least(0, seed=seed)
+    check_bos(bos or "auto")
     check_file(path, overwrite=overwrite)
     how = passes(options, batch_size=BATCH_SIZE)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     check_loadable(headers, how.dtype)
     tokens, rows = _length(headers, length), sequences or SEQUENCES
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
+    tokenizer = load_tokenizer(structure.checkpoint.path)
+    if tokenizer is None and bos == "always":
+        raise InputError(f"{arg('bos', bos)} needs the model's tokenizer, {structure.checkpoint.name} has none")
+    prefix = () if tokenizer is None else prefix_of(tokenizer, bos or "auto")
+    body_length(tokens, prefix)
     with _opened(structure, rows, tokens, how, shown) as model:
         if model.by_layer:
             raise InputError(
@@ -87,7 +96,7 @@ def generate(
             )
         sizes = {"sequences": rows, "length": tokens, "batch_size": min(how.batch_size, rows), "seed": seed}
         with shown.bar("generating", rows * tokens) as advance:
-            write_generated(structure, model, path.resolve(), **sizes, advance=advance, say=shown.say)
+            write_generated(structure, model, path.resolve(), **sizes, prefix=prefix, advance=advance, say=shown.say)
     return load_corpus(NAME, path, structure=structure)
 
 

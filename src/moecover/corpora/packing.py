@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 from moecover.checkpoints.deepseek.registration import register_deepseek_config
 from moecover.checkpoints.opening import Model
 from moecover.checkpoints.structure import Structure, read_structure
+from moecover.corpora.bos import prefix_of
 from moecover.corpora.documents import FileCorpus, NamedCorpus
 from moecover.corpora.overlap import sketch
 from moecover.corpora.rows import texts
@@ -96,6 +98,7 @@ def load_corpus(
     sequences: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: str = "auto",
     vocab_size: int | None = None,
     max_length: int | None = None,
 ) -> Corpus:
@@ -112,8 +115,10 @@ def load_corpus(
         tokenizer: instead of the model's; loaded only when there is text.
         sequences: sequences wanted, an error when there are fewer; None takes up to 128 blocks (all rows of
             ``input_ids``).
-        length: tokens per block of text; None takes 2048, or ``max_length`` if that is less.
+        length: tokens per block of text; None takes 2048, or ``max_length`` if that is less. Rows of other lengths are
+            refused: they are not cut.
         seed: of the order of documents and the choice of blocks.
+        bos: what blocks of text begin with, see `corpora.bos`.
         vocab_size: ids at or above it are refused.
         max_length: longest sequence that the model takes.
 
@@ -137,6 +142,7 @@ def load_corpus(
         sequences=sequences,
         length=length,
         seed=seed,
+        begin=lambda tokenizer: prefix_of(tokenizer, bos),
         vocab_size=vocab_size,
         max_length=max_length,
     )
@@ -172,6 +178,7 @@ def load_unused(
         sequences=record["sequences"],
         length=record.get("length"),
         seed=seed,
+        begin=lambda tokenizer: tuple(record.get("bos", ())),
         vocab_size=text.get("vocab_size"),
         max_length=text.get("max_position_embeddings"),
     )
@@ -188,10 +195,15 @@ def load_unused(
             f"profile with fewer {arg('sequences')}"
         )
     taken = np.unique(np.linspace(0, len(tokens) - 1, min(blocks, len(tokens))).round().astype(np.int64))
-    origin: dict[str, Any] = {key: record[key] for key in ("source", "seed", "length") if key in record}
+    origin: dict[str, Any] = {key: record[key] for key in ("source", "seed", "length", "bos") if key in record}
     return make_corpus(
         name, tokens[taken], mask[taken], {**origin, "left_by": record["sha256"], "blocks_left": len(tokens)}
     )
+
+
+def holds_rows(name: str, path: str | Path | None) -> bool:
+    """Whether a corpus holds rows of ``input_ids`` instead of text, by its first row."""
+    return (next(_source(name, path).rows(0), None) or {}).get("input_ids") is not None
 
 
 def _source(name: str, path: str | Path | None) -> NamedCorpus:
@@ -211,6 +223,7 @@ def _drawn(
     sequences: int | None,
     length: int | None,
     seed: int,
+    begin: Callable[[PreTrainedTokenizerBase], tuple[int, ...]],
     vocab_size: int | None,
     max_length: int | None,
 ) -> Sample:
@@ -221,7 +234,8 @@ def _drawn(
         raise InputError(f"corpus {name}: {source.address or source.source(name)} is empty, it holds no text")
     rows = itertools.chain([first], rows)
     if first.get("input_ids") is not None:
-        return sample_rows(name, rows, sequences=sequences, seed=seed, vocab_size=vocab_size, max_length=max_length)
+        sizes = {"sequences": sequences, "length": length, "vocab_size": vocab_size, "max_length": max_length}
+        return sample_rows(name, rows, seed=seed, **sizes)
     if tokenizer is None and structure is not None:
         tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
@@ -235,6 +249,7 @@ def _drawn(
         length=block_length(length, max_length),
         seed=seed,
         streaming=source.streaming,
+        prefix=begin(tokenizer),
     )
     largest = sample.drawn.tokens.max()
     if vocab_size is not None and largest >= vocab_size:

@@ -14,23 +14,62 @@ from moecover.errors import InputError
 from moecover.files.reading import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+PIECE_CHARS = 20_000  # longer documents are cut at line ends, so that a sample does not come from one book
+CHUNK_CHARS, CHUNK_ROWS = 1 << 20, 256  # of a file, that are read at a time
 COLUMNS = ("text", "input_ids", "attention_mask")
 
 Row = dict[str, object]
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file, in a format that is chosen by the file's suffix (`SUFFIXES`).
+    """Yield the rows of a file, read as they are used, in a format that is chosen by the file's suffix (`SUFFIXES`).
+
+    A .txt file is one document, whose pieces are the rows.
 
     Raises:
         InputError: the file cannot be read, or a row holds neither text nor token ids.
     """
     try:
         if path.suffix == ".txt":
-            yield {"text": path.read_text(encoding="utf-8")}
+            with path.open(encoding="utf-8") as file:
+                for piece in pieces(iter(lambda: file.read(CHUNK_CHARS), "")):
+                    yield {"text": piece}
         else:
             yield from _parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"corpus file {path} could not be read: {error}") from error
+
+
+def pieces(chunks: Iterable[str]) -> Iterator[str]:
+    """A document in pieces of about `PIECE_CHARS` characters, cut at line ends where there are any.
+
+    Args:
+        chunks: its text in any parts, in order.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest, start = rest + chunk, 0
+        while len(rest) - start > PIECE_CHARS:
+            end = rest.rfind("\n", start + 1, start + PIECE_CHARS) + 1 or start + PIECE_CHARS
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    yield rest
+
+
+def whole_texts(path: Path, *, longest: int) -> Iterator[str]:
+    """Yield the documents of a file, of a longer one its first ``longest`` characters; a .txt file is one document.
+
+    Raises:
+        InputError: see `file_rows` and `texts`.
+    """
+    if path.suffix != ".txt":
+        yield from (text[:longest] for text in texts(file_rows(path), f"text file {path}"))
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield file.read(longest)
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"corpus file {path} could not be read: {error}") from error
 
 
@@ -61,7 +100,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     if "text" not in wanted and "input_ids" not in wanted:
         names = ", ".join(file.schema_arrow.names)
         raise InputError(f"{path} has the columns {names}; `text` or `input_ids` is required")
-    for batch in file.iter_batches(columns=wanted):
+    for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=wanted):
         yield from batch.to_pylist()
 
 

@@ -6,20 +6,20 @@ blocks is drawn. Rows of token ids are taken as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moecover.corpora.rows import Row
+from moecover.corpora.bos import body_length, prefix_record
+from moecover.corpora.rows import Row, pieces
 from moecover.errors import InputError, arg
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-PIECE_CHARS = 20_000  # longer documents are cut at line ends, so that a sample does not come from one book
 POOL = 4  # documents are tokenized until there are this many times the blocks wanted, then the sample is drawn
 WHOLE_NUMBERS = "`input_ids` must be a list of whole numbers, `attention_mask` likewise"
 
@@ -38,12 +38,13 @@ class Sample:
     Attributes:
         drawn: the sample.
         rest: the blocks or rows that were not drawn.
-        facts: ``blocks_available``; of text also ``length`` of a block and the number of ``documents``.
+        facts: ``blocks_available``; of text also ``length`` of a block, the number of ``documents``, and ``bos``, the
+            ids that every block begins with, where there are some.
     """
 
     drawn: Blocks
     rest: Blocks
-    facts: dict[str, int]
+    facts: dict[str, Any]
 
 
 def sample_text(
@@ -56,6 +57,7 @@ def sample_text(
     seed: int,
     or_fewer: bool = False,
     streaming: bool = False,
+    prefix: tuple[int, ...] = (),
 ) -> Sample:
     """Draw blocks of a text.
 
@@ -68,10 +70,12 @@ def sample_text(
         seed: of the order of the documents and of the choice of blocks.
         or_fewer: whether a text with fewer blocks will do.
         streaming: whether the documents arrive in a random order already, so that few more than needed are read.
+        prefix: ids that every block begins with; they count in ``length``.
 
     Raises:
         InputError: no text, or too few blocks.
     """
+    body = body_length(length, prefix)
     rng = np.random.default_rng(seed)
     # A file is read up to a generous limit (300 MB of text at the default size) and shuffled here.
     texts = _read(documents, limit=(4 if streaming else 256) * POOL * sequences * length)
@@ -79,7 +83,7 @@ def sample_text(
         raise InputError(f"corpus {name} holds no text")
     order = rng.permutation(len(texts))
     ids = _tokenized([texts[i] for i in order], tokenizer, limit=POOL * sequences * length)
-    blocks = len(ids) // length
+    blocks = len(ids) // body
     if blocks == 0:
         raise InputError(
             f"corpus {name} holds {len(ids)} tokens, less than one block of {length}. "
@@ -91,12 +95,13 @@ def sample_text(
             f"Give {arg('sequences', blocks)}, a shorter {arg('length')} or more text"
         )
     chosen = np.sort(rng.choice(blocks, size=min(blocks, sequences), replace=False))
-    every = np.asarray(ids[: blocks * length], dtype=np.int64).reshape(blocks, length)
+    every = np.asarray(ids[: blocks * body], dtype=np.int64).reshape(blocks, body)
+    every = np.concatenate([np.tile(np.array(prefix, dtype=np.int64), (blocks, 1)), every], axis=1)
     drawn, rest = every[chosen], np.delete(every, chosen, axis=0)
     return Sample(
         Blocks(drawn, np.ones_like(drawn, dtype=bool)),
         Blocks(rest, np.ones_like(rest, dtype=bool)),
-        {"length": length, "blocks_available": blocks, "documents": len(texts)},
+        {"length": length, "blocks_available": blocks, "documents": len(texts), **prefix_record(prefix)},
     )
 
 
@@ -104,23 +109,13 @@ def _read(documents: Iterable[str], *, limit: int) -> list[str]:
     """Pieces of documents, until there are more than ``limit`` characters."""
     texts, chars = list[str](), 0
     for document in documents:
-        for piece in _pieces(document.encode("utf-8", "replace").decode()):  # lone surrogates have no bytes
+        for piece in pieces([document.encode("utf-8", "replace").decode()]):  # lone surrogates have no bytes
             if piece.strip():
                 texts.append(piece)
                 chars += len(piece)
         if chars > limit:
             break
     return texts
-
-
-def _pieces(document: str) -> Iterator[str]:
-    """A document in pieces of about PIECE_CHARS characters, cut at line ends where there are any."""
-    start = 0
-    while len(document) - start > PIECE_CHARS:
-        end = document.rfind("\n", start + 1, start + PIECE_CHARS) + 1 or start + PIECE_CHARS
-        yield document[start:end]
-        start = end
-    yield document[start:]
 
 
 def _tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, limit: int) -> list[int]:
@@ -142,6 +137,7 @@ def sample_rows(
     *,
     sequences: int | None,
     seed: int,
+    length: int | None,
     vocab_size: int | None,
     max_length: int | None,
 ) -> Sample:
@@ -152,6 +148,7 @@ def sample_rows(
         rows: each with ``input_ids`` and perhaps an ``attention_mask``.
         sequences: rows wanted; None takes all.
         seed: of the choice.
+        length: of every row; None for any.
         vocab_size: ids at or above it are refused.
         max_length: longest row allowed.
 
@@ -169,6 +166,12 @@ def sample_rows(
         if max_length is not None and len(ids) > max_length:
             raise InputError(f"{where}: {len(ids)} tokens, the model takes at most {max_length}")
         pairs.append((ids, mask.astype(bool)))
+    for number, (ids, _) in enumerate(pairs, 1):
+        if length is not None and len(ids) != length:
+            raise InputError(
+                f"corpus {name}, row {number}: {len(ids)} tokens, {arg('length', length)} is asked for, which cuts "
+                "text into blocks but takes rows of `input_ids` as they are. Leave it out, or give rows of that length"
+            )
     available = len(pairs)
     if sequences is not None and available < sequences:
         raise InputError(
@@ -178,7 +181,8 @@ def sample_rows(
     left = list[tuple["NDArray[np.int64]", "NDArray[np.bool_]"]]()
     if sequences is not None and sequences < available:
         chosen = np.random.default_rng(seed).choice(available, size=sequences, replace=False).tolist()
-        left = [pair for i, pair in enumerate(pairs) if i not in set(chosen)]
+        drawn = set(chosen)
+        left = [pair for i, pair in enumerate(pairs) if i not in drawn]
         pairs = [pairs[i] for i in sorted(chosen)]
     return Sample(_padded(pairs), _padded(left), {"blocks_available": available})
 

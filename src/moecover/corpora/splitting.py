@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from moecover.checkpoints.opening import Model, described
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.bos import check_bos, prefix_of
 from moecover.corpora.kinds import FILE, KINDS, KindFacts, write_kinds
 from moecover.corpora.kinds import split as split_corpus
-from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
+from moecover.corpora.packing import Corpus, holds_rows, load_corpus, load_tokenizer
 from moecover.corpora.sources import parse_corpora
 from moecover.errors import InputError, arg
 from moecover.files.atomic import check_output
@@ -66,6 +67,7 @@ def split(
     sequences: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     progress: bool | Progress = True,
@@ -80,6 +82,7 @@ def split(
         sequences: blocks to read; None for up to 128 (all rows of ``input_ids``).
         length: tokens per row; None for that of the rows (of text 2048, or the model's positions if fewer).
         seed: of the sample of blocks and of where the clustering starts.
+        bos: what blocks of text begin with, see `TextOptions`; kinds of rows that begin so begin so too.
         overwrite: replace kinds that are there.
         revision: branch, tag or commit of a hub model.
         progress: True draws a log on stderr or in a notebook; False is silent.
@@ -91,11 +94,14 @@ def split(
     check_least(1, sequences=sequences)
     check_least(2, length=length, kinds=kinds)
     check_least(0, seed=seed)
+    check_bos(bos or "auto")
     name, path = (corpus.name, "") if isinstance(corpus, Corpus) else _source(corpus)
     check_output(folder, overwrite=overwrite, marker=FILE, names=(FILE, "[0-9]*.jsonl"))
     structure = described(checkpoint, revision=revision, progress=shown)
     tokenizer = load_tokenizer(structure.checkpoint.path)
     loaded = corpus if isinstance(corpus, Corpus) else None
+    if loaded is not None and sequences is not None:
+        raise InputError(f"{arg('sequences')} says how text is read, but the corpus is loaded already")
     if loaded is None:
         with shown.spinner(f"reading corpus {name}"):
             loaded = load_corpus(
@@ -104,17 +110,27 @@ def split(
                 structure=structure,
                 tokenizer=tokenizer,
                 sequences=sequences,
-                length=length,
+                length=None if holds_rows(name, path or None) else length,
                 seed=seed,
+                bos=bos or "auto",
             )
+    prefix = _prefix(loaded, tokenizer, bos or "auto")
     ends = end_tokens(structure, tokenizer)
     with shown.spinner(f"grouping {loaded.num_tokens:,} tokens"):
-        rows, typical = split_corpus(loaded, ends, kinds=kinds or KINDS, seed=seed)
+        rows, typical = split_corpus(loaded, ends, kinds=kinds or KINDS, seed=seed, begin=len(prefix))
     words = [_words(tokenizer, ids) for ids in typical]
     target = folder.resolve()
     with locked(target):
-        facts = write_kinds(target, loaded, rows, words, length=length or loaded.tokens.shape[1], ends=ends)
+        sizes: dict[str, int] = {"length": length or loaded.tokens.shape[1]}
+        facts = write_kinds(target, loaded, rows, words, **sizes, ends=ends, prefix=prefix)
     return Kinds(folder, name, facts)
+
+
+def _prefix(corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None, bos: str) -> tuple[int, ...]:
+    """The ids that all sequences of a corpus begin with because the tokenizer puts them there."""
+    prefix = () if tokenizer is None else prefix_of(tokenizer, bos)
+    rows = (row[keep][: len(prefix)].tolist() for row, keep in zip(corpus.tokens, corpus.mask, strict=True))
+    return prefix if all(row == list(prefix) for row in rows) else ()
 
 
 def _source(corpus: str) -> tuple[str, str]:

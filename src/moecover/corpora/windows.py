@@ -6,13 +6,12 @@ A corpus that has a held-out part is read only there: perplexity on calibration 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moecover.corpora.bos import body_length, prefix_of, prefix_record
 from moecover.corpora.documents import FileCorpus, NamedCorpus
 from moecover.corpora.packing import Corpus, beyond_vocabulary, block_length, load_tokenizer, make_corpus
 from moecover.corpora.sources import CORPORA
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 WINDOWS = 256  # of 2048 tokens: all of WikiText2's test split, and as much as is usual of C4's validation split
 HELD_OUT = "-heldout"
+CHARS = 8  # of a token at most, usually
+MARGIN = 64  # tokens
 
 
 def check_text(name: str) -> None:
@@ -59,6 +60,7 @@ def load_windows(
     structure: Structure,
     length: int | None = None,
     windows: int = WINDOWS,
+    bos: str = "auto",
 ) -> Corpus:
     """Load the first windows of a held-out text in the tokens of a model; the last one may be shorter.
 
@@ -70,6 +72,7 @@ def load_windows(
         structure: the model; gives the tokenizer and the longest window.
         length: tokens per window; None takes 2048, or the model's positions if fewer.
         windows: at most this many.
+        bos: what a window begins with, see `corpora.bos`; it is not predicted, and counts in ``length``.
 
     Raises:
         InputError: calibration text, an unknown name, an unreadable file, no text, no tokenizer.
@@ -81,17 +84,22 @@ def load_windows(
     tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
         raise InputError(f"held-out text {name} needs the model's tokenizer, {structure.checkpoint.name} has none")
-    found = list(itertools.islice(_ids(source.held_out_documents(), tokenizer), windows * length))
-    if len(found) < 2:
+    prefix = prefix_of(tokenizer, bos)
+    body = body_length(length, prefix)
+    found = _beginning(source, tokenizer, windows * body)
+    if len(prefix) + len(found) < 2 or not found:
         raise InputError(f"held-out text {name}: {path or origin['source']} holds no text to predict")
     if max(found) >= (size := text.get("vocab_size", max(found) + 1)):
         raise InputError(beyond_vocabulary(f"held-out text {name}", max(found), size))
-    if len(found) % length == 1:
+    if not prefix and len(found) % body == 1:
         del found[-1]  # a window of one token predicts nothing
-    count = -(-len(found) // length)
-    tokens, mask = np.zeros((count, length), dtype=np.int64), np.zeros((count, length), dtype=bool)
-    tokens.reshape(-1)[: len(found)], mask.reshape(-1)[: len(found)] = found, True
-    return make_corpus(name, tokens, mask, {**origin, "length": length, "tokenizer": tokenizer_record(tokenizer)})
+    count = -(-len(found) // body)
+    texts, filled = np.zeros((count, body), dtype=np.int64), np.zeros((count, body), dtype=bool)
+    texts.reshape(-1)[: len(found)], filled.reshape(-1)[: len(found)] = found, True
+    begin = np.tile(np.array(prefix, dtype=np.int64), (count, 1))
+    tokens, mask = np.hstack([begin, texts]), np.hstack([np.ones(begin.shape, dtype=bool), filled])
+    about = {"length": length, "tokenizer": tokenizer_record(tokenizer), **prefix_record(prefix)}
+    return make_corpus(name, tokens, mask, {**origin, **about})
 
 
 def _held_out(name: str, path: str | Path | None) -> NamedCorpus:
@@ -101,9 +109,29 @@ def _held_out(name: str, path: str | Path | None) -> NamedCorpus:
     return CORPORA[name]
 
 
-def _ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    end = tokenizer.eos_token_id
+def _beginning(source: NamedCorpus, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
+    """The first tokens of a text; of its documents no more is tokenized than these may need."""
+    longest = CHARS * (tokens + MARGIN)
+    while True:
+        found, cut = _ids(source, tokenizer, tokens, longest)
+        if len(found) >= tokens or not cut:
+            return found[:tokens]
+        longest *= 4  # a text of longer tokens than usual
+
+
+def _ids(source: NamedCorpus, tokenizer: PreTrainedTokenizerBase, tokens: int, longest: int) -> tuple[list[int], bool]:
+    """The first tokens of a text, and whether a document of ``longest`` characters or more ended them.
+
+    Of such a document the beginning is tokenized, and the last `MARGIN` tokens are left out: the cut may have changed
+    them.
+    """
+    end, found = tokenizer.eos_token_id, list[int]()
+    documents = source.held_out_documents(longest) if isinstance(source, FileCorpus) else source.held_out_documents()
     for document in filter(str.strip, documents):
-        yield from tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None:
-            yield end
+        ids: list[int] = tokenizer(document[:longest], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(document) >= longest:
+            return found + ids[:-MARGIN], True
+        found += ids if end is None else [*ids, end]
+        if len(found) >= tokens:
+            break
+    return found, False

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from moecover.errors import InputError
+from moecover.evaluation.records import ModelRecord, PlanRecord, TaskRecord, TextRecord
 from moecover.evaluation.tables import read_items, read_windows, write_items, write_windows
 from moecover.files.atomic import new_folder, write_text
 from moecover.files.hashing import HASH, file_hash, sealed, unsealed
@@ -23,71 +24,6 @@ if TYPE_CHECKING:
 FILE, ITEMS, WINDOWS = FILES = ("evaluation.json", "items.parquet", "windows.parquet")
 FULL = "full"  # name of the row of the model itself
 SCHEMA = 1
-
-
-class ModelRecord(TypedDict):
-    """The model that was evaluated, and how it ran; ``num_bytes`` of its checkpoint, ``layers`` with experts."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    family: str
-    dtype: str
-    device: str
-    num_bytes: int
-    experts: int
-    top_k: int
-    layers: int
-
-
-class TokenizerRecord(TypedDict):
-    """The tokenizer of a text; perplexities of different ones do not compare."""
-
-    sha256: str
-    entries: int
-
-
-class TextRecord(TypedDict):
-    """A held-out text: the record of its `Corpus`, and the share of it that calibration text holds too, by row.
-
-    ``overlap`` has the rows where that share is worth mentioning, see `corpora.overlap`.
-    """
-
-    source: str
-    sha256: str
-    tokens: int
-    sequences: int
-    sketch: str
-    overlap: dict[str, float]
-    length: NotRequired[int]
-    split: NotRequired[str]
-    tokenizer: NotRequired[TokenizerRecord]
-    seed: NotRequired[int]
-    left_by: NotRequired[str]
-    blocks_left: NotRequired[int]
-
-
-class TaskRecord(TypedDict):
-    """A task as it was run; ``metric`` enters the mean of tasks, ``data`` is where its documents come from."""
-
-    version: list[str | int | float]
-    num_fewshot: int
-    items: int
-    metrics: list[str]
-    metric: str
-    parts: int
-    data: str
-    harness: str
-
-
-class PlanRecord(TypedDict):
-    """The plan of a row; ``fingerprint`` is `planning.artifact.kept_hash`, ``repair`` the kind of repair, if any."""
-
-    method: str
-    options: dict[str, Any]
-    keep: int
-    fingerprint: str
-    repair: NotRequired[str]
 
 
 @dataclass(frozen=True)

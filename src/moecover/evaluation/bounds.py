@@ -12,6 +12,7 @@ from typing import Any, Unpack
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.pieces import NOTHING
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.bos import check_bos
 from moecover.corpora.loading import Corpora, parsed
 from moecover.corpora.overlap import WORTH_SAYING, overlap
 from moecover.corpora.packing import Corpus
@@ -24,6 +25,7 @@ from moecover.planning.job import ROUND_OPTIONS
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
 from moecover.profiling.artifact import Profile
+from moecover.profiling.unused import unused_text
 from moecover.progress import SILENT, Progress, resolve
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened, parse_size
@@ -79,6 +81,7 @@ def plan_within(
     texts: Texts = (),
     corpora: Corpora = (),
     windows: int | None = None,
+    bos: str | None = None,
     multiple_of: int | None = None,
     method: str | None = None,
     method_options: Mapping[str, Any] = NOTHING,
@@ -94,6 +97,7 @@ def plan_within(
         texts: held-out text, see `evaluate`; by default blocks of the calibration corpora that the profile did not use.
         corpora: files of calibration corpora, to find those blocks; named corpora need none.
         windows: windows or blocks per text at most; None for 64.
+        bos: what a window of ``texts`` begins with, see `evaluate`; blocks begin as those that the profile used.
         multiple_of: only multiples of this number of experts.
         method: name in `METHODS`; None for the default.
         method_options: of the method, and ``protect_super_experts``.
@@ -115,6 +119,9 @@ def plan_within(
     check_known(options, RunOptions)
     check_least(1, windows=windows)
     named, files = _sources(made, texts, corpora)
+    check_bos(bos or "auto")
+    if bos is not None and not named:
+        raise InputError(f"{arg('bos', bos)} goes with {arg('texts')}: the blocks begin as those that the profile used")
     options["dtype"] = options.get("dtype") or made.settings["dtype"]
     how = passes(options, batch_size=1)
     keeps = possible_keeps(
@@ -128,7 +135,9 @@ def plan_within(
             f"the profile is of another model ({made.model['name']}), not of {structure.checkpoint.name}: "
             f"topology or routers differ. Give the {arg('model')} that was profiled"
         )
-    loaded = _texts(made, named, files, structure, windows or BLOCKS, shown)
+    if not METHODS[name].blind and (line := unused_text(made)):
+        shown.say(line)
+    loaded = _texts(made, named, files, structure, windows or BLOCKS, bos, shown)
     return _found(made, structure, loaded, name, method_options, keeps=keeps, most=most, how=how, progress=shown)
 
 
@@ -143,7 +152,9 @@ def _sources(
         )
     named = parsed_texts(texts)
     given = parsed(corpora) if corpora else {}
-    files = {name: None if isinstance(source, Corpus) else source for name, source in given.items()}
+    if loaded := [name for name, source in given.items() if isinstance(source, Corpus)]:
+        raise InputError(f"{arg('corpora', loaded[0])} is loaded already: give the file that the profile read")
+    files = {name: source for name, source in given.items() if not isinstance(source, Corpus)}
     return named, {} if named else check_held_out(profile.corpora, files)
 
 
@@ -153,11 +164,12 @@ def _texts(
     files: Mapping[str, str | None],
     structure: Structure,
     windows: int,
+    bos: str | None,
     progress: Progress,
 ) -> list[Corpus]:
     """The held-out texts, with a note where calibration text is in them."""
     with progress.spinner("reading held-out text"):
-        loaded = load_texts(named, structure, windows=windows, progress=SILENT)
+        loaded = load_texts(named, structure, windows=windows, bos=bos, progress=SILENT)
         loaded = loaded or held_out(profile, files, structure, blocks=windows)
     for text in loaded:
         share = overlap(text.tokens, text.mask, [record for records in profile.corpora.values() for record in records])
@@ -186,9 +198,14 @@ def _found(
     """Open the model as it fits, and search."""
     with opened(
         structure,
-        tokens=sum(text.num_tokens for text in texts) * (1 + TOGETHER),
+        tokens=0,
+        in_parts=(
+            sum(text.num_tokens for text in texts) * (1 + TOGETHER),
+            sum(-(-len(text.tokens) // how.batch_size) for text in texts) * (1 + TOGETHER),
+        ),
         head=True,
         batch_tokens=how.batch_size * max(text.tokens.shape[1] for text in texts),
+        unit=how.batch_size * max(text.tokens.shape[1] for text in texts) * (1 + TOGETHER),
         dtype=how.dtype,
         device=how.device,
         memory_limit=how.memory_limit,

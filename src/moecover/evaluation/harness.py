@@ -20,6 +20,7 @@ class Request(Protocol):
     args: tuple[Any, ...]
     doc: Mapping[str, Any]
     doc_id: int
+    task_name: str
     repeats: int
 
 

@@ -9,13 +9,15 @@ from typing import TypedDict, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.bos import check_bos
 from moecover.corpora.packing import Corpus, load_tokenizer
 from moecover.corpora.rows import SUFFIXES
 from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import FILE, FILES, FULL, Evaluation
 from moecover.evaluation.run import evaluate as run_evaluation
-from moecover.evaluation.run import overlaps
+from moecover.evaluation.run import overlaps, task_overlaps
+from moecover.evaluation.task_scores import cut_text
 from moecover.evaluation.tasks import Tasks
 from moecover.evaluation.tasks import resolve as resolve_tasks
 from moecover.files.atomic import check_output
@@ -83,6 +85,7 @@ def load_texts(
     *,
     length: int | None = None,
     windows: int | None = None,
+    bos: str | None = None,
     progress: Progress,
 ) -> list[Corpus]:
     """Held-out texts in windows of the model's token ids, see `load_windows`."""
@@ -92,7 +95,10 @@ def load_texts(
             loaded.append(source)
             continue
         with progress.spinner(f"reading {name}"):
-            loaded.append(load_windows(name, source, structure=structure, length=length, windows=windows or WINDOWS))
+            text = load_windows(
+                name, source, structure=structure, length=length, windows=windows or WINDOWS, bos=bos or "auto"
+            )
+            loaded.append(text)
     return loaded
 
 
@@ -123,6 +129,7 @@ def evaluate(
     overwrite: bool = False,
     windows: int | None = None,
     length: int | None = None,
+    bos: str | None = None,
     progress: bool | Progress = True,
     **options: Unpack[EvaluateOptions],
 ) -> Evaluation:
@@ -139,6 +146,8 @@ def evaluate(
         overwrite: replace an evaluation that is there.
         windows: windows per text at most; None for 256.
         length: tokens per window; None for 2048, or the model's positions if fewer.
+        bos: what a window begins with: ``auto`` (default) what the tokenizer adds by itself, ``always`` its BOS token,
+            ``never`` nothing. Tasks begin as the harness has them.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions` (batch size 1 by default) and `TaskOptions`.
 
@@ -146,14 +155,16 @@ def evaluate(
         A row for the model and one for every plan.
 
     Raises:
-        InputError: nothing to measure, arguments out of range, plans that do not fit, or text that cannot be read.
-        MoecoverError: the model gives numbers that are not finite.
+        InputError: nothing to measure, arguments out of range, plans that do not fit, text that cannot be read, or a
+            model that gives numbers that are not finite.
     """
     shown, named = resolve(progress), parsed_texts(texts)
     if not tasks and not named:
         raise InputError(f"nothing to measure. Give {arg('texts')} (NAME or NAME=PATH), {arg('tasks')}, or both")
     check_known(options, EvaluateOptions)
+    _check_used(named, tasks, options, windows=windows, length=length, bos=bos)
     check_least(1, limit=options.get("limit"), windows=windows, length=length)
+    check_bos(bos or "auto")
     how = passes(options, batch_size=1)
     if output is not None:
         check_output(Path(output), overwrite=overwrite, marker=FILE, names=FILES)
@@ -163,13 +174,34 @@ def evaluate(
     for plan in variants.values():
         check_plan(plan, headers)
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
-    loaded = load_texts(named, structure, length=length, windows=windows, progress=shown)
+    loaded = load_texts(named, structure, length=length, windows=windows, bos=bos, progress=shown)
     _note_overlaps(loaded, variants, structure, shown)
     found_tasks = _tasks(tasks, structure, options, how, shown) if tasks else None
+    if found_tasks is not None:
+        for task, by_row in task_overlaps(found_tasks, variants, structure).items():
+            _note_overlap(f"the task {task}", "score", by_row, structure, shown)
     found = _measured(structure, variants, loaded, found_tasks, how, shown)
+    for name, record in found.tasks.items():
+        if cut := record.get("cut"):
+            shown.say(f"note: {cut_text(name, cut, record['items'])}")
     if output is not None:
         found.save(Path(output))
     return found
+
+
+def _check_used(
+    texts: Mapping[str, str | Corpus | None], tasks: Sequence[str], options: EvaluateOptions, **of_texts: object
+) -> None:
+    """Refuse arguments on texts or on tasks where there are none to read.
+
+    Raises:
+        InputError: names the argument.
+    """
+    stray = [name for name, value in of_texts.items() if value is not None]
+    if stray and all(isinstance(text, Corpus) for text in texts.values()):
+        raise InputError(f"{arg(stray[0])} says how held-out text is read: give {arg('texts')} by name or file")
+    if not tasks and (unused := [name for name in TaskOptions.__annotations__ if options.get(name) is not None]):
+        raise InputError(f"{arg(unused[0])} goes with {arg('tasks')}, and there are none")
 
 
 def _note_overlaps(
@@ -177,12 +209,18 @@ def _note_overlaps(
 ) -> None:
     """Say where calibration text is in the text that is measured on."""
     for text in texts:
-        for row, share in overlaps(text, plans, structure).items():
-            name = structure.checkpoint.name if row == FULL else row
-            progress.say(
-                f"note: {share:.0%} of the text {text.name} is also in the calibration text of {name}: its perplexity "
-                "says little about other text"
-            )
+        _note_overlap(f"the text {text.name}", "perplexity", overlaps(text, plans, structure), structure, progress)
+
+
+def _note_overlap(
+    what: str, measure: str, by_row: Mapping[str, float], structure: Structure, progress: Progress
+) -> None:
+    for row, share in by_row.items():
+        name = structure.checkpoint.name if row == FULL else row
+        progress.say(
+            f"note: {share:.0%} of {what} is also in the calibration text of {name}: its {measure} says little about "
+            "other text"
+        )
 
 
 def _tasks(
@@ -211,14 +249,16 @@ def _measured(
     """Open the model as it fits, and measure."""
     variants = 1 + len(plans)
     longest = max([text.tokens.shape[1] for text in texts] + ([tasks.longest] if tasks is not None else []))
-    in_parts = (0, 0)
+    tokens = sum(text.num_tokens for text in texts)
+    batches = sum(-(-len(text.tokens) // how.batch_size) for text in texts)
     if tasks is not None:
-        in_parts = (tasks.num_tokens() * variants, -(-tasks.num_requests // how.batch_size) * variants)
+        tokens, batches = tokens + tasks.num_tokens(), batches - (-tasks.num_requests // how.batch_size)
     with opened(
         structure,
-        tokens=sum(text.num_tokens for text in texts) * variants,
+        tokens=0,
         batch_tokens=how.batch_size * longest,
-        in_parts=in_parts,
+        in_parts=(tokens * variants, batches * variants),
+        unit=how.batch_size * max((text.tokens.shape[1] for text in texts), default=0) * variants,
         dtype=how.dtype,
         device=how.device,
         memory_limit=how.memory_limit,

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
-from moecover.errors import InputError, MoecoverError, arg
+from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import TextResult
+from moecover.runtime.finite import naming, not_finite, rows_text, watched
+from moecover.runtime.layerwise import run_in_parts
 from moecover.runtime.running import InMemory, Running, Within, unmasked
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+
+    from moecover.runtime.streaming import Streamed
 
 POSITIONS = 256  # positions whose logits are converted to float32 at a time
 
@@ -55,11 +60,11 @@ def score(
             here = scored[row, part]
             found = logits[row, part][here].float().log_softmax(-1)
             target = ids[row, part.start + 1 : part.stop + 1][here]
-            sums[row, 0] -= found.gather(-1, target[:, None]).double().sum().cpu()
+            sums[row, 0] -= found.gather(-1, target[:, None]).cpu().double().sum()  # not every GPU has float64
             sums[row, 1] += len(target)
             if reference is not None:
                 other = reference[row, part][here].float().log_softmax(-1)
-                sums[row, 2] += (other.exp() * (other - found)).sum(-1).double().sum().cpu()
+                sums[row, 2] += (other.exp() * (other - found)).sum(-1).cpu().double().sum()
                 sums[row, 3] += (other.argmax(-1) == found.argmax(-1)).sum().cpu()
     return sums.numpy()
 
@@ -80,8 +85,8 @@ def perplexity(
         advance: called with the number of tokens of every finished batch.
 
     Raises:
-        InputError: there is no token to predict, or ``batch_size`` is below 1.
-        MoecoverError: the model gives numbers that are not finite.
+        InputError: there is no token to predict, ``batch_size`` is below 1, or the model gives numbers that are not
+            finite.
     """
     import torch
 
@@ -101,8 +106,8 @@ def window_sums(
 ) -> list[NDArray[np.float64]]:
     """The sums of `score` for every window of a text and every variant of a model.
 
-    The variants take turns on each batch, so that only the reference logits of one batch are held; layer by layer they
-    share one read of the weights.
+    The variants take turns on each batch, so that only the reference logits of one batch are held; layer by layer as
+    many batches as fit share one read of the weights.
 
     Args:
         model: the model.
@@ -119,22 +124,31 @@ def window_sums(
         raise InputError(f"{arg('batch_size', batch_size)} is out of range: 1 or more")
     reference: list[torch.Tensor] = []
 
-    def run(number: int, inputs: dict[str, torch.Tensor]) -> NDArray[np.float64]:
+    def run(first: int, number: int, inputs: dict[str, torch.Tensor]) -> NDArray[np.float64]:
         inputs = {key: value.to(model.device) for key, value in inputs.items()}
-        logits = model.module(**inputs, use_cache=False).logits
-        if number == 0:
-            reference[:] = [logits] if close else []
-        found = score(logits, inputs, reference[0] if close and number else None)
+        with naming(f"corpus {corpus.name}, {rows_text('window', first, len(inputs['input_ids']))}"):
+            logits = model.module(**inputs, use_cache=False).logits
+            if number == 0:
+                reference[:] = [logits] if close else []
+            found = score(logits, inputs, reference[0] if close and number else None)
+            if not np.isfinite(found).all():
+                raise not_finite("", "the log-likelihoods are")
         advance(int(inputs.get("attention_mask", inputs["input_ids"] * 0 + 1).sum()))
         return found
 
     calls: list[Callable[[], NDArray[np.float64]]] = []
     within: list[Within] = []
-    for inputs in batches(corpus, batch_size):
+    tokens: list[int] = []
+    for place, inputs in enumerate(batches(corpus, batch_size)):
         for number, variant in enumerate(variants):
-            calls.append(functools.partial(run, number, inputs))
+            calls.append(functools.partial(run, place * batch_size, number, inputs))
             within.append(variant)
-    found = model.run(calls, within=within)
+            tokens.append(inputs["input_ids"].numel())
+    with watched(model):
+        if model.by_layer:
+            found = run_in_parts(cast("Streamed", model), calls, tokens, within=within, together=len(variants))
+        else:
+            found = model.run(calls, within=within)
     return [np.concatenate(found[number :: len(variants)]) for number in range(len(variants))]
 
 
@@ -148,15 +162,16 @@ def text_result(name: str, sums: NDArray[np.float64], *, close: bool = False) ->
 
     Raises:
         InputError: there is no token to predict.
-        MoecoverError: the mean is not finite.
+        InputError: a sum is not finite.
     """
+    if not np.isfinite(sums).all():
+        window = int(np.argwhere(~np.isfinite(sums))[0][0])
+        raise not_finite(f"corpus {name}, window {window}", "the log-likelihoods are")
     total, tokens, kl, agreed = (math.fsum(column) for column in sums.T)
     if tokens == 0:
         raise InputError(f"corpus {name}: no token to predict, sequences of at least two tokens are needed")
     mean = total / tokens
-    if not math.isfinite(mean):
-        raise MoecoverError(
-            f"corpus {name}: the mean negative log-likelihood is {mean}. Evaluate with another {arg('dtype')}"
-        )
+    if mean > math.log(sys.float_info.max):
+        raise not_finite(f"corpus {name}", f"with {mean:.4g} nats a token the perplexity is")
     closeness = (kl / tokens, agreed / tokens) if close else (None, None)
     return TextResult(math.exp(mean), mean, int(tokens), len(sums), *closeness)

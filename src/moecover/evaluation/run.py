@@ -16,14 +16,16 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.overlap import WORTH_SAYING, overlap
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
-from moecover.evaluation.artifact import FULL, Evaluation, ModelRecord, PlanRecord, Row, TextRecord
+from moecover.evaluation.artifact import FULL, Evaluation, Row
 from moecover.evaluation.perplexity import text_result, window_sums
+from moecover.evaluation.records import ModelRecord, PlanRecord, TaskRecord, TextRecord
 from moecover.planning.artifact import Plan, check_plan, kept_hash
 from moecover.planning.masking import masked_layers
 from moecover.progress import Bar
 from moecover.repairing.layers import LayerRepair, with_repairs
 from moecover.runtime.running import Running, Within, running, unmasked
 from moecover.verification.verify import plan_of
+from moecover.version import library_versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,8 +89,8 @@ def evaluate(
         One row a variant, the model itself first, then the plans in order.
 
     Raises:
-        InputError: a plan does not fit the model or has the name of the model's row, or there is nothing to evaluate.
-        MoecoverError: the model gives numbers that are not finite.
+        InputError: a plan does not fit the model or has the name of the model's row, there is nothing to evaluate, or
+            the model gives numbers that are not finite.
     """
     variants = _variants(structure, plans, full=full)
     runs = running(model, structure)
@@ -99,9 +101,9 @@ def evaluate(
     sums = _sums_by_text(runs, within, texts, batch_size=batch_size, close=close, bar=bar)
     scored = _scored(runs, within, tasks, bar=bar)
     return Evaluation(
-        _model_record(structure, runs),
+        _model_record(structure, runs, batch_size),
         {text.name: _text_record(text, plans, structure) for text in texts},
-        {} if tasks is None else tasks.record,
+        {} if tasks is None else _task_records(tasks, plans, structure),
         [
             _row(structure, name, plan, number, sums, scored, close)
             for number, (name, plan) in enumerate(variants.items())
@@ -193,7 +195,21 @@ def _text_record(text: Corpus, plans: Mapping[str, Plan], structure: Structure) 
     return record
 
 
-def _model_record(structure: Structure, runs: Running) -> ModelRecord:
+def _task_records(tasks: Tasks, plans: Mapping[str, Plan], structure: Structure) -> dict[str, TaskRecord]:
+    found = task_overlaps(tasks, plans, structure)
+    return {name: {**record, "overlap": found[name]} for name, record in tasks.record.items()}
+
+
+def task_overlaps(tasks: Tasks, plans: Mapping[str, Plan], structure: Structure) -> dict[str, dict[str, float]]:
+    """By task, `overlaps` of what the model reads of its documents."""
+    if not any(plan.calibration for plan in plans.values()) and plan_of(structure.checkpoint) is None:
+        return {name: {} for name in tasks.parts}
+    return {name: overlaps(text, plans, structure) for name, text in tasks.texts.items()}
+
+
+def _model_record(structure: Structure, runs: Running, batch_size: int) -> ModelRecord:
+    import torch
+
     topology, checkpoint = structure.topology, structure.checkpoint
     return {
         "name": checkpoint.name,
@@ -206,4 +222,7 @@ def _model_record(structure: Structure, runs: Running) -> ModelRecord:
         "experts": topology.num_experts,
         "top_k": topology.top_k,
         "layers": len(topology.decoder_layers),
+        "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "versions": library_versions(),
     }

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
 from moecover.errors import MoecoverError
+from moecover.evaluation.harness_model import CheckedLM, Encoded
 from moecover.runtime.layerwise import run_in_parts
 from moecover.runtime.running import Within
 from moecover.runtime.streaming import Streamed
@@ -25,7 +26,6 @@ from moecover.runtime.streaming import Streamed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Request = tuple[Any, list[int], list[int]]  # its name, tokens of its context and continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, whether every token of it is the most likely one
 
 
@@ -37,16 +37,14 @@ class _Batch:
     requests: list[int] = field(default_factory=list)
 
 
-class _ByLayer(HFLM):  # type: ignore[misc]
+class _Batching(HFLM):  # type: ignore[misc]
+    """Records what would run: every call of the model is a batch, the requests answered after it are in that batch."""
+
     def __init__(self, stream: Streamed, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         super().__init__(pretrained=stream.module, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self._device = stream.device
 
-
-class _Batching(_ByLayer):
-    """Records what would run: every call of the model is a batch, the requests answered after it are in that batch."""
-
-    def batches(self, requests: Sequence[Request]) -> list[_Batch]:
+    def batches(self, requests: Sequence[Encoded]) -> list[_Batch]:
         self._found: list[_Batch] = []
         self.set_cache_hook(self)
         numbered = [(number, *tokens) for number, (_, *tokens) in enumerate(requests)]
@@ -71,7 +69,7 @@ class _Batching(_ByLayer):
         return torch.zeros((), dtype=torch.uint8, device=logits.device).expand(contlen or 0, vocabulary)
 
 
-class Replay(_ByLayer):
+class Replay(CheckedLM):
     """A model of the harness that stands for all variants of a model that runs layer by layer.
 
     Attributes:
@@ -79,7 +77,13 @@ class Replay(_ByLayer):
     """
 
     def __init__(
-        self, stream: Streamed, within: Sequence[Within], *, tokenizer: PreTrainedTokenizerBase, batch_size: int
+        self,
+        stream: Streamed,
+        within: Sequence[Within],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        answered: Callable[[int], None] = lambda requests: None,
     ) -> None:
         """Stand for the first variant.
 
@@ -88,15 +92,17 @@ class Replay(_ByLayer):
             within: for each variant, the context of a decoder layer.
             tokenizer: of the model.
             batch_size: requests per forward pass.
+            answered: called with 1 for every answered request.
         """
-        super().__init__(stream, tokenizer, batch_size)
-        self.variant = 0
+        super().__init__(answered=answered, pretrained=stream.module, tokenizer=tokenizer, batch_size=batch_size)
+        self._device, self.variant = stream.device, 0
         self._stream, self._within = stream, within
         self._asked: list[list[list[int]]] | None = None
         self._answers: list[list[Answer]] = []
         self._expected: torch.Tensor | None = None
 
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: object) -> list[Answer]:
+    def _loglikelihood_tokens(self, requests: Sequence[Encoded], *args: object, **kwargs: object) -> list[Answer]:
+        self.count(requests)
         asked = [tokens for _, *tokens in requests]
         if self._asked is None:
             self._asked, self._answers = asked, self._run(requests)
@@ -107,7 +113,7 @@ class Replay(_ByLayer):
             )
         return self._answers[self.variant]
 
-    def _run(self, requests: Sequence[Request]) -> list[list[Answer]]:
+    def _run(self, requests: Sequence[Encoded]) -> list[list[Answer]]:
         """Answers of every variant."""
         batches = _Batching(self._stream, self.tokenizer, self.batch_size).batches(requests)
         passes = [(variant, batch) for variant in range(len(self._within)) for batch in batches]
@@ -122,7 +128,7 @@ class Replay(_ByLayer):
             answers[variant] |= zip(batch.requests, answered, strict=True)
         return [[of_variant[number] for number in range(len(requests))] for of_variant in answers]
 
-    def _scored(self, requests: Sequence[Request], batch: _Batch) -> list[Answer]:
+    def _scored(self, requests: Sequence[Encoded], batch: _Batch) -> list[Answer]:
         """The harness's answers to the requests of one batch."""
         one = copy.copy(self)
         one._expected = batch.tokens

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.evaluation.artifact import Score, TaskRecord
+from moecover.evaluation.artifact import Score
 from moecover.evaluation.harness import version_text
+from moecover.evaluation.records import TaskRecord
 from moecover.evaluation.task_files import GROUP_PREFIX
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def task_scores(
     return {shown: _score(whole, of_parts, *key) for shown, key in metric_keys(samples[0]).items()}
 
 
-def task_record(found: Results, parts: Sequence[str], samples: Sequence[Sequence[Sample]], *, data: str) -> TaskRecord:
+def task_record(
+    found: Results, parts: Sequence[str], samples: Sequence[Sequence[Sample]], *, data: str, cut: int
+) -> TaskRecord:
     """The record of a task as it was run.
 
     Args:
@@ -58,6 +61,7 @@ def task_record(found: Results, parts: Sequence[str], samples: Sequence[Sequence
         parts: the harness's tasks that it stands for.
         samples: from `document_samples`.
         data: where the documents come from.
+        cut: documents of which the model saw only the end.
     """
     metrics = list(metric_keys(samples[0]))
     return {
@@ -69,7 +73,16 @@ def task_record(found: Results, parts: Sequence[str], samples: Sequence[Sequence
         "parts": len(parts),
         "data": data,
         "harness": version_text(),
+        "cut": cut,
     }
+
+
+def cut_text(task: str, cut: int, items: int) -> str:
+    """How many items of a task a model saw the end of only, as a sentence without its full stop."""
+    return (
+        f"task {task}: {cut:,} of {items:,} items are longer than the model's positions, the harness leaves out their "
+        "beginning"
+    )
 
 
 def metric_keys(samples: Sequence[Sample]) -> dict[str, tuple[str, str]]:

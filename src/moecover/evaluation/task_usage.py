@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from moecover.corpora.bos import prefix_of
 from moecover.corpora.packing import Corpus, load_tokenizer, make_corpus
 from moecover.errors import InputError, arg
 from moecover.files.atomic import write_text
@@ -107,7 +108,9 @@ def _corpus(
     chosen = list(texts)
     if limit is not None and limit < len(chosen):
         chosen = [chosen[i] for i in np.sort(np.random.default_rng(seed).choice(len(chosen), limit, replace=False))]
-    encoded = tokenizer(chosen, add_special_tokens=False, verbose=False)["input_ids"] if chosen else []
+    prefix = list(prefix_of(tokenizer))  # as the harness has them
+    bare = tokenizer(chosen, add_special_tokens=False, verbose=False)["input_ids"] if chosen else []
+    encoded = [prefix + ids for ids in bare if ids]
     rows = sorted((ids[-longest:] if longest else ids for ids in encoded if ids), key=len)
     if not rows:
         raise InputError(f"task {task} has no text, so the experts that it uses are not known")

@@ -8,20 +8,23 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
+from moecover.corpora.packing import Corpus, make_corpus
 from moecover.errors import InputError, arg
-from moecover.evaluation.artifact import Score, TaskRecord
+from moecover.evaluation.artifact import Score
 from moecover.evaluation.harness import Loaded, all_tasks, answered_documents, check_installed, quiet, text_of
+from moecover.evaluation.records import TaskRecord
 from moecover.evaluation.task_files import GROUP_PREFIX, LOCAL, from_files
 from moecover.evaluation.task_scores import document_samples, document_scores, task_record, task_scores
+from moecover.runtime.finite import watched
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
@@ -43,7 +46,7 @@ class Tasks:
         loaded: what the harness's task manager gives.
         parts: by the name that was asked for, the harness's tasks that it stands for.
         tokenizer: of the model.
-        data: where the documents come from: ``hub`` or a folder.
+        data: where the documents come from, by the name that was asked for: ``hub``, a folder, or ``its definition``.
         limit: documents a task at most; None for all.
         batch_size: requests per forward pass.
         record: record of every task, by name; complete once the tasks have run.
@@ -52,7 +55,7 @@ class Tasks:
     loaded: Loaded
     parts: dict[str, list[str]]
     tokenizer: PreTrainedTokenizerBase
-    data: str
+    data: Mapping[str, str]
     limit: int | None = None
     batch_size: int = 1
     record: dict[str, TaskRecord] = field(default_factory=dict)
@@ -72,36 +75,34 @@ class Tasks:
             For each variant, the scores by task and metric, and those of every document.
 
         Raises:
-            InputError: see `check`.
+            InputError: see `check`; or an answer that is not finite, with its task and item.
         """
         self.check(model)
-        hook = SimpleNamespace(add_partial=lambda kind, request, answer: advance(1))
-        return (
-            self._by_layer(cast("Streamed", model), within, hook)
-            if model.by_layer
-            else self._whole(model, within, hook)
-        )
+        with watched(model):
+            if model.by_layer:
+                return self._by_layer(cast("Streamed", model), within, advance)
+            return self._whole(model, within, advance)
 
-    def _by_layer(self, stream: Streamed, within: Sequence[Within], hook: SimpleNamespace) -> list[Scored]:
+    def _by_layer(self, stream: Streamed, within: Sequence[Within], answered: Callable[[int], None]) -> list[Scored]:
         """Scores of all variants of a model that runs layer by layer."""
         from moecover.evaluation.streamed_tasks import Replay
 
+        settings: dict[str, Any] = {"tokenizer": self.tokenizer, "batch_size": self.batch_size}
         with quiet():
-            replay = Replay(stream, within, tokenizer=self.tokenizer, batch_size=self.batch_size)
-        replay.set_cache_hook(hook)
+            replay = Replay(stream, within, answered=answered, **settings)
         results = []
         for number in range(len(within)):
             replay.variant = number
             results.append(self._run(replay))
         return results
 
-    def _whole(self, model: Running, within: Sequence[Within], hook: SimpleNamespace) -> list[Scored]:
+    def _whole(self, model: Running, within: Sequence[Within], answered: Callable[[int], None]) -> list[Scored]:
         """Scores of all variants of a model in memory, one after the other."""
-        from lm_eval.models.huggingface import HFLM
+        from moecover.evaluation.harness_model import CheckedLM
 
+        settings: dict[str, Any] = {"tokenizer": self.tokenizer, "batch_size": self.batch_size}
         with quiet():
-            lm = HFLM(pretrained=model.module, tokenizer=self.tokenizer, batch_size=self.batch_size, backend="causal")
-        lm.set_cache_hook(hook)
+            lm = CheckedLM(answered=answered, pretrained=model.module, **settings)
         results = []
         for context in within:
             with contextlib.ExitStack() as stack:
@@ -138,6 +139,21 @@ class Tasks:
         with quiet():
             for name, parts in self.parts.items():
                 found[name] = [text for part in parts for text in answered_documents(tasks[part], self.limit)]
+        return found
+
+    @functools.cached_property
+    def texts(self) -> dict[str, Corpus]:
+        """By task, what the model reads of every document: its first request, a sequence each."""
+        found = {}
+        with quiet():
+            for name, parts in self.parts.items():
+                documents: dict[tuple[str, int], str] = {}
+                for part in parts:
+                    task = self.loaded["tasks"][part]
+                    task.build_all_requests(limit=self.limit)
+                    for one in task.instances:
+                        documents.setdefault((part, one.doc_id), text_of(one))
+                found[name] = _as_corpus(name, self._ids(list(documents.values())))
         return found
 
     @property
@@ -191,8 +207,18 @@ class Tasks:
             samples = document_samples(found, parts)
             items[name] = document_scores(samples)
             scores[name] = task_scores(found, name, parts, samples)
-            self.record[name] = task_record(found, parts, samples, data=self.data)
+            cut = sum(task in parts for task, _ in lm.cut)
+            self.record[name] = task_record(found, parts, samples, data=self.data[name], cut=cut)
         return scores, items
+
+
+def _as_corpus(name: str, rows: Sequence[Sequence[int]]) -> Corpus:
+    """Rows of token ids of any lengths, for comparisons with other texts."""
+    tokens = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
+    mask = np.zeros(tokens.shape, dtype=bool)
+    for i, ids in enumerate(rows):
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+    return make_corpus(name, tokens, mask, {})
 
 
 def resolve(
@@ -228,9 +254,13 @@ def resolve(
         manager = all_tasks() if include_path is None else TaskManager(include_path=str(include_path))
         known = set(manager.all_tasks)
         _check_names(names, known)
+        if data_dir is not None and not set(names) & LOCAL.keys():
+            raise InputError(f"{arg('data_dir')} has files of {', '.join(LOCAL)}: none of these is asked for")
         local = {name: from_files(name, data_dir, known) for name in names if data_dir is not None and name in LOCAL}
         parts = {name: _load(manager, name, local.get(name), loaded) for name in names}
-    return Tasks(loaded, parts, tokenizer, "hub" if data_dir is None else str(data_dir), limit, batch_size)
+        own = set() if include_path is None else known - set(all_tasks().all_tasks)
+    data = {n: str(data_dir) if n in local else "its definition" if n in own else "hub" for n in names}
+    return Tasks(loaded, parts, tokenizer, data, limit, batch_size)
 
 
 def _check_names(names: Sequence[str], known: Collection[str]) -> None:

@@ -31,7 +31,7 @@ def tensor_bytes(tensors: Mapping[str, NDArray[np.generic]], document: Mapping[s
     import numpy as np
     from safetensors.numpy import save
 
-    stored = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}  # `save` takes others as they lie
+    stored = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # in C order
     hashes = {name: array_hash(tensor) for name, tensor in stored.items()}
     return bytes(save(stored, metadata={KEY: json.dumps(sealed({**document, HASHES: hashes}))}))
 

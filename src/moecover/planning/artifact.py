@@ -37,6 +37,7 @@ class LayerPlan(BaseModel):
         search: kind of a subset search: ``exhaustive``, ``greedy`` or ``greedy with exchanges``.
         loss: reconstruction loss of that subset, see `expert_sparsity` and `worst_corpus`.
         tokens: calibration tokens that the search ran on.
+        unused: experts that no token of the calibration text was routed to.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -50,6 +51,7 @@ class LayerPlan(BaseModel):
     search: str | None = None
     loss: float | None = None
     tokens: int | None = None
+    unused: list[int] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _kept_is_a_set(self) -> LayerPlan:

@@ -11,8 +11,10 @@ from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan
 from moecover.planning.keep import resolve_keep
 from moecover.planning.methods import METHODS, default_method
+from moecover.planning.options import LAYERWISE
 from moecover.planning.run import check_options, plan_budgets
 from moecover.profiling.artifact import Profile
+from moecover.profiling.unused import share_text, unused_text
 from moecover.progress import Progress, resolve
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from moecover.checkpoints.opening import Model
     from moecover.checkpoints.structure import Structure
     from moecover.corpora.packing import Corpus
+    from moecover.runtime.options import RunOptions
     from moecover.runtime.running import Running
 
 SEARCH_TOKENS = 8192  # calibration tokens that a search runs on by default
@@ -42,7 +45,7 @@ def search_resources(
 
     Args:
         method: its name.
-        options: its options; in mode ``progressive`` every budget has a pass of its own.
+        options: its options; in every mode but ``layerwise`` every budget has a pass of its own.
         structure: the checkpoint.
         model: of it, open.
         budgets: how many plans are made.
@@ -52,7 +55,7 @@ def search_resources(
     if not METHODS[method].runs_experts:
         yield {}
         return
-    rounds = budgets if options.get("mode") == "progressive" else 1
+    rounds = 1 if options.get("mode", LAYERWISE) == LAYERWISE else budgets
     with progress.bar("searching", rounds * len(structure.topology.decoder_layers), unit="layers") as advance:
         yield {"model": model, "structure": structure, "sample": sample, "advance": advance}
 
@@ -92,6 +95,7 @@ def plans(
     structure: Structure | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    memory_limit: int | str | None = None,
     revision: str | None = None,
     progress: Progress,
 ) -> list[Plan]:
@@ -106,46 +110,75 @@ def plans(
         structure: of a live model.
         dtype: torch dtype by name; None for the profile's.
         device: torch device by name; None for a GPU where there is one.
+        memory_limit: memory that may be used, see `RunOptions`; a model that does not fit runs layer by layer.
         revision: branch, tag or commit of a hub model.
         progress: shows the search.
 
     Raises:
         InputError: what `plan_budgets` raises, or a model that cannot be read.
     """
+    if not METHODS[method].blind and (line := unused_text(profile)):
+        progress.say(line)
     if not METHODS[method].runs_experts or model is None:
         return plan_budgets(profile, method=method, keeps=keeps, **options)
-    structure, live = _live(profile, model, structure, dtype, device, revision, progress)
-    with search_resources(method, options, structure, live, budgets=len(keeps), progress=progress) as resources:
+    how: RunOptions = {"dtype": dtype, "device": device, "memory_limit": memory_limit, "revision": revision}
+    progressive = options.get("mode", LAYERWISE) != LAYERWISE
+    progressive = options.get("mode", LAYERWISE) != LAYERWISE
+    with (
+        _live(profile, model, structure, how, progressive=progressive, progress=progress) as (found, live),
+        search_resources(method, options, found, live, budgets=len(keeps), progress=progress) as resources,
+    ):
         return plan_budgets(profile, method=method, keeps=keeps, **resources, **options)
 
 
+@contextlib.contextmanager
 def _live(
     profile: Profile,
     model: Model | torch.nn.Module | Running,
     structure: Structure | None,
-    dtype: str | None,
-    device: str | None,
-    revision: str | None,
+    how: RunOptions,
+    *,
+    progressive: bool,
     progress: Progress,
-) -> tuple[Structure, Running]:
-    """The model, loaded where it is not live yet. Imports here: planning from a profile alone starts quickly."""
+) -> Iterator[tuple[Structure, Running]]:
+    """The model, opened as it fits where it is not live yet.
+
+    Imports here: planning from a profile alone starts quickly.
+    """
     from moecover.checkpoints.opening import described, fetched
     from moecover.checkpoints.structure import Structure
+    from moecover.planning.search.products import peak_bytes
     from moecover.runtime.loadable import check_loadable
-    from moecover.runtime.loading import check_device, load_model
+    from moecover.runtime.memory import opened
+    from moecover.runtime.options import check_live
+    from moecover.runtime.passes import passes
     from moecover.runtime.running import running
 
     if not isinstance(model, (str, Path, Structure)):
         if structure is None:
             raise InputError(f"a live {arg('model')} comes with its {arg('structure')}")
-        return structure, running(model, structure)
-    dtype = dtype or profile.settings["dtype"]
-    check_device(dtype, device or "auto")
-    headers = described(model, revision=revision, progress=progress)
-    check_loadable(headers, dtype)
-    found = fetched(headers, revision=revision, progress=progress)
-    with progress.spinner(f"loading {found.checkpoint.name}"):
-        return found, running(load_model(found, dtype=dtype, device=device or "auto"), found)
+        check_live(model, how)
+        yield structure, running(model, structure)
+        return
+    if structure is not None:
+        raise InputError(f"{arg('structure')} goes with a live {arg('model')}")
+    run = passes({**how, "dtype": how.get("dtype") or profile.settings.get("dtype")})
+    headers = described(model, revision=how.get("revision"), progress=progress)
+    check_loadable(headers, run.dtype)
+    found = fetched(headers, revision=how.get("revision"), progress=progress)
+    sample = profile.inputs
+    tokens, batch = (sample.num_tokens, max(map(max, sample.batch_tokens.values()))) if sample is not None else (0, 1)
+    with opened(
+        found,
+        tokens=2 * tokens if progressive else 0,
+        batch_tokens=batch,
+        dtype=run.dtype,
+        device=run.device,
+        memory_limit=run.memory_limit,
+        extra=peak_bytes(found.topology, tokens),
+        say=progress.say,
+    ) as live:
+        yield found, live
 
 
 def plan(
@@ -159,6 +192,7 @@ def plan(
     structure: Structure | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    memory_limit: int | str | None = None,
     revision: str | None = None,
     progress: bool | Progress = True,
     **options: Any,
@@ -175,6 +209,7 @@ def plan(
         structure: of a live model.
         dtype: torch dtype by name; None for the profile's.
         device: torch device by name; None for a GPU where there is one.
+        memory_limit: memory that may be used, see `RunOptions`.
         revision: branch, tag or commit of a hub model.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: the method's options (``saliency``, ``protect``, ``weights``, ``seed``, ...) and
@@ -187,6 +222,10 @@ def plan(
     check_options(name, {key: value for key, value in options.items() if key not in ROUND_OPTIONS})
     made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     check_search(name, made, model)
+    given = {"structure": structure, "dtype": dtype, "device": device, "memory_limit": memory_limit}
+    given["revision"] = revision
+    if model is None and (stray := [key for key, value in given.items() if value is not None]):
+        raise InputError(f"{arg(stray[0])} has no use here: method {name} plans from the profile alone")
     count = resolve_keep(made.topology, keep=keep, retain=retain, multiple_of=multiple_of)
     shown = resolve(progress)
     return plans(
@@ -198,17 +237,33 @@ def plan(
         structure=structure,
         dtype=dtype,
         device=device,
+        memory_limit=memory_limit,
         revision=revision,
         progress=shown,
     )[0]
+
+
+def unused_line(plan: Plan, experts: int) -> str:
+    """How many experts the calibration text of a plan never used, and how many of these stay; empty where none."""
+    layers = [row.unused for row in plan.layers]
+    if not any(layers):
+        return ""
+    kept = sum(len(set(row.unused) & set(row.kept)) for row in plan.layers)
+    return f"note: {share_text(layers, experts)} were never selected in the calibration text; {kept} of them stay"
+
+
+def _protecting(plan: Plan) -> list[str]:
+    """The corpora that protect experts in some layer."""
+    return list(dict.fromkeys(name for row in plan.layers for name in row.protected))
 
 
 def plan_line(plan: Plan, experts: int) -> str:
     """A plan in one line: method, budget, who protected how many, what a search cost."""
     text = f"{plan.method} keeps {plan.keep} of {experts} experts in {len(plan.layers)} layers"
     if any(layer.protected for layer in plan.layers):
-        counts = {corpus: len(ids) for corpus, ids in plan.layers[0].protected.items()}
-        text += "; protected per layer: " + ", ".join(f"{n} by {corpus}" for corpus, n in counts.items())
+        counts = {name: sorted(len(row.protected.get(name, ())) for row in plan.layers) for name in _protecting(plan)}
+        spans = (f"{n[0]}{f' to {n[-1]}' if n[-1] > n[0] else ''} by {name}" for name, n in counts.items())
+        text += f"; protected per layer: {', '.join(spans)}"
     if required := sum(len(layer.required) for layer in plan.layers):
         text += f"; {required} super experts kept"
     if losses := [layer.loss for layer in plan.layers if layer.loss is not None]:

@@ -110,8 +110,9 @@ def _options(name: str, function: Function, declared: tuple[Option, ...]) -> tup
     """
     known = {option.name: option for option in (*SHARED, *declared)}
     found = []
-    for keyword, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not parameter.KEYWORD_ONLY or keyword in RESOURCES:
+    for keyword, parameter in list(inspect.signature(function).parameters.items())[2:]:  # after profile and budget
+        named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if not named or keyword in RESOURCES:
             continue
         option = known.get(keyword, Option(keyword, parse=json_or_text))
         same = type(option.default) is type(parameter.default) and option.default == parameter.default

@@ -110,11 +110,14 @@ WEIGHTS = Option(
     check=_turns,
 )
 SEED = Option("seed", "random seed", metavar="N", parse=int, default=0)
+LAYERWISE, PROGRESSIVE, LOCAL = "layerwise", "progressive", "progressive-local"
 MODE = Option(
     "mode",
-    "search on the inputs of the full model (layerwise) or of the already pruned layers before (progressive)",
-    default="layerwise",
-    choices=("layerwise", "progressive"),
+    "the inputs of a layer are the full model's (layerwise), or what the pruned layers before it leave; its output is "
+    "compared with the full model's (progressive), or with its own with all experts on these inputs "
+    "(progressive-local)",
+    default=LAYERWISE,
+    choices=(LAYERWISE, PROGRESSIVE, LOCAL),
 )
 SEARCH = Option(
     "search",

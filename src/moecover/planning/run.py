@@ -20,6 +20,7 @@ from moecover.planning.methods import METHODS, default_method
 from moecover.planning.selection import Budget
 from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import Profile
+from moecover.profiling.unused import unused_experts
 from moecover.registry import unknown_name
 
 DEFAULT_METHOD = default_method().name
@@ -75,10 +76,11 @@ def plan_budgets(
         Budget(resolve_keep(topology, keep=k, retain=None), topology.num_experts, topology.num_groups, required)
         for k in keeps
     ]
+    unused = [] if chosen.blind else unused_experts(profile)
     recorded = {k: v for k, v in complete.items() if k not in RESOURCES and v is not None}
     if protect_super_experts:
         recorded["protect_super_experts"] = True
-    return [
+    made = [
         Plan(
             schema=1,
             method=method,
@@ -94,6 +96,10 @@ def plan_budgets(
         )
         for budget, layers in zip(budgets, _choices(chosen, profile, budgets, complete), strict=True)
     ]
+    for one in made:
+        for row, ids in zip(one.layers, unused, strict=False):
+            row.unused = ids
+    return made
 
 
 def _choices(

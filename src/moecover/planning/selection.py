@@ -96,8 +96,10 @@ def cover(
     """TB-Coverage in one layer (arXiv 2607.01710, this project's reading).
 
     Every corpus's utilities are scaled to sum 1. Corpora take turns, in their order, each protecting its best expert
-    that has no place yet; the remaining places are filled by the mean scaled utility. Ties go to the lower id. A corpus
-    that had t turns keeps its t best experts (in a router with groups: those of them whose group was not full yet).
+    that has no place yet. A corpus that is left with experts of utility 0 protects nothing in its further turns, and
+    the others get none of them. The remaining places are filled by the mean scaled utility. Ties go to the lower id. A
+    corpus that had t turns keeps its t best experts (in a router with groups: those of them whose group was not full
+    yet; of a corpus with fewer experts of utility above 0, those).
 
     Args:
         utility: non-negative, ``[corpus, expert]``.
@@ -110,12 +112,13 @@ def cover(
     """
     weights = [1] * len(utility) if weights is None else list(weights)
     shares = scaled(utility)
-    orders = [iter(order.tolist()) for order in ranked(shares)]
+    orders = [iter(order[row[order] > 0].tolist()) for row, order in zip(shares, ranked(shares), strict=True)]
     cycle = [corpus for corpus, weight in enumerate(weights) for _ in range(weight)]
     protected: list[list[int]] = [[] for _ in orders]
     for turn in range(min(turns, len(room))):
         corpus = cycle[turn % len(cycle)]
-        protected[corpus].append(next(e for e in orders[corpus] if room.take(e)))
+        if (best := next((e for e in orders[corpus] if room.take(e)), None)) is not None:
+            protected[corpus].append(best)
     return protected, room.fill(ranked(np.average(shares, axis=0, weights=weights)).tolist())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -90,13 +90,16 @@ class Profile(Shown):
         """The profile of both token sets: sums add up, the larger maximum is taken, other corpora are kept as they are.
 
         Raises:
-            InputError: the profiles are of different models.
+            InputError: the profiles are of different models or dtypes; of other settings the equal ones stay.
         """
         if not isinstance(other, Profile):
             return NotImplemented
         if self.topology != other.topology or self.model["fingerprint"] != other.model["fingerprint"]:
             names = " and ".join(f"{one.model['name']} ({one.model['fingerprint'][:12]})" for one in (self, other))
             raise InputError(f"profiles of different models do not add up: {names}")
+        if len(dtypes := {str(one.settings.get("dtype")) for one in (self, other)}) > 1:
+            raise InputError(f"profiles in different dtypes do not add up: {' and '.join(sorted(dtypes))}")
+        settings = cast("Settings", {k: v for k, v in self.settings.items() if other.settings.get(k) == v})
         statistics = {**self.statistics, **other.statistics}
         corpora = {**self.corpora, **other.corpora}
         parts = {**self.parts, **other.parts}
@@ -109,7 +112,7 @@ class Profile(Shown):
                 joined = {name: np.concatenate([part[name] for part in running]) for name in STATISTICS}
                 step = -(-len(joined["count"]) // (2 * PARTS - 1))
                 parts[corpus] = {name: values[step - 1 :: step] for name, values in joined.items()}
-        return Profile(self.topology, statistics, corpora, self.model, self.settings, parts)
+        return Profile(self.topology, statistics, corpora, self.model, settings, parts)
 
     def stages(self) -> list[Profile]:
         """The profiles of growing amounts of text, up to this one.

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
-from moecover.errors import InputError, arg
+from moecover.errors import InputError
+from moecover.runtime.finite import not_finite
 from moecover.runtime.loading import routers
 
 if TYPE_CHECKING:
@@ -90,17 +91,13 @@ class Tap:
 
         assert self.hidden is not None
         where = f"decoder layer {self.decoder_layer}"
-        remedy = f"hold NaN or infinity, or the dtype overflows (try {arg('dtype', 'float32')})"
         bad = ~torch.isfinite(peaks)
         if bool((bad & ~torch.isfinite(self.hidden).all(-1)[order // self.index.shape[-1]]).any()):
-            raise InputError(
-                f"{where}: the hidden states that enter the experts are not finite. The weights before it {remedy}"
-            )
+            raise not_finite(where, "the hidden states that enter the experts are")
         named = sorted(set(experts[bad].tolist()))
         if named:
-            listed = ", ".join(map(str, named[:8]))
-            raise InputError(f"{where}, expert {listed}: the output is not finite. Its weights {remedy}")
-        raise InputError(f"{where}: the norms of the experts' outputs overflow float32. The weights before it {remedy}")
+            raise not_finite(f"{where}, expert {', '.join(map(str, named[:8]))}", "the output is")
+        raise not_finite(where, "the norms of the experts' outputs in float32 are")
 
 
 def norms_and_peaks(outputs: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

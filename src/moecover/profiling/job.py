@@ -20,15 +20,16 @@ from moecover.files.atomic import PARTIAL
 from moecover.files.locks import locked
 from moecover.profiling.artifact import FILE, Profile
 from moecover.profiling.layer_inputs import num_bytes, sample_of
-from moecover.profiling.merging import merged
+from moecover.profiling.merging import differing, merged
 from moecover.profiling.reuse import finished
 from moecover.profiling.run import check_alone
 from moecover.profiling.run import profile as run_profile
+from moecover.profiling.unused import unused_text
 from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import ALONE, World, joined, own_device, wait_for_all
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
-from moecover.runtime.options import check_known
+from moecover.runtime.options import check_known, check_live
 from moecover.runtime.pass_state import kept_for_later, of_process, remove, remove_all
 from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running, running
@@ -140,6 +141,8 @@ def profiled(
             made = _passed(structure, corpora, how, model, inputs, state, here, progress)
             if folder is not None and here.rank == 0:
                 made.save(folder)
+        if line := unused_text(made):
+            progress.say(line)
         wait_for_all(here)
         yield made, model
         if state is not None:
@@ -213,6 +216,7 @@ def profile(
     how = passes(options)
     check_least(1, sequences=options.get("sequences"), length=options.get("length"), keep_inputs=keep_inputs)
     parsed(corpora)
+    check_live(model, options)
     if keep_inputs is not None:
         check_alone(here)
     _check_folder(folder, keep_inputs, overwrite=overwrite)
@@ -239,7 +243,11 @@ def profile(
 
 
 def merge(
-    profiles: Sequence[str | Path | Profile], *, output: str | Path | None = None, overwrite: bool = False
+    profiles: Sequence[str | Path | Profile],
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool | Progress = True,
 ) -> Profile:
     """Add up profiles of one model that were made separately.
 
@@ -247,6 +255,7 @@ def merge(
         profiles: two or more, or their folders.
         output: folder for the sum, None for none.
         overwrite: replace a profile that is there.
+        progress: True logs on stderr or in a notebook; False is silent.
 
     Raises:
         InputError: fewer than two, or profiles that do not add up (another model or dtype, or the same text twice).
@@ -256,7 +265,10 @@ def merge(
     if len(profiles) < 2:
         raise InputError("give two profiles or more")
     names = [f"profile {i}" if isinstance(one, Profile) else str(one) for i, one in enumerate(profiles, 1)]
-    made = merged([one if isinstance(one, Profile) else Profile.load(Path(one)) for one in profiles], names)
+    loaded = [one if isinstance(one, Profile) else Profile.load(Path(one)) for one in profiles]
+    made = merged(loaded, names)
+    if differs := differing(loaded):
+        resolve(progress).say(f"note: the profiles differ in {', '.join(differs)}, which the sum does not name")
     if output is not None:
         made.save(Path(output))
     return made

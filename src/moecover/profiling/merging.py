@@ -8,6 +8,16 @@ from moecover.errors import InputError, arg
 from moecover.profiling.artifact import Profile
 
 
+def differing(profiles: Sequence[Profile]) -> list[str]:
+    """The settings in which profiles differ, in words; they are unknown of the sum."""
+    found = []
+    for name in dict.fromkeys(key for profile in profiles for key in profile.settings):
+        values = list(dict.fromkeys(str(profile.settings.get(name)) for profile in profiles))
+        if len(values) > 1:
+            found.append(f"{name.replace('_', ' ')} ({', '.join(values)})")
+    return found
+
+
 def merged(profiles: Sequence[Profile], names: Sequence[str]) -> Profile:
     """Add up profiles of different samples.
 

@@ -18,6 +18,7 @@ from moecover.profiling.hooks import Tap, recording
 from moecover.profiling.inputs_writer import Writer
 from moecover.profiling.sums import Sums
 from moecover.runtime.distributed import World
+from moecover.runtime.finite import name_pass, naming, rows_text
 from moecover.runtime.layerwise import run
 from moecover.runtime.loading import backbone_of
 from moecover.runtime.lockstep import Passing, current_call
@@ -48,6 +49,11 @@ class Batch:
     row: int
     first: int
     inputs: dict[str, torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        """The pass in words, for messages."""
+        return f"corpus {self.corpus.name}, {rows_text('block', self.row, len(self.inputs['input_ids']))}"
 
     @property
     def token_mask(self) -> torch.Tensor | None:
@@ -121,8 +127,9 @@ def in_memory(model: Running, job: Job) -> None:
             if state is None or done >= state.done:
                 for layer, tap in enumerate(taps):
                     tap.keep = job.keeper(batch, layer)
-                backbone(**batch.inputs, use_cache=False)
-                job.sums[batch.corpus.name].add(taps, 0, batch.number, batch.token_mask)
+                with naming(batch.name):
+                    backbone(**batch.inputs, use_cache=False)
+                    job.sums[batch.corpus.name].add(taps, 0, batch.number, batch.token_mask)
                 if state is not None:
                     state.save(done + 1, total, "batches", job.sums)
             job.advance(batch.num_tokens)
@@ -135,13 +142,13 @@ def layer_by_layer(stream: Streamed, job: Job) -> None:
     passes more than hidden states from layer to layer, they do, but their experts are not recorded again.
     """
     backbone = backbone_of(stream.module)
-    with recording(stream.module, job.structure) as taps:
+    with recording(stream.module, job.structure) as taps, naming(""):
         by_layer = _ByLayer(stream, job, taps)
         by_layer.skip()
         if by_layer.start < len(stream.layers) and by_layer.batches:
             run(
                 stream,
-                [functools.partial(backbone, **batch.inputs, use_cache=False) for batch in by_layer.batches],
+                [functools.partial(_passed, backbone, batch) for batch in by_layer.batches],
                 head=False,
                 start=by_layer.start,
                 skipped=by_layer.skipped,
@@ -149,6 +156,12 @@ def layer_by_layer(stream: Streamed, job: Job) -> None:
                 before=by_layer.before,
                 after=by_layer.after,
             )
+
+
+def _passed(backbone: torch.nn.Module, batch: Batch) -> None:
+    """A forward pass, under its name."""
+    with naming(batch.name):
+        backbone(**batch.inputs, use_cache=False)
 
 
 class _ByLayer:
@@ -178,6 +191,7 @@ class _ByLayer:
 
     def before(self, at: Passing) -> None:
         """Prepare the tap of a layer that is about to run."""
+        name_pass(self.batches[at.call].name)
         self._handed[at.call] = footprint((at.args[1:], at.kwargs))
         if (number := self.start + at.stop) in self.moe:
             layer = self.moe[number]

@@ -35,4 +35,5 @@ class Settings(TypedDict, total=False):
     dtype: str
     device: str
     experts: str
+    threads: int
     versions: dict[str, str]

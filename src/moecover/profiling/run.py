@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -27,10 +26,12 @@ from moecover.profiling.passes import Job, in_memory, layer_by_layer
 from moecover.profiling.records import Settings, model_record
 from moecover.profiling.sums import Sums
 from moecover.runtime.distributed import ALONE, World, add_up, check_same, checking
+from moecover.runtime.finite import not_finite, watched
 from moecover.runtime.loading import load_model
 from moecover.runtime.pass_state import State
 from moecover.runtime.running import Running, running
 from moecover.runtime.streaming import Streamed
+from moecover.version import library_versions
 
 if TYPE_CHECKING:
     import torch
@@ -174,11 +175,13 @@ def _sample_writer(
 
 
 def _run(runs: Running, job: Job) -> None:
-    if runs.by_layer:
-        # Resuming in the middle of the layers and spilling go beyond `Running.run`: only the streamed model has them.
-        layer_by_layer(cast(Streamed, runs), job)
-    else:
-        in_memory(runs, job)
+    with watched(runs):
+        if runs.by_layer:
+            # Resuming in the middle of the layers and spilling go beyond `Running.run`: only the streamed model has
+            # them.
+            layer_by_layer(cast(Streamed, runs), job)
+        else:
+            in_memory(runs, job)
 
 
 def together(here: World, sums: Mapping[str, Sums], device: torch.device) -> None:
@@ -211,18 +214,13 @@ def checked(sums: Sums, corpus: Corpus, structure: Structure) -> Statistics:
         )
     if name := next((name for name, values in statistics.items() if not np.isfinite(values).all()), None):
         layer = int(np.argwhere(~np.isfinite(statistics[name]))[0][0])
-        raise InputError(
-            f"decoder layer {structure.topology.decoder_layers[layer]}: {name} is not finite on corpus {corpus.name}."
-            f" The weights hold NaN or infinity, or the dtype overflows (try {arg('dtype', 'float32')})"
-        )
+        place = f"corpus {corpus.name}, decoder layer {structure.topology.decoder_layers[layer]}"
+        raise not_finite(f"{place}, expert {int(np.argwhere(~np.isfinite(statistics[name]))[0][1])}", f"{name} is")
     return statistics
 
 
 def _settings(structure: Structure, runs: Running, batch_size: int) -> Settings:
     import torch
-    import transformers
-
-    from moecover.version import VERSION
 
     grouped = hasattr(runs.module.get_submodule(structure.experts_modules[0]), "has_post_expert_norm")
     return {
@@ -230,10 +228,6 @@ def _settings(structure: Structure, runs: Running, batch_size: int) -> Settings:
         "dtype": str(runs.dtype).removeprefix("torch."),
         "device": runs.device.type,
         "experts": "grouped_mm" if grouped else "their own",
-        "versions": {
-            "moecover": VERSION,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "threads": torch.get_num_threads(),
+        "versions": library_versions(),
     }

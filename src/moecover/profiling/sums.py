@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.checkpoints.topology import Topology
-from moecover.errors import InputError, MoecoverError, arg
+from moecover.errors import MoecoverError
 from moecover.profiling.artifact import PARTS, STATISTICS, SUMS, Statistics
 from moecover.profiling.hooks import Tap
+from moecover.runtime.finite import not_finite
+from moecover.runtime.loading import has_float64
+from moecover.runtime.segments import segment_sums
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +28,7 @@ class Sums:
 
     Args:
         topology: shape of the routed part of the model.
-        device: where the sums are kept.
+        device: where the sums are kept; the CPU if it has no float64.
         batches: number of batches of the corpus; the sums after each of `PARTS` equal shares of them, except the last,
             are kept too, as far as these are whole batches.
 
@@ -36,12 +39,15 @@ class Sums:
     def __init__(self, topology: Topology, device: torch.device, batches: int) -> None:
         import torch
 
-        self.topology, self._device = topology, device
+        self.topology = topology
+        self._device = device if has_float64(device) else torch.device("cpu")
         slots = len(topology.decoder_layers) * topology.num_experts
-        self._sums = torch.zeros(len(SUMS) - 1, slots, dtype=torch.float64, device=device)  # SUMS without prob_sum
-        self._prob_sum = torch.zeros(slots, dtype=torch.float64, device=device)
-        self._count = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._max_abs = torch.zeros(slots, dtype=torch.float32, device=device)
+        self._sums = torch.zeros(
+            len(SUMS) - 1, slots, dtype=torch.float64, device=self._device
+        )  # SUMS without prob_sum
+        self._prob_sum = torch.zeros(slots, dtype=torch.float64, device=self._device)
+        self._count = torch.zeros(slots, dtype=torch.int64, device=self._device)
+        self._max_abs = torch.zeros(slots, dtype=torch.float32, device=self._device)
         self._num_tokens = np.zeros(len(topology.decoder_layers), dtype=np.int64)
         self._scoring: str | None = None
         self._ends = sorted({round(batches * part / PARTS) for part in range(1, PARTS)} - {0, batches})
@@ -69,7 +75,8 @@ class Sums:
             raise MoecoverError(
                 "the pass did not run every MoE layer once through the kernel that is recorded: please report this"
             )
-        weights = torch.stack([tap.weights for tap in taps]).double()  # [layer, token, slot]
+        weights = torch.stack([tap.weights for tap in taps]).to(self._device).double()  # [layer, token, slot]
+        token_mask = None if token_mask is None else token_mask.to(self._device)
         _check_finite(weights, taps)
         self._add_probabilities(taps, first, weights, token_mask)
         self._add_pairs(taps, first, weights, token_mask)
@@ -83,9 +90,9 @@ class Sums:
         """Add the routing probabilities of all experts, selected or not."""
         import torch
 
-        logits = torch.stack([tap.logits for tap in taps if tap.logits is not None])  # [layer, token, expert]
-        if self._scoring is None:
-            self._scoring = scoring_function(logits[0, :64], weights[0, :64], taps[0].index[:64])
+        logits = torch.stack([tap.logits for tap in taps if tap.logits is not None]).to(self._device)
+        if self._scoring is None:  # logits are [layer, token, expert]
+            self._scoring = scoring_function(logits[0, :64], weights[0, :64], taps[0].index[:64].to(self._device))
         # Layer by layer: the last bit of a vectorised function depends on where in the tensor an element lies.
         probabilities = torch.stack([SCORING[self._scoring](one) for one in logits])
         if token_mask is not None:
@@ -99,7 +106,8 @@ class Sums:
         """Add the statistics of the selected (token, expert) pairs."""
         import torch
 
-        experts, order, norms, peaks = (torch.stack(part) for part in zip(*(tap.left[0] for tap in taps), strict=True))
+        recorded = zip(*(tap.left[0] for tap in taps), strict=True)
+        experts, order, norms, peaks = (torch.stack(part).to(self._device) for part in recorded)
         offsets = (first + torch.arange(len(taps), device=self._device)[:, None]) * self.topology.num_experts
         factors = torch.ones_like(weights) if taps[0].weighs_inputs else weights  # of the outputs, in their sum
         total = factors.sum(-1, keepdim=True)
@@ -112,7 +120,8 @@ class Sums:
             keep = token_mask[order // weights.shape[-1]]
             slots, used, factor, renormalised, norms, peaks = (c[keep] for c in columns)
         weighted = factor * norms
-        self._sums.index_add_(1, slots, torch.stack([used, norms, weighted, weighted.square(), renormalised * norms]))
+        pairs = torch.stack([used, norms, weighted, weighted.square(), renormalised * norms], dim=1)
+        self._sums = segment_sums(pairs, slots, len(self._count), start=self._sums.T).T
         self._count += torch.bincount(slots, minlength=len(self._count))
         self._max_abs.scatter_reduce_(0, slots, peaks, "amax")
 
@@ -154,7 +163,7 @@ class Sums:
         self._sums = torch.stack([flat(name) for name in SUMS if name != "prob_sum"])
         self._prob_sum, self._count, self._max_abs = flat("prob_sum"), flat("count"), flat("max_abs").float()
         self._num_tokens = state["num_tokens"][:, 0].copy()
-        self._scoring = SCORING_NAMES[number] if (number := int(state["scoring"])) >= 0 else None
+        self._scoring = SCORING_NAMES[number] if (number := int(state["scoring"].item())) >= 0 else None
         self.parts = {name: state[f"parts.{name}"].copy() for name in self.parts}
         self._noted = state["noted"].copy()
 
@@ -166,10 +175,7 @@ def _check_finite(weights: torch.Tensor, taps: Sequence[Tap]) -> None:
     finite = torch.isfinite(weights.sum(-1))
     if not bool(finite.all()):
         bad = taps[int((~finite).any(1).nonzero()[0])].decoder_layer
-        raise InputError(
-            f"decoder layer {bad}: the router's weights are not finite. Its tensors hold NaN or infinity, or the dtype"
-            f" overflows (try {arg('dtype', 'float32')})"
-        )
+        raise not_finite(f"decoder layer {bad}", "the router's weights are")
 
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:

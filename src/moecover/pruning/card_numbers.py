@@ -132,7 +132,7 @@ def _check_comparable(
             f"{arg('evaluations', name)} is of {one.model['name']}, the checkpoint to cut is "
             f"{structure.checkpoint.name}. Give an evaluation of that model"
         )
-    if others is not None and (_hashes(one), one.tasks) != (_hashes(others), others.tasks):
+    if others is not None and (_hashes(one), _tasks(one)) != (_hashes(others), _tasks(others)):
         raise InputError(
             f"{arg('evaluations', name)} was measured on other texts or tasks than {first}, so they cannot be compared"
         )
@@ -145,6 +145,14 @@ def _is_of(row: Row, plan: Plan) -> bool:
 
 def _hashes(evaluation: Measurement) -> list[tuple[str, str]]:
     return [(name, record["sha256"]) for name, record in evaluation.texts.items()]
+
+
+def _tasks(evaluation: Measurement) -> dict[str, dict[str, object]]:
+    """The records of the tasks without what depends on the model and its calibration text."""
+    return {
+        name: {key: value for key, value in record.items() if key not in ("cut", "overlap")}
+        for name, record in evaluation.tasks.items()
+    }
 
 
 def _table(about: Measurement, columns: Mapping[str, Row]) -> str:

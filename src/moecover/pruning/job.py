@@ -99,6 +99,7 @@ def prune(
     if output is None:
         raise InputError(f"give {arg('output')}, the folder to write")
     _check_repair(repair, repaired, corpora)
+    _check_used(given, corpora, repair, repair_tokens, options)
     if given is None and corpora is None:
         raise InputError(f"give a plan, or {arg('corpora')} with {arg('keep')} or {arg('retain')} for one shot")
     how = _how(options, repair_tokens) if given is None or repair is not None else None
@@ -159,8 +160,12 @@ def _fetched(headers: Structure, request: Request, progress: Progress) -> Iterat
 
 def _written(structure: Structure, plan: Plan, request: Request, made: Repaired | None, progress: Progress) -> Pruned:
     """The checkpoint, written under a bar."""
+    from moecover.planning.job import unused_line
+
     if note := changed_since(structure, plan.weight_files):
         progress.say(f"note: {note}")
+    if request.how is None and (line := unused_line(plan, structure.topology.num_experts)):
+        progress.say(line)  # in one shot the profile has said it
     before = structure.checkpoint.num_bytes
     after = structure.num_bytes(plan.kept, mtp=request.writing.get("mtp", "drop"))
     with progress.bar("writing", after, unit="bytes") as advance:
@@ -168,6 +173,29 @@ def _written(structure: Structure, plan: Plan, request: Request, made: Repaired 
             structure, plan, request.output, repaired=made, advance=advance, say=progress.say, **request.writing
         )
     return Pruned(path, plan, structure.topology, before, after, made)
+
+
+def _check_used(
+    plan: Plan | None, corpora: Corpora | None, repair: str | None, repair_tokens: int | None, options: PruneOptions
+) -> None:
+    """Refuse arguments that nothing would look at.
+
+    Raises:
+        InputError: names the argument.
+    """
+    given = {name for name, value in options.items() if value is not None and value is not False and value != {}}
+    if repair_tokens is not None and repair is None:
+        raise InputError(f"{arg('repair_tokens')} says what a repair runs on: give {arg('repair')}")
+    if plan is None:
+        if stray := sorted(given & {"other_weights", "evaluations"}):
+            raise InputError(f"{arg(stray[0])} goes with a plan: in one shot the plan is made here")
+        return
+    if stray := sorted(given & ChoiceOptions.__annotations__.keys()):
+        raise InputError(f"a plan and {arg(stray[0])} exclude each other: the plan says what is kept")
+    unread = sorted(given & (JobOptions.__annotations__.keys() - {"revision"}))
+    if repair is None and (corpora is not None or unread):
+        name = "corpora" if corpora is not None else unread[0]
+        raise InputError(f"{arg(name)} has no use here: pruning by a plan without {arg('repair')} runs no model")
 
 
 def _check_repair(repair: str | None, repaired: Repaired | None, corpora: Corpora | None) -> None:
@@ -213,6 +241,14 @@ def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOp
     given = options.get("method_options", NOTHING)
     method = options.get("method") or default_method().name
     check_options(method, {key: value for key, value in given.items() if key not in ROUND_OPTIONS})
+    from moecover.planning.methods import METHODS
+
+    searches, saved = METHODS[method].runs_experts, options.get("save_profile") is not None
+    if options.get("keep_inputs") is not None and not (searches or saved):
+        raise InputError(
+            f"{arg('keep_inputs')} has no use here: method {method} runs no experts and the profile is not saved. Give "
+            f"{arg('save_profile')}"
+        )
     names = parsed(corpora)
     if unknown := sorted(dict(given.get("weights") or {}).keys() - names.keys()):
         raise unknown_name(f"corpus in {arg('weights')}", unknown[0], names)

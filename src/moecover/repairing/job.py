@@ -26,7 +26,7 @@ from moecover.repairing.store import repair as repair_to_files
 from moecover.repairing.targets import check_dtype, check_stored, places_on_disk
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
-from moecover.runtime.options import check_known
+from moecover.runtime.options import check_known, check_live
 from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running, running
 
@@ -169,6 +169,7 @@ def repair(
     check_least(1, tokens=tokens, sequences=options.get("sequences"), length=options.get("length"))
     how, shown = passes(options), resolve(progress)
     parsed(corpora)
+    check_live(model, options)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     check_stored(headers)

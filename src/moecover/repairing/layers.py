@@ -23,7 +23,8 @@ from moecover.planning.artifact import Plan, check_plan
 from moecover.repairing.blocks import SHARED, blocks_of, output_of
 from moecover.repairing.solver import Fit, FitOptions, fit, peak_bytes
 from moecover.repairing.targets import Place, check_dtype, places, refused
-from moecover.runtime.loading import backbone_of, routers
+from moecover.runtime.finite import is_finite, naming, not_finite, rows_text
+from moecover.runtime.loading import backbone_of, check_float64, routers
 from moecover.runtime.lockstep import Here, Passing
 from moecover.runtime.masking import masked_layer
 from moecover.runtime.running import Running, Within, running
@@ -153,8 +154,11 @@ class _Passes:
             raise InputError("every corpus has weight 0 in the plan: there is nothing to repair on")
         inputs, numbers = list[dict[str, torch.Tensor]](), list[torch.Tensor]()
         self._masks: list[torch.Tensor] = []
+        self._names: list[str] = []  # of the batches, for messages
         for number, corpus in enumerate(corpora):
-            for one in batches(corpus, batch_size):
+            for place, one in enumerate(batches(corpus, batch_size)):
+                rows = rows_text("block", place * batch_size, len(one["input_ids"]))
+                self._names.append(f"corpus {corpus.name}, {rows}")
                 inputs.append({key: value.to(runs.device) for key, value in one.items()})
                 mask = one.get("attention_mask", torch.ones_like(one["input_ids"]))
                 self._masks.append(mask.flatten().bool().to(runs.device))
@@ -206,7 +210,11 @@ class _Passes:
         import torch
 
         structure, place, kept = self._structure, self._places[layer], self._plan.layers[layer].kept
-        target = torch.cat([output_of(structure, self._given[i])[mask] for i, mask in enumerate(self._masks)])
+        outputs = [output_of(structure, self._given[i])[mask] for i, mask in enumerate(self._masks)]
+        for name, output in zip(self._names, outputs, strict=True):
+            if not is_finite(output):
+                raise not_finite(name, "the output of the original's experts is")
+        target = torch.cat(outputs)
         forward = self._forwards[layer]
         parts = blocks_of(self._model, structure, layer, place, forward, pruned, self._masks, kept)
         made = solve(parts, target, self._corpus_of, weights=self.weights)
@@ -260,12 +268,13 @@ def repair_layers(
 
     Raises:
         InputError: the plan does not fit, every corpus has weight 0, the model runs in a dtype narrower than the stored
-            one, or the family cannot be repaired; says why.
+            one, a number is not finite, or the family cannot be repaired; says why.
     """
     import torch
 
     check_plan(plan, structure, other_weights=True)
     runs = running(model, structure)
+    check_float64(runs.device, "a repair")
     passes = _Passes(runs, structure, plan, corpora, batch_size)
     solve = functools.partial(fit, kind=kind, **options)
     layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
@@ -274,7 +283,7 @@ def repair_layers(
             for number, waiting in enumerate(steps):
                 if (layer := layer_of.get(number)) is None:
                     continue
-                with torch.inference_mode():
+                with torch.inference_mode(), naming(f"decoder layer {number}"):
                     repair = passes.repair(layer, waiting, done(layer), solve)
                 yield repair
                 if layer == len(layer_of) - 1:

@@ -21,6 +21,8 @@ from moecover.registry import unknown_name
 from moecover.repairing.factors import best_factors
 from moecover.repairing.ridge import TOLERANCE, ridge_changes
 from moecover.repairing.sums import CHUNK, Block, all_finite, residual_of, squares
+from moecover.runtime.finite import not_finite
+from moecover.runtime.segments import segment_sums
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,6 @@ HELD_SHARE = 0.2  # of every corpus's tokens, the last ones: what the penalty is
 SWEEPS = 4
 KINDS = ("scale", "ridge")  # a factor for every block; any weights
 # Why a layer keeps its weights.
-NOT_FINITE = "a weight, an activation or a target is not finite"
 NOT_BETTER_HELD = "the held-out calibration text is not fitted better"
 NOT_BETTER = "some corpus of the calibration text is not fitted better in the dtype of the weights"
 
@@ -100,10 +101,7 @@ class _Calibration:
         self.of_corpus /= self.of_corpus.sum()
 
     def _by_corpus(self, values: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        sums = torch.zeros(self._number, dtype=torch.float64, device=self.corpus.device)
-        return sums.index_add_(0, self.corpus, values)
+        return segment_sums(values, self.corpus, self._number)
 
     def losses(self, residual: torch.Tensor) -> torch.Tensor:
         """Squared residual of every corpus as a share of its squared target, float64 ``[corpus]``."""
@@ -160,15 +158,14 @@ def fit(
         tolerance: stop after a sweep that lowers the objective by a smaller share.
 
     Raises:
-        InputError: unknown kind.
+        InputError: unknown kind; or a target, a weight or an activation that is not finite, with its block.
     """
     if kind not in KINDS:
         raise unknown_name("repair", kind, KINDS)
+    _check_finite(blocks, target)
     calibration = _Calibration(target, corpus, weights, held_share)
     residual = residual_of(blocks, [block.weight for block in blocks], target)
     before = calibration.losses(residual)
-    if not all_finite([target, *(values for block in blocks for values in (block.weight, block.features))]):
-        return _unchanged(before, blocks, NOT_FINITE)
     kept = calibration.too_few(blocks, kind)
     solved = [block for block in blocks if block.name not in kept]
     if not solved or not bool((calibration.inverse > 0).any()):
@@ -191,6 +188,17 @@ def fit(
     if not calibration.improves(before, after):
         return _unchanged(before, blocks, NOT_BETTER)
     return Fit(new, before.tolist(), after.tolist(), used, kept)
+
+
+def _check_finite(blocks: Sequence[Block], target: torch.Tensor) -> None:
+    if not all_finite([target]):
+        raise not_finite("", "the outputs to be fitted are")
+    for block in blocks:
+        name = f"expert {block.name}" if block.name.isdecimal() else block.name
+        if not all_finite([block.weight]):
+            raise not_finite(name, "its down projection is")
+        if not all_finite([block.features]):
+            raise not_finite(name, "its activations are")
 
 
 def _unchanged(before: torch.Tensor, blocks: Sequence[Block], reason: str, kept: dict[str, str] | None = None) -> Fit:

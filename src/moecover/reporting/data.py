@@ -164,6 +164,15 @@ class Usage(_Lenient):
         return self
 
 
+class Cut(_Lenient):
+    """How many items of a task are longer than a model's positions."""
+
+    model: str
+    task: str
+    cut: int
+    items: int
+
+
 class Run(_Lenient):
     """The contents of results.json."""
 
@@ -173,6 +182,7 @@ class Run(_Lenient):
     models: list[dict[str, JsonValue]] | dict[str, dict[str, JsonValue]]
     texts: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     tasks: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
+    cut: list[Cut] = Field(default_factory=list)
     cells: list[Cell]
     comparisons: list[Comparison] = Field(default_factory=list)
 

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from moecover.corpora.sources import set_name
 from moecover.evaluation.artifact import FULL
 from moecover.planning.methods import default_method
-from moecover.reporting.data import Cell, Comparison, Row, Run, ScoreRow, Usage
+from moecover.reporting.data import Cell, Comparison, Cut, Row, Run, ScoreRow, Usage
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class ModelFindings:
     texts: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     plans: tuple[Cell, ...]  # cells of the main method whose kept experts are shown, one per budget
+    cut: tuple[Cut, ...] = ()  # tasks with items that are longer than the model's positions
 
     @property
     def budgets(self) -> list[float]:
@@ -217,6 +218,7 @@ def _found_on(name: str, about: dict[str, JsonValue], run: Run) -> ModelFindings
         texts=texts,
         comparisons=tuple(c for c in run.comparisons if c.model == name),
         plans=tuple(shown[r] for r in sorted(shown)),
+        cut=tuple(c for c in run.cut if c.model == name),
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from moecover.evaluation.task_scores import cut_text
 from moecover.registry import Registry
 from moecover.reporting.album import file_name
 from moecover.reporting.blocks import Block, Bullets, Code, Details, Lead, Paragraph, Picture, Pictures, Table, absent
@@ -123,7 +124,8 @@ def comparisons(data: ModelData) -> Content:
 @SECTIONS("tasks", title="Task by task")
 def tasks(data: ModelData) -> Content:
     """Accuracy by task, and the metrics that do not enter the mean."""
-    return _with_details(accuracy_table(data.model), "Other metrics", others_table(data.model))
+    notes = [Paragraph(f"{cut_text(c.task, c.cut, c.items).capitalize()}.", "note") for c in data.model.cut]
+    return [*_with_details(accuracy_table(data.model), "Other metrics", others_table(data.model)), *notes]
 
 
 @SECTIONS("perplexity", title="Perplexity")

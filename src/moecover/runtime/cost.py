@@ -16,7 +16,8 @@ from moecover.checkpoints.structure import Structure
 from moecover.runtime.layerwise import PASSES
 from moecover.text import duration_text
 
-OVERHEAD = 900_000_000  # bytes: interpreter, torch, transformers with a model class, cached matrix products
+OVERHEAD = 900_000_000  # bytes: interpreter, torch, transformers with a model class, and prepared matrix products
+PREPARED = 300_000_000  # of these: the matrix products, which are no larger than the model
 COPIES = 4  # of the hidden states: before the first layer, now, and twice that in masks and allocators (measured)
 THREAD = 100_000  # bytes that a pass takes beside its hidden states (measured)
 ITEMSIZE = {"float32": 4, "float64": 8, "F32": 4, "F64": 8}  # of all other dtypes: 2
@@ -97,16 +98,23 @@ def _layer_bytes(structure: Structure) -> tuple[int, int]:
     return layers.pop(), max(layers)
 
 
+def _overhead(model_bytes: float, resident: int) -> int:
+    """Bytes of libraries that are still to be loaded, and of the matrix products that they prepare for a model."""
+    return int(max(0, OVERHEAD - PREPARED - resident) + min(PREPARED, OVERHEAD, model_bytes))
+
+
 def cost(
     structure: Structure,
     *,
     tokens: int,
     batch_tokens: int,
     in_parts: tuple[int, int] = (0, 0),
+    unit: int = 0,
     dtype: str = "auto",
     limit: int,
     head: bool = False,
     extra: int = 0,
+    resident: int = 0,
 ) -> Cost:
     """Estimate the cost of a pass over text.
 
@@ -115,10 +123,12 @@ def cost(
         tokens: tokens of all corpora.
         batch_tokens: tokens of one forward pass.
         in_parts: tokens and number of further forward passes that can run in parts, see `layerwise.run_in_parts`.
+        unit: tokens of passes that are never in different parts.
         dtype: torch dtype by name, ``auto`` for the checkpoint's.
         limit: bytes of memory that may be used.
         head: whether the language-model head runs.
         extra: bytes of memory that the caller needs in addition.
+        resident: bytes of memory that this process has taken already: libraries that are loaded do not count again.
     """
     topology, checkpoint = structure.topology, structure.checkpoint
     on_disk, itemsize = itemsizes(structure, dtype)
@@ -130,15 +140,16 @@ def cost(
     slots = topology.top_k + max(1, first_number(checkpoint.config, SHARED_KEYS) or 0)
     working = batch_tokens * (slots * (3 * width + 2 * topology.hidden_size) + 8 * topology.hidden_size) * itemsize
     working += batch_tokens * vocabulary / topology.hidden_size * 2 if head else 0  # logits, and in float32
-    streamed = OVERHEAD + ends + largest + working + extra
+    overhead = _overhead(checkpoint.num_bytes * scale, resident)
+    streamed = overhead + ends + largest + working + extra
     state, apart = topology.hidden_size * itemsize, THREAD * in_parts[1] / max(in_parts[0], 1)  # bytes per token
-    room = max(int((limit - streamed) // (COPIES * state + apart)), batch_tokens, 1)
+    room = max(int((limit - streamed) // (COPIES * state + apart)), batch_tokens, unit, 1)
     held = min(in_parts[0], room)
     hidden = max(tokens, held) * state
     streamed += COPIES * hidden + held * apart
     idle = structure.expert_total_bytes * (1 - topology.top_k / topology.num_experts)
     active = (checkpoint.num_bytes - idle) / on_disk - (0 if head else 2) * vocabulary / itemsize
-    whole = int(OVERHEAD + checkpoint.num_bytes * scale + working) + extra
+    whole = int(overhead + checkpoint.num_bytes * scale + working) + extra
     reads = (tokens > 0) + math.ceil(max(in_parts[0] / room, in_parts[1] / PASSES)) if whole > limit else 1
     return Cost(
         limit=limit,

@@ -18,7 +18,7 @@ from moecover.runtime.weights import Weights
 if TYPE_CHECKING:
     import torch
 
-PASSES = 2048  # side by side, where they can run in parts: each takes a thread, and the system limits their number
+PASSES = 1024  # side by side, where they can run in parts: each takes a thread, and the system limits their number
 
 
 class Layered(Protocol):
@@ -119,7 +119,12 @@ def run(
 
 
 def run_in_parts(
-    stream: Layered, calls: Sequence[Callable[[], Result]], tokens: Sequence[int], *, within: Sequence[Within]
+    stream: Layered,
+    calls: Sequence[Callable[[], Result]],
+    tokens: Sequence[int],
+    *,
+    within: Sequence[Within],
+    together: int = 1,
 ) -> list[Result]:
     """Like `run`, in parts of as many passes as fit (`Layered.room`, `PASSES`), with one read of the weights each.
 
@@ -128,13 +133,17 @@ def run_in_parts(
         calls: see `run`.
         tokens: number of tokens of every call.
         within: see `run`.
+        together: so many consecutive calls are never in different parts.
     """
     results: list[Result] = []
     while (start := len(results)) < len(calls):
         end, held = start, 0
-        while end < min(len(calls), start + PASSES) and (end == start or held + tokens[end] <= stream.room):
-            held += tokens[end]
-            end += 1
+        while end < len(calls):
+            more = sum(tokens[end : end + together])
+            if end > start and (end + together - start > PASSES or held + more > stream.room):
+                break
+            held += more
+            end += together
         results += run(stream, calls[start:end], within=within[start:end])
     return results
 

@@ -44,6 +44,23 @@ def check_device(dtype: str, device: str) -> str:
     return device
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
+    return device.type != "mps"
+
+
+def check_float64(device: torch.device, what: str) -> None:
+    """Refuse work that needs float64 on a device that has none.
+
+    Raises:
+        InputError: names the work and the device.
+    """
+    if not has_float64(device):
+        raise InputError(
+            f"{what} computes in float64, which {arg('device', device.type)} does not have. Give {arg('device', 'cpu')}"
+        )
+
+
 def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
     """Load the model of a checkpoint in evaluation mode.
 
@@ -71,9 +88,8 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
             model, info = auto.from_pretrained(
                 structure.checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
             )
-    except Exception as error:  # a quantiser's package may raise anything
-        known = isinstance(error, (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError))
-        if is_out_of_memory(error) or not (known or structure.checkpoint.declared_quantisation):
+    except Exception as error:  # the libraries that read the folder's files may raise anything
+        if is_out_of_memory(error):
             raise
         raise not_loaded(structure, error) from error
     if missing := sorted(info["missing_keys"]):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moecover.errors import MoecoverError
+from moecover.errors import MoecoverError, arg
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +106,7 @@ class _Steps:
     ) -> None:
         self.calls, self.stops, self.here = calls, stops, here
         self.forwards: list[Callable[..., Any]] = [module.forward for module in stops]
+        self._own = [vars(module).get("forward") for module in stops]  # a module may have a forward of its own already
         self.given: list[Any] = [None] * len(calls)  # output of a stop's module, at the end the result of the call
         self._waiting: list[Passing | None] = [None] * len(calls)
         self._turns = [threading.Semaphore(0) for _ in calls]
@@ -118,8 +119,15 @@ class _Steps:
         """Replace the forward of every stop and start the threads, which wait for their first turn."""
         for number, module in enumerate(self.stops):
             module.forward = functools.partial(self._stop, number)
-        for thread in self._threads:
-            thread.start()
+        for number, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system's limit on threads
+                del self._threads[number:]
+                raise MoecoverError(
+                    f"{len(self.calls)} forward passes run side by side, each in a thread, and the system allows "
+                    f"{number} here. Give a larger {arg('batch_size')}"
+                ) from error
 
     def advance(self) -> None:
         """Run every call, one after the other, to its next stop or its end."""
@@ -152,8 +160,10 @@ class _Steps:
             turn.release()
         for thread in self._threads:
             thread.join()
-        for module in self.stops:
+        for module, own in zip(self.stops, self._own, strict=True):
             del module.forward
+            if own is not None:
+                module.forward = own
 
     def _run(self, index: int) -> None:
         """The body of a call's thread."""

@@ -6,6 +6,7 @@ What does not fit is refused before the long job starts.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
+from moecover.runtime.cgroups import free_in_cgroups
 from moecover.runtime.cost import Cost, cost, gb, seconds_of
 from moecover.runtime.loading import check_device, load_model
 from moecover.runtime.running import Running, running
@@ -37,7 +39,7 @@ def parse_size(text: str) -> int:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that are free on a device now, within the limits of the container."""
+    """Bytes that are free on a device now, within the limits of the process's control groups."""
     if device.startswith("cuda"):
         import torch
 
@@ -45,19 +47,25 @@ def available_memory(device: str) -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
+    within = free_in_cgroups()
+    return free if within is None else min(free, within)
 
 
-def _check_room(name: str, estimate: Cost, scratch: Path | None) -> None:
-    """Refuse a pass for which memory or the scratch disk is too small."""
-    least = estimate.memory if scratch is not None else estimate.streamed
+def _resident() -> int:
+    """Bytes of memory that this process has taken already."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _check_room(name: str, estimate: Cost, scratch: Path | None, *, spills: bool) -> None:
+    """Refuse a pass for which memory or the scratch disk is too small; only a CPU's hidden states can lie in files."""
+    least = estimate.memory if scratch is not None and spills else estimate.streamed
     if estimate.by_layer and least > estimate.limit:
+        enough = math.ceil(least / 1e7) / 100  # in GB, rounded up: what the advice says has to do
         raise InputError(
-            f"{name}: one layer at a time still needs {gb(least)} of memory, {gb(estimate.limit)} may be used. Give a"
-            f" smaller {arg('batch_size')} or {arg('length')}, or a larger {arg('memory_limit')}"
+            f"{name}: one layer at a time still needs {enough:.2f} GB of memory, {estimate.limit / 1e9:.2f} GB may be "
+            f"used. Give {arg('memory_limit', f'{enough:.2f}GB')} or more, on a machine that has as much"
         )
     if scratch is None:
         return
@@ -76,6 +84,7 @@ def opened(
     tokens: int,
     batch_tokens: int,
     in_parts: tuple[int, int] = (0, 0),
+    unit: int = 0,
     dtype: str = "auto",
     device: str = "auto",
     memory_limit: int | None = None,
@@ -92,9 +101,11 @@ def opened(
         tokens: see `cost.cost`.
         batch_tokens: see `cost.cost`.
         in_parts: see `cost.cost`.
+        unit: see `cost.cost`.
         dtype: torch dtype by name, ``auto`` for the checkpoint's.
         device: torch device by name, ``auto`` for the first GPU, else the CPU.
-        memory_limit: bytes of memory that may be used; nine tenths of what is free by default.
+        memory_limit: bytes of memory that may be used beside what this process has taken; nine tenths of what is free
+            by default.
         head: see `cost.cost`.
         extra: see `cost.cost`.
         processes: number of processes that share the free memory of this machine.
@@ -108,9 +119,10 @@ def opened(
     if memory_limit is None:
         sharing = 1 if device.startswith("cuda") else processes
         memory_limit = int(0.9 * available_memory(device) / sharing)
-    shape = {"tokens": tokens, "batch_tokens": batch_tokens, "limit": memory_limit, "extra": extra}
-    estimate = cost(structure, in_parts=in_parts, dtype=dtype, head=head, **shape)
-    _check_room(structure.checkpoint.name, estimate, scratch)
+    resident = 0 if device.startswith("cuda") else _resident()
+    shape = {"tokens": tokens, "batch_tokens": batch_tokens, "unit": unit, "limit": memory_limit, "extra": extra}
+    estimate = cost(structure, in_parts=in_parts, dtype=dtype, head=head, resident=resident, **shape)
+    _check_room(structure.checkpoint.name, estimate, scratch, spills=device == "cpu")
     if estimate.by_layer:
         limit_caches()
     if estimate.by_layer or estimate.read > 10**9:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypedDict
 
+from moecover.errors import InputError, arg
+
 
 class RunOptions(TypedDict, total=False):
     """Keyword arguments of every job that runs a model.
@@ -23,6 +25,21 @@ class RunOptions(TypedDict, total=False):
     device: str | None
     memory_limit: int | str | None
     revision: str | None
+
+
+def check_live(model: object, options: Mapping[str, object]) -> None:
+    """Refuse keyword arguments on how a model is opened where one is given that is open already.
+
+    Args:
+        model: the live model, None where there is none.
+        options: as given.
+
+    Raises:
+        InputError: names the argument.
+    """
+    names = ("dtype", "device", "memory_limit", "revision")
+    if model is not None and (stray := [name for name in names if options.get(name) is not None]):
+        raise InputError(f"{arg(stray[0])} says how a model is opened, the one in {arg('model')} is open already")
 
 
 def check_known(options: Mapping[str, object], kind: type) -> None:

@@ -169,7 +169,8 @@ class State:
         """Write what a decoder layer (or, as layer -1, the embedding) returned for a pass.
 
         Returns:
-            The row for `save`, and the same output in the file's memory; None where it is more than hidden states.
+            The row for `save`, and the same output: in the file's memory for a model on the CPU, else on its device,
+            since the model goes on with it; None where it is more than hidden states.
 
         Raises:
             MoecoverError: the disk is full or the folder cannot be written.
@@ -189,7 +190,7 @@ class State:
         with explained(f"writing {self.folder}", left=REST_IS_SAFE):
             mapped = self._mapped(call, row)
             mapped.copy_(hidden)
-        return row, _formed(mapped, row["form"])
+        return row, _formed(mapped if hidden.device.type == "cpu" else hidden, row["form"])
 
     def get(self, call: int, device: torch.device) -> LayerOutput:
         """What the last finished layer returned for a pass, read from its file, on a device."""

@@ -47,7 +47,7 @@ def verify(
     if tolerance < 0:
         raise InputError(f"{arg('tolerance', tolerance)} is out of range: 0 or more")
     named = parsed(corpora) if corpora else {}
-    files = [(name, "" if source is None or isinstance(source, Corpus) else source) for name, source in named.items()]
+    texts = [source if isinstance(source, Corpus) else (name, source or "") for name, source in named.items()]
     limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
     original = checkpoint.checkpoint if isinstance(checkpoint, Structure) else checkpoint
     with resolve(progress).spinner("reading both checkpoints") as advance:
@@ -55,7 +55,7 @@ def verify(
             original,
             pruned,
             revision=revision,
-            corpora=files,
+            corpora=texts,
             dtype=dtype or "auto",
             device=device or "auto",
             tolerance=tolerance,

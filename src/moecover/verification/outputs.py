@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
+from moecover.runtime.finite import naming, rows_text, watched
 from moecover.runtime.running import Running, Within
 
 if TYPE_CHECKING:
@@ -33,16 +35,20 @@ class Differences:
     first: str | None
 
 
-def outputs_of(model: Running, corpora: Sequence[Corpus], within: Within) -> Outputs:
+def outputs_of(model: Running, corpora: Sequence[Corpus], within: Within, *, guarded: bool = False) -> Outputs:
     """Run a model on corpora, one sequence at a time.
 
     Args:
         model: that runs.
         corpora: the text.
         within: a context for every decoder layer, in which it runs.
+        guarded: refuse numbers that are not finite; without it they show as differences.
 
     Returns:
         The output of every decoder layer and the logits, by name, on the CPU.
+
+    Raises:
+        InputError: if ``guarded``, an output is not finite; says where.
     """
     import torch
 
@@ -59,13 +65,20 @@ def outputs_of(model: Running, corpora: Sequence[Corpus], within: Within) -> Out
         layer = model.module.get_submodule(name)
         handles.append(layer.register_forward_hook(keep(f"decoder layer {number}")))
 
-    def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        found: torch.Tensor = model.module(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False).logits
+    def logits(corpus: str, row: int, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with naming(f"corpus {corpus}, {rows_text('block', row, 1)}"):
+            given = {key: value.to(model.device) for key, value in inputs.items()}
+            found: torch.Tensor = model.module(**given, use_cache=False).logits
         return found.cpu()
 
-    calls = [functools.partial(logits, inputs) for corpus in corpora for inputs in batches(corpus, 1)]
+    calls = [
+        functools.partial(logits, corpus.name, row, inputs)
+        for corpus in corpora
+        for row, inputs in enumerate(batches(corpus, 1))
+    ]
     try:
-        last = model.run(calls, within=[within] * len(calls))
+        with watched(model) if guarded else contextlib.nullcontext():
+            last = model.run(calls, within=[within] * len(calls))
     finally:
         for handle in handles:
             handle.remove()

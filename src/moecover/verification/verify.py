@@ -18,7 +18,7 @@ import numpy as np
 from moecover.checkpoints.manifest import MANIFEST, changed_files, check_complete, read_manifest
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
-from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer, make_corpus
+from moecover.corpora.packing import Corpus, holds_rows, load_corpus, load_tokenizer, make_corpus
 from moecover.errors import InputError
 from moecover.planning.artifact import Plan, check_plan
 from moecover.planning.masking import masked_layers
@@ -99,7 +99,7 @@ def _plan_in(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Plan:
 
 
 def verification_text(
-    structure: Structure, *, corpora: Sequence[tuple[str, str]] = (), sequences: int = 2, length: int = 256
+    structure: Structure, *, corpora: Sequence[Corpus | tuple[str, str]] = (), sequences: int = 2, length: int = 256
 ) -> list[Corpus]:
     """Load the text of a proof: the given corpora, else the shipped held-out ones, in the model's own tokens.
 
@@ -107,7 +107,7 @@ def verification_text(
 
     Args:
         structure: the original.
-        corpora: names and paths, the path empty for a named corpus.
+        corpora: names and paths, the path empty for a named corpus; or loaded ones.
         sequences: of each corpus.
         length: tokens per sequence, or the model's positions if fewer.
     """
@@ -119,8 +119,14 @@ def verification_text(
         )
         mask = np.ones_like(tokens, dtype=bool)
         return [make_corpus("random ids (no tokenizer)", tokens, mask, {"source": "random ids"})]
-    sources: Sequence[tuple[str, str | None]] = corpora or [(name, None) for name in VERIFY_CORPORA]
-    loaded = [load_corpus(name, path or None, structure=structure, length=length) for name, path in sources]
+    loaded = []
+    for given in corpora or [(name, "") for name in VERIFY_CORPORA]:
+        if isinstance(given, Corpus):
+            loaded.append(given)
+            continue
+        name, path = given[0], given[1] or None
+        of_block = None if holds_rows(name, path) else length
+        loaded.append(load_corpus(name, path, structure=structure, length=of_block))
     return [corpus[:sequences] for corpus in loaded]
 
 
@@ -129,7 +135,7 @@ def verify(
     pruned: str | Path,
     *,
     revision: str | None = None,
-    corpora: Sequence[tuple[str, str]] = (),
+    corpora: Sequence[Corpus | tuple[str, str]] = (),
     dtype: str = "auto",
     device: str = "auto",
     tolerance: float = 0.0,
@@ -142,7 +148,8 @@ def verify(
         model: the original, folder or hub id.
         pruned: the checkpoint that `prune` wrote.
         revision: of the original.
-        corpora: names and paths of the text (path empty for a named corpus); default: the shipped held-out text.
+        corpora: names and paths of the text (path empty for a named corpus), or loaded ones; default: the shipped
+            held-out text.
         dtype: torch dtype by name for both, ``auto`` for the checkpoint's.
         device: torch device by name.
         tolerance: largest difference allowed, as a share of the largest value of the layer; 0: every bit equal.
@@ -150,7 +157,8 @@ def verify(
         advance: called with a line on the next step.
 
     Raises:
-        InputError: either checkpoint cannot be read, or they do not belong together.
+        InputError: either checkpoint cannot be read, they do not belong together, or the masked original gives numbers
+            that are not finite.
     """
     original = read_structure(model, revision=revision)
     cut_checkpoint = open_checkpoint(pruned)
@@ -221,7 +229,7 @@ class _Opening:
             within = masked_layers(live.module, original, plan)
             if repairs is not None:
                 within = with_repairs(live.module, original, within, repairs.of_layer)
-            return outputs_of(live, self.texts, within)
+            return outputs_of(live, self.texts, within, guarded=True)
 
     def pruned(self, cut: Structure) -> Outputs:
         """Outputs of the pruned checkpoint."""

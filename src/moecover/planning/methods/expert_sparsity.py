@@ -44,7 +44,7 @@ def expert_sparsity(
     Args:
         profile: of the model.
         budgets: experts to keep; a greedy layerwise search serves all of them at once.
-        mode: ``layerwise`` (inputs of the full model) or ``progressive`` (inputs of the pruned layers before).
+        mode: ``layerwise``, ``progressive`` or ``progressive-local``, see `search_layers`.
         search: ``exhaustive``, ``greedy``, or ``auto``: exhaustive if there are at most 100,000 subsets.
         model: the live model, from `load_model`, or a `Running` one.
         structure: its checkpoint.

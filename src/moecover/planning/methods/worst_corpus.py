@@ -43,7 +43,7 @@ def worst_corpus(
     Args:
         profile: of the model.
         budgets: experts to keep; a greedy layerwise search serves all of them at once, then each has its own exchanges.
-        mode: ``layerwise`` (inputs of the full model) or ``progressive`` (inputs of the pruned layers before).
+        mode: ``layerwise``, ``progressive`` or ``progressive-local``, see `search_layers`.
         search: ``exhaustive``; ``greedy``: elimination, then single exchanges until none helps; or ``auto``:
             exhaustive if there are at most 100,000 subsets.
         model: the live model, from `load_model`, or a `Running` one.

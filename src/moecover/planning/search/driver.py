@@ -12,21 +12,22 @@ corpus. After the elimination, kept experts are exchanged for dropped ones as lo
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import LayerPlan
+from moecover.planning.options import LAYERWISE, PROGRESSIVE
 from moecover.planning.search.eliminate import eliminate
 from moecover.planning.search.exchange import exchange
 from moecover.planning.search.exhaust import exhaust, kind_of_search
-from moecover.planning.search.hidden_states import sample_of
+from moecover.planning.search.hidden_states import Sample, sample_of
 from moecover.planning.search.products import Products, WorstCorpusProducts
 from moecover.planning.search.routing import AskRouter, observe_calls, recognise
-from moecover.runtime.loading import backbone_of, routers
+from moecover.runtime.finite import is_finite, naming, not_finite, watched
+from moecover.runtime.loading import backbone_of, check_float64, routers
 from moecover.runtime.masking import masked_layer
 from moecover.runtime.running import Running, running
 
@@ -74,8 +75,13 @@ class LiveLayer:
             found.append(self.experts(batch, index, weights))
         return found
 
-    def products(self, hidden: Sequence[torch.Tensor], corpus_of: Sequence[int] | None) -> Products:
-        """What the losses of subsets follow from.
+    def products(
+        self,
+        hidden: Sequence[torch.Tensor],
+        corpus_of: Sequence[int] | None,
+        targets: Sequence[torch.Tensor] | None = None,
+    ) -> Products:
+        """What the losses of subsets follow from; see `search_layer`.
 
         Raises:
             InputError: the router cannot be re-routed.
@@ -83,19 +89,27 @@ class LiveLayer:
         import torch
 
         sample = torch.cat(list(hidden))
+        if not is_finite(sample):
+            raise not_finite("", "the hidden states that enter the experts are")
         routing = recognise(self.model, self.structure, self.router, self.ask, self.layer, sample[:256])
         logits = torch.cat([self.ask(batch)[0] for batch in hidden])
+        target = None if targets is None else torch.cat(list(targets))
         if corpus_of is None:
-            return Products(self.experts, routing, hidden, logits)
+            return Products(self.experts, routing, hidden, logits, target)
         sizes = [0] * (1 + max(corpus_of))
         for batch, corpus in zip(hidden, corpus_of, strict=True):
             sizes[corpus] += len(batch)
-        return WorstCorpusProducts(self.experts, routing, torch.split(sample, sizes), logits)
+        return WorstCorpusProducts(self.experts, routing, torch.split(sample, sizes), logits, target)
 
 
-def squared_errors(live: LiveLayer, kept: Sequence[int], hidden: Sequence[torch.Tensor]) -> list[tuple[float, float]]:
+def squared_errors(
+    live: LiveLayer,
+    kept: Sequence[int],
+    hidden: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor] | None = None,
+) -> list[tuple[float, float]]:
     """||Z - Z_S||^2 and ||Z||^2 of every batch: forward passes in the model's dtype, differences in float64."""
-    whole = live.routed(hidden)
+    whole = live.routed(hidden) if targets is None else targets
     with live.masked(kept):
         cut = live.routed(hidden)
     return [
@@ -119,6 +133,7 @@ def search_layer(
     budgets: Sequence[Budget],
     search: str,
     corpus_of: Sequence[int] | None = None,
+    targets: Sequence[torch.Tensor] | None = None,
 ) -> list[LayerPlan]:
     """The best subset of one MoE layer for every budget.
 
@@ -128,14 +143,18 @@ def search_layer(
         budgets: experts to keep.
         search: ``auto``, ``exhaustive`` or ``greedy``.
         corpus_of: index of every batch's corpus, for the loss of the worst corpus; None for ExpertSparsity's.
+        targets: Z of every batch, ``[token, hidden]``; None for the layer's own output with all experts.
 
     Raises:
-        InputError: the router cannot be re-routed, or an exhaustive search would not end.
+        InputError: the router cannot be re-routed, an exhaustive search would not end, or the layer gives numbers that
+            are not finite.
     """
     required = budgets[0].required[live.layer] if budgets[0].required else frozenset()
     for budget in budgets:
         budget.room(live.layer)  # the required experts fit
-    products = live.products(hidden, corpus_of)
+    decoder_layer = live.structure.topology.decoder_layers[live.layer]
+    with naming(f"decoder layer {decoder_layer}"):
+        products = live.products(hidden, corpus_of, targets)
     kinds = [kind_of_search(budget, search) for budget in budgets]
     by_elimination = [budget for budget, kind in zip(budgets, kinds, strict=True) if kind == "greedy"]
     eliminated = iter(eliminate(products, by_elimination, required) if by_elimination else [])
@@ -144,10 +163,12 @@ def search_layer(
         kept = next(eliminated) if kind == "greedy" else exhaust(products, budget, required)
         if kind == "greedy" and corpus_of is not None:
             kept, kind = exchange(products, kept, budget, required), "greedy with exchanges"
-        squares = squared_errors(live, kept, hidden)
+        squares = squared_errors(live, kept, hidden, targets)
+        if not all(math.isfinite(value) for pair in squares for value in pair):
+            raise not_finite(f"decoder layer {decoder_layer}", "the loss of the chosen experts is")
         found.append(
             LayerPlan(
-                decoder_layer=live.structure.topology.decoder_layers[live.layer],
+                decoder_layer=decoder_layer,
                 kept=kept,
                 required=sorted(required),
                 filled=[e for e in kept if e not in required],
@@ -178,7 +199,9 @@ def search_layers(
         budgets: experts to keep.
         model: the live model, from `load_model`, or a `Running` one.
         structure: its checkpoint.
-        mode: ``layerwise`` (inputs of the full model) or ``progressive`` (inputs of the pruned layers before).
+        mode: ``layerwise`` (inputs of the full model), ``progressive`` (inputs that the pruned layers before leave; the
+            target is the full model's output) or ``progressive-local`` (the same inputs; the target is the layer's own
+            output with all experts on them).
         search: ``auto``, ``exhaustive`` or ``greedy``.
         worst: minimise the loss of the worst corpus, not ExpertSparsity's.
         sample: token ids to search on instead of the sample that the profile keeps.
@@ -194,26 +217,74 @@ def search_layers(
     for budget in budgets:
         kind_of_search(budget, search)
     runs = running(model, structure)
+    check_float64(runs.device, "a search")
     modules = routers(runs.module, structure)
     few = torch.arange(4, device=runs.device)[None]
-    once = functools.partial(backbone_of(runs.module), input_ids=few, use_cache=False)
-    calls, stops = observe_calls(runs.module, structure, modules, lambda: runs.run([once], head=False))
+
+    def once() -> None:
+        with naming("a pass over four tokens"):
+            backbone_of(runs.module)(input_ids=few, use_cache=False)
+
+    with watched(runs):
+        calls, stops = observe_calls(runs.module, structure, modules, lambda: runs.run([once], head=False))
     corpus_of = text.corpus_of if worst else None
     found: list[list[LayerPlan]] = [[] for _ in budgets]
-    layerwise, every = mode == "layerwise", list(range(len(budgets)))
-    for chosen in [every] if layerwise else [[i] for i in every]:
-        stored = layerwise and text.stored is not None
-        source = text.from_disk(runs, structure) if stored else text.running(runs, stops)
-        with torch.inference_mode(), contextlib.closing(source), contextlib.ExitStack() as masks:
-            for layer, hidden in enumerate(source):
-                live = LiveLayer(runs.module, structure, modules[layer], calls[layer], layer)
-                rows = search_layer(live, hidden, [budgets[i] for i in chosen], search, corpus_of)
+    every = list(range(len(budgets)))
+
+    def live(layer: int) -> LiveLayer:
+        return LiveLayer(runs.module, structure, modules[layer], calls[layer], layer)
+
+    for chosen in [every] if mode == LAYERWISE else [[i] for i in every]:
+        kept: list[list[int]] = []
+        steps = _steps(mode, text, runs, structure, stops, live, kept)
+        with torch.inference_mode(), contextlib.closing(steps):
+            for layer, (hidden, targets) in enumerate(steps):
+                rows = search_layer(live(layer), hidden, [budgets[i] for i in chosen], search, corpus_of, targets)
                 for i, row in zip(chosen, rows, strict=True):
                     found[i].append(row)
-                if not layerwise:
-                    masks.enter_context(live.masked(rows[0].kept))
+                kept.append(rows[0].kept)
                 advance(1)
     return found
+
+
+def _steps(
+    mode: str,
+    text: Sample,
+    runs: Running,
+    structure: Structure,
+    stops: Sequence[torch.nn.Module],
+    live: Callable[[int], LiveLayer],
+    kept: Sequence[Sequence[int]],
+) -> Generator[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor] | None]]:
+    """What enters every MoE layer, and the targets where they are not the layer's own output; batch by batch.
+
+    Args:
+        mode: see `search_layers`.
+        text: that is searched on.
+        runs: the model.
+        structure: its checkpoint.
+        stops: modules that see what the experts of each MoE layer see.
+        live: gives a MoE layer.
+        kept: experts of the layers that are searched already; grows while this runs.
+    """
+    if mode == PROGRESSIVE:
+        layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
+
+        def masked(number: int) -> contextlib.AbstractContextManager[None]:
+            layer = layer_of.get(number)
+            return contextlib.nullcontext() if layer is None else live(layer).masked(kept[layer])
+
+        with contextlib.closing(text.side_by_side(runs, structure, stops, masked)) as both:
+            for layer, (whole, pruned) in enumerate(both):
+                yield pruned, live(layer).routed(whole)
+        return
+    stored = mode == LAYERWISE and text.stored is not None
+    source = text.from_disk(runs, structure) if stored else text.running(runs, stops)
+    with contextlib.closing(source), contextlib.ExitStack() as masks:
+        for layer, hidden in enumerate(source):
+            yield hidden, None
+            if mode != LAYERWISE:
+                masks.enter_context(live(layer).masked(kept[layer]))
 
 
 def _check_model(profile: Profile, structure: Structure) -> None:

@@ -3,6 +3,8 @@
 ExpertSparsity (arXiv 2402.14800) scores a subset S by the sum over calibration batches of ||Z - Z_S||_F, with Z the
 routed output and Z_S the output when the dropped experts' router logits are minus infinity before scoring and top-k.
 Z - Z_S is a combination of expert outputs, so that their Gram matrices turn the loss of a subset into small products.
+Where Z is not the layer's own output on these inputs but a given target, the target has a row of the Gram matrix too,
+behind the experts.
 """
 
 from __future__ import annotations
@@ -11,11 +13,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moecover.planning.search.routing import Routing
+from moecover.runtime.finite import is_finite, not_finite
+from moecover.runtime.segments import segment_sums
 
 if TYPE_CHECKING:
     import torch
 
+    from moecover.checkpoints.topology import Topology
+
 CHUNK_BYTES = 2**28  # of expert outputs held at a time
+
+
+def peak_bytes(topology: Topology, tokens: int) -> int:
+    """Bytes that a search of a layer takes at most, see `Products`, with the hidden states of both passes."""
+    return tokens * (8 * topology.num_experts**2 + 16 * topology.hidden_size) + 2 * CHUNK_BYTES
 
 
 class Products:
@@ -28,10 +39,19 @@ class Products:
         routing: of the layer's router.
         hidden: calibration batches, each ``[token, hidden]``.
         logits: the router's, ``[token, expert]``, over all batches.
+        target: Z of every token, ``[token, hidden]``; None for the layer's own output with all experts.
+
+    Raises:
+        InputError: an expert's output is not finite.
     """
 
     def __init__(
-        self, experts: torch.nn.Module, routing: Routing, hidden: Sequence[torch.Tensor], logits: torch.Tensor
+        self,
+        experts: torch.nn.Module,
+        routing: Routing,
+        hidden: Sequence[torch.Tensor],
+        logits: torch.Tensor,
+        target: torch.Tensor | None = None,
     ) -> None:
         import torch
 
@@ -48,21 +68,30 @@ class Products:
         self.rank = torch.empty_like(rank).scatter_(
             -1, rank, torch.arange(num_experts, device=device).expand_as(rank).contiguous()
         )
-        self.gram = torch.empty(count, num_experts, num_experts, dtype=torch.float64, device=device)
+        rows = num_experts + (target is not None)
+        self.gram = torch.empty(count, rows, rows, dtype=torch.float64, device=device)
         step = max(1, CHUNK_BYTES // (num_experts * tokens.shape[-1] * tokens.element_size()))
         ones = torch.ones(step, 1, dtype=tokens.dtype, device=device)
         for start in range(0, count, step):
             chunk = tokens[start : start + step]
-            outputs = torch.empty(len(chunk), num_experts, tokens.shape[-1], dtype=tokens.dtype, device=device)
+            outputs = torch.empty(len(chunk), rows, tokens.shape[-1], dtype=tokens.dtype, device=device)
+            if target is not None:
+                outputs[:, num_experts] = target[start : start + step]
             for expert in range(num_experts):
                 index = torch.full((len(chunk), 1), expert, device=device)
                 outputs[:, expert] = experts(chunk, index, ones[: len(chunk)])
             for first in range(0, len(chunk), 64):
                 wide = outputs[first : first + 64].double()
                 torch.bmm(wide, wide.transpose(1, 2), out=self.gram[start + first : start + first + len(wide)])
+        if not is_finite(self.gram):
+            bad = (~torch.isfinite(self.gram.diagonal(dim1=1, dim2=2))).any(0).nonzero().flatten().tolist()
+            named = ", ".join(map(str, [expert for expert in bad if expert < num_experts][:8]))
+            raise not_finite(f"expert {named}" if named else "", "the output on the calibration text is")
         everyone = torch.ones(1, num_experts, dtype=torch.bool, device=device)
         index, weights = self.route(everyone)
         self.index, self.weights = index[0], weights[0]
+        if target is not None:
+            self.index, self.weights = torch.full_like(index[0, :, :1], num_experts), torch.ones_like(weights[0, :, :1])
 
     def route(self, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts and weights of every token in each set, ``[set, token, slot]``; ``alive``: bool ``[set, expert]``."""
@@ -90,10 +119,7 @@ class Products:
 
     def _summed(self, distances: torch.Tensor) -> torch.Tensor:
         """Sum over batches of the Frobenius norms, from squared distances ``[token, column]``."""
-        import torch
-
-        sums = torch.zeros(self.num_batches, distances.shape[1], dtype=torch.float64, device=distances.device)
-        return sums.index_add_(0, self.batch, distances).clamp_(min=0).sqrt_().sum(0)
+        return segment_sums(distances, self.batch, self.num_batches).clamp_(min=0).sqrt_().sum(0)
 
     def losses(self, alive: torch.Tensor) -> torch.Tensor:
         """Loss of every set, float64 ``[set]``; ``alive`` is bool ``[set, expert]``."""
@@ -113,14 +139,14 @@ class Products:
         if self.routing.num_groups > 1:
             without = alive & ~torch.eye(self.num_experts, dtype=torch.bool, device=alive.device)
             return self.losses(without)
-        k, routing = self.routing.top_k, self.routing
+        k, own, routing = self.routing.top_k, self.index.shape[-1], self.routing
         members = torch.where(alive, self.rank, self.num_experts).topk(k + 1, -1, largest=False).indices
         score = self.scores.gather(-1, members)  # [token, k + 1], the last one is the next in line
         total = (self.scores * alive).sum(-1, keepdim=True)
         now = routing.weights(score[:, :k], total)
         union = torch.cat([self.index, members], -1)
         token = torch.arange(len(self.gram), device=alive.device)[:, None, None]
-        gram = self.gram[token, union[:, :, None], union[:, None, :]]  # [token, 2k + 1, 2k + 1]
+        gram = self.gram[token, union[:, :, None], union[:, None, :]]  # [token, own + k + 1, own + k + 1]
 
         def distance(weights: torch.Tensor) -> torch.Tensor:  # [token, column, k + 1] -> [token, column]
             delta = torch.cat([-self.weights[:, None].expand(-1, weights.shape[1], -1), weights], -1)
@@ -131,17 +157,18 @@ class Products:
         if routing.renormalise or routing.scoring != "softmax":
             after = current.expand(-1, self.num_experts).clone()
         else:
-            old = torch.einsum("ti,tij,tj->t", self.weights, gram[:, :k, :k], self.weights)[:, None]
-            mixed = torch.einsum("ti,tij,tj->t", self.weights, gram[:, :k, k : 2 * k], now)[:, None]
-            new = torch.einsum("ti,tij,tj->t", now, gram[:, k : 2 * k, k : 2 * k], now)[:, None]
+            kept = slice(own, own + k)
+            old = torch.einsum("ti,tij,tj->t", self.weights, gram[:, :own, :own], self.weights)[:, None]
+            mixed = torch.einsum("ti,tij,tj->t", self.weights, gram[:, :own, kept], now)[:, None]
+            new = torch.einsum("ti,tij,tj->t", now, gram[:, kept, kept], now)[:, None]
             factor = total / (total - self.scores)  # [token, expert]
             after = old - 2 * factor * mixed + factor.square() * new
         slots = torch.arange(k, device=alive.device)
         others = torch.arange(k, device=alive.device).expand(k, -1) + (
             torch.arange(k, device=alive.device) >= slots[:, None]
         )
-        kept = score[:, others]  # [token, dropped slot, slot]
-        moved = routing.weights(kept, (total - score[:, :k])[..., None])
+        left = score[:, others]  # [token, dropped slot, slot]
+        moved = routing.weights(left, (total - score[:, :k])[..., None])
         weights = torch.zeros(*moved.shape[:2], k + 1, dtype=torch.float64, device=alive.device)
         weights.scatter_(-1, others.expand(len(score), -1, -1), moved)
         after.scatter_(-1, members[:, :k], distance(weights))
@@ -152,21 +179,22 @@ class WorstCorpusProducts(Products):
     """`Products` with the loss of the worst corpus: a batch is a whole corpus, its error is relative to its output."""
 
     def __init__(
-        self, experts: torch.nn.Module, routing: Routing, hidden: Sequence[torch.Tensor], logits: torch.Tensor
+        self,
+        experts: torch.nn.Module,
+        routing: Routing,
+        hidden: Sequence[torch.Tensor],
+        logits: torch.Tensor,
+        target: torch.Tensor | None = None,
     ) -> None:
         import torch
 
-        super().__init__(experts, routing, hidden, logits)
+        super().__init__(experts, routing, hidden, logits, target)
         token = torch.arange(len(self.gram), device=self.gram.device)[:, None, None]
         own = self.gram[token, self.index[:, :, None], self.index[:, None, :]]
         squares = torch.einsum("ti,tij,tj->t", self.weights, own, self.weights)
-        self.output = torch.zeros(self.num_batches, dtype=torch.float64, device=squares.device)
-        self.output.index_add_(0, self.batch, squares).clamp_(min=torch.finfo(torch.float64).tiny)
+        self.output = segment_sums(squares, self.batch, self.num_batches).clamp_(min=torch.finfo(torch.float64).tiny)
 
     def _summed(self, distances: torch.Tensor) -> torch.Tensor:
         """The largest over corpora of the normalised errors, from squared distances ``[token, column]``."""
-        import torch
-
-        sums = torch.zeros(self.num_batches, distances.shape[1], dtype=torch.float64, device=distances.device)
-        squares = sums.index_add_(0, self.batch, distances).clamp_(min=0)
+        squares = segment_sums(distances, self.batch, self.num_batches).clamp_(min=0)
         return (squares / self.output[:, None]).sqrt_().amax(0)

@@ -1,0 +1,84 @@
+"""What an evaluation records of the model, the texts, the tasks and the plans, as evaluation.json has it."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+
+class ModelRecord(TypedDict):
+    """The model that was evaluated, and how it ran; ``num_bytes`` of its checkpoint, ``layers`` with experts.
+
+    ``batch_size``, ``threads`` of the CPU and ``versions`` of the libraries change the last digits of every number.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    family: str
+    dtype: str
+    device: str
+    num_bytes: int
+    experts: int
+    top_k: int
+    layers: int
+    batch_size: NotRequired[int]
+    threads: NotRequired[int]
+    versions: NotRequired[dict[str, str]]
+
+
+class TokenizerRecord(TypedDict):
+    """The tokenizer of a text; perplexities of different ones do not compare."""
+
+    sha256: str
+    entries: int
+
+
+class TextRecord(TypedDict):
+    """A held-out text: the record of its `Corpus`, and the share of it that calibration text holds too, by row.
+
+    ``overlap`` has the rows where that share is worth mentioning, see `corpora.overlap`; ``bos`` the ids that every
+    window begins with, where there are some.
+    """
+
+    source: str
+    sha256: str
+    tokens: int
+    sequences: int
+    sketch: str
+    overlap: dict[str, float]
+    length: NotRequired[int]
+    split: NotRequired[str]
+    tokenizer: NotRequired[TokenizerRecord]
+    seed: NotRequired[int]
+    bos: NotRequired[list[int]]
+    left_by: NotRequired[str]
+    blocks_left: NotRequired[int]
+
+
+class TaskRecord(TypedDict):
+    """A task as it was run; ``metric`` enters the mean of tasks, ``data`` is where its documents come from.
+
+    ``cut``: documents with a request longer than the model's positions, whose beginning the harness leaves out;
+    ``overlap``: the share of the task's text that calibration text holds too, by row, where it is worth mentioning.
+    """
+
+    version: list[str | int | float]
+    num_fewshot: int
+    items: int
+    metrics: list[str]
+    metric: str
+    parts: int
+    data: str
+    harness: str
+    cut: NotRequired[int]
+    overlap: NotRequired[dict[str, float]]
+
+
+class PlanRecord(TypedDict):
+    """The plan of a row; ``fingerprint`` is `planning.artifact.kept_hash`, ``repair`` the kind of repair, if any."""
+
+    method: str
+    options: dict[str, Any]
+    keep: int
+    fingerprint: str
+    repair: NotRequired[str]
