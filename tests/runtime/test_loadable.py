@@ -68,7 +68,7 @@ def test_every_loader_names_the_package(
         assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("method", list(set(LAYOUTS) - {"fp8", "modelopt"}))
+@pytest.mark.parametrize("method", sorted(set(LAYOUTS) - {"fp8", "modelopt"}))
 def test_every_command_names_the_package(
     checkpoints: Callable[..., Path], tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
