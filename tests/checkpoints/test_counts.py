@@ -56,6 +56,26 @@ def test_other_counts_that_are_none(checkpoints: Callable[..., Path], tmp_path: 
         read_structure(folder)
 
 
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"num_hidden_layers": 3}, "config.json has 3 decoder layers, the files have tensors of 2"),
+        ({"num_hidden_layers": 10**9}, "config.json has 1000000000 decoder layers, the files have tensors of 2"),
+        ({"num_hidden_layers": 0}, "no MoE layer|no routed experts"),
+        ({"num_hidden_layers": -1}, "mixtral"),
+        ({"num_local_experts": 10**9}, "config.json has 1000000000 experts per layer, at most 65536 are read"),
+        ({"num_local_experts": 10**40}, "experts per layer, at most 65536 are read"),
+    ],
+)
+def test_counts_that_no_files_fill(
+    checkpoints: Callable[..., Path], tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    folder = copy(checkpoints("mixtral"), tmp_path / "m", **config)
+    with pytest.raises(InputError, match=message) as caught:
+        read_structure(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 # ---------------------------------------------------------------------------------------------- lists by layer
 @pytest.fixture(scope="module")
 def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:

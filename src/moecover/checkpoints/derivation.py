@@ -24,13 +24,15 @@ from moecover.checkpoints.expert_tensors import classify
 from moecover.checkpoints.families import PROVEN_FAMILIES, UNSUPPORTED
 from moecover.checkpoints.formats import check_format
 from moecover.checkpoints.model_class import build_on_meta
-from moecover.checkpoints.names import layer_number
+from moecover.checkpoints.names import NUMBERED, layer_number
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.topology import ExpertLayout, Topology
 from moecover.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+MOST_EXPERTS = 2**16
 
 
 def derive(checkpoint: Checkpoint) -> ExpertLayout:
@@ -45,6 +47,7 @@ def derive(checkpoint: Checkpoint) -> ExpertLayout:
     check_format(checkpoint)
     check_counts(config, name)
     counts = expert_count_keys(config)
+    _check_size(checkpoint, max(counts.values(), default=0))
     config = with_single_counts(config, counts)
     one = build_on_meta(config, name)
     if not counts:
@@ -62,6 +65,25 @@ def derive(checkpoint: Checkpoint) -> ExpertLayout:
     topology = _topology(one, config["model_type"], modules, experts, name)
     tensors = classify(checkpoint, one, axes, modules, experts, topology.num_layers)
     return ExpertLayout(topology, tensors, axes, modules)
+
+
+def _check_size(checkpoint: Checkpoint, experts: int) -> None:
+    """Refuse counts that no files could fill, before a model class is built with them.
+
+    Raises:
+        InputError: more decoder layers than the files have, or more experts than any model.
+    """
+    layers = checkpoint.text_config.get("num_hidden_layers")
+    numbers = [int(found[1]) for name in checkpoint.tensors if (found := NUMBERED.match(name))]
+    if type(layers) is int and numbers and layers > max(numbers) + 1:
+        raise InputError(
+            f"{checkpoint.name}: config.json has {layers} decoder layers, the files have tensors of "
+            f"{max(numbers) + 1}. Fetch the checkpoint again"
+        )
+    if experts > MOST_EXPERTS:
+        raise InputError(
+            f"{checkpoint.name}: config.json has {experts} experts per layer, at most {MOST_EXPERTS} are read"
+        )
 
 
 def _no_experts(name: str, config: Config) -> InputError:

@@ -51,6 +51,12 @@ class Pattern:
         return Pattern(self.prefix, body, self.regex)
 
 
+def any_of(patterns: Iterable[Pattern]) -> Callable[[str], object]:
+    """The function that gives a true value for the names that one of several patterns matches."""
+    bodies = (one.body if one.regex else fnmatch.translate(one.body) for one in patterns)
+    return re.compile("|".join(f"(?:{body})" for body in bodies)).match
+
+
 def split_prefix(text: str) -> tuple[str, str]:
     """The prefix that marks a text as a regular expression, empty for none, and the rest."""
     prefix = next((p for p in PREFIXES if text.startswith(p)), "")

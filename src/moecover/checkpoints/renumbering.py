@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecover.checkpoints.names import EXPERT, expert_number, layer_number
-from moecover.checkpoints.patterns import Pattern, pattern_of, split_prefix, substituted
+from moecover.checkpoints.patterns import Pattern, any_of, pattern_of, split_prefix, substituted
 from moecover.errors import InputError
 from moecover.files.reading import parse_json
 
@@ -133,10 +133,12 @@ class _Settings:
 
     def listed(self, values: list[Any], key: str, alike: dict[str, set[int]]) -> list[Any]:
         """The edited list; ``alike`` holds the ids that are listed for every name of a block."""
-        edited: list[Any] = []
+        edited, seen = list[Any](), set[str]()
         for item in values:
             if isinstance(item, str):
-                edited += (name for name in self.names(item, key, alike) if name not in edited)
+                new_names = [name for name in self.names(item, key, alike) if name not in seen]
+                seen.update(new_names)
+                edited += new_names
             elif isinstance(item, list):
                 inner = self.listed(item, key, alike)
                 edited += [inner] if inner or not item else []
@@ -184,10 +186,12 @@ class _Settings:
             return [pattern.text]
         if not wanted:
             return []
-        for way in self.ways(pattern, modules, named, wanted):
-            if {name for one in way for name in filter(one.matcher(), new)} == wanted:
+        for way in self.ways(pattern, modules, named):
+            if set(filter(any_of(way), new)) == wanted:
                 return [one.text for one in way]
-        raise _refused(pattern.text, "no pattern matches exactly the same modules")
+        if pattern.regex:
+            return [pattern.with_body(_any_of(wanted)).text]
+        return _one_by_one(wanted, new)
 
     def matched(self, pattern: Pattern) -> tuple[dict[str, str | None], Callable[[str], object]]:
         """The modules, named as a pattern names them, and the function that says which match.
@@ -201,10 +205,8 @@ class _Settings:
                 return modules, matches
         return self.how.modules, matches
 
-    def ways(
-        self, pattern: Pattern, modules: dict[str, str | None], named: list[str], wanted: set[str]
-    ) -> Iterator[list[Pattern]]:
-        """Patterns that may match what is wanted: for the new ids, and what names all modules one by one."""
+    def ways(self, pattern: Pattern, modules: dict[str, str | None], named: list[str]) -> Iterator[list[Pattern]]:
+        """Patterns for the new ids, which may match what the pattern did."""
         by_layer: dict[int, set[int]] = {}
         for name in named:
             by_layer.setdefault(layer_number(name), set())
@@ -213,10 +215,6 @@ class _Settings:
         sets = list(by_layer.values())
         if sets and all(ids == sets[0] for ids in sets):
             yield from substituted(pattern, sets[0])
-        if pattern.regex:
-            yield [pattern.with_body(_any_of(wanted))]
-        else:
-            yield [pattern.with_body(re.sub(r"([*?\[])", r"[\1]", name)) for name in sorted(wanted)]
 
 
 def _bare(text: str) -> str:
@@ -237,6 +235,23 @@ def _any_of(names: Iterable[str]) -> str:
         leaves.setdefault((stem, tuple(sorted(numbers, key=lambda n: (len(n), n)))), []).append(leaf)
     found = [re.escape(stem) + _one_of(numbers) + _one_of(sorted(of)) for (stem, numbers), of in leaves.items()]
     return f"(?:{'|'.join(sorted(found))})$"
+
+
+def _one_by_one(wanted: set[str], names: Iterable[str]) -> list[str]:
+    """Shell patterns for exactly the wanted ones of some names: an expert and all in it, or the names themselves."""
+    found = list[str]()
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, rest = name.partition(".experts.")
+        number = rest.partition(".")[0]
+        if number.isdigit():
+            experts.setdefault(f"{stem}.experts.{number}", []).append(name)
+        elif name in wanted:
+            found.append(name)
+    for expert, members in experts.items():
+        inside = [name for name in members if name in wanted]
+        found += [expert, f"{expert}.*"] if len(inside) == len(members) else inside
+    return found
 
 
 def _one_of(texts: Iterable[str]) -> str:
