@@ -296,7 +296,8 @@ def test_the_verb(small_profile: Profile, tmp_path: Path, capsys: pytest.Capture
         ("--profile", str(tmp_path / "none")): "holds no profile.safetensors",
     }
     for extra, message in bad.items():
-        command = ["explain", str(tmp_path / "plan.json"), "--profile", str(tmp_path / "p"), *extra]
+        profile = [] if extra[0] == "--profile" else ["--profile", str(tmp_path / "p")]
+        command = ["explain", str(tmp_path / "plan.json"), *profile, *extra]
         assert main(command) == 2
         assert message in capsys.readouterr().err
 
