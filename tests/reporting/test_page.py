@@ -312,6 +312,30 @@ def test_one_task_is_not_given_a_mean_and_a_task_that_some_runs_lack_is_left_out
     ]
 
 
+def test_items_that_the_harness_cuts_are_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", models=SMALL, usage=False)
+    results = json.loads((folder / "results.json").read_text())
+    name = results["cells"][0]["model"]
+    results["cut"] = [{"model": name, "task": "BoolQ", "cut": 45, "items": 3270}]
+    (folder / "results.json").write_text(json.dumps(results))
+    said = "Note: task BoolQ: 45 of 3,270 items are longer than the model's positions"
+    assert said in text_of(folder)
+
+
+def test_the_worst_text_stands_beside_the_mean(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", models=SMALL, usage=False)
+    results = json.loads((folder / "results.json").read_text())
+    single = [c for c in results["cells"] if c["seed"] is None]
+    full, *others = ({t: r["perplexity"] for t, r in c["row"]["perplexity"].items()} for c in single)
+    page = Page(rendered(folder)[0])
+    words = " ".join(page.words.split())
+    lost = [{t: np.log(p / full[t]) for t, p in one.items()} for one in others]
+    assert "worst text, nats" in words
+    for one in lost:
+        worst = max(one, key=lambda t: one[t])
+        assert f"{np.mean(list(one.values())):.3f}{one[worst]:.3f} {worst}" in words
+
+
 def test_infinite_perplexity_is_said_not_drawn(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", models=SMALL, usage=False)
     results = json.loads((folder / "results.json").read_text())

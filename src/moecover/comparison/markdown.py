@@ -71,7 +71,7 @@ def markdown(
         mine = [(record, e) for record, e in found if record["model"] == name and e is not None]
         if mine:
             parts.append(_chapter(model, mine, measures))
-            parts += [f"Note: {note}.\n" for note in notes.get(name, ())]
+            parts += [f"Note: {markdown_text(note)}.\n" for note in notes.get(name, ())]
             ids = {record["id"] for record, _ in mine}
             parts += [_usage(name, usage, mine) for usage in usages if usage["plans"].keys() & ids]
             lines = [f"- {markdown_text(sentence)}\n" for sentence in sentences.get(name, ())]

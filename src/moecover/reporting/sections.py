@@ -124,7 +124,7 @@ def comparisons(data: ModelData) -> Content:
 @SECTIONS("tasks", title="Task by task")
 def tasks(data: ModelData) -> Content:
     """Accuracy by task, and the metrics that do not enter the mean."""
-    notes = [Paragraph(f"{cut_text(c.task, c.cut, c.items).capitalize()}.", "note") for c in data.model.cut]
+    notes = [Paragraph(f"Note: {cut_text(c.task, c.cut, c.items)}.", "note") for c in data.model.cut]
     return [*_with_details(accuracy_table(data.model), "Other metrics", others_table(data.model)), *notes]
 
 
