@@ -23,6 +23,7 @@ FLAG_OF = {  # flags that are not spelled like the argument
     "weights": "weight",
 }
 _ARGUMENT = re.compile(f"{MARK}(\\w+)(?:=([^{MARK}]*))?{MARK}")
+LONG_WORD = 60  # characters of a path or name that is left whole in a message that is too long
 LONGEST = 440  # characters of a message: with the program's name before it, one line of less than 500
 
 
@@ -43,7 +44,11 @@ def _escaped(character: str) -> str:
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:
-    """Text of at most so many characters: the middle of a longer one is left out."""
+    """Text of at most so many characters: in a longer one, long words (paths, names) and then the middle are cut."""
+    if len(text) > longest:
+        text = " ".join(
+            f"{word[:12]}...{word[15 - LONG_WORD :]}" if len(word) > LONG_WORD else word for word in text.split(" ")
+        )
     if len(text) <= longest:
         return text
     end = longest // 3

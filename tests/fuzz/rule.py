@@ -14,7 +14,7 @@ from pathlib import Path
 from moecover import progress
 from moecover.cli.main import main
 
-SECONDS = 30
+SECONDS, WAITED = 30, 300
 CHARACTERS = 500
 MEMORY_KB = 2 << 20  # what one command may add to the peak of this process
 
@@ -37,17 +37,22 @@ class TooSlowError(BaseException):
 
 
 @contextlib.contextmanager
-def _alarm(seconds: int) -> Iterator[None]:
+def _alarm() -> Iterator[None]:
+    """Stop the block after `SECONDS` of computing, or `WAITED` by the clock: the machine may have other work."""
+
     def stop(*_: object) -> None:
         raise TooSlowError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAITED)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def broken(command: Command) -> str | None:
@@ -55,7 +60,7 @@ def broken(command: Command) -> str | None:
     out, err, before = io.StringIO(), io.StringIO(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     status: object = None
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _alarm(SECONDS):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _alarm():
             status = main([*map(str, command.arguments), "-q"])
     except SystemExit as stop:  # argparse
         status = stop.code

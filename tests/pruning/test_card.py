@@ -52,7 +52,7 @@ def header_of(card: str) -> dict[str, Any]:
         ("license: {a: b}", {}),
         ("license: 5", {}),
         ("license: &a [*a]", {}),
-        ("license: " + "x" * 500, {"license": "x" * 129 + " ... " + "x" * 66}),
+        ("license: " + "x" * 500, {"license": "x" * 12 + "..." + "x" * 45}),
         ("license: '---'", {"license": "---"}),
         ("- a list", {}),
     ],

@@ -293,7 +293,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     register_deepseek_config()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer(["a text"], add_special_tokens=False)  # some settings are looked at only now
+        return tokenizer
     except Exception as error:  # whatever a broken tokenizer makes the library raise
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{folder}: the tokenizer could not be loaded: {reason}") from error
