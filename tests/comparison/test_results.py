@@ -12,6 +12,7 @@ import yaml
 from moecover.comparison.config import Config
 from moecover.comparison.run import compare
 from moecover.errors import InputError
+from moecover.files.hashing import unsealed
 from moecover.progress import SILENT
 
 
@@ -28,7 +29,7 @@ def test_compare_returns_what_it_wrote(
     """The path, the fields and the object of a configuration are the same; lines go to `progress` alone."""
     path, out, lines = grid(methods=["random", "tb-coverage"]), tmp_path / "run", list[str]()
     found = compare(path, out, progress=Log(lines))
-    assert found.results == json.loads((out / "results.json").read_text())
+    assert found.results == unsealed(json.loads((out / "results.json").read_text()))
     assert (found.run, found.made, len(found.done), found.failures) == (out, 4, 4, {})
     assert repr(found) == f"<Comparison {out}: 4 cells, 4 of them new>"
     table = found.rows_shown()

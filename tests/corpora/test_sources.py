@@ -184,7 +184,7 @@ def test_names_of_corpora_are_kept_apart() -> None:
     with pytest.raises(InputError, match="corpus one exists already. Choose another name"):
         table.add("one", FileCorpus("b.jsonl", "other"))
     for name in ("", "a/b", "a=b"):
-        with pytest.raises(InputError, match="a name has at least one character and none of / and ="):
+        with pytest.raises(InputError, match="Choose another name"):
             table.add(name, mine)
     table.add("two", Letters())
     assert list(table) == ["one", "two"]

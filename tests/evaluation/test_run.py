@@ -123,7 +123,8 @@ def test_windows_are_the_text_in_order(tmp_path: Path) -> None:
 def test_refusals(
     arguments: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["evaluate", str(shipped_model()), "--data-dir", str(data), "-o", str(tmp_path / "e"), *arguments]
+    where = ["--data-dir", str(data)] if "--tasks" in arguments else []
+    command = ["evaluate", str(shipped_model()), *where, "-o", str(tmp_path / "e"), *arguments]
     assert cli.main(command) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
@@ -165,8 +166,8 @@ def test_the_card_takes_its_numbers_from_the_evaluation(
     made = read_structure(shipped_model())
     for seed in (0, 1):
         random_plan(made, 30, seed).save(tmp_path / f"p{seed}.json")
-    common = ["evaluate", str(shipped_model()), "--perplexity", "web-heldout", "--windows", "2", "--length", "64", "-q"]
-    tasks = ["--tasks", "arc_easy", "--data-dir", str(data)]
+    common = ["evaluate", str(shipped_model()), "--perplexity", "web-heldout", "--length", "64", "-q"]
+    tasks = ["--windows", "2", "--tasks", "arc_easy", "--data-dir", str(data)]
     assert cli.main([*common, "--plan", str(tmp_path / "p0.json"), *tasks, "-o", str(tmp_path / "e")]) == 0
     cut = ["prune", str(shipped_model()), "--plan", str(tmp_path / "p0.json"), "-o", str(tmp_path / "cut"), "-q"]
     assert cli.main([*cut, "--evaluation", str(tmp_path / "e")]) == 0

@@ -43,7 +43,7 @@ def made_of(layers: int, experts: int, corpora: int, *, parts: int = 3, seed: in
         sums = {n: np.cumsum(v, axis=0) for n, v in pieces.items()}
         statistics[f"corpus{i}"] = {n: v[-1] for n, v in sums.items()}
         running[f"corpus{i}"] = {n: v[:-1] for n, v in sums.items()}
-    records = {c: [{"sha256": c}] for c in statistics}
+    records = {c: [{"sha256": c, "tokens": 100}] for c in statistics}
     return Profile(topology, statistics, records, {"name": "m", "fingerprint": "f"}, {}, running if parts else {})
 
 

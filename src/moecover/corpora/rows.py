@@ -80,7 +80,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = parse_json(line)
+                row = parse_json(line, any_text=True)
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict) or not ("text" in row or "input_ids" in row):

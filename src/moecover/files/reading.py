@@ -23,12 +23,13 @@ MAX_YAML_BYTES = 200_000
 MAX_YAML_NODES = 20_000
 
 
-def parse_json(text: str | bytes, *, finite: bool = False) -> Any:  # as json.loads
+def parse_json(text: str | bytes, *, finite: bool = False, any_text: bool = False) -> Any:  # as json.loads
     """The value of a JSON text.
 
     Args:
         text: JSON; bytes are UTF-8.
         finite: refuse NaN and infinities, which Python's JSON accepts.
+        any_text: accept lone surrogates, which crawled text has.
 
     Raises:
         ValueError: not JSON, too large, nested too deeply, not Unicode, or a number that is not finite where asked.
@@ -42,7 +43,7 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:  # as json.lo
         value = json.loads(document)
     except RecursionError:
         raise ValueError(_too_deep()) from None
-    _check(value, finite)
+    _check(value, finite=finite, any_text=any_text)
     return value
 
 
@@ -86,7 +87,7 @@ def parse_yaml(text: str) -> tuple[object, yaml.Node | None]:
         raise ValueError(_too_deep()) from None
     except (TypeError, AttributeError, LookupError, OverflowError) as error:  # PyYAML's, on tags that do not fit
         raise ValueError(f"a value that does not fit its tag: {error}") from None
-    _check(value, finite=False)
+    _check(value)
     return value, node
 
 
@@ -102,14 +103,15 @@ def _too_deep() -> str:
     return f"nested deeper than {MAX_DEPTH} levels"
 
 
-def _check(value: object, finite: bool) -> None:
+def _check(value: object, *, finite: bool = False, any_text: bool = False) -> None:
     """Refuse what is too deep, text that is not Unicode and, where asked, numbers that are not finite."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         inner: list[object] = []
         for one in level:
             if isinstance(one, str):
-                _check_text(one)
+                if not any_text:
+                    _check_text(one)
             elif isinstance(one, float):
                 if finite and not math.isfinite(one):
                     raise ValueError(f"it holds {one}, which is not a finite number")
