@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from moecover.comparison.results import Comparison
     from moecover.comparison.run import compare
     from moecover.corpora.own_text import generate
-    from moecover.corpora.packing import Corpus, load_corpus, load_tokenizer
+    from moecover.corpora.packing import Corpus, load_corpus
     from moecover.corpora.sources import CORPORA
     from moecover.corpora.splitting import Kinds, split
+    from moecover.corpora.tokenizer import load_tokenizer
     from moecover.corpora.windows import load_windows
     from moecover.errors import InputError, MoecoverError
     from moecover.evaluation.artifact import Evaluation
@@ -72,7 +73,8 @@ PUBLIC = {
     "checkpoints.deepseek.registration": ("register_deepseek",),
     "runtime.loading": ("load_model",),
     "corpora.sources": ("CORPORA",),
-    "corpora.packing": ("Corpus", "load_corpus", "load_tokenizer"),
+    "corpora.packing": ("Corpus", "load_corpus"),
+    "corpora.tokenizer": ("load_tokenizer",),
     "corpora.windows": ("load_windows",),
     "corpora.own_text": ("generate",),
     "corpora.splitting": ("Kinds", "split"),

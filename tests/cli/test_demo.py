@@ -18,7 +18,8 @@ from moecover.checkpoints.structure import read_structure
 from moecover.cli.demo import markdown_table, rows_from_json
 from moecover.cli.main import main
 from moecover.cli.tour import HELD_OUT, runs
-from moecover.corpora.packing import load_corpus, load_tokenizer
+from moecover.corpora.packing import load_corpus
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.evaluation.perplexity import perplexity
 from moecover.planning.artifact import keep_all
 from moecover.planning.masking import masked

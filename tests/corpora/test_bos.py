@@ -12,7 +12,8 @@ import pytest
 
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.bos import prefix_of
-from moecover.corpora.packing import load_corpus, load_tokenizer, load_unused
+from moecover.corpora.packing import load_corpus, load_unused
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation

@@ -12,8 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moecover.corpora.packing import load_corpus, load_tokenizer
+from moecover.corpora.packing import load_corpus
 from moecover.corpora.sources import parse_corpora
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from tests.conftest import SHARED, needs_shared, write_rows
 from tests.support.tiny import TEXT, make_tokenizer

@@ -15,8 +15,9 @@ import pytest
 
 from moecover.checkpoints.structure import read_structure
 from moecover.corpora import rows, windows
-from moecover.corpora.packing import load_corpus, load_tokenizer
+from moecover.corpora.packing import load_corpus
 from moecover.corpora.rows import file_rows, pieces
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.corpora.windows import load_windows
 from tests.support.tiny import TEXT, make_tokenizer
 

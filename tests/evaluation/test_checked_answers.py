@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moecover.checkpoints.structure import read_structure
-from moecover.corpora.packing import load_tokenizer
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.run import evaluate

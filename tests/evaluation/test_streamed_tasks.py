@@ -12,7 +12,7 @@ import pytest
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli import main as cli
-from moecover.corpora.packing import load_tokenizer
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.run import evaluate

@@ -17,7 +17,7 @@ from scipy import stats
 
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.checkpoints.topology import Topology
-from moecover.corpora.packing import load_tokenizer
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from moecover.evaluation.task_usage import kept_weight, save, task_corpora, usage
 from moecover.planning.artifact import LayerPlan, Plan

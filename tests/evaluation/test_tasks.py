@@ -9,7 +9,7 @@ import pytest
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
 from moecover.cli import main as cli
-from moecover.corpora.packing import load_tokenizer
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.tasks import resolve
 from moecover.pruning.writer import prune

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> Outcome:
     """Write the file; print the beginning of its first rows."""
     from moecover.checkpoints.opening import described, fetched
     from moecover.corpora.own_text import generate
-    from moecover.corpora.packing import load_tokenizer
+    from moecover.corpora.tokenizer import load_tokenizer
     from moecover.progress import SILENT
 
     made = generate(

@@ -13,7 +13,7 @@ from pathlib import Path
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.comparison.config import Config
 from moecover.comparison.jobs import ModelSetup, RunFacts, WorkerSetup
-from moecover.corpora.packing import load_tokenizer
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.evaluation.tasks import Tasks, resolve
 from moecover.runtime.memory import opened
 from moecover.runtime.running import Running

@@ -21,7 +21,7 @@ import numpy as np
 from moecover.checkpoints.config_edit import first_number
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.bos import body_length, prefix_record
-from moecover.corpora.packing import load_tokenizer
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from moecover.files.atomic import PARTIAL, canonical_json, kept_file
 from moecover.files.locks import locked

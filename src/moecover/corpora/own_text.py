@@ -10,7 +10,8 @@ from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.bos import body_length, check_bos, prefix_of
 from moecover.corpora.generation import cache_bytes, write_generated
-from moecover.corpora.packing import LENGTH, SEQUENCES, Corpus, load_corpus, load_tokenizer
+from moecover.corpora.packing import LENGTH, SEQUENCES, Corpus, load_corpus
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.progress import Progress, resolve
 from moecover.runtime.cost import itemsizes

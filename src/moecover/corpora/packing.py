@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.checkpoints.deepseek.registration import register_deepseek_config
 from moecover.checkpoints.opening import Model
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.bos import prefix_of
@@ -20,8 +19,8 @@ from moecover.corpora.overlap import sketch
 from moecover.corpora.rows import texts
 from moecover.corpora.sampling import Sample, sample_rows, sample_text
 from moecover.corpora.sources import CORPORA, check_name
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
-from moecover.signals import held
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
@@ -277,25 +276,3 @@ def beyond_vocabulary(what: str, token: int, vocab_size: int) -> str:
         f"{what}: the tokenizer gives id {token}, the model's vocabulary ends at {vocab_size - 1}. "
         "Tokenizer and model do not belong together"
     )
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of a checkpoint folder, None where there is none.
-
-    Raises:
-        InputError: there is one, but it cannot be loaded.
-    """
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((folder / n).is_file() for n in names):
-        return None
-    with held():
-        from transformers import AutoTokenizer
-
-    register_deepseek_config()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer(["a text"], add_special_tokens=False)  # some settings are looked at only now
-        return tokenizer
-    except Exception as error:  # whatever a broken tokenizer makes the library raise
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{folder}: the tokenizer could not be loaded: {reason}") from error

@@ -11,8 +11,9 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.bos import check_bos, prefix_of
 from moecover.corpora.kinds import FILE, KINDS, KindFacts, write_kinds
 from moecover.corpora.kinds import split as split_corpus
-from moecover.corpora.packing import Corpus, holds_rows, load_corpus, load_tokenizer
+from moecover.corpora.packing import Corpus, holds_rows, load_corpus
 from moecover.corpora.sources import parse_corpora
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.files.atomic import check_output
 from moecover.files.locks import locked

@@ -13,8 +13,9 @@ import numpy as np
 
 from moecover.corpora.bos import body_length, prefix_of, prefix_record
 from moecover.corpora.documents import FileCorpus, NamedCorpus
-from moecover.corpora.packing import Corpus, beyond_vocabulary, block_length, load_tokenizer, make_corpus
+from moecover.corpora.packing import Corpus, beyond_vocabulary, block_length, make_corpus
 from moecover.corpora.sources import CORPORA
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from moecover.registry import unknown_name
 

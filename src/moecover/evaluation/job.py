@@ -10,8 +10,9 @@ from typing import TypedDict, Unpack
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.bos import check_bos
-from moecover.corpora.packing import Corpus, load_tokenizer
+from moecover.corpora.packing import Corpus
 from moecover.corpora.rows import SUFFIXES
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import FILE, FILES, FULL, Evaluation

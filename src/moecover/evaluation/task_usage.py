@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from moecover.corpora.bos import prefix_of
-from moecover.corpora.packing import Corpus, load_tokenizer, make_corpus
+from moecover.corpora.packing import Corpus, make_corpus
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.files.atomic import write_text
 from moecover.planning.artifact import Plan

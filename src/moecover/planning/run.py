@@ -65,11 +65,7 @@ def plan_budgets(
     if missing := chosen.needs(complete):
         needed = " and ".join(arg(name) for name in missing)
         raise InputError(f"{method} runs the experts: give {needed} of the profile's model")
-    for option in chosen.options:
-        by_corpus = complete[option.name]
-        for corpus in by_corpus if option.mapping and isinstance(by_corpus, Mapping) else ():
-            if corpus not in profile.statistics:
-                raise unknown_name(f"corpus in {arg(option.name)}", corpus, profile.statistics)
+    _check_corpora(chosen, complete, profile)
     topology = profile.topology
     required = super_experts(profile) if protect_super_experts else ()
     budgets = [
@@ -100,6 +96,15 @@ def plan_budgets(
         for row, ids in zip(one.layers, unused, strict=False):
             row.unused = ids
     return made
+
+
+def _check_corpora(method: Method, options: Mapping[str, object], profile: Profile) -> None:
+    """Refuse an option by corpus that names one which the profile does not have."""
+    for option in method.options:
+        by_corpus = options[option.name]
+        for corpus in by_corpus if option.mapping and isinstance(by_corpus, Mapping) else ():
+            if corpus not in profile.statistics:
+                raise unknown_name(f"corpus in {arg(option.name)}", corpus, profile.statistics)
 
 
 def _choices(

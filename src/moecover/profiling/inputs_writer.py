@@ -90,13 +90,7 @@ def writing(
         InputError: there is not enough disk space.
     """
     itemsize = 4 if dtype == "float32" else 2
-    needed = num_bytes(sample, layers, hidden_size, itemsize)
-    nearest = next(p for p in (path.parent.absolute(), *path.parent.absolute().parents) if p.exists())
-    if needed > (free := shutil.disk_usage(nearest).free):
-        raise InputError(
-            f"{arg('keep_inputs')} needs {needed / 1e9:.2f} GB at {path}, {free / 1e9:.2f} GB are free."
-            " Keep fewer tokens"
-        )
+    _check_disk(path, num_bytes(sample, layers, hidden_size, itemsize))
     about = {
         "schema": SCHEMA,
         "corpora": [c.name for c in sample],
@@ -123,6 +117,16 @@ def writing(
         rows = {corpus.name: len(corpus.tokens) for corpus in sample}
         yield Writer(file.fileno(), {key: len(header) + start for key, start in starts.items()}, rows)
         os.pwrite(file.fileno(), layout.header(file.name), 0)
+
+
+def _check_disk(path: Path, needed: int) -> None:
+    """Refuse a file for which there is not enough disk space."""
+    nearest = next(p for p in (path.parent.absolute(), *path.parent.absolute().parents) if p.exists())
+    if needed > (free := shutil.disk_usage(nearest).free):
+        raise InputError(
+            f"{arg('keep_inputs')} needs {needed / 1e9:.2f} GB at {path}, {free / 1e9:.2f} GB are free."
+            " Keep fewer tokens"
+        )
 
 
 def _batch_tokens(corpus: Corpus, batch_size: int) -> list[int]:

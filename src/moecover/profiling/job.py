@@ -132,15 +132,12 @@ def profiled(
         if model is None:
             opening = _opened(structure, corpora, how, extra=extra, state=state, here=here, progress=progress)
             model = stack.enter_context(opening)
-        made = None
-        if reuse and folder is not None:
-            made = finished(structure, folder, corpora, model, how.batch_size, keep_inputs)
-        if made is not None:
+        before = finished(structure, folder, corpora, model, how.batch_size, keep_inputs) if reuse and folder else None
+        made = before or _passed(structure, corpora, how, model, inputs, state, here, progress)
+        if before is not None:
             progress.say(f"resuming: the profile in {folder} is done")
-        else:
-            made = _passed(structure, corpora, how, model, inputs, state, here, progress)
-            if folder is not None and here.rank == 0:
-                made.save(folder)
+        elif folder is not None and here.rank == 0:
+            made.save(folder)
         if line := unused_text(made):
             progress.say(line)
         wait_for_all(here)

@@ -18,7 +18,8 @@ import numpy as np
 from moecover.checkpoints.manifest import MANIFEST, changed_files, check_complete, read_manifest
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
-from moecover.corpora.packing import Corpus, holds_rows, load_corpus, load_tokenizer, make_corpus
+from moecover.corpora.packing import Corpus, holds_rows, load_corpus, make_corpus
+from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from moecover.planning.artifact import Plan, check_plan
 from moecover.planning.masking import masked_layers
@@ -166,17 +167,17 @@ def verify(
     check_complete(cut_checkpoint, manifest)
     plan = _plan_in(cut_checkpoint, manifest)
     check_plan(plan, original, other_weights=True)
-    source = manifest["source"]
-    if source["fingerprint"] != original.model_fingerprint:
-        raise InputError(f"{pruned} was cut from {source['name']}, which is not {model}: the routers differ")
+    if manifest["source"]["fingerprint"] != original.model_fingerprint:
+        source = manifest["source"]["name"]
+        raise InputError(f"{pruned} was cut from {source}, which is not {model}: the routers differ")
     advance("checking the hashes of the written files")
     changed = changed_files(cut_checkpoint, manifest)
     texts = verification_text(original, corpora=corpora)
-    cut, repairs, wrong = read_structure(cut_checkpoint), None, list[str]()
+    cut, repairs = read_structure(cut_checkpoint), None
     if "repair" in manifest:
         advance("comparing the tensors that were not repaired")
         repairs = read_repairs(original, plan, cut_checkpoint, manifest)
-        wrong = repairs.changed
+    wrong = repairs.changed if repairs is not None else []
     opening = _Opening(texts, dtype, device, memory_limit, advance)
     expected = opening.masked(original, plan, cut_checkpoint, repairs)
     compared = differences(expected, opening.pruned(cut), tolerance=tolerance)
