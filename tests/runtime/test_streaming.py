@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def test_reading_the_next_layer_in_a_thread(family: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(Files, "read_into", broken)
     with streamed(structure) as stream, pytest.raises(MoecoverError, match="cannot be read"):
         profile(structure, texts, model=stream, batch_size=2)
+
+
+def test_a_system_that_cannot_be_told_what_will_be_read(structure: Structure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no `posix_fadvise`."""
+    expected = profile(structure, corpora(), batch_size=2)
+    monkeypatch.delattr(os, "posix_fadvise")
+    with streamed(structure) as stream:
+        same(profile(structure, corpora(), model=stream, batch_size=2), expected)
 
 
 def test_masked_perplexity_layer_by_layer(structure: Structure) -> None:
