@@ -13,7 +13,7 @@ import pytest
 from tests.support.grids import cells_of, finished, start, written
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(grid: Callable[..., Path], tmp_path: Path, jobs: int) -> None:
     path, out, whole = grid(samples=[0, 1], retain=[0.5, 0.75]), tmp_path / "run", tmp_path / "whole"
     assert start(path, whole, "--jobs", str(jobs)).wait() == 0
