@@ -146,6 +146,19 @@ def _plain_sampling(live: Any, tokens: int) -> Iterator[None]:
         live.generation_config = theirs
 
 
+def _inputs(
+    structure: Structure, runs: Running, sampling: Mapping[str, int], prefix: tuple[int, ...]
+) -> dict[str, str | int | list[int]]:
+    """All that the rows of a draft depend on."""
+    return {
+        "model": structure.model_fingerprint,
+        **sampling,
+        "dtype": str(runs.dtype),
+        "device": str(runs.device.type),
+        **prefix_record(prefix),
+    }
+
+
 def draft_of(path: Path, inputs: Mapping[str, str | int | list[int]]) -> Path:
     """The hidden file that holds finished rows until all are done, named by a hash of what they are made from."""
     digest = hashlib.sha256(canonical_json({"format": FORMAT, **inputs}).encode()).hexdigest()
@@ -212,17 +225,8 @@ def write_generated(
     first = first_tokens(structure)
     seeds = np.random.default_rng(seed).integers(2**63, size=sequences).tolist()  # a batch uses its first row's
     runs = running(model, structure)
-    inputs: dict[str, str | int | list[int]] = {
-        "model": structure.model_fingerprint,
-        "sequences": sequences,
-        "length": length,
-        "seed": seed,
-        "batch_size": batch_size,
-        "dtype": str(runs.dtype),
-        "device": str(runs.device.type),
-        **prefix_record(prefix),
-    }
-    draft = draft_of(path, inputs)
+    sampling = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
+    draft = draft_of(path, _inputs(structure, runs, sampling, prefix))
     with locked(path), kept_file(path, draft) as file:
         _remove_others(path, draft, say)
         if done := _rows_done(file, length, batch_size):

@@ -83,11 +83,7 @@ def generate(
     check_loadable(headers, how.dtype)
     tokens, rows = _length(headers, length), sequences or SEQUENCES
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
-    tokenizer = load_tokenizer(structure.checkpoint.path)
-    if tokenizer is None and bos == "always":
-        raise InputError(f"{arg('bos', bos)} needs the model's tokenizer, {structure.checkpoint.name} has none")
-    prefix = () if tokenizer is None else prefix_of(tokenizer, bos or "auto")
-    body_length(tokens, prefix)
+    prefix = _prefix(structure, bos or "auto", tokens)
     with _opened(structure, rows, tokens, how, shown) as model:
         if model.by_layer:
             raise InputError(
@@ -114,6 +110,20 @@ def _length(headers: Structure, length: int | None) -> int:
             f"{arg('length', tokens)} is above the {most} positions of the model. Give {arg('length', most)} or less"
         )
     return tokens
+
+
+def _prefix(structure: Structure, bos: str, length: int) -> tuple[int, ...]:
+    """Ids that every row begins with.
+
+    Raises:
+        InputError: they need a tokenizer and there is none, or they leave no room in a row of ``length`` tokens.
+    """
+    tokenizer = load_tokenizer(structure.checkpoint.path)
+    if tokenizer is None and bos == "always":
+        raise InputError(f"{arg('bos', bos)} needs the model's tokenizer, {structure.checkpoint.name} has none")
+    prefix = () if tokenizer is None else prefix_of(tokenizer, bos)
+    body_length(length, prefix)
+    return prefix
 
 
 def _opened(

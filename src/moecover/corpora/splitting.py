@@ -11,6 +11,7 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.bos import check_bos, prefix_of
 from moecover.corpora.kinds import FILE, KINDS, KindFacts, write_kinds
 from moecover.corpora.kinds import split as split_corpus
+from moecover.corpora.options import TextOptions
 from moecover.corpora.packing import Corpus, holds_rows, load_corpus
 from moecover.corpora.sources import parse_corpora
 from moecover.corpora.tokenizer import load_tokenizer
@@ -100,21 +101,8 @@ def split(
     check_output(folder, overwrite=overwrite, marker=FILE, names=(FILE, "[0-9]*.jsonl"))
     structure = described(checkpoint, revision=revision, progress=shown)
     tokenizer = load_tokenizer(structure.checkpoint.path)
-    loaded = corpus if isinstance(corpus, Corpus) else None
-    if loaded is not None and sequences is not None:
-        raise InputError(f"{arg('sequences')} says how text is read, but the corpus is loaded already")
-    if loaded is None:
-        with shown.spinner(f"reading corpus {name}"):
-            loaded = load_corpus(
-                name,
-                path or None,
-                structure=structure,
-                tokenizer=tokenizer,
-                sequences=sequences,
-                length=None if holds_rows(name, path or None) else length,
-                seed=seed,
-                bos=bos or "auto",
-            )
+    text: TextOptions = {"sequences": sequences, "length": length, "seed": seed, "bos": bos}
+    loaded = _loaded(corpus, name, path or None, structure, tokenizer, text, shown)
     prefix = _prefix(loaded, tokenizer, bos or "auto")
     ends = end_tokens(structure, tokenizer)
     with shown.spinner(f"grouping {loaded.num_tokens:,} tokens"):
@@ -125,6 +113,37 @@ def split(
         sizes: dict[str, int] = {"length": length or loaded.tokens.shape[1]}
         facts = write_kinds(target, loaded, rows, words, **sizes, ends=ends, prefix=prefix)
     return Kinds(folder, name, facts)
+
+
+def _loaded(
+    corpus: str | Corpus,
+    name: str,
+    path: str | None,
+    structure: Structure,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: TextOptions,
+    progress: Progress,
+) -> Corpus:
+    """The corpus in the model's tokens, read where it is not loaded yet; rows of ``input_ids`` keep their length.
+
+    Raises:
+        InputError: it is loaded and a number of blocks to read is given, or it cannot be read.
+    """
+    if isinstance(corpus, Corpus):
+        if text["sequences"] is not None:
+            raise InputError(f"{arg('sequences')} says how text is read, but the corpus is loaded already")
+        return corpus
+    with progress.spinner(f"reading corpus {name}"):
+        return load_corpus(
+            name,
+            path,
+            structure=structure,
+            tokenizer=tokenizer,
+            sequences=text["sequences"],
+            length=None if holds_rows(name, path) else text["length"],
+            seed=text["seed"],
+            bos=text["bos"] or "auto",
+        )
 
 
 def _prefix(corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None, bos: str) -> tuple[int, ...]:

@@ -127,14 +127,7 @@ def plan_within(
     keeps = possible_keeps(
         made, multiple_of=multiple_of, protect_super_experts=bool(method_options.get("protect_super_experts"))
     )
-    headers = described(model, revision=options.get("revision"), progress=shown)
-    check_loadable(headers, how.dtype)
-    structure = fetched(headers, revision=options.get("revision"), progress=shown)
-    if structure.model_fingerprint != made.model["fingerprint"]:
-        raise InputError(
-            f"the profile is of another model ({made.model['name']}), not of {structure.checkpoint.name}: "
-            f"topology or routers differ. Give the {arg('model')} that was profiled"
-        )
+    structure = _profiled(made, model, how, options.get("revision"), shown)
     if not METHODS[name].blind and (line := unused_text(made)):
         shown.say(line)
     loaded = _texts(made, named, files, structure, windows or BLOCKS, bos, shown)
@@ -156,6 +149,23 @@ def _sources(
         raise InputError(f"{arg('corpora', loaded[0])} is loaded already: give the file that the profile read")
     files = {name: source for name, source in given.items() if not isinstance(source, Corpus)}
     return named, {} if named else check_held_out(profile.corpora, files)
+
+
+def _profiled(profile: Profile, model: Model, how: Passes, revision: str | None, progress: Progress) -> Structure:
+    """The checkpoint of the model that was profiled.
+
+    Raises:
+        InputError: it cannot be loaded, or it is another model's.
+    """
+    headers = described(model, revision=revision, progress=progress)
+    check_loadable(headers, how.dtype)
+    structure = fetched(headers, revision=revision, progress=progress)
+    if structure.model_fingerprint != profile.model["fingerprint"]:
+        raise InputError(
+            f"the profile is of another model ({profile.model['name']}), not of {structure.checkpoint.name}: "
+            f"topology or routers differ. Give the {arg('model')} that was profiled"
+        )
+    return structure
 
 
 def _texts(

@@ -160,13 +160,7 @@ def evaluate(
             model that gives numbers that are not finite.
     """
     shown, named = resolve(progress), parsed_texts(texts)
-    if not tasks and not named:
-        raise InputError(f"nothing to measure. Give {arg('texts')} (NAME or NAME=PATH), {arg('tasks')}, or both")
-    check_known(options, EvaluateOptions)
-    _check_used(named, tasks, options, windows=windows, length=length, bos=bos)
-    check_least(1, limit=options.get("limit"), windows=windows, length=length)
-    check_bos(bos or "auto")
-    how = passes(options, batch_size=1)
+    how = _checked(named, tasks, options, windows=windows, length=length, bos=bos)
     if output is not None:
         check_output(Path(output), overwrite=overwrite, marker=FILE, names=FILES)
     variants = named_plans(plans)
@@ -177,17 +171,35 @@ def evaluate(
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
     loaded = load_texts(named, structure, length=length, windows=windows, bos=bos, progress=shown)
     _note_overlaps(loaded, variants, structure, shown)
-    found_tasks = _tasks(tasks, structure, options, how, shown) if tasks else None
-    if found_tasks is not None:
-        for task, by_row in task_overlaps(found_tasks, variants, structure).items():
-            _note_overlap(f"the task {task}", "score", by_row, structure, shown)
+    found_tasks = _tasks(tasks, structure, variants, options, how, shown) if tasks else None
     found = _measured(structure, variants, loaded, found_tasks, how, shown)
-    for name, record in found.tasks.items():
-        if cut := record.get("cut"):
-            shown.say(f"note: {cut_text(name, cut, record['items'])}")
+    _note_cuts(found, shown)
     if output is not None:
         found.save(Path(output))
     return found
+
+
+def _checked(
+    texts: Mapping[str, str | Corpus | None],
+    tasks: Sequence[str],
+    options: EvaluateOptions,
+    *,
+    windows: int | None,
+    length: int | None,
+    bos: str | None,
+) -> Passes:
+    """How forward passes run, after a check of all arguments that can be checked before a file is read.
+
+    Raises:
+        InputError: nothing to measure, an argument on texts or tasks that are not there, or a value out of range.
+    """
+    if not tasks and not texts:
+        raise InputError(f"nothing to measure. Give {arg('texts')} (NAME or NAME=PATH), {arg('tasks')}, or both")
+    check_known(options, EvaluateOptions)
+    _check_used(texts, tasks, options, windows=windows, length=length, bos=bos)
+    check_least(1, limit=options.get("limit"), windows=windows, length=length)
+    check_bos(bos or "auto")
+    return passes(options, batch_size=1)
 
 
 def _check_used(
@@ -224,12 +236,24 @@ def _note_overlap(
         )
 
 
+def _note_cuts(found: Evaluation, progress: Progress) -> None:
+    """Say of which tasks items were cut."""
+    for name, record in found.tasks.items():
+        if cut := record.get("cut"):
+            progress.say(f"note: {cut_text(name, cut, record['items'])}")
+
+
 def _tasks(
-    names: Sequence[str], structure: Structure, options: EvaluateOptions, how: Passes, progress: Progress
+    names: Sequence[str],
+    structure: Structure,
+    plans: Mapping[str, Plan],
+    options: EvaluateOptions,
+    how: Passes,
+    progress: Progress,
 ) -> Tasks:
-    """The tasks in the model's tokens."""
+    """The tasks in the model's tokens, with a note where calibration text is in them."""
     with progress.spinner("reading the tasks"):
-        return resolve_tasks(
+        tasks = resolve_tasks(
             list(names),
             tokenizer=load_tokenizer(structure.checkpoint.path),
             data_dir=options.get("data_dir"),
@@ -237,6 +261,9 @@ def _tasks(
             limit=options.get("limit"),
             batch_size=how.batch_size,
         )
+    for task, by_row in task_overlaps(tasks, plans, structure).items():
+        _note_overlap(f"the task {task}", "score", by_row, structure, progress)
+    return tasks
 
 
 def _measured(

@@ -222,10 +222,9 @@ def plan(
     check_options(name, {key: value for key, value in options.items() if key not in ROUND_OPTIONS})
     made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     check_search(name, made, model)
-    given = {"structure": structure, "dtype": dtype, "device": device, "memory_limit": memory_limit}
-    given["revision"] = revision
-    if model is None and (stray := [key for key, value in given.items() if value is not None]):
-        raise InputError(f"{arg(stray[0])} has no use here: method {name} plans from the profile alone")
+    _check_unused(
+        name, model, structure=structure, dtype=dtype, device=device, memory_limit=memory_limit, revision=revision
+    )
     count = resolve_keep(made.topology, keep=keep, retain=retain, multiple_of=multiple_of)
     shown = resolve(progress)
     return plans(
@@ -241,6 +240,16 @@ def plan(
         revision=revision,
         progress=shown,
     )[0]
+
+
+def _check_unused(method: str, model: object, **of_model: object) -> None:
+    """Refuse arguments on a model where there is none, since a plan is made from the profile alone.
+
+    Raises:
+        InputError: names the argument.
+    """
+    if model is None and (stray := [key for key, value in of_model.items() if value is not None]):
+        raise InputError(f"{arg(stray[0])} has no use here: method {method} plans from the profile alone")
 
 
 def unused_line(plan: Plan, experts: int) -> str:

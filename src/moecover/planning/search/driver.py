@@ -218,6 +218,27 @@ def search_layers(
         kind_of_search(budget, search)
     runs = running(model, structure)
     check_float64(runs.device, "a search")
+    live, stops = _live_layers(runs, structure)
+    corpus_of = text.corpus_of if worst else None
+    found: list[list[LayerPlan]] = [[] for _ in budgets]
+    every = list(range(len(budgets)))
+    for chosen in [every] if mode == LAYERWISE else [[i] for i in every]:
+        kept: list[list[int]] = []
+        steps = _steps(mode, text, runs, structure, stops, live, kept)
+        with torch.inference_mode(), contextlib.closing(steps):
+            for layer, (hidden, targets) in enumerate(steps):
+                rows = search_layer(live[layer], hidden, [budgets[i] for i in chosen], search, corpus_of, targets)
+                for i, row in zip(chosen, rows, strict=True):
+                    found[i].append(row)
+                kept.append(rows[0].kept)
+                advance(1)
+    return found
+
+
+def _live_layers(runs: Running, structure: Structure) -> tuple[list[LiveLayer], list[torch.nn.Module]]:
+    """The MoE layers, and the modules that see what their experts see; from a pass over four tokens."""
+    import torch
+
     modules = routers(runs.module, structure)
     few = torch.arange(4, device=runs.device)[None]
 
@@ -227,24 +248,7 @@ def search_layers(
 
     with watched(runs):
         calls, stops = observe_calls(runs.module, structure, modules, lambda: runs.run([once], head=False))
-    corpus_of = text.corpus_of if worst else None
-    found: list[list[LayerPlan]] = [[] for _ in budgets]
-    every = list(range(len(budgets)))
-
-    def live(layer: int) -> LiveLayer:
-        return LiveLayer(runs.module, structure, modules[layer], calls[layer], layer)
-
-    for chosen in [every] if mode == LAYERWISE else [[i] for i in every]:
-        kept: list[list[int]] = []
-        steps = _steps(mode, text, runs, structure, stops, live, kept)
-        with torch.inference_mode(), contextlib.closing(steps):
-            for layer, (hidden, targets) in enumerate(steps):
-                rows = search_layer(live(layer), hidden, [budgets[i] for i in chosen], search, corpus_of, targets)
-                for i, row in zip(chosen, rows, strict=True):
-                    found[i].append(row)
-                kept.append(rows[0].kept)
-                advance(1)
-    return found
+    return [LiveLayer(runs.module, structure, modules[layer], ask, layer) for layer, ask in enumerate(calls)], stops
 
 
 def _steps(
@@ -253,7 +257,7 @@ def _steps(
     runs: Running,
     structure: Structure,
     stops: Sequence[torch.nn.Module],
-    live: Callable[[int], LiveLayer],
+    live: Sequence[LiveLayer],
     kept: Sequence[Sequence[int]],
 ) -> Generator[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor] | None]]:
     """What enters every MoE layer, and the targets where they are not the layer's own output; batch by batch.
@@ -264,7 +268,7 @@ def _steps(
         runs: the model.
         structure: its checkpoint.
         stops: modules that see what the experts of each MoE layer see.
-        live: gives a MoE layer.
+        live: the MoE layers.
         kept: experts of the layers that are searched already; grows while this runs.
     """
     if mode == PROGRESSIVE:
@@ -272,11 +276,11 @@ def _steps(
 
         def masked(number: int) -> contextlib.AbstractContextManager[None]:
             layer = layer_of.get(number)
-            return contextlib.nullcontext() if layer is None else live(layer).masked(kept[layer])
+            return contextlib.nullcontext() if layer is None else live[layer].masked(kept[layer])
 
         with contextlib.closing(text.side_by_side(runs, structure, stops, masked)) as both:
             for layer, (whole, pruned) in enumerate(both):
-                yield pruned, live(layer).routed(whole)
+                yield pruned, live[layer].routed(whole)
         return
     stored = mode == LAYERWISE and text.stored is not None
     source = text.from_disk(runs, structure) if stored else text.running(runs, stops)
@@ -284,7 +288,7 @@ def _steps(
         for layer, hidden in enumerate(source):
             yield hidden, None
             if mode != LAYERWISE:
-                masks.enter_context(live(layer).masked(kept[layer]))
+                masks.enter_context(live[layer].masked(kept[layer]))
 
 
 def _check_model(profile: Profile, structure: Structure) -> None:
