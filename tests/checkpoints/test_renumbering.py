@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moecover.checkpoints.patterns import pattern_of
 from moecover.checkpoints.renumbering import Renumbering, renumbered
 from moecover.errors import InputError
 
@@ -92,6 +93,14 @@ def test_a_pattern_matches_the_same_modules_afterwards(grammar: str, pattern: st
     key = renumbered({pattern: {"bits": 8}}, how(kept))
     assert matched(list(key), new, grammar) == expected
     assert all(value == {"bits": 8} for value in key.values())
+
+
+def test_a_pattern_that_takes_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecover.checkpoints.patterns.SECONDS", 0.1)
+    pattern = pattern_of(r"re:(?:(?:a|aa)+)+!")
+    assert pattern is not None
+    with pytest.raises(InputError, match="takes longer than 0.1 s on aaaa"):
+        pattern.matcher()("a" * 500)
 
 
 def test_patterns_stay_readable() -> None:

@@ -12,6 +12,11 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import regex
+
+from moecover.errors import InputError
+
+SECONDS = 2  # for one name: a pattern can be such that matching takes for ever
 PREFIXES = ("re:", "+:", "-:")
 REGEX_ONLY = re.compile(r"[\\()|^$+{]|^\.\*")
 WILD = re.compile(r"[*?\[]")
@@ -42,9 +47,9 @@ class Pattern:
         """The function that gives a true value for the names that match.
 
         Raises:
-            re.error: it is no valid regular expression.
+            regex.error: it is no valid regular expression.
         """
-        return re.compile(self.body if self.regex else fnmatch.translate(self.body)).match
+        return _matching(self.body if self.regex else fnmatch.translate(self.body))
 
     def with_body(self, body: str) -> Pattern:
         """The same kind of pattern with another text."""
@@ -54,7 +59,23 @@ class Pattern:
 def any_of(patterns: Iterable[Pattern]) -> Callable[[str], object]:
     """The function that gives a true value for the names that one of several patterns matches."""
     bodies = (one.body if one.regex else fnmatch.translate(one.body) for one in patterns)
-    return re.compile("|".join(f"(?:{body})" for body in bodies)).match
+    return _matching("|".join(f"(?:{body})" for body in bodies))
+
+
+def _matching(body: str) -> Callable[[str], object]:
+    """The function that matches a regular expression; it comes from a file, so its time is bounded."""
+    compiled = regex.compile(body)
+
+    def matches(name: str) -> object:
+        try:
+            return compiled.match(name, timeout=SECONDS)
+        except TimeoutError:
+            raise InputError(
+                f"the pattern {body!r} of the quantisation settings takes longer than {SECONDS} s on {name}: write it "
+                "in a simpler way"
+            ) from None
+
+    return matches
 
 
 def split_prefix(text: str) -> tuple[str, str]:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+
 from moecover.checkpoints.names import EXPERT, expert_number, layer_number
 from moecover.checkpoints.patterns import Pattern, any_of, pattern_of, split_prefix, substituted
 from moecover.errors import InputError
@@ -174,7 +176,7 @@ class _Settings:
         """What takes the place of a pattern."""
         try:
             modules, matches = self.matched(pattern)
-        except (re.error, OverflowError) as error:
+        except (regex.error, OverflowError) as error:
             if "experts" not in pattern.body:
                 return [pattern.text]
             raise _refused(pattern.text, f"it is no regular expression ({error})") from error
@@ -197,7 +199,7 @@ class _Settings:
         """The modules, named as a pattern names them, and the function that says which match.
 
         Raises:
-            re.error: it is no valid regular expression.
+            regex.error: it is no valid regular expression.
         """
         matches = pattern.matcher()
         for modules in self.how.styles():
@@ -295,5 +297,6 @@ def edited_settings(text: str, how: Renumbering) -> str:
         value = parse_json(text)
     except ValueError:
         return text  # not JSON in spite of its name: copied as it is
-    edited = renumbered(value, how)
-    return text if edited == value else json.dumps(edited, indent=4, ensure_ascii=False) + "\n"
+    return (
+        text if (edited := renumbered(value, how)) == value else json.dumps(edited, indent=4, ensure_ascii=False) + "\n"
+    )

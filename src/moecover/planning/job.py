@@ -123,7 +123,6 @@ def plans(
         return plan_budgets(profile, method=method, keeps=keeps, **options)
     how: RunOptions = {"dtype": dtype, "device": device, "memory_limit": memory_limit, "revision": revision}
     progressive = options.get("mode", LAYERWISE) != LAYERWISE
-    progressive = options.get("mode", LAYERWISE) != LAYERWISE
     with (
         _live(profile, model, structure, how, progressive=progressive, progress=progress) as (found, live),
         search_resources(method, options, found, live, budgets=len(keeps), progress=progress) as resources,
