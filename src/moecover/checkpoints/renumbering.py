@@ -27,7 +27,6 @@ import regex
 from moecover.checkpoints.names import EXPERT, expert_number, layer_number
 from moecover.checkpoints.patterns import Pattern, any_of, pattern_of, split_prefix, substituted
 from moecover.errors import InputError
-from moecover.files.reading import parse_json
 
 # A name of a module or tensor of one expert: layer number and expert number; dots may be escaped.
 EXPERT_NAME = re.compile(r"(\d+)(\\?\.(?:[^.\\]+\\?\.)*?experts\\?\.)(\d+)(?!\d)")
@@ -284,19 +283,4 @@ def _refused(text: str, why: str) -> InputError:
     return InputError(
         f"the quantisation settings name experts by {text!r}, which cannot be renumbered: {why}. "
         "Write out the names with their layers"
-    )
-
-
-def edited_settings(text: str, how: Renumbering) -> str:
-    """A quantiser's own settings file with the names of experts renumbered; the same text if it names none.
-
-    Raises:
-        InputError: see `renumbered`.
-    """
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return text  # not JSON in spite of its name: copied as it is
-    return (
-        text if (edited := renumbered(value, how)) == value else json.dumps(edited, indent=4, ensure_ascii=False) + "\n"
     )

@@ -17,11 +17,12 @@ from moecover.checkpoints.config_edit import QUANTISATION_FILES, edited_config
 from moecover.checkpoints.manifest import MANIFEST
 from moecover.checkpoints.names import MTP
 from moecover.checkpoints.pieces import Piece
-from moecover.checkpoints.renumbering import NewId, Renumbering, edited_settings, renumbered
+from moecover.checkpoints.renumbering import NewId, Renumbering, renumbered
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.weight_files import inside
 from moecover.files.atomic import explained
 from moecover.files.hashing import HASH, file_hash
+from moecover.files.reading import parse_json
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.pruning.card import model_card
 from moecover.pruning.copies import CARD, ORIGINAL_CARD, Copies
@@ -128,7 +129,7 @@ def edited_files(cut: Cut, config: str, shards: Mapping[str, Sequence[Piece]]) -
     found = {"config.json": text.encode()}
     for name in QUANTISATION_FILES:
         if (file := checkpoint.path / name).is_file() and inside(checkpoint.path, file):
-            settings = edited_settings(file.read_text(encoding="utf-8", errors="surrogateescape"), how)
+            settings = _edited_settings(file.read_text(encoding="utf-8", errors="surrogateescape"), how)
             found[name] = settings.encode(errors="surrogateescape")
     if checkpoint.index_name is not None:
         found[checkpoint.index_name] = edited_index(checkpoint, shards).encode()
@@ -208,3 +209,17 @@ def _manifest(cut: Cut, hashes: Mapping[str, str], left_out: Sequence[str]) -> d
         "hash": HASH,
         "files": dict(sorted(hashes.items())),
     }
+
+
+def _edited_settings(text: str, how: Renumbering) -> str:
+    """A quantiser's own settings file with the names of experts renumbered; the same text if it names none.
+
+    Raises:
+        InputError: see `renumbered`.
+    """
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return text  # not JSON in spite of its name: copied as it is
+    edited = renumbered(value, how)
+    return text if edited == value else json.dumps(edited, indent=4, ensure_ascii=False) + "\n"

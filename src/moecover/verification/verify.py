@@ -131,6 +131,14 @@ def verification_text(
     return [corpus[:sequences] for corpus in loaded]
 
 
+def _repairs(
+    original: Structure, plan: Plan, cut: Checkpoint, manifest: dict[str, Any], advance: Callable[[str], None]
+) -> Repairs:
+    """The repaired tensors of a pruned checkpoint, after comparing all others with the original's."""
+    advance("comparing the tensors that were not repaired")
+    return read_repairs(original, plan, cut, manifest)
+
+
 def verify(
     model: str | Path | Checkpoint,
     pruned: str | Path,
@@ -168,15 +176,14 @@ def verify(
     plan = _plan_in(cut_checkpoint, manifest)
     check_plan(plan, original, other_weights=True)
     if manifest["source"]["fingerprint"] != original.model_fingerprint:
-        source = manifest["source"]["name"]
-        raise InputError(f"{pruned} was cut from {source}, which is not {model}: the routers differ")
+        raise InputError(
+            f"{pruned} was cut from {manifest['source']['name']}, which is not {model}: the routers differ"
+        )
     advance("checking the hashes of the written files")
     changed = changed_files(cut_checkpoint, manifest)
     texts = verification_text(original, corpora=corpora)
-    cut, repairs = read_structure(cut_checkpoint), None
-    if "repair" in manifest:
-        advance("comparing the tensors that were not repaired")
-        repairs = read_repairs(original, plan, cut_checkpoint, manifest)
+    cut = read_structure(cut_checkpoint)
+    repairs = _repairs(original, plan, cut_checkpoint, manifest, advance) if "repair" in manifest else None
     wrong = repairs.changed if repairs is not None else []
     opening = _Opening(texts, dtype, device, memory_limit, advance)
     expected = opening.masked(original, plan, cut_checkpoint, repairs)
