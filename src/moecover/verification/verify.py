@@ -173,8 +173,7 @@ def verify(
     cut_checkpoint = open_checkpoint(pruned)
     manifest = read_manifest(cut_checkpoint)
     check_complete(cut_checkpoint, manifest)
-    plan = _plan_in(cut_checkpoint, manifest)
-    check_plan(plan, original, other_weights=True)
+    check_plan(plan := _plan_in(cut_checkpoint, manifest), original, other_weights=True)
     if manifest["source"]["fingerprint"] != original.model_fingerprint:
         raise InputError(
             f"{pruned} was cut from {manifest['source']['name']}, which is not {model}: the routers differ"
