@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
@@ -125,6 +126,8 @@ HELP_OF_ALL = "--help"  # every verb's line, no verb's options
 
 def _quiet_libraries(*, quiet: bool) -> None:
     """Keep other libraries' bars and advice out of the log, and their sums the same (the user's own settings stay)."""
+    if not sys.warnoptions:  # the user has asked for them with python -W
+        warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if quiet or not sys.stderr.isatty() else "0")
     # Without this, the last bit of MKL's products on processors without AVX-512 depends on the alignment of a matrix in

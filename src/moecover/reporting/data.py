@@ -6,7 +6,7 @@ Fields that this version does not use are ignored, so a run of a later minor ver
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
@@ -126,14 +126,14 @@ class Comparison(_Lenient):
 class TaskAgreement(_Lenient):
     """How far utility on a corpus agrees with a task's use of the experts, by MoE layer; None where undefined."""
 
-    jaccard: list[float | None]
-    spearman: list[float | None]
+    jaccard: list[Annotated[float, Field(ge=0, le=1)] | None]
+    spearman: list[Annotated[float, Field(ge=-1.001, le=1.001)] | None]
 
 
 class KeptWeight(_Lenient):
     """Proportion of a task's routing weight that goes to kept experts, by MoE layer."""
 
-    kept_weight: list[float]
+    kept_weight: list[Annotated[float, Field(ge=0, le=1.001)]]
 
 
 class Usage(_Lenient):
@@ -153,7 +153,7 @@ class Usage(_Lenient):
     @model_validator(mode="after")
     def _one_value_a_layer(self) -> Usage:
         named = [*map(set[str], self.corpora.values()), *map(set[str], self.plans.values())]
-        if any(not self.tasks or not by_task >= set(self.tasks) for by_task in named):
+        if any(not by_task or by_task != set(self.tasks) for by_task in named):
             raise ValueError("a corpus or plan does not have values for every task")
         if named and not (self.layers and self.experts and 0 < (self.keep or 0) <= self.experts):
             raise ValueError("`layers`, `experts` and `keep` do not go together")
