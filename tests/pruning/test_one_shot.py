@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moecover.checkpoints.structure import read_structure
 from moecover.files.hashing import file_hash
 from moecover.profiling.artifact import Profile
 from tests.support.command_line import run
@@ -88,6 +90,29 @@ def test_weights_that_changed_since_the_profile_are_noted(model: Path, capsys: p
     assert status == 0
     assert "model.safetensors of" in err
     assert re.search(r"48 expert tensors of decoder layers \d to \d may not be those that were profiled", err)
+
+
+@pytest.mark.parametrize("repair", [(), ("--repair", "ridge")])
+@pytest.mark.parametrize(
+    "layers, says",
+    [
+        ([[0, 1]], "the plan has decoder layers"),
+        ([[0, 1], [0, 99]], "keeps expert 99. Allowed: 0 to 7"),
+        ([[0, 1], [0]], "keeps 1 experts, `keep` is 2"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(
+    model: Path, repair: tuple[str, ...], layers: list[list[int]], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = model.parent
+    decoder_layers = read_structure(model).topology.decoder_layers
+    rows = [{"decoder_layer": d, "kept": ids} for d, ids in zip(decoder_layers, layers, strict=False)]
+    (at / "plan.json").write_text(json.dumps({"schema": 1, "keep": 2, "layers": rows}))
+    text = ("--corpus", f"a={at / 'a.jsonl'}", *TEXT) if repair else ()
+    status, _, err = run(capsys, "prune", model, "--plan", at / "plan.json", "-o", at / "out", *repair, *text, "-q")
+    assert (status, err.count("\n")) == (2, 1)
+    assert says in err
+    assert not (at / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["pooled", "a\x1b[31m", " ", "x" * 200])

@@ -15,7 +15,7 @@ from moecover.corpora.options import JobOptions
 from moecover.errors import InputError, arg
 from moecover.files.atomic import resolved
 from moecover.files.locks import locked
-from moecover.planning.artifact import Plan
+from moecover.planning.artifact import Plan, check_plan
 from moecover.planning.keep import resolve_keep
 from moecover.planning.methods import default_method
 from moecover.progress import Progress, resolve
@@ -153,9 +153,12 @@ def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pr
 
 @contextlib.contextmanager
 def _fetched(headers: Structure, request: Request, progress: Progress) -> Iterator[Structure]:
-    """The checkpoint's files on this machine, while the output is locked."""
+    """The checkpoint's files on this machine, which a plan fits, while the output is locked."""
     with locked(check_target(headers, request.output, overwrite=request.writing.get("overwrite", False))):
-        yield fetched(headers, revision=request.text.get("revision"), progress=progress)
+        structure = fetched(headers, revision=request.text.get("revision"), progress=progress)
+        if isinstance(request.choice, Plan):
+            check_plan(request.choice, structure, other_weights=request.writing.get("other_weights", False))
+        yield structure
 
 
 def _written(structure: Structure, plan: Plan, request: Request, made: Repaired | None, progress: Progress) -> Pruned:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from moecover.corpora.loading import load_corpora
 from moecover.corpora.packing import Corpus
-from moecover.planning.artifact import Plan, check_plan
+from moecover.planning.artifact import Plan
 from moecover.planning.job import SEARCH_TOKENS, plan_line, search_resources
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan_budgets
@@ -70,8 +70,6 @@ def _made(
     structure: Structure, request: Request, how: Passes, extra: int, state: Path, progress: Progress
 ) -> tuple[Plan, Repaired | None]:
     choice, asked = request.choice, request.repair
-    if isinstance(choice, Plan):
-        check_plan(choice, structure, other_weights=request.writing.get("other_weights", False))
     corpora = load_corpora(request.corpora or (), structure, request.text, progress=progress)
     with contextlib.ExitStack() as stack:  # holds the model, which is not needed for writing
         model: Running | None = None
