@@ -91,5 +91,5 @@ def build_on_meta(config: Config, name: str) -> torch.nn.Module:
     except InputError:
         raise
     except Exception as error:  # the library may raise anything on a configuration that it cannot build
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())
         raise InputError(f"{name}: transformers cannot build {family!r} from config.json: {reason}") from error
