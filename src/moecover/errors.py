@@ -94,6 +94,11 @@ class MoecoverError(Exception):
         return type(self)(f"{self.message}. {sentence}")
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust has panicked; its Python classes for that are no Exceptions and have no common base."""
+    return type(error).__name__ == "PanicException"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error from Python or torch means that CPU or GPU memory ran out."""
     if not isinstance(error, (RuntimeError, OSError)):

@@ -256,3 +256,19 @@ def test_a_corpus_shows_itself(text_files: dict[str, Path], tokenizer) -> None:
     assert loaded.to_frame().to_dict("records") == [
         {"corpus": "x", "sequences": 6, "length": 16, "tokens": 96, "source": "a.jsonl"}
     ]
+
+
+def test_a_tokenizer_at_which_its_library_panics_is_refused(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A panic of a library in Rust is no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(*args: object, **kwargs: object) -> None:
+        raise PanicException("range end index 12 out of range for slice of length 11")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panics)
+    with pytest.raises(InputError, match="the tokenizer could not be loaded: range end index 12"):
+        load_tokenizer(checkpoints("qwen3_moe"))

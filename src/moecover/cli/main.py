@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 from moecover import progress
 from moecover.cli.verb import Verb
-from moecover.errors import InputError, MoecoverError, is_out_of_memory, printable, shortened
+from moecover.errors import InputError, MoecoverError, is_out_of_memory, is_panic, printable, shortened
 from moecover.runtime.distributed import ALONE, STOPPED, World, first_to_fail, world
 from moecover.signals import behind
 from moecover.version import VERSION
@@ -159,7 +159,7 @@ def _fail(text: str) -> None:
         _print(f"moecover: {rank}{shortened(printable(text))}", sys.stderr)
 
 
-def _internal(error: Exception) -> int:
+def _internal(error: BaseException) -> int:
     """A fault of this program, in one line; the traceback for its developers on request."""
     if os.environ.get(TRACEBACK):
         raise error
@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a file or folder that cannot be read, where no better message was at hand
         _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         return 1
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         if not is_out_of_memory(error):
             return _internal(error)
         _fail("not enough memory. Give a smaller --batch-size or --length, or a smaller --dtype")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.checkpoints.deepseek.registration import register_deepseek_config
-from moecover.errors import InputError
+from moecover.errors import InputError, is_panic
 from moecover.signals import held
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a text"], add_special_tokens=False)  # some settings are looked at only now
         return tokenizer
-    except Exception as error:  # whatever a broken tokenizer makes the library raise
+    except BaseException as error:  # whatever a broken tokenizer makes the library raise
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{folder}: the tokenizer could not be loaded: {reason}") from error
