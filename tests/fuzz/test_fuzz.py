@@ -13,7 +13,7 @@ from tests.fuzz.rule import broken
 from tests.fuzz.targets import TARGETS, tried
 
 EXAMPLES = 12
-SLOW = {"results": 3, "usage": 3}  # examples where a command draws figures
+SLOW = {"results": 3, "usage": 3, "plugin": 6}  # examples where a command draws figures, or is a process of its own
 
 
 @pytest.fixture(scope="module")
