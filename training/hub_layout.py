@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from moecover.checkpoints.shipped import shipped_model
+from moecover.checkpoints.deepseek import configuration
 
 FUSED = ".mlp.experts."
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -56,9 +56,7 @@ def main() -> None:
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where programs look that are older than the other
     if config["model_type"] == "deepseek":
         config["auto_map"] = {"AutoConfig": f"{Path(CONFIGURATION).stem}.DeepseekConfig"}
-        source = shipped_model("deepseek-moe-tiny") / CONFIGURATION
-        if not (folder / CONFIGURATION).exists():
-            shutil.copyfile(source, folder / CONFIGURATION)
+        shutil.copyfile(configuration.__file__, folder / CONFIGURATION)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

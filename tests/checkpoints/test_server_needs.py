@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moecover.checkpoints.deepseek import configuration
 from moecover.checkpoints.inspection import inspect
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
@@ -31,7 +32,8 @@ def test_the_shipped_models_are_as_the_hubs(name: str) -> None:
     auto_map = structure.checkpoint.config.get("auto_map")
     if name.startswith("deepseek"):
         module, _, cls = auto_map["AutoConfig"].partition(".")
-        assert f"class {cls}(" in (shipped_model(name) / f"{module}.py").read_text()
+        assert cls == configuration.DeepseekConfig.__name__
+        assert (shipped_model(name) / f"{module}.py").read_bytes() == Path(configuration.__file__).read_bytes()
         (line,) = warnings(shipped_model(name), "vllm")
         assert "--trust-remote-code" in line
     else:
