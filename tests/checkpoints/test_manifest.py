@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from moecover.checkpoints.manifest import check_complete, read_manifest
 from moecover.checkpoints.source import open_checkpoint
 from moecover.errors import InputError
 from moecover.verification.verify import verify
+from tests.support.proofs import edit_manifest
 
 HASH = "0" * 32
 
@@ -23,12 +23,6 @@ def cut(pruned: Callable[..., Path], tmp_path: Path) -> Path:
     """A pruned checkpoint in shards that a test may damage."""
     shutil.copytree(pruned("mixtral", shards=True), tmp_path / "cut")
     return tmp_path / "cut"
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    manifest = json.loads((folder / "moecover.json").read_text())
-    change(manifest)
-    (folder / "moecover.json").write_text(json.dumps(manifest))
 
 
 DAMAGE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
@@ -58,7 +52,7 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 
 @pytest.mark.parametrize("change, message", DAMAGE)
 def test_a_damaged_manifest(cut: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
-    edit(cut, change)
+    edit_manifest(cut, change)
     with pytest.raises(InputError, match=r"moecover\.json is damaged: .*Prune again") as caught:
         read_manifest(open_checkpoint(cut))
     assert message in str(caught.value)
@@ -71,11 +65,11 @@ def test_a_manifest_without_rows_of_the_model_s_files(
     first, *_, last = checkpoint.shard_metadata
     check_complete(checkpoint, read_manifest(checkpoint))
     for gone in ("config.json", "model.safetensors.index.json", first, last):
-        edit(cut, lambda m, gone=gone: m["files"].pop(gone))
+        edit_manifest(cut, lambda m, gone=gone: m["files"].pop(gone))
         with pytest.raises(InputError, match=f"it has no hash of {gone}"):
             check_complete(checkpoint, read_manifest(checkpoint))
         shutil.copy(pruned("mixtral", shards=True) / "moecover.json", cut)
-    edit(cut, lambda m: m.update(files={}))
+    edit_manifest(cut, lambda m: m.update(files={}))
     with pytest.raises(
         InputError, match=r"it has no hash of config\.json, model\.safetensors\.index\.json, model-00001"
     ):
@@ -83,6 +77,6 @@ def test_a_manifest_without_rows_of_the_model_s_files(
 
 
 def test_a_row_of_a_file_that_is_absent(checkpoints: Callable[..., Path], cut: Path) -> None:
-    edit(cut, lambda m: m["files"].update({"gone.json": HASH}))
+    edit_manifest(cut, lambda m: m["files"].update({"gone.json": HASH}))
     found = verify(checkpoints("mixtral", shards=True), cut)
     assert (found.equal, found.changed_files) == (False, ["gone.json"])

@@ -20,6 +20,7 @@ from moecover.checkpoints.topology import Topology
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from moecover.evaluation.task_usage import kept_weight, save, task_corpora, usage
+from moecover.files.hashing import unsealed
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.run import plan
 from moecover.profiling.artifact import STATISTICS, Profile
@@ -160,7 +161,7 @@ def test_a_model_without_tokenizer_is_refused(checkpoints: Callable[..., Path], 
 def test_the_file_holds_every_model(tmp_path: Path) -> None:
     facts = usage(CORPORA, TASKS, {"half": by_hand([[0, 1], [0, 3]])})
     save([facts, facts], tmp_path / "usage.json")
-    assert json.loads((tmp_path / "usage.json").read_text()) == [facts, facts]
+    assert [unsealed(one) for one in json.loads((tmp_path / "usage.json").read_text())] == [facts, facts]
 
 
 def test_kept_weight_of_a_plan(checkpoints: Callable[..., Path]) -> None:

@@ -18,6 +18,7 @@ from moecover.pruning.writer import prune
 from moecover.verification.verify import verify
 from tests.conftest import hand_plan
 from tests.support.folders import contents, names_in
+from tests.support.proofs import edit_manifest
 
 
 @pytest.fixture
@@ -214,9 +215,7 @@ def test_what_was_pruned_twice_leads_to_the_first_original(
 
 def test_a_first_original_from_the_hub_is_the_base_model(source: Path, tmp_path: Path) -> None:
     first = cut(source, tmp_path / "first", HALF)
-    manifest = json.loads((first / "moecover.json").read_text())
-    manifest["source"] |= {"name": "someone/tiny-moe", "revision": "0123"}
-    (first / "moecover.json").write_text(json.dumps(manifest))
+    edit_manifest(first, lambda m: m["source"].update(name="someone/tiny-moe", revision="0123"))
     card = (cut(first, tmp_path / "second", [[0, 1]] * 2) / "README.md").read_text()
     assert "base_model: someone/tiny-moe\n" in card
     assert "# tiny-moe, 2 of 6 experts" in card
@@ -236,9 +235,7 @@ def test_a_manifest_that_leads_nowhere(
     source: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     first = cut(source, tmp_path / "first", HALF)
-    manifest = json.loads((first / "moecover.json").read_text())
-    change(manifest)
-    (first / "moecover.json").write_text(json.dumps(manifest))
+    edit_manifest(first, change)
     with pytest.raises(InputError, match=message):
         cut(first, tmp_path / "second", [[0, 1]] * 2)
     assert names_in(tmp_path) == ["first", "m"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from moecover.checkpoints.structure import read_structure
 from moecover.cli import main as cli
 from moecover.errors import InputError
 from moecover.verification.verify import verify
-from tests.support.proofs import rehash
+from tests.support.proofs import edit_manifest, rehash
 from tests.support.repairs import half, manifest_of, written
 
 
@@ -52,8 +51,6 @@ def test_verify_finds_a_tensor_that_is_neither_original_nor_repaired(
 def test_a_manifest_that_names_other_tensors_is_damaged(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     structure = read_structure(checkpoints("qwen2_moe"))
     cut = written(structure, half(structure), tmp_path)
-    manifest = json.loads((cut / "moecover.json").read_text())
-    manifest["repair"]["tensors"]["model.layers.1.mlp.gate.weight"] = "0" * 32
-    (cut / "moecover.json").write_text(json.dumps(manifest))
+    edit_manifest(cut, lambda m: m["repair"]["tensors"].update({"model.layers.1.mlp.gate.weight": "0" * 32}))
     with pytest.raises(InputError, match="it names other tensors than its layers repair"):
         verify(structure.checkpoint.path, cut)

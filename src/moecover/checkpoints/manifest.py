@@ -8,7 +8,7 @@ from typing import Any
 
 from moecover.checkpoints.source import Checkpoint
 from moecover.errors import InputError
-from moecover.files.hashing import HASH, file_hash
+from moecover.files.hashing import HASH, file_hash, unsealed
 from moecover.files.reading import read_json
 
 MANIFEST = "moecover.json"
@@ -34,7 +34,7 @@ def parsed_manifest(path: Path) -> Manifest:
         InputError: it is damaged.
     """
     try:
-        manifest = read_json(path)
+        manifest = unsealed(read_json(path), required=False)  # earlier versions sealed none
         _check(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {error!r}. Prune again") from error

@@ -101,14 +101,16 @@ def write_cell(
         write_text(folder / CELL, json.dumps(sealed(record), indent=1) + "\n")
 
 
-def read_record(path: Path) -> Any:
-    """A JSON file of a run folder.
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The sealed entries of a list that the run folder holds as JSON.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or an entry was changed since it was written.
     """
     try:
-        return read_json(path)
+        return [unsealed(record) for record in read_json(path)]
+    except TypeError as error:
+        raise InputError(f"{path} is damaged: it is no list. Remove it and run `moecover compare` again") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error}. Remove it and run `moecover compare` again") from error
 

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from moecover.checkpoints.structure import Structure
-from moecover.comparison.cell_files import read_record
+from moecover.comparison.cell_files import read_records
 from moecover.comparison.cells import Cell, Sample
 from moecover.comparison.config import ModelEntry
 from moecover.comparison.jobs import RunFacts
 from moecover.corpora.packing import Corpus
 from moecover.files.atomic import write_text
+from moecover.files.hashing import sealed, unsealed
 from moecover.files.reading import read_json
 from moecover.repairing.targets import Place
 
@@ -88,7 +89,7 @@ class ModelRecord(TypedDict):
 def stored_facts(run: Path) -> dict[str, RunFacts]:
     """How the models ran in earlier runs, by name; empty if models.json cannot be read."""
     try:
-        found = read_json(run / MODELS)
+        found = map(unsealed, read_json(run / MODELS))
         return {
             m["name"]: RunFacts(
                 dtype=m["dtype"],
@@ -126,13 +127,16 @@ def write_models(run: Path, models: Sequence[ComparedModel], facts: Mapping[str,
         facts: how they ran, by name; those that have not run are missing.
     """
     records = [_record(model, facts.get(model.name)) for model in models]
-    write_text(run / MODELS, json.dumps(records, indent=1) + "\n")
+    write_text(run / MODELS, json.dumps([sealed(record) for record in records], indent=1) + "\n")
 
 
 def read_models(run: Path) -> list[ModelRecord]:
-    """The content of models.json."""
-    found: list[ModelRecord] = read_record(run / MODELS)
-    return found
+    """The content of models.json.
+
+    Raises:
+        InputError: it was changed since it was written.
+    """
+    return cast("list[ModelRecord]", read_records(run / MODELS))
 
 
 def _record(model: ComparedModel, facts: RunFacts | None) -> ModelRecord:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from moecover import text
-from moecover.comparison.cell_files import DONE, SCHEMA, StoredCell, read_record
+from moecover.comparison.cell_files import DONE, SCHEMA, StoredCell, read_records
 from moecover.comparison.cells import Cell
 from moecover.comparison.comparisons import ComparisonRecord, comparisons
 from moecover.comparison.markdown import markdown
@@ -178,7 +178,7 @@ def cut_texts(cut: Iterable[Cut]) -> dict[str, list[str]]:
 
 
 def _markdown(run: Path, results: Results, found: Sequence[ReadCell]) -> str:
-    usages = read_record(run / USAGE) if (run / USAGE).is_file() else []
+    usages = read_records(run / USAGE) if (run / USAGE).is_file() else []
     sentences: dict[str, list[str]] = {}
     for comparison in results["comparisons"]:
         sentences.setdefault(comparison["model"], []).append(comparison["words"])

@@ -18,6 +18,7 @@ from moecover.corpora.packing import Corpus, make_corpus
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.files.atomic import write_text
+from moecover.files.hashing import sealed
 from moecover.planning.artifact import Plan
 from moecover.planning.explaining.facts import correlations
 from moecover.planning.saliency import DEFAULT_SALIENCY, router_weight, utility_of
@@ -205,5 +206,5 @@ def kept_weight(use: NDArray[np.float64], plan: Plan) -> list[float]:
 
 
 def save(usages: Sequence[Usage], path: Path) -> None:
-    """Write usage.json, a list with one entry a model; the file appears only when complete."""
-    write_text(path, json.dumps(list(usages), indent=1, allow_nan=False) + "\n")
+    """Write usage.json, a list with one sealed entry a model; the file appears only when complete."""
+    write_text(path, json.dumps([sealed(usage) for usage in usages], indent=1, allow_nan=False) + "\n")

@@ -21,7 +21,7 @@ from moecover.checkpoints.renumbering import NewId, Renumbering, renumbered
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.weight_files import inside
 from moecover.files.atomic import explained
-from moecover.files.hashing import HASH, file_hash
+from moecover.files.hashing import HASH, file_hash, sealed
 from moecover.files.reading import parse_json
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.pruning.card import model_card
@@ -173,7 +173,7 @@ def write_other_files(cut: Cut, partial: Partial, edited: Mapping[str, bytes], c
         mtp=cut.mtp,
     )
     put(CARD, card.encode())
-    manifest = json.dumps(_manifest(cut, hashes, copies.left_out), indent=1) + "\n"
+    manifest = json.dumps(sealed(_manifest(cut, hashes, copies.left_out)), indent=1) + "\n"
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")
 
 

@@ -194,6 +194,14 @@ def _json(path: Path) -> object:
         raise InputError(f"{path} is damaged: {error}. Run `moecover compare` again") from error
 
 
+def _unsealed(value: object, path: Path) -> dict[str, object]:
+    """A document without its hash, after comparing them; a run may also be put together by hand, without hashes."""
+    try:
+        return unsealed(value, required=False)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}. Run `moecover compare` again") from error
+
+
 def read_run(folder: Path) -> Run:
     """Read results.json of a run folder.
 
@@ -204,10 +212,7 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         found = "is a file" if folder.is_file() else f"contains no {RESULTS}" if folder.is_dir() else "does not exist"
         raise InputError(f"{folder} is not a run of `moecover compare`: it {found}. Give the folder that compare wrote")
-    try:
-        value = unsealed(_json(path), required=False)  # a run may also be put together by hand
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}. Run `moecover compare` again") from error
+    value = _unsealed(_json(path), path)
     if value.get("schema") != SCHEMA:
         got = value.get("schema")
         raise InputError(f"{path} has schema {got}, but this version reads {SCHEMA}. Run `moecover compare` again")
@@ -233,4 +238,6 @@ def read_usage(folder: Path) -> list[Usage]:
     if not path.is_file():
         return []
     value = _json(path)
-    return _checked(list[Usage], value if isinstance(value, list) else [value], path)
+    return _checked(
+        list[Usage], [_unsealed(one, path) for one in (value if isinstance(value, list) else [value])], path
+    )
