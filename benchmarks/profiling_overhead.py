@@ -21,6 +21,7 @@ import torch
 from benchmarks.shapes import VOCABULARY, make_model
 from moecover.checkpoints.structure import read_structure
 from moecover.corpora.packing import make_corpus
+from moecover.profiling.channels import width_of
 from moecover.profiling.hooks import recording
 from moecover.profiling.run import profile
 from moecover.profiling.sums import Sums
@@ -51,7 +52,7 @@ def main() -> None:
                 for _ in range(args.batches):
                     model(tokens, use_cache=False)
                 middle = time.perf_counter()
-                sums = Sums(structure.topology, torch.device("cpu"), args.batches)
+                sums = Sums(structure.topology, torch.device("cpu"), args.batches, width_of(model, structure))
                 with recording(model, structure) as taps:
                     for batch in range(args.batches):
                         model(tokens, use_cache=False)

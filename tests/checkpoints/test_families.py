@@ -30,6 +30,7 @@ from moecover.errors import InputError
 from moecover.planning.artifact import Plan
 from moecover.planning.run import plan
 from moecover.planning.search.routing import describe, observe_calls, recognise
+from moecover.profiling.artifact import CHANNELS
 from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
 from moecover.runtime.loading import load_model, routers
@@ -51,12 +52,13 @@ def naive_statistics(model: torch.nn.Module, structure: Structure, tokens: torch
         handle.remove()
     calls = {module: (args, output) for module, args, output in seen}
     for module, router in zip(modules, routers(model, structure), strict=True):
-        s = {
+        s: dict[str, np.ndarray] = {
             n: np.zeros(experts)
             for n in ("count", "weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "max_abs")
         }
         slots = dense_slots if len(calls[module][0]) == 1 else weighted_slots
-        for e, weight, factor, output in slots(module, calls[module][0], calls[router][1]):
+        energy: dict[int, np.ndarray] = {}
+        for e, weight, factor, output, channels in slots(module, calls[module][0], calls[router][1]):
             norm = float(np.linalg.norm(output))
             s["count"][e] += 1
             s["weight_sum"][e] += weight
@@ -64,13 +66,31 @@ def naive_statistics(model: torch.nn.Module, structure: Structure, tokens: torch
             s["weighted_norm_sum"][e] += factor * norm
             s["weighted_sq_sum"][e] += (factor * norm) ** 2
             s["max_abs"][e] = max(s["max_abs"][e], np.abs(output).max())
+            energy[e] = energy.get(e, 0) + factor**2 * channels
+        s[CHANNELS] = np.array([energy.get(e, np.zeros_like(channels)) for e in range(experts)])
         found.append(s)
     return found
 
 
-Slots = Iterator[
-    tuple[int, float, float, np.ndarray]
-]  # expert, routing weight, factor of the output in the sum, output
+# Expert, routing weight, factor of the output in the sum, output, squared norm of what every channel adds to it.
+Slots = Iterator[tuple[int, float, float, np.ndarray, np.ndarray]]
+
+
+class Products(TorchFunctionMode):
+    """Products with the down projections of a layer: by expert, the squared norms of what every channel adds."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.down, self.seen = module.down_proj, {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("linear", "matmul", "__matmul__", "bmm"):
+            h, weight = args[0].double(), args[1].double()
+            offset = args[1].data_ptr() - self.down.data_ptr()
+            if 0 <= offset < self.down.nbytes:
+                norms = weight.square().sum(0 if function.__name__ == "linear" else -1)  # by channel
+                expert = offset // (self.down.nbytes // len(self.down))
+                self.seen[expert] = (h.square() * (norms if norms.dim() == 1 else norms[:, None])).numpy()
+        return function(*args, **(kwargs or {}))
 
 
 def weighted_slots(module: torch.nn.Module, args: tuple[torch.Tensor, ...], routed: tuple[torch.Tensor, ...]) -> Slots:
@@ -78,11 +98,12 @@ def weighted_slots(module: torch.nn.Module, args: tuple[torch.Tensor, ...], rout
     hidden, index, weights = args
     loop = getattr(type(module).forward, "__wrapped__", type(module).forward)
     for slot in range(index.shape[1]):
-        with torch.inference_mode():
+        with torch.inference_mode(), Products(module) as products:
             outputs = loop(module, hidden, index[:, slot : slot + 1], torch.ones_like(weights[:, slot : slot + 1]))
+        rows = {e: iter(channels) for e, channels in products.seen.items()}  # the loop takes tokens in their order
         for token, e in enumerate(index[:, slot].tolist()):
             g = float(weights[token, slot])
-            yield e, g, g, outputs[token].double().numpy()
+            yield e, g, g, outputs[token].double().numpy(), next(rows[e])
 
 
 def dense_slots(module: torch.nn.Module, args: tuple[torch.Tensor, ...], routed: tuple[torch.Tensor, ...]) -> Slots:
@@ -90,10 +111,10 @@ def dense_slots(module: torch.nn.Module, args: tuple[torch.Tensor, ...], routed:
     scores, _ = routed
     entered = args[0].view(scores.shape[1], len(scores), -1)  # [expert, token, hidden]
     for token, row in enumerate(scores):
-        with torch.inference_mode():
+        with torch.inference_mode(), Products(module) as products:
             outputs = module(entered[:, token])
         for e in row.nonzero().flatten().tolist():
-            yield e, float(row[e]), 1.0, outputs[e].double().numpy()
+            yield e, float(row[e]), 1.0, outputs[e].double().numpy(), products.seen[0][e, 0]
 
 
 class MinusInfinity(TorchFunctionMode):
@@ -151,6 +172,7 @@ def routing_of(model: torch.nn.Module, structure: Structure) -> str:
 
 
 OWN_TYPES = {TYPE, *ALIASES}
+GATELESS = {"nemotron_h"}  # their channels have no energy in a profile
 RELOAD = """
 import sys
 from pathlib import Path
@@ -190,9 +212,12 @@ def test_family(family: str, written: Path, tmp_path: Path) -> None:
     corpus = random_corpus("a", sequences=2, length=20, vocab=zoo.SMALL["vocab_size"])
     made = profile(structure, [corpus], model=model, batch_size=2)
     expected = naive_statistics(model, structure, torch.from_numpy(corpus.tokens))
+    assert (made.width is None) == (family in GATELESS)
     for layer, naive in enumerate(expected):
         for name, values in naive.items():
-            found = made.statistics["a"][name][layer]
+            if name == CHANNELS and made.width is None:
+                continue
+            found = (made.channels["a"] if name == CHANNELS else made.statistics["a"][name])[layer]
             np.testing.assert_allclose(found, values, rtol=2e-4, atol=1e-6, err_msg=f"{name}, MoE layer {layer}")
     assert sum(s["count"].sum() for s in expected) == corpus.num_tokens * topology.top_k * len(topology.decoder_layers)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import InputError
 from moecover.files.tensor_file import read_tensors, tensor_bytes
 from moecover.planning.run import plan
-from moecover.profiling.artifact import STATISTICS, Profile
+from moecover.profiling.artifact import CHANNELS, STATISTICS, Profile
+from moecover.profiling.job import merge
 from moecover.profiling.merging import merged
 from moecover.profiling.run import profile
 from tests.conftest import random_corpus
@@ -48,8 +51,12 @@ def test_saved_file_has_the_documented_layout(small_profile: Profile, tmp_path: 
     shape = [len(small_profile.topology.decoder_layers), small_profile.topology.num_experts]
     with safe_open(path, framework="pt") as file:
         keys = set(file.keys())
-        assert keys == {f"{c}/{s}{part}" for c in "ab" for s in STATISTICS for part in ("", "/parts")}
-        for key in keys:
+        running = {f"{c}/{s}{part}" for c in "ab" for s in STATISTICS for part in ("", "/parts")}
+        assert keys == running | {f"{c}/{CHANNELS}" for c in "ab"}
+        for c in "ab":
+            energy = file.get_tensor(f"{c}/{CHANNELS}")
+            assert (list(energy.shape), energy.dtype) == ([*shape, small_profile.width], torch.float64)
+        for key in running:
             tensor = file.get_tensor(key)
             assert list(tensor.shape) == ([1, *shape] if key.endswith("/parts") else shape)  # two batches, one part
             counts = {"count", "num_tokens"} & set(key.split("/"))
@@ -57,6 +64,7 @@ def test_saved_file_has_the_documented_layout(small_profile: Profile, tmp_path: 
     loaded = Profile.load(tmp_path / "p")
     assert loaded.fingerprint == small_profile.fingerprint
     assert loaded.topology == small_profile.topology
+    np.testing.assert_array_equal(loaded.channels["b"], small_profile.channels["b"])
     assert loaded.corpora["a"][0]["sha256"] == random_corpus("a", seed=1).record["sha256"]
     assert {"torch", "transformers", "moecover", "python"} <= loaded.settings["versions"].keys()
 
@@ -74,6 +82,15 @@ def test_saved_file_has_the_documented_layout(small_profile: Profile, tmp_path: 
         (lambda t: t.__setitem__("a/norm_sum", t["a/norm_sum"].astype("complex64")), "is of type complex64"),
         (lambda t: t.__setitem__("a/norm_sum", t["a/norm_sum"].astype("float32")), "float64 is needed"),
         (lambda t: t.__setitem__("a/norm_sum", t["a/norm_sum"][:, :2]), "a/norm_sum is of shape"),
+        (lambda t: t["b/channel_energy"].__setitem__((0, 1, 2), -1e-9), "b/channel_energy holds negative"),
+        (
+            lambda t: t["a/channel_energy"].__setitem__((1, 0, 0), float("inf")),
+            "a/channel_energy holds negative or non",
+        ),
+        (lambda t: t.__setitem__("a/channel_energy", t["a/channel_energy"].astype("float32")), "float64 is needed"),
+        (lambda t: t.__setitem__("a/channel_energy", t["a/channel_energy"][:, 1:]), "a/channel_energy is of shape"),
+        (lambda t: t.__setitem__("a/channel_energy", t["a/channel_energy"].sum(-1)), "a/channel_energy is of shape"),
+        (lambda t: t.__setitem__("b/channel_energy", t["b/channel_energy"][:, :, 1:]), "b/channel_energy is of shape"),
     ],
 )
 def test_impossible_statistics_are_refused(small_profile: Profile, tmp_path: Path, spoil, message: str) -> None:
@@ -151,6 +168,44 @@ def test_a_damaged_sample_of_inputs_is_found_when_it_is_read(structure: Structur
 def test_fingerprint_does_not_depend_on_versions(small_profile: Profile) -> None:
     other = dataclasses.replace(small_profile, settings={})
     assert other.fingerprint == small_profile.fingerprint
+
+
+def without_channels(made: Profile, *corpora: str) -> Profile:
+    """As an older version made it, for some of its corpora."""
+    return dataclasses.replace(made, channels={c: v for c, v in made.channels.items() if c not in corpora})
+
+
+def test_a_profile_of_an_older_version(small_profile: Profile, tmp_path: Path) -> None:
+    """It loads, has no channels, and the fingerprint that it had."""
+    path = small_profile.save(tmp_path)
+    document, tensors = read_tensors(path)
+    path.write_bytes(tensor_bytes({k: v for k, v in tensors.items() if CHANNELS not in k}, document))
+    found = Profile.load(tmp_path)
+    assert (found.channels, found.width) == ({}, None)
+    model, corpora = small_profile.model["fingerprint"], list(small_profile.corpora.items())
+    digest = hashlib.sha256(json.dumps([model, corpora], sort_keys=True, separators=(",", ":")).encode())
+    for corpus, statistics in small_profile.statistics.items():
+        for name in STATISTICS:
+            digest.update(f"{corpus}/{name}".encode() + statistics[name].tobytes())
+    assert found.fingerprint == digest.hexdigest() != small_profile.fingerprint
+    changed = {**small_profile.channels, "b": small_profile.channels["b"] * 2}
+    assert dataclasses.replace(small_profile, channels=changed).fingerprint != small_profile.fingerprint
+
+
+def test_energies_add_up_where_both_have_them(small_profile: Profile, capsys: pytest.CaptureFixture[str]) -> None:
+    again = {c: [{**records[0], "sha256": "0"}] for c, records in small_profile.corpora.items()}
+    other = dataclasses.replace(without_channels(small_profile, "b"), corpora=again)
+    total = merge([small_profile, other])
+    np.testing.assert_array_equal(total.channels["a"], 2 * small_profile.channels["a"])
+    assert list(total.channels) == ["a"]
+    assert "note: a profile of b has no channel_energy, so the sum has none of it" in capsys.readouterr().err
+    assert (merge([other, small_profile]).channels.keys(), small_profile.width) == ({"a"}, total.width)
+    capsys.readouterr()
+    assert merge([without_channels(small_profile, "a", "b"), without_channels(other, "a")]).width is None
+    assert "channel_energy" not in capsys.readouterr().err
+    narrow = dataclasses.replace(other, channels={"a": other.channels["a"][..., 1:]})
+    with pytest.raises(InputError, match=r"different models do not add up: .* channels an expert and .* channels"):
+        _ = small_profile + narrow
 
 
 def test_order_of_corpora_survives_the_file(structure: Structure, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.batches import batches
 from moecover.corpora.packing import load_corpus, make_corpus
 from moecover.errors import InputError
-from moecover.profiling.artifact import STATISTICS
+from moecover.profiling.artifact import CHANNELS, STATISTICS, Profile
 from moecover.profiling.run import profile
 from moecover.runtime.loading import load_model
 from tests.conftest import random_corpus, write_rows
@@ -47,6 +47,7 @@ def naive_statistics(structure: Structure, corpus, block_inputs: list[torch.Tens
     for shard in structure.checkpoint.shard_metadata:
         tensors.update(load_file(structure.checkpoint.path / shard))
     out = {name: np.zeros((len(topology.decoder_layers), experts)) for name in STATISTICS}
+    energy: dict[tuple[int, int], np.ndarray] = {}
     mask = corpus.mask.reshape(-1)
     for layer, decoder_layer in enumerate(topology.decoder_layers):
         prefix = f"model.layers.{decoder_layer}."
@@ -65,7 +66,10 @@ def naive_statistics(structure: Structure, corpus, block_inputs: list[torch.Tens
             out["prob_sum"][layer] += p.numpy()
             for e in order:
                 gate, up, down = weights[e]
-                y = down @ (torch.nn.functional.silu(gate @ x) * (up @ x))
+                h = torch.nn.functional.silu(gate @ x) * (up @ x)
+                y = down @ h
+                adds = [((g[e] * h[j] * down[:, j]) ** 2).sum().item() for j in range(len(h))]
+                energy[layer, e] = energy.get((layer, e), 0) + np.array(adds)
                 norm = y.norm().item()
                 out["count"][layer, e] += 1
                 out["weight_sum"][layer, e] += g[e]
@@ -74,6 +78,9 @@ def naive_statistics(structure: Structure, corpus, block_inputs: list[torch.Tens
                 out["weighted_sq_sum"][layer, e] += (g[e] * norm) ** 2
                 out["renorm_weighted_norm_sum"][layer, e] += g[e] / sum(g.values()) * norm
                 out["max_abs"][layer, e] = max(out["max_abs"][layer, e], y.abs().max().item())
+    out[CHANNELS] = np.zeros((len(topology.decoder_layers), experts, len(h)))
+    for place, values in energy.items():
+        out[CHANNELS][place] = values
     return out
 
 
@@ -99,21 +106,28 @@ def block_inputs(model, structure: Structure, corpus) -> list[torch.Tensor]:
     return [torch.cat(states) for states in seen]
 
 
+def recorded(made: Profile, corpus: str) -> dict[str, np.ndarray]:
+    """All statistics of a corpus, those of the channels among them."""
+    return {**made.statistics[corpus], CHANNELS: made.channels[corpus]}
+
+
 def assert_equal_statistics(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float = 3e-6) -> None:
     """Equal but for the rounding of float32 kernels, which differs between batch shapes and processors."""
-    assert set(found) == set(STATISTICS)
+    assert set(found) == {*STATISTICS, CHANNELS}
     for name in ("count", "num_tokens"):
         assert found[name].dtype == np.int64
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    for name in set(STATISTICS) - {"count", "num_tokens"}:
+    for name in set(found) - {"count", "num_tokens"}:
         assert found[name].dtype == np.float64
-        np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=1e-9, err_msg=name)
+        # A channel of few tokens is squared from the rounding of a single h, which may be near 0.
+        near = 1e-6 * expected[name].max() if name == CHANNELS else 1e-9
+        np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=near, err_msg=name)
 
 
 def test_every_statistic_equals_the_naive_reference(structure: Structure) -> None:
     corpus = random_corpus(sequences=5, length=20)
     model = load_model(structure, dtype="float32")
-    found = profile(structure, [corpus], model=model, batch_size=2).statistics["random"]
+    found = recorded(profile(structure, [corpus], model=model, batch_size=2), "random")
     expected = naive_statistics(structure, corpus, block_inputs(model, structure, corpus))
     assert expected["count"].sum() == corpus.num_tokens * structure.topology.top_k * len(
         structure.topology.decoder_layers
@@ -136,7 +150,7 @@ def test_padding_is_in_no_statistic(structure: Structure, side: str, tmp_path: P
     corpus = load_corpus("rows", path, vocab_size=300, max_length=64)
     assert corpus.num_tokens == 53
     model = load_model(structure, dtype="float32")
-    found = profile(structure, [corpus], model=model, batch_size=3).statistics["rows"]
+    found = recorded(profile(structure, [corpus], model=model, batch_size=3), "rows")
     assert (found["num_tokens"] == 53).all()
     # Padded batches and single rows round the hidden states of float32 differently, so the tolerance is wider here.
     assert_equal_statistics(
@@ -156,8 +170,8 @@ def test_equal_batches_add_up_to_the_last_bit(structure: Structure) -> None:
     corpus = random_corpus(sequences=6)
     whole = profile(structure, [corpus], batch_size=1)
     parts = profile(structure, [corpus[:3]], batch_size=1) + profile(structure, [corpus[3:]], batch_size=1)
-    for name in STATISTICS:
-        np.testing.assert_allclose(whole.statistics["random"][name], parts.statistics["random"][name], rtol=1e-14)
+    for name, values in recorded(whole, "random").items():
+        np.testing.assert_allclose(values, recorded(parts, "random")[name], rtol=1e-14)
 
 
 def test_nan_expert_is_an_error_that_names_layer_and_expert(checkpoints: Callable[..., Path], tmp_path: Path) -> None:

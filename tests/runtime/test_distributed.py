@@ -97,6 +97,7 @@ def close(found: Profile, expected: Profile) -> None:
                     np.testing.assert_array_equal(one, two, err_msg=f"{corpus}, {name}")
                 else:
                     np.testing.assert_allclose(one, two, rtol=1e-12, err_msg=f"{corpus}, {name}")
+        np.testing.assert_allclose(found.channels[corpus], expected.channels[corpus], rtol=1e-12, err_msg=corpus)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +280,7 @@ def test_merge(job, tmp_path: Path, checkpoints, capsys: pytest.CaptureFixture[s
     for corpus, statistics in expected.statistics.items():
         for name, values in statistics.items():
             np.testing.assert_allclose(found.statistics[corpus][name], values, rtol=1e-6 if name not in COUNTS else 0)
+        np.testing.assert_allclose(found.channels[corpus], expected.channels[corpus], rtol=1e-5)
     assert cli.main(merge) == 2
     assert "exists" in capsys.readouterr().err
     assert cli.main(["merge", str(tmp_path / "p1"), str(tmp_path / "sum"), "-o", str(tmp_path / "x")]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +60,34 @@ def test_an_interrupted_pass_goes_on(
     (tmp_path / "third").mkdir()
     shutil.copy(tmp_path / "again" / "inputs.safetensors", state / "inputs.safetensors")
     same(go("third"), once)
+
+
+def test_a_large_state_is_saved_less_often(
+    structure: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which saving takes as long as everything between two batches; the end is always saved."""
+    model, state, save, saved = load_model(structure), tmp_path / "state", State.save, list[int]()
+    given = {"model": model, "batch_size": 2, "state": state}
+    clock, left = itertools.count(), [60]
+
+    def noting(self: State, done: int, *args: object, **kwargs: object) -> None:
+        saved.append(done)
+        save(self, done, *args, **kwargs)
+
+    def stop(tokens: int) -> None:
+        left[0] -= tokens
+        if left[0] < 0:
+            raise Stop
+
+    monkeypatch.setattr(State, "save", noting)
+    monkeypatch.setattr("moecover.runtime.pass_state.SMALL", 0)
+    monkeypatch.setattr("moecover.runtime.pass_state.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with pytest.raises(Stop):
+        profile(structure, corpora(), advance=stop, **given)
+    said: list[str] = []
+    made = profile(structure, corpora(), say=said.append, **given)
+    assert (saved, said) == ([1, 2, 5], ["resuming: 1 of 5 batches are done"])
+    same(made, profile(structure, corpora(), model=model, batch_size=2))
 
 
 def test_a_state_of_other_inputs_is_not_used(structure: Structure, tmp_path: Path, monkeypatch) -> None:

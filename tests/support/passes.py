@@ -36,6 +36,9 @@ def same(one: Profile, two: Profile) -> None:
         for name, values in statistics.items():
             np.testing.assert_array_equal(values, two.statistics[corpus][name], err_msg=f"{corpus}, {name}")
             np.testing.assert_array_equal(one.parts[corpus][name], two.parts[corpus][name], err_msg=f"{corpus}, {name}")
+    assert one.channels.keys() == two.channels.keys()
+    for corpus, energy in one.channels.items():
+        np.testing.assert_array_equal(energy, two.channels[corpus], err_msg=f"{corpus}, channels")
 
 
 def corpora(vocab: int = 128) -> list[Corpus]:

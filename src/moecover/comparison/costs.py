@@ -12,6 +12,7 @@ from moecover.comparison.jobs import ModelSetup
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
 from moecover.errors import arg
+from moecover.profiling.channels import num_bytes as channel_bytes
 from moecover.repairing.layers import needed_bytes
 from moecover.runtime.cost import Cost, cost, seconds_of
 from moecover.runtime.loading import check_device
@@ -32,11 +33,11 @@ def setup_of(model: ComparedModel, config: Config, limit: int) -> ModelSetup:
     texts = [*model.texts, *(corpus for sample in model.samples.values() for corpus in sample)]
     longest = max([corpus.tokens.shape[1] for corpus in texts] + [model.longest])
     passes = [model.texts, *model.samples.values()]
-    extra = 0
+    extra = max((channel_bytes(model.structure, len(sample)) for sample in model.samples.values()), default=0)
     if model.places:
         keep = max(cell.keep for cell in model.cells if cell.repaired)
         tokens = max(sum(c.num_tokens for c in corpora) for corpora in model.repaired_on.values())
-        extra = needed_bytes(model.structure, model.places, keep=keep, tokens=tokens, dtype=config.dtype)
+        extra = max(extra, needed_bytes(model.structure, model.places, keep=keep, tokens=tokens, dtype=config.dtype))
     return ModelSetup(
         name=model.name,
         folder=model.structure.checkpoint.path,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from moecover.checkpoints.topology import Topology
-from moecover.corpora.sources import check_name
 from moecover.errors import InputError, arg
 from moecover.files.atomic import canonical_json, write_bytes
 from moecover.files.tensor_file import read_tensors, tensor_bytes
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import Inputs, open_inputs
 from moecover.profiling.records import ModelRecord, Settings
+from moecover.profiling.stored import REMAKE, checked, described
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ FILE = "profile.safetensors"
 COUNTS = ("count", "num_tokens")
 SUMS = ("weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "renorm_weighted_norm_sum", "prob_sum")
 MAXIMA = ("max_abs",)
+CHANNELS = "channel_energy"
 STATISTICS = (*COUNTS, *SUMS, *MAXIMA)
-
-REMAKE = "Run `moecover profile` again"
 
 Statistics = dict[str, "NDArray[Any]"]
 
@@ -43,6 +42,11 @@ Statistics = dict[str, "NDArray[Any]"]
 def added(one: Statistics, two: Statistics) -> Statistics:
     """The statistics of two token sets together; shapes broadcast."""
     return {n: np.maximum(one[n], two[n]) if n in MAXIMA else one[n] + two[n] for n in STATISTICS}
+
+
+def _name(profile: Profile) -> str:
+    """The model of a profile, in messages."""
+    return f"{profile.model['name']} ({profile.model['fingerprint'][:12]})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,6 +80,10 @@ class Profile(Shown):
         parts: ``parts[corpus][name]`` of shape ``[part, layer, expert]``: the running statistics after each eighth of
             the corpus but the last (fewer if it has fewer batches), for `stages`.
         inputs: a sample of the inputs of the experts, where the profile has one.
+        channels: ``channels[corpus]``, float64 of shape ``[layer, expert, channel]``: the sum over T_e of
+            g_e(x)^2 h_j(x)^2 ||W_down[:, j]||_2^2, with h(x) the input of the expert's down projection W_down. A corpus
+            is not in it where an older version made the profile, or the experts are not gated MLPs of one width that
+            show their h, see `channels.width_of`.
     """
 
     topology: Topology
@@ -85,37 +93,49 @@ class Profile(Shown):
     settings: Settings = field(default_factory=Settings)
     parts: dict[str, Statistics] = field(default_factory=dict)
     inputs: Inputs | None = None
+    channels: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int | None:
+        """Number of channels of an expert; None where no corpus has their energy."""
+        return next((energy.shape[-1] for energy in self.channels.values()), None)
 
     def __add__(self, other: Profile) -> Profile:
         """The profile of both token sets: sums add up, the larger maximum is taken, other corpora are kept as they are.
 
+        The energy of the channels of a corpus is known of the sum where both have it.
+
         Raises:
-            InputError: the profiles are of different models or dtypes; of other settings the equal ones stay.
+            InputError: the profiles are of different models, widths or dtypes; of other settings the equal ones stay.
         """
         if not isinstance(other, Profile):
             return NotImplemented
         if self.topology != other.topology or self.model["fingerprint"] != other.model["fingerprint"]:
-            names = " and ".join(f"{one.model['name']} ({one.model['fingerprint'][:12]})" for one in (self, other))
-            raise InputError(f"profiles of different models do not add up: {names}")
+            raise InputError(f"profiles of different models do not add up: {_name(self)} and {_name(other)}")
+        if len({self.width, other.width} - {None}) > 1:
+            wide = " and ".join(f"{_name(one)} with {one.width} channels an expert" for one in (self, other))
+            raise InputError(f"profiles of different models do not add up: {wide}")
         if len(dtypes := {str(one.settings.get("dtype")) for one in (self, other)}) > 1:
             raise InputError(f"profiles in different dtypes do not add up: {' and '.join(sorted(dtypes))}")
         settings = cast("Settings", {k: v for k, v in self.settings.items() if other.settings.get(k) == v})
         statistics = {**self.statistics, **other.statistics}
         corpora = {**self.corpora, **other.corpora}
-        parts = {**self.parts, **other.parts}
+        parts, channels = {**self.parts, **other.parts}, {**self.channels, **other.channels}
         for corpus in self.statistics.keys() & other.statistics.keys():
             mine, theirs = self.statistics[corpus], other.statistics[corpus]
             statistics[corpus] = added(mine, theirs)
             corpora[corpus] = self.corpora[corpus] + other.corpora[corpus]
+            if channels.pop(corpus, None) is not None and corpus in self.channels and corpus in other.channels:
+                channels[corpus] = self.channels[corpus] + other.channels[corpus]
             if corpus in self.parts and corpus in other.parts:
                 running = [self.parts[corpus], {n: v[None] for n, v in mine.items()}, added(mine, other.parts[corpus])]
                 joined = {name: np.concatenate([part[name] for part in running]) for name in STATISTICS}
                 step = -(-len(joined["count"]) // (2 * PARTS - 1))
                 parts[corpus] = {name: values[step - 1 :: step] for name, values in joined.items()}
-        return Profile(self.topology, statistics, corpora, self.model, settings, parts)
+        return Profile(self.topology, statistics, corpora, self.model, settings, parts, channels=channels)
 
     def stages(self) -> list[Profile]:
-        """The profiles of growing amounts of text, up to this one.
+        """The profiles of growing amounts of text, up to this one, without the energy of the channels.
 
         Every corpus contributes the running sums whose share of its tokens is nearest; a single stage where none were
         kept.
@@ -186,12 +206,15 @@ class Profile(Shown):
         for corpus, statistics in self.statistics.items():
             for name in STATISTICS:
                 digest.update(f"{corpus}/{name}".encode() + statistics[name].tobytes())
+            if corpus in self.channels:
+                digest.update(f"{corpus}/{CHANNELS}".encode() + self.channels[corpus].tobytes())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
         """Write ``profile.safetensors`` into a folder; the file appears only when it is complete.
 
-        Tensors are named ``{corpus}/{statistic}``; everything else is in the document of the file, see `tensor_file`.
+        Tensors are named ``{corpus}/{statistic}``, the energy of the channels ``{corpus}/channel_energy``; everything
+        else is in the document of the file, see `tensor_file`.
         """
         about = {
             "schema": SCHEMA,
@@ -202,6 +225,7 @@ class Profile(Shown):
         }
         tensors = {f"{corpus}/{name}": values for corpus, s in self.statistics.items() for name, values in s.items()}
         tensors |= {f"{corpus}/{name}/parts": v for corpus, s in self.parts.items() for name, v in s.items()}
+        tensors |= {f"{corpus}/{CHANNELS}": energy for corpus, energy in self.channels.items()}
         path = Path(folder) / FILE
         if self.inputs is None or self.inputs.path != path.with_name(INPUTS):
             path.with_name(INPUTS).unlink(missing_ok=True)  # of an earlier profile
@@ -226,16 +250,26 @@ class Profile(Shown):
             about, tensors = read_tensors(path)
             if about.get("schema") != SCHEMA:
                 raise ValueError(f"it has schema {about.get('schema')}, this version reads {SCHEMA}")
-            topology, names = _described(about)
+            topology, names = described(about)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             lacks = "its metadata lacks " if isinstance(error, KeyError) else ""
             raise InputError(f"{path} cannot be used: {lacks}{error}. {REMAKE}") from error
         shape = (len(topology.decoder_layers), topology.num_experts)
         statistics, parts = dict[str, Statistics](), dict[str, Statistics]()
+        channels = dict[str, "NDArray[np.float64]"]()
+        width: int | None = None  # of the first corpus that has one, then of all
+
+        def values(key: str, name: str, *before: None) -> NDArray[Any]:
+            dtype = "int64" if name in COUNTS else "float64"
+            return checked(path, tensors, key, (*before, *shape), dtype, negative=name not in COUNTS)
+
         for corpus in names:
-            statistics[corpus] = {n: _checked(path, tensors, f"{corpus}/{n}", shape) for n in STATISTICS}
+            statistics[corpus] = {n: values(f"{corpus}/{n}", n) for n in STATISTICS}
             if f"{corpus}/count/parts" in tensors:
-                parts[corpus] = {n: _checked(path, tensors, f"{corpus}/{n}/parts", shape) for n in STATISTICS}
+                parts[corpus] = {n: values(f"{corpus}/{n}/parts", n, None) for n in STATISTICS}
+            if (key := f"{corpus}/{CHANNELS}") in tensors:
+                channels[corpus] = checked(path, tensors, key, (*shape, width))
+                width = channels[corpus].shape[-1]
         inputs = open_inputs(path.parent)
         if inputs is not None:
             known = {(c, record.get("sha256")) for c, records in about["corpora"].items() for record in records}
@@ -243,35 +277,4 @@ class Profile(Shown):
                 raise InputError(
                     f"{inputs.path} does not belong to {path.name}. Profile again with {arg('keep_inputs')}"
                 )
-        return cls(topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs)
-
-
-def _described(about: dict[str, Any]) -> tuple[Topology, list[str]]:
-    """The topology and the corpora of a file, after a look at what later stages read of its document.
-
-    Raises:
-        KeyError: an entry is missing.
-        TypeError: an entry has another type.
-        ValueError: a corpus has a name that none can have.
-    """
-    about["model"]["fingerprint"], about["model"]["name"], about["settings"].items()
-    for name, records in about["corpora"].items():
-        check_name(name)
-        for record in records:
-            record["sha256"] + "", record["tokens"] + 0
-    return Topology.from_json(about["topology"]), list(about["corpora"])
-
-
-def _checked(path: Path, tensors: dict[str, NDArray[Any]], key: str, shape: tuple[int, int]) -> NDArray[Any]:
-    """A tensor of the file, of a shape and values that a pass can give."""
-    tensor = tensors.get(key)
-    parts = key.endswith("/parts")
-    if tensor is None or tensor.shape[-2:] != shape or tensor.ndim != (3 if parts else 2):
-        got = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-        raise InputError(f"{path}: {key} is {got}, {list(shape)} is needed")
-    is_count = key.removesuffix("/parts").rpartition("/")[2] in COUNTS
-    if tensor.dtype != (wanted := np.dtype("int64" if is_count else "float64")):
-        raise InputError(f"{path}: {key} is of type {tensor.dtype}, {wanted} is needed. {REMAKE}")
-    if not np.isfinite(tensor).all() or (is_count and (tensor < 0).any()):
-        raise InputError(f"{path}: {key} holds negative or non-finite values. {REMAKE}")
-    return tensor
+        return cls(topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs, channels)

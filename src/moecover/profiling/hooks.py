@@ -3,13 +3,14 @@
 The forward pass is that of transformers. A hook on the experts module sees the selected experts and the routing weights
 that the model used; a tap in the slot between the experts' outputs and their weighting sees every output that the pass
 computes anyway. So no router is reimplemented, only routed (token, expert) pairs are evaluated, and the logits are
-bit-equal to those of the plain pass.
+bit-equal to those of the plain pass. What enters the down projections is seen where the library's own function of gate
+and up returns it.
 
 Two kinds of experts have no such slot. Some run in a loop of their own: it is called with weight 1 for every pair, and
 the weighted sum is computed here, equal to the loop's up to rounding. Others run on all tokens, each token scaled by
 its weight before it enters an expert (0 where the expert is not selected): their output is what the model adds, and it
 is their output f here. As its factor in the sum is 1, every product of weight and norm uses 1 as the weight; only
-``weight_sum`` adds up the routing weights.
+``weight_sum`` adds up the routing weights. What enters their down projections is seen in the product with them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
+from moecover.profiling.channels import Channels, entering, width_of
+from moecover.profiling.reductions import norms_and_peaks, scratch
 from moecover.runtime.finite import not_finite
 from moecover.runtime.loading import routers
 
@@ -35,22 +38,29 @@ class Tap:
     Args:
         decoder_layer: decoder index of the layer.
         buffers: scratch memory by width, shared by all taps.
+        channels: records what enters the down projections, None where that is not seen.
 
     Attributes:
+        mask: bool ``[token]``, False for padding; None where every token counts. It is set before the layer runs.
         weighs_inputs: whether the routing weights scale the inputs of the experts instead of their outputs.
         keep: receives the hidden states ``[token, hidden]`` that enter the experts, where a sample of them is saved.
         index: selected experts ``[token, slot]``.
         weights: routing weights ``[token, slot]``.
+        experts: selected experts, ascending ``[pair]``.
+        order: their places in the flattened ``index``, ``[pair]``.
         logits: router logits ``[token, expert]``.
         left: (experts, order, norms, peaks) of every call of the experts, each ``[pair]``, sorted by expert.
     """
 
     index: torch.Tensor
     weights: torch.Tensor
+    experts: torch.Tensor
+    order: torch.Tensor
 
-    def __init__(self, decoder_layer: int, buffers: dict[int, torch.Tensor]) -> None:
-        self.decoder_layer, self.buffers = decoder_layer, buffers
+    def __init__(self, decoder_layer: int, buffers: dict[int, torch.Tensor], channels: Channels | None) -> None:
+        self.decoder_layer, self.buffers, self.channels = decoder_layer, buffers, channels
         self.weighs_inputs = False
+        self.mask: torch.Tensor | None = None
         self.keep: Callable[[torch.Tensor], None] | None = None
         self.clear()
 
@@ -59,10 +69,17 @@ class Tap:
         self.left: list[tuple[torch.Tensor, ...]] = []
         self.hidden: torch.Tensor | None = None
         self.logits: torch.Tensor | None = None
+        if self.channels is not None:
+            self.channels.squares = None
 
     def before_experts(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Hook before the experts; args: hidden states ``[token, hidden]``, experts and weights ``[token, slot]``."""
+        import torch
+
         self.hidden, self.index, self.weights = args
+        self.experts, self.order = torch.sort(
+            self.index.reshape(-1)
+        )  # the same sort of the same values as the kernel's
         if self.keep is not None:
             self.keep(self.hidden)
 
@@ -70,58 +87,35 @@ class Tap:
         """Hook after the router, which returns the logits ``[token, expert]`` first."""
         self.logits = output[0]
 
+    def activated(self, values: torch.Tensor) -> torch.Tensor:
+        """Record what enters the down projections, ``[pair, channel]``, sorted by expert; returns it unchanged."""
+        if self.channels is not None and len(values) == len(self.experts):
+            factors = self.weights.new_ones(self.weights.shape) if self.weighs_inputs else self.weights
+            keep = None if self.mask is None else self.mask[self.order // self.index.shape[-1]]
+            self.channels.record(values, factors.reshape(-1)[self.order], self.experts, keep)
+        return values
+
     def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
         """Record the unweighted outputs ``[pair, hidden]`` of the experts, sorted by expert; returns them unchanged."""
-        import torch
-
-        experts, order = torch.sort(self.index.reshape(-1))  # the same sort of the same values as the kernel's
-        width = outputs.shape[-1]
-        if width not in self.buffers:
-            rows = 512 if outputs.device.type == "cpu" else 65536
-            self.buffers[width] = torch.empty(rows, width, dtype=torch.float32, device=outputs.device)
-        norms, peaks = norms_and_peaks(outputs, self.buffers[width])
+        norms, peaks = norms_and_peaks(outputs, scratch(self.buffers, outputs.shape[-1], outputs.device))
         if not math.isfinite(norms.sum().item()):
-            self._explain_non_finite(experts, order, peaks)
+            self._explain_non_finite(peaks)
         self.hidden = None
-        self.left.append((experts, order, norms, peaks))
+        self.left.append((self.experts, self.order, norms, peaks))
         return outputs
 
-    def _explain_non_finite(self, experts: torch.Tensor, order: torch.Tensor, peaks: torch.Tensor) -> None:
+    def _explain_non_finite(self, peaks: torch.Tensor) -> None:
         import torch
 
         assert self.hidden is not None
         where = f"decoder layer {self.decoder_layer}"
         bad = ~torch.isfinite(peaks)
-        if bool((bad & ~torch.isfinite(self.hidden).all(-1)[order // self.index.shape[-1]]).any()):
+        if bool((bad & ~torch.isfinite(self.hidden).all(-1)[self.order // self.index.shape[-1]]).any()):
             raise not_finite(where, "the hidden states that enter the experts are")
-        named = sorted(set(experts[bad].tolist()))
+        named = sorted(set(self.experts[bad].tolist()))
         if named:
             raise not_finite(f"{where}, expert {', '.join(map(str, named[:8]))}", "the output is")
         raise not_finite(where, "the norms of the experts' outputs in float32 are")
-
-
-def norms_and_peaks(outputs: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euclidean norm and largest absolute component of every row.
-
-    The rows go through a buffer that stays in the cache and is allocated once: on a CPU this halves the cost of
-    recording. NaN and infinity show in the peaks.
-
-    Args:
-        outputs: ``[row, hidden]``.
-        buffer: float32 ``[chunk, hidden]``.
-
-    Returns:
-        Norms and peaks, float32 ``[row]`` each.
-    """
-    import torch
-
-    norms, peaks = torch.empty(2, len(outputs), dtype=torch.float32, device=outputs.device)
-    for start in range(0, len(outputs), len(buffer)):
-        chunk = outputs[start : start + len(buffer)]
-        values = buffer[: len(chunk)].copy_(chunk).abs_()
-        torch.linalg.vector_norm(values, dim=-1, out=norms[start : start + len(chunk)])
-        torch.amax(values, -1, out=peaks[start : start + len(chunk)])
-    return norms, peaks
 
 
 @contextlib.contextmanager
@@ -129,17 +123,21 @@ def _in_slot(tap: Tap, experts: Any, router: torch.nn.Module) -> Iterator[None]:
     """A tap in the grouped kernel's slot for a norm of the experts' outputs, after that norm where there is one."""
     normed: bool = experts.has_post_expert_norm
     norm: Any = experts.post_expert_norm if normed else lambda outputs: outputs
+    gate: Any = getattr(experts, "_apply_gate", None)
     handles = [
         experts.register_forward_pre_hook(tap.before_experts),
         router.register_forward_hook(tap.after_router),
     ]
     experts.has_post_expert_norm = True
     experts.__dict__["post_expert_norm"] = lambda outputs: tap(norm(outputs))
+    if tap.channels is not None:
+        experts.__dict__["_apply_gate"] = lambda projected: tap.activated(gate(projected))
     try:
         yield
     finally:
         experts.has_post_expert_norm = normed
         del experts.__dict__["post_expert_norm"]
+        experts.__dict__.pop("_apply_gate", None)
         for handle in handles:
             handle.remove()
 
@@ -149,22 +147,34 @@ def _around_loop(tap: Tap, experts: Any, router: torch.nn.Module) -> Iterator[No
     """A tap around experts that run in a loop of their own, called once with every pair as a token with one slot."""
     import torch
 
-    loop = experts.forward
+    loop, entered = experts.forward, list[torch.Tensor]()
+    gate: Any = getattr(experts, "_apply_gate", None)
+
+    def apply_gate(projected: torch.Tensor) -> torch.Tensor:
+        entered.append(gate(projected))
+        return entered[-1]
 
     def forward(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         tap.before_experts(experts, (hidden, index, weights))
         alone = index.reshape(-1, 1)
+        tap.experts, tap.order = torch.sort(alone.flatten(), stable=True)  # as the loop goes: by expert, then by token
         outputs = loop(hidden.repeat_interleave(index.shape[1], 0), alone, torch.ones_like(alone, dtype=weights.dtype))
-        tap(outputs[torch.sort(index.reshape(-1)).indices])
+        if entered:
+            tap.activated(torch.cat(entered))
+            entered.clear()
+        tap(outputs[tap.order])
         weighted: torch.Tensor = outputs.view(*index.shape, -1) * weights[..., None]
         return weighted.sum(1).to(hidden.dtype)
 
     handle = router.register_forward_hook(tap.after_router)
     experts.forward = forward
+    if tap.channels is not None:
+        experts.__dict__["_apply_gate"] = apply_gate
     try:
         yield
     finally:
         del experts.__dict__["forward"]
+        experts.__dict__.pop("_apply_gate", None)
         handle.remove()
 
 
@@ -183,18 +193,25 @@ def _after_dense(tap: Tap, experts: Any, router: Any) -> Iterator[None]:
         tap.before_experts(experts, (args[0], index, scores.gather(1, index)))
         tap.logits = logits
 
-    def after_experts(module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
-        selected, order = torch.sort(tap.index.reshape(-1))
-        outputs = output.view(experts.num_experts, -1, output.shape[-1])
-        tap(outputs[selected, order // tap.index.shape[1]])
+    def forward(routed: torch.Tensor) -> torch.Tensor:
+        with entering(experts) as entered:
+            output: torch.Tensor = dense(routed)
+        for values in entered:
+            tap.activated(of_pairs(values))
+        tap(of_pairs(output))
+        return output
 
-    tap.weighs_inputs = True
-    handles = [router.register_forward_hook(after_router), experts.register_forward_hook(after_experts)]
+    def of_pairs(values: torch.Tensor) -> torch.Tensor:
+        by_expert = values.view(experts.num_experts, -1, values.shape[-1])
+        return by_expert[tap.experts, tap.order // tap.index.shape[1]]
+
+    tap.weighs_inputs, dense = True, experts.forward
+    handle, experts.forward = router.register_forward_hook(after_router), forward
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        del experts.__dict__["forward"]
+        handle.remove()
 
 
 def _implementation(experts: Any) -> object:
@@ -220,10 +237,12 @@ def recording(model: torch.nn.Module, structure: Structure) -> Iterator[list[Tap
     """
     topology = structure.topology
     buffers: dict[int, torch.Tensor] = {}  # shared, so that it stays in the cache
-    taps = [Tap(layer, buffers) for layer in topology.decoder_layers]
+    modules: list[Any] = [model.get_submodule(name) for name in structure.experts_modules]
+    width = width_of(model, structure)
+    channels = [None if width is None else Channels(experts, width, buffers) for experts in modules]
+    taps = [Tap(layer, buffers, one) for layer, one in zip(topology.decoder_layers, channels, strict=True)]
     with contextlib.ExitStack() as stack:
-        for name, router, tap in zip(structure.experts_modules, routers(model, structure), taps, strict=True):
-            experts: Any = model.get_submodule(name)
+        for experts, router, tap in zip(modules, routers(model, structure), taps, strict=True):
             if (observed := _way(experts)) is None:
                 raise InputError(
                     f"the experts of {topology.family} (decoder layer {tap.decoder_layer}) do not run through the"

@@ -19,8 +19,9 @@ from moecover.errors import InputError, arg
 from moecover.files.atomic import PARTIAL
 from moecover.files.locks import locked
 from moecover.profiling.artifact import FILE, Profile
+from moecover.profiling.channels import num_bytes as channel_bytes
 from moecover.profiling.layer_inputs import num_bytes, sample_of
-from moecover.profiling.merging import differing, merged
+from moecover.profiling.merging import differing, merged, without_energy
 from moecover.profiling.reuse import finished
 from moecover.profiling.run import check_alone
 from moecover.profiling.run import profile as run_profile
@@ -74,7 +75,7 @@ def _opened(
         dtype=how.dtype,
         device=own_device(here, how.device),
         memory_limit=how.memory_limit,
-        extra=extra,
+        extra=extra + channel_bytes(structure, len(corpora)),
         processes=here.local_size,
         scratch=state,
         say=progress.say,
@@ -266,6 +267,10 @@ def merge(
     made = merged(loaded, names)
     if differs := differing(loaded):
         resolve(progress).say(f"note: the profiles differ in {', '.join(differs)}, which the sum does not name")
+    if lacking := without_energy(made, loaded):
+        resolve(progress).say(
+            f"note: a profile of {', '.join(lacking)} has no channel_energy, so the sum has none of it"
+        )
     if output is not None:
         made.save(Path(output))
     return made

@@ -18,6 +18,11 @@ def differing(profiles: Sequence[Profile]) -> list[str]:
     return found
 
 
+def without_energy(total: Profile, profiles: Sequence[Profile]) -> list[str]:
+    """Corpora of which a sum has no channel energy though some of its profiles have."""
+    return [c for c in total.corpora if c not in total.channels and any(c in profile.channels for profile in profiles)]
+
+
 def merged(profiles: Sequence[Profile], names: Sequence[str]) -> Profile:
     """Add up profiles of different samples.
 
@@ -26,7 +31,7 @@ def merged(profiles: Sequence[Profile], names: Sequence[str]) -> Profile:
         names: their names in messages.
 
     Raises:
-        InputError: the models differ, or two profiles hold the same sample of a corpus.
+        InputError: the models or the widths of their experts differ, or two profiles hold the same sample of a corpus.
     """
     seen: dict[tuple[str, str], str] = {}
     for profile, name in zip(profiles, names, strict=True):

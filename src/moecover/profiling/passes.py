@@ -126,11 +126,11 @@ def in_memory(model: Running, job: Job) -> None:
         for done, batch in enumerate(job.batches(device)):
             if state is None or done >= state.done:
                 for layer, tap in enumerate(taps):
-                    tap.keep = job.keeper(batch, layer)
+                    tap.keep, tap.mask = job.keeper(batch, layer), batch.token_mask
                 with naming(batch.name):
                     backbone(**batch.inputs, use_cache=False)
-                    job.sums[batch.corpus.name].add(taps, 0, batch.number, batch.token_mask)
-                if state is not None:
+                    job.sums[batch.corpus.name].add(taps, 0, batch.number)
+                if state is not None and (state.due() or done + 1 == total):
                     state.save(done + 1, total, "batches", job.sums)
             job.advance(batch.num_tokens)
 
@@ -197,6 +197,7 @@ class _ByLayer:
             layer = self.moe[number]
             new = number >= self.finished
             self.taps[layer].keep = self.job.keeper(self.batches[at.call], layer) if new else None
+            self.taps[layer].mask = self.batches[at.call].token_mask
 
     def after(self, at: Passing) -> LayerOutput | None:
         """Add the statistics of a layer that has run and keep its output; where memory is short, in a file."""
@@ -204,7 +205,7 @@ class _ByLayer:
         if number in self.moe:
             tap = self.taps[self.moe[number]]
             if number >= self.finished:
-                self.job.sums[batch.corpus.name].add([tap], self.moe[number], batch.number, batch.token_mask)
+                self.job.sums[batch.corpus.name].add([tap], self.moe[number], batch.number)
             else:
                 tap.clear()
         kept = self._keep(number, at) if self.state is not None else None

@@ -18,7 +18,8 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError, arg
 from moecover.files.atomic import canonical_json
-from moecover.profiling.artifact import MAXIMA, Profile, Statistics
+from moecover.profiling.artifact import CHANNELS, MAXIMA, Profile, Statistics
+from moecover.profiling.channels import width_of
 from moecover.profiling.inputs_writer import Writer, writing
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import open_inputs, sample_of
@@ -75,10 +76,12 @@ def profile(
         check_alone(here)
     runs = running(load_model(structure, dtype=dtype, device=device) if model is None else model, structure)
     kind = str(runs.dtype).removeprefix("torch.")
-    sums = {c.name: Sums(structure.topology, runs.device, -(-len(c.tokens) // batch_size)) for c in corpora}
+    width = width_of(runs.module, structure)
+    sums = {c.name: Sums(structure.topology, runs.device, -(-len(c.tokens) // batch_size), width) for c in corpora}
     resumed = None
     if state is not None or here.size > 1:
         depends_on = _depends_on(structure, corpora, runs, batch_size, keep_inputs[0] if keep_inputs else None)
+        depends_on |= {"width of the experts": width}
         resumed = _resumed(state, depends_on, sums, here, say)
     with _sample_writer(structure, corpora, keep_inputs, state, batch_size=batch_size, dtype=kind) as writer:
         _run(runs, Job(structure, corpora, sums, batch_size, writer, resumed, here, checking(here, advance)))
@@ -87,9 +90,11 @@ def profile(
         together(here, sums, runs.device)
         statistics = {c.name: checked(sums[c.name], c, structure) for c in corpora}
     records, parts = {c.name: [c.record] for c in corpora}, {name: one.parts for name, one in sums.items()}
+    energies = ((name, one.channel_energy()) for name, one in sums.items())
+    channels = {name: energy for name, energy in energies if energy is not None}
     about, settings = model_record(structure), _settings(structure, runs, batch_size)
     inputs = open_inputs(keep_inputs[1]) if keep_inputs is not None else None
-    return Profile(structure.topology, statistics, records, about, settings, parts, inputs)
+    return Profile(structure.topology, statistics, records, about, settings, parts, inputs, channels)
 
 
 def _check_arguments(corpora: Sequence[Corpus], batch_size: int) -> None:
@@ -212,10 +217,12 @@ def checked(sums: Sums, corpus: Corpus, structure: Structure) -> Statistics:
             f"corpus {corpus.name} has {corpus.num_tokens} tokens, but the layers recorded"
             f" {statistics['num_tokens'][:, 0].tolist()}: please report this"
         )
-    if name := next((name for name, values in statistics.items() if not np.isfinite(values).all()), None):
-        layer = int(np.argwhere(~np.isfinite(statistics[name]))[0][0])
-        place = f"corpus {corpus.name}, decoder layer {structure.topology.decoder_layers[layer]}"
-        raise not_finite(f"{place}, expert {int(np.argwhere(~np.isfinite(statistics[name]))[0][1])}", f"{name} is")
+    energy = sums.channel_energy()
+    for name, values in (*statistics.items(), *(() if energy is None else ((CHANNELS, energy),))):
+        if not np.isfinite(values).all():
+            layer, expert = map(int, np.argwhere(~np.isfinite(values))[0][:2])
+            place = f"corpus {corpus.name}, decoder layer {structure.topology.decoder_layers[layer]}, expert {expert}"
+            raise not_finite(place, f"{name} is")
     return statistics
 
 

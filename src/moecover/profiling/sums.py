@@ -9,7 +9,7 @@ import numpy as np
 
 from moecover.checkpoints.topology import Topology
 from moecover.errors import MoecoverError
-from moecover.profiling.artifact import PARTS, STATISTICS, SUMS, Statistics
+from moecover.profiling.artifact import CHANNELS, PARTS, STATISTICS, SUMS, Statistics
 from moecover.profiling.hooks import Tap
 from moecover.runtime.finite import not_finite
 from moecover.runtime.loading import has_float64
@@ -31,12 +31,13 @@ class Sums:
         device: where the sums are kept; the CPU if it has no float64.
         batches: number of batches of the corpus; the sums after each of `PARTS` equal shares of them, except the last,
             are kept too, as far as these are whole batches.
+        width: number of channels of every expert, from `channels.width_of`; None where their energy is not recorded.
 
     Attributes:
         parts: these running sums by statistic, each ``[part, layer, expert]``.
     """
 
-    def __init__(self, topology: Topology, device: torch.device, batches: int) -> None:
+    def __init__(self, topology: Topology, device: torch.device, batches: int, width: int | None) -> None:
         import torch
 
         self.topology = topology
@@ -48,6 +49,7 @@ class Sums:
         self._prob_sum = torch.zeros(slots, dtype=torch.float64, device=self._device)
         self._count = torch.zeros(slots, dtype=torch.int64, device=self._device)
         self._max_abs = torch.zeros(slots, dtype=torch.float32, device=self._device)
+        self._energy = None if width is None else self._prob_sum.new_zeros(slots, width)
         self._num_tokens = np.zeros(len(topology.decoder_layers), dtype=np.int64)
         self._scoring: str | None = None
         self._ends = sorted({round(batches * part / PARTS) for part in range(1, PARTS)} - {0, batches})
@@ -55,14 +57,13 @@ class Sums:
         self.parts: Statistics = {n: np.zeros((len(self._ends), *v.shape), v.dtype) for n, v in kinds.items()}
         self._noted = np.zeros((len(self._ends), len(topology.decoder_layers)), dtype=bool)  # parts that are complete
 
-    def add(self, taps: Sequence[Tap], first: int, batch: int, token_mask: torch.Tensor | None = None) -> None:
+    def add(self, taps: Sequence[Tap], first: int, batch: int) -> None:
         """Add what layers recorded in a batch, and clear their taps.
 
         Args:
             taps: taps of consecutive MoE layers.
             first: index of the first of these layers.
             batch: index of the batch within the corpus.
-            token_mask: bool ``[token]``, None where every token counts.
 
         Raises:
             InputError: the weights of a router are not finite.
@@ -71,15 +72,16 @@ class Sums:
         import torch
 
         self._note([at for at, end in enumerate(self._ends) if batch >= end], slice(first, first + len(taps)))
-        if not all(len(tap.left) == 1 and tap.logits is not None for tap in taps):
+        if not all(len(tap.left) == 1 and tap.logits is not None and self._has_energy(tap) for tap in taps):
             raise MoecoverError(
                 "the pass did not run every MoE layer once through the kernel that is recorded: please report this"
             )
         weights = torch.stack([tap.weights for tap in taps]).to(self._device).double()  # [layer, token, slot]
-        token_mask = None if token_mask is None else token_mask.to(self._device)
+        token_mask = None if taps[0].mask is None else taps[0].mask.to(self._device)
         _check_finite(weights, taps)
         self._add_probabilities(taps, first, weights, token_mask)
         self._add_pairs(taps, first, weights, token_mask)
+        self._add_energy(taps, first)
         self._num_tokens[first : first + len(taps)] += weights.shape[1] if token_mask is None else int(token_mask.sum())
         for tap in taps:
             tap.clear()
@@ -125,6 +127,17 @@ class Sums:
         self._count += torch.bincount(slots, minlength=len(self._count))
         self._max_abs.scatter_reduce_(0, slots, peaks, "amax")
 
+    def _has_energy(self, tap: Tap) -> bool:
+        """Whether a tap recorded the channels, where they are added up."""
+        return self._energy is None or (tap.channels is not None and tap.channels.squares is not None)
+
+    def _add_energy(self, taps: Sequence[Tap], first: int) -> None:
+        """Add the energy of the channels, in which padding does not count already."""
+        for layer, tap in enumerate(taps, first):
+            if self._energy is not None and tap.channels is not None:
+                experts = slice(layer * self.topology.num_experts, (layer + 1) * self.topology.num_experts)
+                self._energy[experts] += tap.channels.energy(self._device)
+
     def _note(self, parts: list[int], layers: slice) -> None:
         """Keep the running sums of some layers for the parts that do not have them yet."""
         for at in parts:
@@ -147,11 +160,20 @@ class Sums:
         tokens = np.broadcast_to(self._num_tokens[:, None], shape).copy()
         return {name: {**values, "num_tokens": tokens}[name] for name in STATISTICS}
 
+    def channel_energy(self) -> NDArray[np.float64] | None:
+        """The energy of the channels so far, ``[layer, expert, channel]``; on a CPU it goes on to change."""
+        if self._energy is None:
+            return None
+        shape = (len(self.topology.decoder_layers), self.topology.num_experts, -1)
+        energy: NDArray[np.float64] = self._energy.cpu().numpy().reshape(shape)
+        return energy
+
     def state(self) -> dict[str, NDArray[Any]]:
-        """Everything that has been added up, by name, for a job that is resumed later."""
+        """Everything that has been added up, by name, for a job that is resumed later; valid until more is added."""
         kept = {"scoring": np.array(SCORING_NAMES.index(self._scoring) if self._scoring else -1)}
         kept |= {f"parts.{name}": values for name, values in self.parts.items()} | {"noted": self._noted}
-        return kept | self.statistics()
+        energy = self.channel_energy()
+        return kept | self.statistics() | ({} if energy is None else {CHANNELS: energy})
 
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
         """Continue from the result of `state`."""
@@ -162,6 +184,8 @@ class Sums:
 
         self._sums = torch.stack([flat(name) for name in SUMS if name != "prob_sum"])
         self._prob_sum, self._count, self._max_abs = flat("prob_sum"), flat("count"), flat("max_abs").float()
+        if self._energy is not None:
+            self._energy = flat(CHANNELS).reshape(self._energy.shape)
         self._num_tokens = state["num_tokens"][:, 0].copy()
         self._scoring = SCORING_NAMES[number] if (number := int(state["scoring"].item())) >= 0 else None
         self.parts = {name: state[f"parts.{name}"].copy() for name in self.parts}

@@ -103,6 +103,11 @@ def _overhead(model_bytes: float, resident: int) -> int:
     return int(max(0, OVERHEAD - PREPARED - resident) + min(PREPARED, OVERHEAD, model_bytes))
 
 
+def expert_width(structure: Structure) -> float:
+    """Channels of an expert, from its bytes on disk: three matrices between them and the hidden states."""
+    return structure.expert_num_bytes / itemsizes(structure, "auto")[0] / (3 * structure.topology.hidden_size)
+
+
 def cost(
     structure: Structure,
     *,
@@ -136,9 +141,12 @@ def cost(
     outside, largest = (size * scale for size in _layer_bytes(structure))
     vocabulary = (first_number(checkpoint.config, ("vocab_size",)) or 0) * topology.hidden_size * itemsize
     ends = outside if outside < 2 * vocabulary else max(outside - vocabulary, vocabulary)
-    width = structure.expert_num_bytes * scale / itemsize / (3 * topology.hidden_size)
     slots = topology.top_k + max(1, first_number(checkpoint.config, SHARED_KEYS) or 0)
-    working = batch_tokens * (slots * (3 * width + 2 * topology.hidden_size) + 8 * topology.hidden_size) * itemsize
+    working = (
+        batch_tokens
+        * (slots * (3 * expert_width(structure) + 2 * topology.hidden_size) + 8 * topology.hidden_size)
+        * itemsize
+    )
     working += batch_tokens * vocabulary / topology.hidden_size * 2 if head else 0  # logits, and in float32
     overhead = _overhead(checkpoint.num_bytes * scale, resident)
     streamed = overhead + ends + largest + working + extra

@@ -1,9 +1,10 @@
 """The state of an interrupted pass: a folder with the sums so far and the hidden states between two decoder layers.
 
 ``state.safetensors`` holds the sums of every corpus, the inputs of the pass and its progress; it is replaced after each
-batch (in memory) or layer (layer by layer). ``hidden-N.0`` and ``hidden-N.1`` hold the outputs of the last two layers
-for pass N, alternately, so that the older one stays intact while the newer one is written; ``hidden-N.2`` holds the
-input of the first layer, where memory is short. The folder may be deleted at any time.
+batch (in memory; a large one less often, see `State.due`) or layer (layer by layer). ``hidden-N.0`` and ``hidden-N.1``
+hold the outputs of the last two layers for pass N, alternately, so that the older one stays intact while the newer one
+is written; ``hidden-N.2`` holds the input of the first layer, where memory is short. The folder may be deleted at any
+time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, cast
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     LayerOutput = torch.Tensor | tuple[torch.Tensor | None, ...]  # hidden states, or a tuple that begins with them
 
 FILE = "state.safetensors"
+SMALL = 10_000_000  # bytes that can be written after every batch
+SHARE = 50  # a larger state takes at most one part in so many of the time
 REST_IS_SAFE = "Progress up to here is used when the same command runs again"
 
 
@@ -85,6 +89,7 @@ class State:
         self, folder: Path, inputs: Mapping[str, object], *, say: Callable[[str], None] = lambda line: None
     ) -> None:
         self.folder, self.done = folder, 0
+        self._last = 0, 0.0, 0.0  # bytes and seconds of the last save, and when it ended
         self.outputs: Sequence[Output] | None = None
         self._inputs: dict[str, object] = json.loads(json.dumps(inputs))
         self._sums: dict[str, NDArray[Any]] = {}
@@ -118,6 +123,11 @@ class State:
                 one.restore({k.removeprefix(prefix): v for k, v in self._sums.items() if k.startswith(prefix)})
             self._sums = {}
 
+    def due(self) -> bool:
+        """Whether it is time to save again; if the job does not, a little more of it is lost with an interruption."""
+        num_bytes, seconds, ended = self._last
+        return num_bytes <= SMALL or time.monotonic() - ended >= SHARE * seconds
+
     def save(
         self, done: int, of: int, unit: str, sums: Mapping[str, Sums], *, outputs: Sequence[Output] | None = None
     ) -> None:
@@ -133,6 +143,7 @@ class State:
         Raises:
             MoecoverError: the disk is full or the folder cannot be written.
         """
+        started = time.monotonic()
         if outputs is not None:
             outputs = [{**row, "hash": file_hash(self._file(call, row["turn"]))} for call, row in enumerate(outputs)]
         about = {"inputs": self._inputs, "done": done, "of": of, "unit": unit, "outputs": outputs}
@@ -143,6 +154,8 @@ class State:
             new = self.folder / f"{FILE}.new"
             new.write_bytes(content)
             new.replace(self.folder / FILE)
+        ended = time.monotonic()
+        self._last = len(content), ended - started, ended
 
     def _file(self, call: int, turn: int) -> Path:
         return self.folder / f"hidden-{call}.{turn}"

@@ -1,0 +1,79 @@
+"""Reductions of many rows through a buffer: reads float rows, gives norms, peaks, and weighted sums of squares.
+
+The rows go through a buffer that stays in the cache and is allocated once: on a CPU this halves the cost of recording.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def scratch(buffers: dict[int, torch.Tensor], width: int, device: torch.device) -> torch.Tensor:
+    """The buffer for rows of a width, float32 ``[chunk, width]``; made when it is first asked for."""
+    import torch
+
+    if width not in buffers:
+        rows = 512 if device.type == "cpu" else 16384
+        buffers[width] = torch.empty(rows, width, dtype=torch.float32, device=device)
+    return buffers[width]
+
+
+def norms_and_peaks(outputs: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Euclidean norm and largest absolute component of every row; NaN and infinity show in the peaks.
+
+    Args:
+        outputs: ``[row, hidden]``.
+        buffer: float32 ``[chunk, hidden]``.
+
+    Returns:
+        Norms and peaks, float32 ``[row]`` each.
+    """
+    import torch
+
+    norms, peaks = torch.empty(2, len(outputs), dtype=torch.float32, device=outputs.device)
+    for start in range(0, len(outputs), len(buffer)):
+        chunk = outputs[start : start + len(buffer)]
+        values = buffer[: len(chunk)].copy_(chunk).abs_()
+        torch.linalg.vector_norm(values, dim=-1, out=norms[start : start + len(chunk)])
+        torch.amax(values, -1, out=peaks[start : start + len(chunk)])
+    return norms, peaks
+
+
+def weighted_squares(
+    values: torch.Tensor,
+    factors: torch.Tensor,
+    segments: torch.Tensor,
+    number: int,
+    buffer: torch.Tensor,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum of factor^2 value^2 over the rows of every segment, column by column, in the dtype of the buffer.
+
+    One matrix product a chunk: the squared factors, in the row of their segment, times the squares.
+
+    Args:
+        values: ``[row, column]``.
+        factors: of the rows, ``[row]``.
+        segments: of the rows, ascending int64 ``[row]``.
+        number: of segments.
+        buffer: float32 or float64 ``[chunk, column]``.
+        keep: bool ``[row]``, False for rows that do not count, whatever they hold; None where all count.
+
+    Returns:
+        ``[segment, column]``. An overflow makes other segments of its chunk infinite or NaN too.
+    """
+    squared = factors.to(buffer.dtype).square()
+    sums = buffer.new_zeros(number, values.shape[1])
+    for start in range(0, len(values), len(buffer)):
+        rows = slice(start, start + len(buffer))
+        chunk, of = values[rows], segments[rows]
+        squares = buffer[: len(chunk)].copy_(chunk).square_()
+        if keep is not None:
+            squares.masked_fill_(~keep[rows, None], 0)
+        first, last = int(of[0]), int(of[-1]) + 1
+        weights = buffer.new_zeros(last - first, len(chunk)).scatter_(0, (of - first)[None], squared[None, rows])
+        sums[first:last].addmm_(weights, squares)
+    return sums
