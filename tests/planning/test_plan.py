@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError
-from moecover.planning.artifact import Plan, check_plan, keep_all
+from moecover.planning.artifact import Plan, keep_all
+from moecover.planning.fitting import check_plan
 from moecover.planning.keep import resolve_keep
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan, plan_budgets

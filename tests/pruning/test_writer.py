@@ -18,7 +18,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from moecover.checkpoints.config_edit import edited_config, expert_count_keys
+from moecover.checkpoints.config_edit import NewCount, edited_config, expert_count_keys
 from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.inspection import inspect
 from moecover.checkpoints.pieces import piece
@@ -78,7 +78,9 @@ def test_config_is_edited_in_place_and_nothing_else(
 
 def test_odd_spelling_of_config_survives() -> None:
     def edit(text: str) -> str:
-        return edited_config(text, (("num_local_experts",),), 6, 3, settings=lambda value: value, drop_mtp=False)
+        return edited_config(
+            text, [NewCount((("num_local_experts",),), 6, 3)], settings=lambda value: value, drop_mtp=False
+        )
 
     text = '{"num_local_experts"  :\t6,\n "eps": 1e-06, "big": 1E5, "note": "num_local_experts: 6"}'
     assert edit(text) == text.replace(":\t6", ":\t3")

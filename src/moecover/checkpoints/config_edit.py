@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moecover.errors import InputError
@@ -105,6 +106,17 @@ def with_single_counts(config: Config, counts: Mapping[tuple[str, ...], int]) ->
     return edited
 
 
+def number_paths(config: Config) -> dict[tuple[str, ...], int]:
+    """Paths of all counts of a raw config above 0, with their values; those of pictures and sound are left out."""
+    return {
+        (*path, key): value
+        for path, part in _parts(config)
+        if not OTHER_CONFIGS.intersection(path)
+        for key in part
+        if (value := number(part[key])) is not None and value > 0
+    }
+
+
 def first_number(config: Config, keys: tuple[str, ...]) -> int | None:
     """The first count under one of the keys, in a raw config or the ones nested in it; None if there is none."""
     for _, part in _parts(config):
@@ -139,29 +151,36 @@ def without_mtp(config: Config) -> Config:
     return edited
 
 
-def edited_config(
-    text: str,
-    count_keys: tuple[tuple[str, ...], ...],
-    experts: int,
-    keep: int,
-    *,
-    settings: Callable[[Any], Any],
-    drop_mtp: bool,
-) -> str:
-    """Edit config.json for ``keep`` experts: the expert counts, and names of experts in the quantisation settings.
+@dataclass(frozen=True)
+class NewCount:
+    """A count of config.json that changes.
+
+    Attributes:
+        keys: paths of the keys that hold it.
+        old: what they hold.
+        new: what they will hold.
+    """
+
+    keys: tuple[tuple[str, ...], ...]
+    old: int
+    new: int
+
+
+def edited_config(text: str, counts: Sequence[NewCount], *, settings: Callable[[Any], Any], drop_mtp: bool) -> str:
+    """Edit config.json: counts of experts and of channels, and names of experts in the quantisation settings.
 
     The text itself is edited, so that order, spacing and the spelling of floats are kept. Where that is ambiguous (the
     key occurs twice with different meanings, lists change), the JSON is rewritten.
 
     Args:
         text: config.json of the source.
-        count_keys: paths of the keys that count experts.
-        experts: number of experts of the source.
-        keep: number of experts that are kept.
+        counts: what is to change.
         settings: edits the quantisation settings, see `renumbering.renumbered`.
         drop_mtp: also remove multi-token-prediction layers.
     """
-    wanted = with_expert_count(parse_json(text), count_keys, keep)
+    wanted = parse_json(text)
+    for count in counts:
+        wanted = with_expert_count(wanted, count.keys, count.new)
     if drop_mtp:
         wanted = without_mtp(wanted)
     for _, part in _parts(wanted):
@@ -169,8 +188,9 @@ def edited_config(
             if key in part:
                 part[key] = settings(part[key])
     edited = text
-    for path in count_keys:
-        edited = re.sub(rf'("{re.escape(path[-1])}"\s*:\s*){experts}\b', rf"\g<1>{keep}", edited)
+    for count in counts:
+        for path in count.keys:
+            edited = re.sub(rf'("{re.escape(path[-1])}"\s*:\s*){count.old}\b', rf"\g<1>{count.new}", edited)
     if drop_mtp:
         edited = re.sub(r'("\w*(?:mtp|nextn)\w*(?:layers|modules|heads)"\s*:\s*)\d+\b', r"\g<1>0", edited)
         edited = re.sub(r'("use_mtp"\s*:\s*)true\b', r"\g<1>false", edited)

@@ -27,6 +27,7 @@ from moecover.checkpoints.model_class import build_on_meta
 from moecover.checkpoints.names import NUMBERED, layer_number
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.topology import ExpertLayout, Topology
+from moecover.checkpoints.widths import derive_width
 from moecover.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def derive(checkpoint: Checkpoint) -> ExpertLayout:
     _check_modules(modules, axes, name, config["model_type"])
     topology = _topology(one, config["model_type"], modules, experts, name)
     tensors = classify(checkpoint, one, axes, modules, experts, topology.num_layers)
-    return ExpertLayout(topology, tensors, axes, modules)
+    width = derive_width(checkpoint, config, one, axes, modules, tensors)
+    return ExpertLayout(topology, tensors, axes, modules, width)
 
 
 def _check_size(checkpoint: Checkpoint, experts: int) -> None:

@@ -8,16 +8,50 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Never
 
 from moecover.checkpoints.header import TensorEntry
+from moecover.checkpoints.names import kind_of
 from moecover.checkpoints.structure import Structure
-from moecover.checkpoints.topology import ExpertTensor
+from moecover.checkpoints.topology import ChannelAxis, ExpertTensor, Width
+from moecover.files.gathering import ZEROS, Gather, Range, num_bytes
 
 NOTHING: Mapping[str, Never] = MappingProxyType({})
+Channels = Sequence[Sequence[Sequence[int]]]  # [layer][kept expert] to the ids of its channels that stay
+
+
+@dataclass(frozen=True)
+class Thin:
+    """Which channels of the kept experts stay.
+
+    Attributes:
+        width: the channels of the source.
+        channels: by MoE layer and kept expert, in order, ids ascending; as many everywhere.
+    """
+
+    width: Width
+    channels: Channels
+
+    @property
+    def padding(self) -> int:
+        """Channels of zeros that the shared expert gets, for the configuration counts in experts' widths."""
+        return self.width.padding(len(self.channels[0][0]))
+
+    def axis_of(self, name: str, tensor: ExpertTensor | None) -> ChannelAxis | None:
+        """The channel axis of a tensor on disk; None where it has none, or where none of it goes."""
+        if tensor is not None:
+            return self.width.tensors.get(kind_of(name)) if tensor.routed else None
+        return self.width.shared_tensors.get(kind_of(name)) if self.padding else None
+
+
+def thinning(structure: Structure, channels: Channels | None) -> Thin | None:
+    """Which channels stay, for a checkpoint that has an axis of them; None where all do."""
+    if channels is None or isinstance(structure.width, str):
+        return None
+    return Thin(structure.width, channels)
 
 
 @dataclass(frozen=True)
@@ -35,13 +69,13 @@ class Piece:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    ranges: tuple[tuple[int, int], ...]
+    ranges: tuple[Range, ...]
     file: Path | None = None
 
     @property
     def num_bytes(self) -> int:
         """Its size in the output."""
-        return sum(end - start for start, end in self.ranges)
+        return sum(map(num_bytes, self.ranges))
 
 
 def renamed(name: str, new_expert: int) -> str:
@@ -60,53 +94,118 @@ def _slices(entry: TensorEntry, axis: int, kept: list[int]) -> tuple[tuple[int, 
     )
 
 
-def piece(entry: TensorEntry, tensor: ExpertTensor | None, kept: list[int]) -> Piece | None:
+def channel_positions(ids: Sequence[int], axis: ChannelAxis, channels: int) -> tuple[int, ...]:
+    """Positions of channels along their axis, those of all parts."""
+    if axis.interleaved:
+        return tuple(channel * axis.parts + part for channel in ids for part in range(axis.parts))
+    return tuple(part * channels + channel for part in range(axis.parts) for channel in ids)
+
+
+def _thin(entry: TensorEntry, axis: int, blocks: Sequence[tuple[int, tuple[int, ...]]], count: int) -> list[Gather]:
+    """Entries along an axis of a tensor that consists of equal blocks, one an expert, or of one.
+
+    Args:
+        entry: the tensor.
+        axis: along which entries are taken.
+        blocks: index of a block, and the entries that are taken of it.
+        count: number of blocks in the tensor.
+    """
+    size, places = entry.num_bytes // count, entry.shape[axis]
+    unit = entry.num_bytes // math.prod(entry.shape[: axis + 1])
+    return [Gather(entry.start + i * size, entry.start + (i + 1) * size, places, unit, ids) for i, ids in blocks]
+
+
+def piece(
+    entry: TensorEntry,
+    tensor: ExpertTensor | None,
+    kept: list[int],
+    *,
+    thin: Thin | None = None,
+) -> Piece | None:
     """What remains of one tensor on disk; None if nothing does.
 
     Args:
         entry: the tensor.
         tensor: how it depends on the experts, None if it does not.
         kept: ids of its layer's kept experts, ascending.
+        thin: which channels of these stay; None for all.
     """
     whole = ((entry.start, entry.end),)
+    axis = thin.axis_of(entry.name, tensor) if thin is not None else None
     if tensor is None:
-        return Piece(entry.name, entry.dtype, entry.shape, whole)
+        if thin is None or axis is None:
+            return Piece(entry.name, entry.dtype, entry.shape, whole)
+        ids = (*range(entry.shape[axis.axis]), *[ZEROS] * thin.padding)
+        return _thinned(entry, entry.name, axis.axis, _thin(entry, axis.axis, [(0, ids)], 1), len(ids))
     if tensor.axis is None:
         if tensor.expert not in kept:
             return None
-        return Piece(renamed(entry.name, kept.index(tensor.expert)), entry.dtype, entry.shape, whole)
+        place = kept.index(tensor.expert)
+        name = renamed(entry.name, place)
+        if thin is None or axis is None:
+            return Piece(name, entry.dtype, entry.shape, whole)
+        ids = channel_positions(thin.channels[tensor.layer][place], axis, thin.width.channels)
+        return _thinned(entry, name, axis.axis, _thin(entry, axis.axis, [(0, ids)], 1), len(ids))
     places = entry.shape[tensor.axis]
     remaining = [*kept, *range(places - tensor.tail, places)]
     shape = (*entry.shape[: tensor.axis], len(remaining), *entry.shape[tensor.axis + 1 :])
-    return Piece(entry.name, entry.dtype, shape, _slices(entry, tensor.axis, remaining))
+    if thin is None or axis is None:
+        return Piece(entry.name, entry.dtype, shape, _slices(entry, tensor.axis, remaining))
+    blocks = [
+        (expert, channel_positions(ids, axis, thin.width.channels))
+        for expert, ids in zip(kept, thin.channels[tensor.layer], strict=True)
+    ]
+    gathers = _thin(entry, axis.axis, blocks, places)
+    cut = _thinned(entry, entry.name, axis.axis, gathers, len(blocks[0][1]))
+    return replace(cut, shape=(len(kept), *cut.shape[1:]))
+
+
+def _thinned(entry: TensorEntry, name: str, axis: int, gathers: Sequence[Gather], length: int) -> Piece:
+    """A tensor of which some entries along an axis remain."""
+    shape = (*entry.shape[:axis], length, *entry.shape[axis + 1 :])
+    return Piece(name, entry.dtype, shape, tuple(gathers))
 
 
 def pieces_by_shard(
-    structure: Structure, kept: Sequence[Sequence[int]], *, mtp: str = "drop", others: Mapping[str, Piece] = NOTHING
+    structure: Structure,
+    kept: Sequence[Sequence[int]],
+    *,
+    channels: Channels | None = None,
+    mtp: str = "drop",
+    others: Mapping[str, Piece] = NOTHING,
 ) -> dict[str, list[Piece]]:
     """The tensors of every output shard, in the order of the source's bytes; empty shards are left out.
 
     Args:
         structure: the source.
         kept: ids of the kept experts of every MoE layer, ascending.
+        channels: of these, in order, the ids of the kept channels, ascending; None for all.
         mtp: `drop` leaves out multi-token-prediction layers with experts of their own, `prune` cuts them.
         others: tensors of the output that are taken from elsewhere, by name.
     """
     shards: dict[str, list[Piece]] = {}
+    thin = thinning(structure, channels)
     for name, entry in structure.checkpoint.tensors.items():
         if mtp == "drop" and name in structure.mtp:
             continue
         tensor = structure.tensors.get(name) or structure.mtp.get(name)
-        remaining = piece(entry, tensor, list(kept[tensor.layer]) if tensor else [])
+        remaining = piece(entry, tensor, list(kept[tensor.layer]) if tensor else [], thin=thin)
         if remaining is not None:
             shards.setdefault(entry.shard, []).append(others.get(remaining.name, remaining))
     return shards
 
 
-def coalesced(pieces: Iterable[Piece]) -> Iterator[tuple[int, int]]:
+def coalesced(pieces: Iterable[Piece]) -> Iterator[Range]:
     """The byte ranges of consecutive pieces of one file; adjacent ranges are merged."""
     current: tuple[int, int] | None = None
-    for start, end in (r for p in pieces for r in p.ranges):
+    for part in (r for p in pieces for r in p.ranges):
+        if isinstance(part, Gather):
+            if current is not None:
+                yield current
+            current = None
+            yield part
+            continue
+        start, end = part
         if current is not None and current[1] == start:
             current = (current[0], end)
             continue

@@ -12,9 +12,10 @@ from pathlib import Path
 from moecover.checkpoints.config_edit import expert_count_keys
 from moecover.checkpoints.derivation import derive
 from moecover.checkpoints.families import PROVEN_FAMILIES
+from moecover.checkpoints.names import kind_of
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure_cache import place_of, recall, remember
-from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, Topology
+from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, Topology, Width
 from moecover.text import Cell, Shown, size_text
 
 
@@ -31,6 +32,7 @@ class Structure(Shown):
         count_keys: paths of the expert-count keys in config.json.
         mtp: all tensors of the multi-token-prediction layers that have experts, see `topology.ExpertTensors`.
         quantised: how the experts are stored, None if they are not quantised.
+        width: the channels of the experts; or, in words, why their number cannot be changed.
         warnings: what the user should know before using the result.
     """
 
@@ -42,6 +44,7 @@ class Structure(Shown):
     count_keys: tuple[tuple[str, ...], ...]
     mtp: dict[str, ExpertTensor | None]
     quantised: str | None
+    width: Width | str
     warnings: tuple[str, ...]
 
     def summary(self) -> str:
@@ -81,37 +84,51 @@ class Structure(Shown):
             total += entry.num_bytes // places * (places - row.tail)
         return total
 
-    def num_bytes(self, kept: int | Sequence[Sequence[int]], *, mtp: str = "drop") -> int:
+    def num_bytes(self, kept: int | Sequence[Sequence[int]], *, width: int | None = None, mtp: str = "drop") -> int:
         """Bytes of all tensors after pruning.
 
         Args:
             kept: ids of the kept experts of every MoE layer; or their number, for the most bytes that so many may take
                 (experts of a mixed-precision checkpoint differ).
+            width: channels that are kept of every expert; None for all.
             mtp: how multi-token-prediction layers with experts are treated, as in `prune`.
         """
-        layers = [list(of_layer) for of_layer in self._sizes_of(self.tensors)]
+        layers = [list(of_layer) for of_layer in self._sizes_of(self.tensors, width)]
         twins = {name: row for name, row in self.mtp.items() if row} if mtp == "prune" else {}
         for layer, of_layer in zip(layers, self._sizes_of(twins), strict=True):
             layer[:] = [a + b for a, b in zip(layer, of_layer, strict=True)]
         total = self.checkpoint.num_bytes
         if mtp == "drop":
             total -= sum(self.checkpoint.tensors[name].num_bytes for name in self.mtp)
-        total -= sum(map(sum, layers))
+        total -= sum(map(sum, self._sizes_of(self.tensors)))
+        total -= sum(map(sum, self._sizes_of(twins)))
+        total += self._padding_bytes(width)
         if isinstance(kept, int):
             return total + sum(self._largest(of_layer, kept) for of_layer in layers)
         return total + sum(of_layer[e] for of_layer, ids in zip(layers, kept, strict=True) for e in ids)
 
-    def _sizes_of(self, tensors: Mapping[str, ExpertTensor]) -> list[list[int]]:
-        """Bytes of every expert in some of the tensors, ``[layer][expert]``."""
+    def _padding_bytes(self, width: int | None) -> int:
+        """Bytes of the zeros that shared experts get where routed ones have some width."""
+        if width is None or isinstance(self.width, str) or not (padding := self.width.padding(width)):
+            return 0
+        kinds = self.width.shared_tensors
+        found = [(entry, axis) for name, entry in self.checkpoint.tensors.items() if (axis := kinds.get(kind_of(name)))]
+        return sum(entry.num_bytes // entry.shape[axis.axis] * padding for entry, axis in found)
+
+    def _sizes_of(self, tensors: Mapping[str, ExpertTensor], width: int | None = None) -> list[list[int]]:
+        """Bytes of every expert in some of the tensors, ``[layer][expert]``, at full width or a smaller one."""
         experts = self.topology.num_experts
         sizes = [[0] * experts for _ in self.topology.decoder_layers]
+        thin = None if isinstance(self.width, str) else self.width
         for name, row in tensors.items():
             entry = self.checkpoint.tensors[name]
+            places = 1 if row.axis is None else entry.shape[row.axis]
+            each = entry.num_bytes // places
+            if width is not None and thin is not None and row.routed and kind_of(name) in thin.tensors:
+                each = each // thin.channels * width
             if row.expert is not None:
-                sizes[row.layer][row.expert] += entry.num_bytes
+                sizes[row.layer][row.expert] += each
                 continue
-            assert row.axis is not None
-            each = entry.num_bytes // entry.shape[row.axis]
             sizes[row.layer][:] = [size + each for size in sizes[row.layer]]
         return sizes
 
@@ -180,5 +197,6 @@ def assembled(checkpoint: Checkpoint, layout: ExpertLayout) -> Structure:
         count_keys=tuple(expert_count_keys(checkpoint.config)),
         mtp=tensors.mtp,
         quantised=stored if tensors.quantised else None,
+        width=layout.width,
         warnings=tuple(warnings),
     )

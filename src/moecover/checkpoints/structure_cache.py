@@ -19,13 +19,13 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata, util
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from moecover.checkpoints.config_edit import expert_count_keys
+from moecover.checkpoints.config_edit import expert_count_keys, number_paths
 from moecover.checkpoints.names import OTHER_PARTS, expert_number, kind_of, layer_number, mtp_root
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.tensor_checks import check_rows
-from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, ExpertTensors, Topology
+from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, ExpertTensors, Topology, Width
 from moecover.errors import MoecoverError
 from moecover.files.atomic import canonical_json, write_text
 from moecover.files.reading import parse_json
@@ -46,6 +46,7 @@ class Stored(TypedDict):
     rules: dict[str, Rule | None]
     mtp: list[str]
     mtp_rules: dict[str, Rule | None]
+    width: dict[str, Any] | str
 
 
 class _MisfitError(ValueError):
@@ -154,6 +155,7 @@ def _stored(layout: ExpertLayout) -> Stored:
         "rules": _rules(tensors.experts.items()),
         "mtp": sorted({str(mtp_root(name, num_layers)) for name in tensors.mtp}),
         "mtp_rules": _rules(tensors.mtp.items()),
+        "width": layout.width if isinstance(layout.width, str) else layout.width.to_json(),
     }
 
 
@@ -177,7 +179,24 @@ def _restored(checkpoint: Checkpoint, stored: Stored) -> ExpertLayout:
     _require(tuple(layer_number(module) for module in modules) == topology.decoder_layers != ())
     _require(set(map(layer_number, parameters)) == set(topology.decoder_layers))
     _require(set(modules) <= {name.rpartition(".")[0] for name in parameters})
-    return ExpertLayout(topology, _tensors(checkpoint, topology, modules, stored), parameters, modules)
+    tensors = _tensors(checkpoint, topology, modules, stored)
+    return ExpertLayout(topology, tensors, parameters, modules, _width(checkpoint, tensors, stored))
+
+
+def _width(checkpoint: Checkpoint, tensors: ExpertTensors, stored: Stored) -> Width | str:
+    """The stored width, whose axes fit the shapes in the headers."""
+    if isinstance(stored["width"], str):
+        return stored["width"]
+    width, numbers = Width.from_json(stored["width"]), number_paths(checkpoint.config)
+    _require(all(numbers.get(key) == width.channels for key in width.keys) and width.keys != ())
+    _require(all(numbers.get(key) == width.shared for key in width.shared_keys))
+    for name, entry in checkpoint.tensors.items():
+        routed = name in tensors.experts
+        axis = (width.tensors if routed else width.shared_tensors).get(kind_of(name))
+        if axis is not None:
+            length = width.channels * (axis.parts if routed else width.shared)
+            _require(0 <= axis.axis < len(entry.shape) and entry.shape[axis.axis] == length)
+    return width
 
 
 def _tensors(checkpoint: Checkpoint, topology: Topology, modules: tuple[str, ...], stored: Stored) -> ExpertTensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moecover.files.atomic import canonical_json
@@ -85,6 +85,74 @@ class ExpertTensors:
 
 
 @dataclass(frozen=True)
+class ChannelAxis:
+    """Where the channels of an expert lie in a tensor or parameter.
+
+    Attributes:
+        axis: the axis, the expert axis of a stacked tensor counted.
+        parts: how many blocks of channels lie along it: 2 where gate and up projection are one tensor.
+        interleaved: whether the parts alternate channel by channel instead of following each other.
+    """
+
+    axis: int
+    parts: int = 1
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Width:
+    """The channels of the routed experts, and what else config.json sizes by their number.
+
+    A channel is a row of the gate and up projection and the column of the down projection that it feeds.
+
+    Attributes:
+        channels: of every expert (W).
+        keys: paths of the keys in config.json that hold the number.
+        tensors: channel axis of the experts' tensors on disk, by the kind of their name (`names.kind_of`).
+        parameters: the same of the live model's parameters.
+        shared_keys: paths of the keys in config.json by whose number of shared experts the width is multiplied.
+        shared: that number (S); 0 where the shared expert is sized by itself.
+        shared_tensors: channel axis, S W long, of the shared expert's tensors on disk, by kind.
+        shared_parameters: the same of the live model's parameters.
+    """
+
+    channels: int
+    keys: tuple[tuple[str, ...], ...]
+    tensors: dict[str, ChannelAxis]
+    parameters: dict[str, ChannelAxis]
+    shared_keys: tuple[tuple[str, ...], ...] = ()
+    shared: int = 0
+    shared_tensors: dict[str, ChannelAxis] = field(default_factory=dict)
+    shared_parameters: dict[str, ChannelAxis] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {
+            **asdict(self),
+            "keys": [list(k) for k in self.keys],
+            "shared_keys": [list(k) for k in self.shared_keys],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Width:
+        """The width that `to_json` gave."""
+        axes = {
+            name: {kind: ChannelAxis(**axis) for kind, axis in value[name].items()}
+            for name in ("tensors", "parameters", "shared_tensors", "shared_parameters")
+        }
+        keys = {name: tuple(tuple(key) for key in value[name]) for name in ("keys", "shared_keys")}
+        return cls(**{**value, **axes, **keys})
+
+    def shared_at(self, width: int) -> int:
+        """The number of shared experts of some width that hold the channels of all, the rest being padding."""
+        return -(-self.shared * self.channels // width)
+
+    def padding(self, width: int) -> int:
+        """Channels of zeros that the shared expert gets where experts have some width."""
+        return self.shared_at(width) * width - self.shared * self.channels
+
+
+@dataclass(frozen=True)
 class ExpertLayout:
     """Where the experts are, in a checkpoint and in the live model: what is derived from the model class.
 
@@ -93,9 +161,11 @@ class ExpertLayout:
         tensors: the expert-dependent tensors on disk.
         parameters: expert axis of every expert-dependent parameter or buffer of the live model, by name.
         modules: dotted name of the experts module of every MoE layer.
+        width: the channels of the experts; or, in words, why their number cannot be changed.
     """
 
     topology: Topology
     tensors: ExpertTensors
     parameters: dict[str, int]
     modules: tuple[str, ...]
+    width: Width | str = "not looked for"

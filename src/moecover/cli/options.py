@@ -148,6 +148,31 @@ def add_method(parser: argparse.ArgumentParser, *, several: bool, has_seed: bool
         help="round the experts kept to the nearest multiple of N that the router allows: servers run best with "
         "multiples of 8",
     )
+    group.add_argument(
+        "--width",
+        type=numbers(int, several),
+        metavar="W",
+        help="channels kept of each expert, a multiple of 8; alone it keeps all experts (default: all channels)"
+        + ("; with commas, a plan for every number of experts and every width" if several else ""),
+    )
+    group.add_argument(
+        "--retain-width",
+        type=numbers(float, several),
+        metavar="R",
+        help=f"fraction of an expert's channels kept, in (0, 1], to the nearest multiple of 8{more}",
+    )
+    group.add_argument(
+        "--width-multiple-of",
+        type=int,
+        metavar="N",
+        help="round the channels kept to the nearest multiple of N: servers run best with multiples of 64 or 128",
+    )
+    group.add_argument(
+        "--protect-channels",
+        type=float,
+        metavar="P",
+        help="share of the kept channels that corpora protect in turn, 0 to 1 (default: 0, the highest mean energy)",
+    )
     add_plugin(group)
 
 
@@ -269,4 +294,6 @@ def method_arguments(args: argparse.Namespace, *, shared_seed: bool) -> tuple[st
     method.complete(given)
     if args.protect_super_experts:
         given["protect_super_experts"] = True
+    if args.protect_channels is not None:
+        given["protect_channels"] = args.protect_channels
     return method.name, given

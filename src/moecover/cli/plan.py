@@ -14,10 +14,12 @@ from moecover.text import aligned
 
 if TYPE_CHECKING:
     from moecover.planning.artifact import Plan
+    from moecover.planning.shapes import Shape
     from moecover.profiling.artifact import Profile
 
 HELP = "choose the experts to keep from a profile"
 BOUNDS = ("keep", "retain", "max_size", "max_perplexity_increase")
+WIDTHS = ("width", "retain_width")
 OF_PERPLEXITY = ("perplexity", "corpus", "windows", "bos", "batch_size")  # options that go with that bound alone
 
 
@@ -30,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="MODEL", help="the model that was profiled: local folder or hub id")
     add_revision(group)
     add_device(group)
-    text = "plan.json to write (replaced if it exists); for several plans a folder, which gets keep-K.json"
+    text = "plan.json to write (replaced if it exists); for several a folder, which gets keep-K[-width-W].json"
     add_output(parser, "PLAN", text)
 
 
@@ -85,12 +87,14 @@ def run(args: argparse.Namespace) -> Outcome:
     if METHODS[method].runs_experts:
         check_search(method, profile, args.model, name=str(args.profile))
     made = _plans(args, bound, profile, method, options)
-    several = bound in ("keep", "retain") and len(getattr(args, bound)) > 1
+    several = len(made) > 1
     lines, results, experts = [], [], profile.topology.num_experts
     for one in made:
-        path = args.output / f"keep-{one.keep}.json" if several else args.output
+        path = args.output / file_name(one) if several else args.output
         one.save(path)
         result = {"plan": str(path), "method": method, "options": one.options, "keep": one.keep, "experts": experts}
+        if profile.width is not None:
+            result |= {"width": one.width or profile.width, "channels": profile.width}
         if one.found:
             lines.append(curve_table(one) + "\n")
             result["found"] = one.found
@@ -108,6 +112,11 @@ def which_bound(args: argparse.Namespace) -> str:
         InputError: none, several, or an option that belongs to another one.
     """
     given = [name for name in BOUNDS if getattr(args, name) is not None]
+    thin = [name for name in WIDTHS if getattr(args, name) is not None]
+    if len(thin) > 1:
+        raise InputError("give one of --width (channels of an expert) and --retain-width (fraction in (0, 1])")
+    if not given and thin:
+        given = thin
     if len(given) != 1:
         raise InputError(
             "give exactly one of --keep (experts per layer), --retain (fraction in (0, 1]), --max-size and "
@@ -118,6 +127,8 @@ def which_bound(args: argparse.Namespace) -> str:
     if stray and bound != "max_perplexity_increase":
         name = f"--{stray[0].replace('_', '-')}"
         raise InputError(f"{name} goes with --max-perplexity-increase; {flag(bound)} measures nothing")
+    if bound in ("max_size", "max_perplexity_increase") and thin:
+        raise InputError(f"{flag(bound)} finds a number of whole experts: leave {flag(thin[0])} out")
     if bound in ("max_size", "max_perplexity_increase") and not args.model:
         raise InputError(f"{flag(bound)} looks at the model: give --model MODEL")
     return bound
@@ -171,14 +182,15 @@ def _plans(
         from moecover.evaluation.bounds import keep_within_size
 
         size, multiple_of = args.max_size, args.multiple_of
-        keeps = [keep_within_size(profile, args.model, size, multiple_of=multiple_of, revision=revision)]
+        shapes = [Shape(keep_within_size(profile, args.model, size, multiple_of=multiple_of, revision=revision))]
     else:
-        keeps = _keeps(args, profile)
-    if len(keeps) > 1 and args.output.is_file():
-        raise InputError(f"{args.output} is a file. Give a folder for {len(keeps)} plans")
+        shapes = _shapes(args, profile)
+    if len(shapes) > 1 and args.output.is_file():
+        raise InputError(f"{args.output} is a file. Give a folder for {len(shapes)} plans")
     return plans(
         profile,
-        keeps,
+        [shape.keep for shape in shapes],
+        [shape.width for shape in shapes],
         method=method,
         options=options,
         model=args.model,
@@ -190,22 +202,30 @@ def _plans(
     )
 
 
-def _keeps(args: argparse.Namespace, profile: Profile) -> list[int]:
-    """Experts per layer of ``--keep`` or ``--retain``; says when a number was rounded."""
+def _shapes(args: argparse.Namespace, profile: Profile) -> list[Shape]:
+    """Every number of experts with every width that is asked for; says when a number was rounded."""
     from moecover import progress
-    from moecover.planning.keep import resolve_keep
+    from moecover.planning.shapes import resolve_shape
 
-    topology, keeps = profile.topology, []
-    given = [(f"--keep {keep}", keep, None) for keep in args.keep or ()]
-    asked = [*given, *((f"--retain {retain}", None, retain) for retain in args.retain or ())]
-    for text, keep, retain in asked:
-        count = resolve_keep(topology, keep=keep, retain=retain, multiple_of=args.multiple_of)
-        if args.multiple_of is not None and count != keep:
-            progress.say(f"{text} with --multiple-of {args.multiple_of}: {count} of {topology.num_experts} experts")
-        keeps.append(count)
-    if len(set(keeps)) < len(keeps):
-        raise InputError(f"the budgets keep {', '.join(map(str, keeps))} experts: give every one once")
-    return keeps
+    experts = [*({"keep": n} for n in args.keep or ()), *({"retain": r} for r in args.retain or ())] or [{}]
+    channels = [*({"width": n} for n in args.width or ()), *({"retain_width": r} for r in args.retain_width or ())]
+    multiples = {"multiple_of": args.multiple_of, "width_multiple_of": args.width_multiple_of}
+    found = []
+    for asked in [{**one, **two} for one in experts for two in channels or [{}]]:
+        shape = resolve_shape(profile.topology, profile.width, **asked, **multiples)
+        if any(multiples.values()) and asked not in ({"keep": shape.keep}, {"keep": shape.keep, "width": shape.width}):
+            given = " ".join(f"{flag(name)} {value}" for name, value in asked.items())
+            rounded = " ".join(f"{flag(name)} {value}" for name, value in multiples.items() if value is not None)
+            progress.say(f"{given} with {rounded}: {shape}")
+        found.append(shape)
+    if len(set(found)) < len(found):
+        raise InputError(f"the budgets keep {', '.join(map(str, found))}: give every one once")
+    return found
+
+
+def file_name(plan: Plan) -> str:
+    """The name of a plan's file beside others of the same profile."""
+    return f"keep-{plan.keep}.json" if plan.width is None else f"keep-{plan.keep}-width-{plan.width}.json"
 
 
 def curve_table(plan: Plan) -> str:

@@ -29,6 +29,10 @@ ONE_SHOT = (
     "keep",
     "retain",
     "multiple_of",
+    "width",
+    "retain_width",
+    "width_multiple_of",
+    "protect_channels",
     "method",
     "protect_super_experts",
     "option",
@@ -106,6 +110,9 @@ def run(args: argparse.Namespace) -> Outcome:
         keep=args.keep,
         retain=args.retain,
         multiple_of=args.multiple_of,
+        width=args.width,
+        retain_width=args.retain_width,
+        width_multiple_of=args.width_multiple_of,
         method=method,
         method_options=options,
         repair=repair,
@@ -127,6 +134,7 @@ def run(args: argparse.Namespace) -> Outcome:
     result: dict[str, object] = {
         "output": str(made.output),
         "keep": keep,
+        **({"width": made.plan.width} if made.plan.width is not None else {}),
         "bytes_before": made.bytes_before,
         "bytes": made.num_bytes,
     }
@@ -159,7 +167,8 @@ def check(args: argparse.Namespace) -> None:
     if args.plan is None:
         if not args.corpus:
             raise InputError("give --plan PLAN, or --corpus with --keep or --retain for one shot")
-        if (args.keep is None) == (args.retain is None):
+        thin = args.width is not None or args.retain_width is not None
+        if (args.keep is None) == (args.retain is None) and not (thin and args.keep is None):
             raise InputError("give exactly one of --keep (experts per layer) and --retain (fraction in (0, 1])")
         if args.evaluation:
             raise InputError("--evaluation goes with --plan: in one shot no plan has been evaluated yet")

@@ -146,7 +146,15 @@ def _plans(
     """Plans of a variant, one per budget; ``live`` is what a search needs: the model and its structure."""
     options = {**variant.plan_options(seed), **(live or {})}
     protect = bool(options.pop(SUPER_EXPERTS, False))
-    return plan_budgets(found, method=variant.method, keeps=keeps, protect_super_experts=protect, **options)
+    return plan_budgets(
+        found,
+        method=variant.method,
+        keeps=keeps,
+        widths=None,
+        protect_super_experts=protect,
+        protect_channels=0.0,
+        **options,
+    )
 
 
 def _is_searched(path: Path, cell: Cell, found: Profile) -> bool:

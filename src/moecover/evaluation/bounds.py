@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
@@ -31,6 +32,7 @@ from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened, parse_size
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.passes import Passes, check_least, passes
+from moecover.runtime.running import Running
 
 
 def keep_within_size(
@@ -118,7 +120,7 @@ def plan_within(
     most = parse_percent(most, arg("max_perplexity_increase")) if isinstance(most, str) else most
     check_known(options, RunOptions)
     check_least(1, windows=windows)
-    named, files = _sources(made, texts, corpora)
+    named, files = sources_of(made, texts, corpora)
     check_bos(bos or "auto")
     if bos is not None and not named:
         raise InputError(f"{arg('bos', bos)} goes with {arg('texts')}: the blocks begin as those that the profile used")
@@ -127,14 +129,14 @@ def plan_within(
     keeps = possible_keeps(
         made, multiple_of=multiple_of, protect_super_experts=bool(method_options.get("protect_super_experts"))
     )
-    structure = _profiled(made, model, how, options.get("revision"), shown)
+    structure = profiled_model(made, model, how, options.get("revision"), shown)
     if not METHODS[name].blind and (line := unused_text(made)):
         shown.say(line)
-    loaded = _texts(made, named, files, structure, windows or BLOCKS, bos, shown)
+    loaded = held_out_texts(made, named, files, structure, windows or BLOCKS, bos, shown)
     return _found(made, structure, loaded, name, method_options, keeps=keeps, most=most, how=how, progress=shown)
 
 
-def _sources(
+def sources_of(
     profile: Profile, texts: Texts, corpora: Corpora
 ) -> tuple[dict[str, str | Corpus | None], Mapping[str, str | None]]:
     """The held-out texts that were given, or where the calibration corpora have unused blocks."""
@@ -151,7 +153,7 @@ def _sources(
     return named, {} if named else check_held_out(profile.corpora, files)
 
 
-def _profiled(profile: Profile, model: Model, how: Passes, revision: str | None, progress: Progress) -> Structure:
+def profiled_model(profile: Profile, model: Model, how: Passes, revision: str | None, progress: Progress) -> Structure:
     """The checkpoint of the model that was profiled.
 
     Raises:
@@ -168,7 +170,7 @@ def _profiled(profile: Profile, model: Model, how: Passes, revision: str | None,
     return structure
 
 
-def _texts(
+def held_out_texts(
     profile: Profile,
     named: Mapping[str, str | Corpus | None],
     files: Mapping[str, str | None],
@@ -206,21 +208,7 @@ def _found(
     progress: Progress,
 ) -> Plan:
     """Open the model as it fits, and search."""
-    with opened(
-        structure,
-        tokens=0,
-        in_parts=(
-            sum(text.num_tokens for text in texts) * (1 + TOGETHER),
-            sum(-(-len(text.tokens) // how.batch_size) for text in texts) * (1 + TOGETHER),
-        ),
-        head=True,
-        batch_tokens=how.batch_size * max(text.tokens.shape[1] for text in texts),
-        unit=how.batch_size * max(text.tokens.shape[1] for text in texts) * (1 + TOGETHER),
-        dtype=how.dtype,
-        device=how.device,
-        memory_limit=how.memory_limit,
-        say=progress.say,
-    ) as model:
+    with opened_for(structure, texts, how, progress) as model:
         more: dict[str, Any] = {"model": model, "structure": structure} if METHODS[method].runs_experts else {}
         return find(
             profile,
@@ -234,3 +222,24 @@ def _found(
             bar=progress.bar,
             say=progress.say,
         )
+
+
+def opened_for(
+    structure: Structure, texts: list[Corpus], how: Passes, progress: Progress
+) -> contextlib.AbstractContextManager[Running]:
+    """The model, with room for passes that measure several plans on some texts."""
+    return opened(
+        structure,
+        tokens=0,
+        in_parts=(
+            sum(text.num_tokens for text in texts) * (1 + TOGETHER),
+            sum(-(-len(text.tokens) // how.batch_size) for text in texts) * (1 + TOGETHER),
+        ),
+        head=True,
+        batch_tokens=how.batch_size * max(text.tokens.shape[1] for text in texts),
+        unit=how.batch_size * max(text.tokens.shape[1] for text in texts) * (1 + TOGETHER),
+        dtype=how.dtype,
+        device=how.device,
+        memory_limit=how.memory_limit,
+        say=progress.say,
+    )

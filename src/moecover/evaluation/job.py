@@ -22,7 +22,8 @@ from moecover.evaluation.task_scores import cut_text
 from moecover.evaluation.tasks import Tasks
 from moecover.evaluation.tasks import resolve as resolve_tasks
 from moecover.files.atomic import check_output
-from moecover.planning.artifact import Plan, check_plan
+from moecover.planning.artifact import Plan
+from moecover.planning.fitting import check_plan
 from moecover.progress import Progress, resolve
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened

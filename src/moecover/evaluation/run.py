@@ -19,7 +19,8 @@ from moecover.errors import InputError
 from moecover.evaluation.artifact import FULL, Evaluation, Row
 from moecover.evaluation.perplexity import text_result, window_sums
 from moecover.evaluation.records import ModelRecord, PlanRecord, TaskRecord, TextRecord
-from moecover.planning.artifact import Plan, check_plan, kept_hash
+from moecover.planning.artifact import Plan, kept_hash
+from moecover.planning.fitting import check_plan
 from moecover.planning.masking import masked_layers
 from moecover.progress import Bar
 from moecover.repairing.layers import LayerRepair, with_repairs
@@ -180,7 +181,7 @@ def _row(
         None if plan is None else _plan_record(plan),
         experts if plan is None else plan.keep,
         experts,
-        structure.checkpoint.num_bytes if plan is None else structure.num_bytes(plan.kept),
+        structure.checkpoint.num_bytes if plan is None else structure.num_bytes(plan.kept, width=plan.width),
         {text: text_result(text, found[number], close=compared) for text, found in sums.items()},
         scored[number][0],
     )

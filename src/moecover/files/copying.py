@@ -11,15 +11,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from moecover.errors import MoecoverError
+from moecover.files.gathering import Gather, Range, contents
 from moecover.files.hashing import BUFFER_BYTES, feed
 
 CHUNK_BYTES = 4 << 20  # the most that is copied between two checks for signals and for errors of the second thread
@@ -93,14 +96,14 @@ def _read_ahead(descriptor: int, ranges: list[tuple[int, int]]) -> Iterator[Iter
 
 
 def write_ranges(
-    target: Path, head: bytes, parts: Iterable[tuple[Path, Iterable[tuple[int, int]]]], written: Callable[[int], None]
+    target: Path, head: bytes, parts: Iterable[tuple[Path, Iterable[Range]]], written: Callable[[int], None]
 ) -> None:
     """Write a file that consists of some bytes followed by byte ranges of other files.
 
     Args:
         target: file to write; replaced.
         head: its first bytes.
-        parts: source files, each with its ranges (start and end offset), in the order of the target.
+        parts: source files, each with its ranges (start and end offset, or a `Gather`), in the order of the target.
         written: called with the size of the target, first when ``head`` is written, then as it grows.
 
     Raises:
@@ -114,16 +117,35 @@ def write_ranges(
             size = len(head)
             written(size)
             for source, ranges in parts:
-                size = _append(source, writer, list(ranges), size, written)
+                for gathered, some in itertools.groupby(ranges, key=lambda part: isinstance(part, Gather)):
+                    append = _append_gathered if gathered else _append
+                    size = append(source, writer, list(some), size, written)
     except OSError as error:
         if error.filename is None:
             raise OSError(error.errno, error.strerror, str(source), None, str(target)) from error
         raise
 
 
-def _append(
-    source: Path, writer: io.FileIO, ranges: list[tuple[int, int]], size: int, written: Callable[[int], None]
+def _append_gathered(
+    source: Path, writer: io.FileIO, ranges: list[Any], size: int, written: Callable[[int], None]
 ) -> int:
+    """Append entries of blocks of one file; returns the new size."""
+    told = size
+    with source.open("rb", buffering=0) as reader:
+        for number, part in enumerate(ranges):
+            ahead = ranges[number : number + 4]
+            advise(reader.fileno(), part.start, max(p.end for p in ahead) - part.start, "WILLNEED")
+            for view in contents(reader, part):
+                while view:
+                    count = writer.write(view)
+                    view, size = view[count:], size + count
+                if size - told >= CHUNK_BYTES:
+                    written(told := size)
+    written(size)
+    return size
+
+
+def _append(source: Path, writer: io.FileIO, ranges: list[Any], size: int, written: Callable[[int], None]) -> int:
     """Append byte ranges of one file; returns the new size."""
     told, ways = size, _ways()
     with source.open("rb", buffering=0) as reader, _read_ahead(reader.fileno(), ranges) as chunks:

@@ -1,23 +1,22 @@
-"""The artefact of planning: what a plan holds, its file plan.json, and whether it fits a model."""
+"""The artefact of planning: what a plan holds, and its file plan.json."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import Topology
 from moecover.corpora.sources import ALL_CORPORA
-from moecover.errors import InputError, arg
+from moecover.errors import InputError
 from moecover.files.atomic import canonical_json, write_text
 from moecover.files.hashing import SEAL, sealed, unsealed
 from moecover.files.reading import parse_json
-from moecover.planning.keep import resolve_keep
+from moecover.planning.channel_sets import packed, unpacked
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ class LayerPlan(BaseModel):
     Attributes:
         decoder_layer: index among all decoder layers, dense ones included.
         kept: ids of the kept experts, ascending; their positions are the new ids.
+        channels: of each of these, the ids of the kept channels, ascending; empty where all stay. In the file a set of
+            ids may be hexadecimal digits, see `channel_sets`.
         required: experts kept whatever the method says (super experts).
         protected: by corpus, the experts that it protected, in the order of its turns.
         filled: the other kept experts, best first.
@@ -44,6 +45,7 @@ class LayerPlan(BaseModel):
 
     decoder_layer: int
     kept: list[int] = Field(min_length=1)
+    channels: list[Annotated[list[int], BeforeValidator(unpacked)]] = Field(default_factory=list)
     required: list[int] = Field(default_factory=list)
     protected: dict[str, list[int]] = Field(default_factory=dict)
     filled: list[int] = Field(default_factory=list)
@@ -57,6 +59,12 @@ class LayerPlan(BaseModel):
     def _kept_is_a_set(self) -> LayerPlan:
         if len(set(self.kept)) < len(self.kept) or min(self.kept) < 0:
             raise ValueError(f"decoder layer {self.decoder_layer}: `kept` must hold different ids from 0 on")
+        if self.channels and self.kept != sorted(self.kept):
+            raise ValueError(f"decoder layer {self.decoder_layer}: `kept` must be ascending where `channels` is given")
+        if any(sorted(set(ids)) != ids or ids[:1] < [0] for ids in self.channels):
+            raise ValueError(
+                f"decoder layer {self.decoder_layer}: `channels` must hold different ids, ascending from 0"
+            )
         self.kept.sort()
         named = {*self.required, *self.filled, *(e for experts in self.protected.values() for e in experts)}
         if spare := named - set(self.kept):
@@ -75,6 +83,7 @@ class Plan(Shown, BaseModel):
         method: name of the method.
         options: its options, the saliency among them.
         keep: experts kept in every layer.
+        width: channels kept of each of them; None for all.
         layers: one entry for every MoE layer, in order.
         topology_fingerprint: of the model that the plan was made for; None in a plan by hand.
         model_fingerprint: the same with the routers' weights.
@@ -91,6 +100,7 @@ class Plan(Shown, BaseModel):
     method: str = "by hand"
     options: dict[str, Any] = Field(default_factory=dict)
     keep: int
+    width: int | None = None
     layers: list[LayerPlan] = Field(min_length=1)
     topology_fingerprint: str | None = None
     model_fingerprint: str | None = None
@@ -113,7 +123,7 @@ class Plan(Shown, BaseModel):
     def summary(self) -> str:
         """Method, number of experts and model."""
         model = f" of {self.model}" if self.model else ""
-        return f"{self.method}, keep {self.keep} experts in each of {len(self.layers)} MoE layers{model}"
+        return f"{self.method}, keep {shape_text(self)} in each of {len(self.layers)} MoE layers{model}"
 
     def rows_shown(self) -> list[dict[str, Cell]]:
         """One row per MoE layer: the kept ids, and how they came to stay."""
@@ -134,11 +144,13 @@ class Plan(Shown, BaseModel):
         return repr(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """What plan.json holds, without the empty parts of a layer and without empty ``weight_files`` and ``found``."""
+        """What plan.json holds, without the empty parts of a layer and of the plan that need not be there."""
         value = self.model_dump(by_alias=True)
-        for name in ("weight_files", "found"):
+        for name in ("weight_files", "found", "width"):
             if not value[name]:
                 del value[name]
+        for row in value["layers"]:
+            row["channels"] = [packed(ids) for ids in row["channels"]]
         value["layers"] = [{k: v for k, v in row.items() if v not in (None, [], {})} for row in value["layers"]]
         return value
 
@@ -187,6 +199,11 @@ class Plan(Shown, BaseModel):
         return [layer.kept for layer in self.layers]
 
     @property
+    def channels(self) -> list[list[list[int]]] | None:
+        """Ids of the kept channels of every kept expert of every MoE layer; None where all stay."""
+        return None if self.width is None else [layer.channels for layer in self.layers]
+
+    @property
     def by_corpus(self) -> bool:
         """Whether it holds the saliencies of each corpus by itself, in every layer."""
         return all(layer.saliency and ALL_CORPORA not in layer.saliency for layer in self.layers)
@@ -203,78 +220,22 @@ def _remedy(text: str) -> str:
     return f". Make it again; one changed on purpose must not have the entry `{SEAL}`" if f'"{SEAL}"' in text else ""
 
 
+def shape_text(plan: Plan) -> str:
+    """How many experts a plan keeps, and how many channels of each."""
+    return f"{plan.keep} experts" + ("" if plan.width is None else f" of {plan.width} channels")
+
+
+def kept_sets(plan: Plan) -> list[list[object]]:
+    """What a plan keeps, by MoE layer, and nothing of how it was chosen: it determines the checkpoint."""
+    return [
+        [row.decoder_layer, row.kept, *([[packed(ids) for ids in row.channels]] if row.channels else [])]
+        for row in plan.layers
+    ]
+
+
 def kept_hash(plan: Plan) -> str:
-    """Hash of the kept sets alone: plans that keep the same experts leave the same checkpoint."""
-    kept = [[layer.decoder_layer, layer.kept] for layer in plan.layers]
-    return hashlib.sha256(canonical_json(kept).encode()).hexdigest()
-
-
-def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False) -> None:
-    """Refuse a plan that does not fit a model.
-
-    A quantised checkpoint is checked by its topology alone: its plan comes from the original that it was made from.
-
-    Args:
-        plan: by `plan` or by hand.
-        structure: the checkpoint to be pruned.
-        other_weights: accept a plan that was made on other weights of the same shape (a fine-tuned sibling).
-
-    Raises:
-        InputError: other layers, ids out of range, unequal counts, fewer than top-k, or made for another model.
-    """
-    topology, name = structure.topology, structure.checkpoint.name
-    if plan.topology_fingerprint not in (None, topology.fingerprint):
-        raise InputError(
-            f"the plan was made for another model ({plan.model}), not for {name}: their topologies differ. Make a "
-            "profile and a plan of this one"
-        )
-    layers = tuple(layer.decoder_layer for layer in plan.layers)
-    if layers != topology.decoder_layers:
-        raise InputError(
-            f"the plan has decoder layers {_short(layers)}, {name} has its MoE layers at "
-            f"{_short(topology.decoder_layers)}"
-        )
-    for layer in plan.layers:
-        _check_layer(layer, plan.keep, topology)
-    resolve_keep(topology, keep=plan.keep, retain=None)
-    if (
-        structure.quantised is None
-        and not other_weights
-        and plan.model_fingerprint not in (None, structure.model_fingerprint)
-    ):
-        raise InputError(
-            f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make "
-            f"a plan of this one, or give {arg('other_weights')} if it is a sibling of that model"
-        )
-
-
-def _check_layer(layer: LayerPlan, keep: int, topology: Topology) -> None:
-    """Refuse a layer that keeps another number of experts, or ones that do not exist."""
-    where = f"the plan's decoder layer {layer.decoder_layer}"
-    if len(layer.kept) != keep:
-        raise InputError(
-            f"{where} keeps {len(layer.kept)} experts, `keep` is {keep}. Every layer must keep the same number: stock "
-            "loaders and servers read one"
-        )
-    if layer.kept[-1] >= topology.num_experts:
-        raise InputError(f"{where} keeps expert {layer.kept[-1]}. Allowed: 0 to {topology.num_experts - 1}")
-    if wrong := [corpus for corpus, values in layer.saliency.items() if len(values) != topology.num_experts]:
-        raise InputError(
-            f"{where} has {len(layer.saliency[wrong[0]])} values of {wrong[0]}, the model has {topology.num_experts} "
-            "experts. Make the plan again"
-        )
-    size = topology.num_experts // topology.num_groups
-    counts = np.bincount([e // size for e in layer.kept], minlength=topology.num_groups)
-    if counts.min() < counts.max():
-        raise InputError(
-            f"{where} keeps {', '.join(map(str, counts))} experts of the router's groups. Every group must keep the "
-            "same number"
-        )
-
-
-def _short(values: tuple[int, ...]) -> str:
-    text = ", ".join(map(str, values))
-    return text if len(text) < 60 else f"{text[:40]} ... ({len(values)} in all)"
+    """Hash of the kept sets alone: plans that keep the same leave the same checkpoint."""
+    return hashlib.sha256(canonical_json(kept_sets(plan)).encode()).hexdigest()
 
 
 def keep_all(topology: Topology) -> Plan:

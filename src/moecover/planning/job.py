@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan
-from moecover.planning.keep import resolve_keep
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.options import LAYERWISE
 from moecover.planning.run import check_options, plan_budgets
+from moecover.planning.shapes import resolve_shape
 from moecover.profiling.artifact import Profile
 from moecover.profiling.unused import share_text, unused_text
 from moecover.progress import Progress, resolve
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moecover.runtime.running import Running
 
 SEARCH_TOKENS = 8192  # calibration tokens that a search runs on by default
-ROUND_OPTIONS = ("protect_super_experts",)  # of `plan_budgets` itself
+ROUND_OPTIONS = ("protect_super_experts", "protect_channels")  # of `plan_budgets` itself
 
 
 @contextlib.contextmanager
@@ -88,6 +88,7 @@ def check_search(method: str, profile: Profile, model: object, *, name: str = "t
 def plans(
     profile: Profile,
     keeps: Sequence[int],
+    widths: Sequence[int | None] | None = None,
     *,
     method: str,
     options: Mapping[str, Any],
@@ -104,8 +105,9 @@ def plans(
     Args:
         profile: statistics.
         keeps: experts kept per layer, one number a plan.
+        widths: channels kept of each of them, one number a plan, None for all.
         method: name in `METHODS`.
-        options: of the method, and ``protect_super_experts``.
+        options: of the method, ``protect_super_experts`` and ``protect_channels``.
         model: folder, hub id, structure, or a live model (then with ``structure``).
         structure: of a live model.
         dtype: torch dtype by name; None for the profile's.
@@ -120,14 +122,14 @@ def plans(
     if not METHODS[method].blind and (line := unused_text(profile)):
         progress.say(line)
     if not METHODS[method].runs_experts or model is None:
-        return plan_budgets(profile, method=method, keeps=keeps, **options)
+        return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **options)
     how: RunOptions = {"dtype": dtype, "device": device, "memory_limit": memory_limit, "revision": revision}
     progressive = options.get("mode", LAYERWISE) != LAYERWISE
     with (
         _live(profile, model, structure, how, progressive=progressive, progress=progress) as (found, live),
         search_resources(method, options, found, live, budgets=len(keeps), progress=progress) as resources,
     ):
-        return plan_budgets(profile, method=method, keeps=keeps, **resources, **options)
+        return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **resources, **options)
 
 
 @contextlib.contextmanager
@@ -186,6 +188,9 @@ def plan(
     keep: int | None = None,
     retain: float | None = None,
     multiple_of: int | None = None,
+    width: int | None = None,
+    retain_width: float | None = None,
+    width_multiple_of: int | None = None,
     method: str | None = None,
     model: Model | torch.nn.Module | Running | None = None,
     structure: Structure | None = None,
@@ -203,6 +208,10 @@ def plan(
         keep: experts kept per layer; give this or ``retain``.
         retain: fraction of the experts kept per layer, in (0, 1].
         multiple_of: round the count to the nearest multiple of this that the router allows.
+        width: channels kept of each expert; give this or ``retain_width``, or neither for all. Without ``keep`` and
+            ``retain`` all experts stay.
+        retain_width: fraction of the channels kept, in (0, 1].
+        width_multiple_of: round the channels to the nearest multiple of this.
         method: name in `METHODS`; None for tb-coverage (arXiv 2607.01710).
         model: for methods that run the experts: the model of the profile, as folder, hub id, structure or live model.
         structure: of a live model.
@@ -212,7 +221,7 @@ def plan(
         revision: branch, tag or commit of a hub model.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: the method's options (``saliency``, ``protect``, ``weights``, ``seed``, ...) and
-            ``protect_super_experts``.
+            ``protect_super_experts`` and ``protect_channels``.
 
     Raises:
         InputError: an unknown method or saliency, an option that the method does not have, or a budget out of range.
@@ -224,11 +233,21 @@ def plan(
     _check_unused(
         name, model, structure=structure, dtype=dtype, device=device, memory_limit=memory_limit, revision=revision
     )
-    count = resolve_keep(made.topology, keep=keep, retain=retain, multiple_of=multiple_of)
+    shape = resolve_shape(
+        made.topology,
+        made.width,
+        keep=keep,
+        retain=retain,
+        multiple_of=multiple_of,
+        width=width,
+        retain_width=retain_width,
+        width_multiple_of=width_multiple_of,
+    )
     shown = resolve(progress)
     return plans(
         made,
-        [count],
+        [shape.keep],
+        [shape.width],
         method=name,
         options=options,
         model=model,
@@ -267,7 +286,8 @@ def _protecting(plan: Plan) -> list[str]:
 
 def plan_line(plan: Plan, experts: int) -> str:
     """A plan in one line: method, budget, who protected how many, what a search cost."""
-    text = f"{plan.method} keeps {plan.keep} of {experts} experts in {len(plan.layers)} layers"
+    thin = "" if plan.width is None else f", {plan.width} channels of each,"
+    text = f"{plan.method} keeps {plan.keep} of {experts} experts{thin} in {len(plan.layers)} layers"
     if any(layer.protected for layer in plan.layers):
         counts = {name: sorted(len(row.protected.get(name, ())) for row in plan.layers) for name in _protecting(plan)}
         spans = (f"{n[0]}{f' to {n[-1]}' if n[-1] > n[0] else ''} by {name}" for name, n in counts.items())

@@ -1,4 +1,4 @@
-"""How many experts a layer may keep: what the router allows, and how a fraction or a multiple becomes a number."""
+"""How many experts a layer may keep and how many channels an expert: what is allowed, what a fraction is."""
 
 from __future__ import annotations
 
@@ -91,3 +91,65 @@ def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None, 
                 f"{least} or more. Near: {arg('keep', ' or '.join(map(str, near)))}"
             )
     return keep
+
+
+WIDTH_STEP = 8  # channels: rows of 16-bit numbers then begin at multiples of 16 bytes, as grouped kernels need them
+
+
+def allowed_widths(channels: int, multiple_of: int | None = None) -> list[int]:
+    """All numbers of channels that an expert may keep, ascending: what `resolve_width` accepts.
+
+    Multiples of 8, for the grouped matrix product of torch, which transformers runs experts through, takes no others;
+    and all channels, whatever their number.
+
+    Args:
+        channels: of an expert of the source.
+        multiple_of: only multiples of this number.
+
+    Raises:
+        InputError: there is none.
+    """
+    if multiple_of is not None and multiple_of < 1:
+        raise InputError(f"{arg('width_multiple_of', multiple_of)} is out of range: 1 or more")
+    step = math.lcm(multiple_of or 1, WIDTH_STEP)
+    found = sorted({*range(step, channels + 1, step), *([channels] if multiple_of is None else [])})
+    if not found:
+        raise InputError(
+            f"no width up to {channels} channels is a multiple of {step}. Give a smaller {arg('width_multiple_of')}"
+        )
+    return found
+
+
+def resolve_width(channels: int, *, width: int | None, retain: float | None, multiple_of: int | None = None) -> int:
+    """Channels kept of every expert from exactly one of a count and a fraction (of the allowed ones the nearest).
+
+    Args:
+        channels: of an expert of the source.
+        width: how many.
+        retain: fraction of them.
+        multiple_of: round to the nearest multiple of this number (servers need some, see `servers`).
+
+    Raises:
+        InputError: both or neither given, or out of range.
+    """
+    if (width is None) == (retain is None):
+        raise InputError(
+            f"give exactly one of {arg('width')} (channels of an expert) and {arg('retain_width')} (fraction)"
+        )
+    allowed = allowed_widths(channels, multiple_of)
+    if retain is not None:
+        if not 0 < retain <= 1:
+            raise InputError(f"{arg('retain_width', retain)} is out of range: a fraction above 0 and at most 1")
+        return min(allowed, key=lambda count: (abs(count - retain * channels), -count))
+    assert width is not None
+    if not 1 <= width <= channels:
+        raise InputError(f"{arg('width', width)} is out of range: 1 to the {channels} channels of an expert")
+    if multiple_of is not None:
+        return min(allowed, key=lambda count: (abs(count - width), -count))
+    if width not in allowed:
+        near = sorted(allowed, key=lambda count: abs(count - width))[:2]
+        raise InputError(
+            f"{arg('width', width)} is no multiple of {WIDTH_STEP}: the grouped matrix product that transformers runs "
+            f"experts through takes no others. Near: {arg('width', ' or '.join(map(str, sorted(near))))}"
+        )
+    return width

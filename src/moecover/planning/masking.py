@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from moecover.planning.artifact import Plan, check_plan
+from moecover.planning.artifact import Plan
+from moecover.planning.fitting import check_plan
 from moecover.runtime import masking
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def masked_layers(
         InputError: the plan does not fit the model.
     """
     check_plan(plan, structure, other_weights=True)
-    return masking.masked_layers(model, structure, plan.kept)
+    return masking.masked_layers(model, structure, plan.kept, plan.channels)
 
 
 @contextlib.contextmanager
@@ -35,5 +36,5 @@ def masked(model: torch.nn.Module, structure: Structure, plan: Plan) -> Iterator
         InputError: the plan does not fit the model.
     """
     check_plan(plan, structure, other_weights=True)
-    with masking.masked(model, structure, plan.kept) as inside:
+    with masking.masked(model, structure, plan.kept, plan.channels) as inside:
         yield inside

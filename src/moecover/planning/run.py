@@ -14,10 +14,12 @@ import numpy as np
 from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import LayerPlan, Plan
-from moecover.planning.keep import resolve_keep
+from moecover.planning.channels import check_channels, choose_channels
+from moecover.planning.keep import resolve_keep, resolve_width
 from moecover.planning.method import RESOURCES, Method
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.selection import Budget
+from moecover.planning.shapes import resolve_shape
 from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import Profile
 from moecover.profiling.unused import unused_experts
@@ -45,7 +47,9 @@ def plan_budgets(
     *,
     method: str = DEFAULT_METHOD,
     keeps: Sequence[int],
+    widths: Sequence[int | None] | None = None,
     protect_super_experts: bool = False,
+    protect_channels: float = 0.0,
     **options: object,
 ) -> list[Plan]:
     """Plans from a profile, one per budget.
@@ -54,7 +58,9 @@ def plan_budgets(
         profile: from `profile` or `Profile.load`.
         method: name in `METHODS`.
         keeps: experts to keep per layer, one number per plan; see `resolve_keep`.
+        widths: channels to keep of each of them, one number per plan, None for all; see `choose_channels`.
         protect_super_experts: keep the `super_experts` whatever the method says.
+        protect_channels: share of the kept channels that corpora protect in turn, 0 to 1.
         **options: options of the method (``saliency``, ``protect``, ``seed``, ...); the defaults are filled in.
 
     Raises:
@@ -66,6 +72,8 @@ def plan_budgets(
         needed = " and ".join(arg(name) for name in missing)
         raise InputError(f"{method} runs the experts: give {needed} of the profile's model")
     _check_corpora(chosen, complete, profile)
+    widths = [None] * len(keeps) if widths is None else list(widths)
+    _check_widths(profile, widths, protect_channels)
     topology = profile.topology
     required = super_experts(profile) if protect_super_experts else ()
     budgets = [
@@ -76,26 +84,54 @@ def plan_budgets(
     recorded = {k: v for k, v in complete.items() if k not in RESOURCES and v is not None}
     if protect_super_experts:
         recorded["protect_super_experts"] = True
+    if protect_channels:
+        recorded["protect_channels"] = protect_channels
     made = [
         Plan(
             schema=1,
             method=method,
             options=recorded,
             keep=budget.keep,
+            width=width,
             layers=layers,
             topology_fingerprint=topology.fingerprint,
             model_fingerprint=profile.model["fingerprint"],
             profile_fingerprint=profile.fingerprint,
             model=profile.model["name"],
             weight_files=profile.model.get("files", {}),
-            calibration={} if chosen.blind and not required else profile.corpora,
+            calibration={} if chosen.blind and not required and width is None else profile.corpora,
         )
-        for budget, layers in zip(budgets, _choices(chosen, profile, budgets, complete), strict=True)
+        for budget, width, layers in zip(budgets, widths, _choices(chosen, profile, budgets, complete), strict=True)
     ]
+    weights = complete.get("weights")
+    for one in made:
+        for layer, row in enumerate(one.layers if one.width is not None else []):
+            assert one.width is not None
+            row.channels = choose_channels(
+                profile,
+                layer,
+                row.kept,
+                one.width,
+                protect=protect_channels,
+                weights=weights if isinstance(weights, Mapping) else None,
+            )
     for one in made:
         for row, ids in zip(one.layers, unused, strict=False):
             row.unused = ids
     return made
+
+
+def _check_widths(profile: Profile, widths: Sequence[int | None], protect: float) -> None:
+    """Refuse widths that the profile knows nothing of, or that no expert can have."""
+    if not isinstance(protect, (int, float)) or not 0 <= protect <= 1:
+        raise InputError(f"{arg('protect_channels', protect)} is out of range: a share of the kept channels, 0 to 1")
+    asked = [width for width in widths if width is not None]
+    if protect and not asked:
+        raise InputError(
+            f"{arg('protect_channels', protect)} has no use here: all channels are kept. Give {arg('width')}"
+        )
+    for width in asked:
+        resolve_width(check_channels(profile, width), width=width, retain=None)
 
 
 def _check_corpora(method: Method, options: Mapping[str, object], profile: Profile) -> None:
@@ -154,7 +190,10 @@ def plan(
     method: str = DEFAULT_METHOD,
     keep: int | None = None,
     retain: float | None = None,
+    width: int | None = None,
+    retain_width: float | None = None,
     protect_super_experts: bool = False,
+    protect_channels: float = 0.0,
     **options: object,
 ) -> Plan:
     """A plan from a profile.
@@ -164,13 +203,25 @@ def plan(
         method: name in `METHODS`.
         keep: experts to keep per layer; give this or ``retain``.
         retain: fraction to keep, in (0, 1].
+        width: channels to keep of each of them; give this or ``retain_width``, or neither for all.
+        retain_width: fraction of the channels, in (0, 1].
         protect_super_experts: keep the `super_experts` whatever the method says.
+        protect_channels: share of the kept channels that corpora protect in turn, 0 to 1.
         **options: options of the method, as in `plan_budgets`.
 
     Raises:
         InputError: as `plan_budgets`.
     """
     check_options(method, options)
-    count = resolve_keep(profile.topology, keep=keep, retain=retain)
-    made = plan_budgets(profile, method=method, keeps=[count], protect_super_experts=protect_super_experts, **options)
-    return made[0]
+    shape = resolve_shape(
+        profile.topology, profile.width, keep=keep, retain=retain, width=width, retain_width=retain_width
+    )
+    return plan_budgets(
+        profile,
+        method=method,
+        keeps=[shape.keep],
+        widths=[shape.width],
+        protect_super_experts=protect_super_experts,
+        protect_channels=protect_channels,
+        **options,
+    )[0]

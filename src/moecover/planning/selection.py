@@ -110,16 +110,24 @@ def cover(
     Returns:
         The protected experts by corpus, in the order of the turns, and the filled ones, best first.
     """
-    weights = [1] * len(utility) if weights is None else list(weights)
     shares = scaled(utility)
-    orders = [iter(order[row[order] > 0].tolist()) for row, order in zip(shares, ranked(shares), strict=True)]
+    protected = take_turns(shares, room, turns, weights)
+    return protected, room.fill(ranked(np.average(shares, axis=0, weights=weights)).tolist())
+
+
+def take_turns(
+    utility: NDArray[np.float64], room: Room, turns: int, weights: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The turns of `cover`: what every corpus protects, in the order of its turns; the places are taken."""
+    weights = [1] * len(utility) if weights is None else list(weights)
+    orders = [iter(order[row[order] > 0].tolist()) for row, order in zip(utility, ranked(utility), strict=True)]
     cycle = [corpus for corpus, weight in enumerate(weights) for _ in range(weight)]
     protected: list[list[int]] = [[] for _ in orders]
     for turn in range(min(turns, len(room))):
         corpus = cycle[turn % len(cycle)]
         if (best := next((e for e in orders[corpus] if room.take(e)), None)) is not None:
             protected[corpus].append(best)
-    return protected, room.fill(ranked(np.average(shares, axis=0, weights=weights)).tolist())
+    return protected
 
 
 def layer_plan(

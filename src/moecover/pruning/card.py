@@ -79,7 +79,7 @@ def _short_name(name: str) -> str:
 def _sizes(structure: Structure, plan: Plan, origin: Origin | None, mtp: str) -> str:
     """The table of sizes: the original, what was pruned if that is another, and what is left."""
     topology = structure.topology
-    before, after = structure.checkpoint.num_bytes, structure.num_bytes(plan.kept, mtp=mtp)
+    before, after = structure.checkpoint.num_bytes, structure.num_bytes(plan.kept, width=plan.width, mtp=mtp)
     if origin is not None:
         first = "" if origin.num_bytes is None else f"{origin.num_bytes / 1e6:.1f}"
         return markdown_table(

@@ -15,9 +15,10 @@ from moecover.corpora.options import JobOptions
 from moecover.errors import InputError, arg
 from moecover.files.atomic import resolved
 from moecover.files.locks import locked
-from moecover.planning.artifact import Plan, check_plan
-from moecover.planning.keep import resolve_keep
+from moecover.planning.artifact import Plan
+from moecover.planning.fitting import check_plan
 from moecover.planning.methods import default_method
+from moecover.planning.shapes import resolve_shape
 from moecover.progress import Progress, resolve
 from moecover.pruning.other_files import check_settings
 from moecover.pruning.request import Choice, Pruned, Repair, Request, WriteOptions
@@ -39,6 +40,9 @@ class ChoiceOptions(TypedDict, total=False):
         keep: experts kept per layer; give this or ``retain``.
         retain: fraction of the experts kept per layer, in (0, 1].
         multiple_of: round the count to the nearest multiple of this that the router allows.
+        width: channels kept of each expert; give this or ``retain_width``, or neither for all.
+        retain_width: fraction of the channels kept, in (0, 1].
+        width_multiple_of: round the channels to the nearest multiple of this.
         method: name in `METHODS`; None for the default.
         method_options: of the method (``saliency``, ``protect``, ...), and ``protect_super_experts``.
         save_profile: folder for the profile, for other budgets.
@@ -48,6 +52,9 @@ class ChoiceOptions(TypedDict, total=False):
     keep: int | None
     retain: float | None
     multiple_of: int | None
+    width: int | None
+    retain_width: float | None
+    width_multiple_of: int | None
     method: str | None
     method_options: Mapping[str, Any]
     save_profile: str | Path | None
@@ -170,7 +177,7 @@ def _written(structure: Structure, plan: Plan, request: Request, made: Repaired 
     if request.how is None and (line := unused_line(plan, structure.topology.num_experts)):
         progress.say(line)  # in one shot the profile has said it
     before = structure.checkpoint.num_bytes
-    after = structure.num_bytes(plan.kept, mtp=request.writing.get("mtp", "drop"))
+    after = structure.num_bytes(plan.kept, width=plan.width, mtp=request.writing.get("mtp", "drop"))
     with progress.bar("writing", after, unit="bytes") as advance:
         path = write_checkpoint(
             structure, plan, request.output, repaired=made, advance=advance, say=progress.say, **request.writing
@@ -213,19 +220,37 @@ def _check_repair(repair: str | None, repaired: Repaired | None, corpora: Corpor
         raise InputError(f"{arg('repair', repair)} fits weights on calibration text: give {arg('corpora')}")
 
 
+def width_of(headers: Structure, options: ChoiceOptions | PruneOptions) -> int | None:
+    """The channels of an expert, where a width is asked for.
+
+    Raises:
+        InputError: the checkpoint can keep all channels only; says why.
+    """
+    asked = {name: options.get(name) for name in ("width", "retain_width") if options.get(name) is not None}
+    if asked and isinstance(headers.width, str):
+        name, value = next(iter(asked.items()))
+        raise InputError(f"{arg(name, value)}: {headers.checkpoint.name} can keep all channels only: {headers.width}")
+    return None if isinstance(headers.width, str) else headers.width.channels
+
+
 def _choice(headers: Structure, options: PruneOptions) -> Choice:
     """How one shot chooses, once the router is known."""
-    keep = resolve_keep(
+    shape = resolve_shape(
         headers.topology,
+        width_of(headers, options),
         keep=options.get("keep"),
         retain=options.get("retain"),
         multiple_of=options.get("multiple_of"),
+        width=options.get("width"),
+        retain_width=options.get("retain_width"),
+        width_multiple_of=options.get("width_multiple_of"),
     )
     folder = options.get("save_profile")
     return Choice(
         options.get("method") or default_method().name,
         options.get("method_options", NOTHING),
-        keep,
+        shape.keep,
+        shape.width,
         None if folder is None else Path(folder),
         options.get("keep_inputs"),
     )

@@ -39,7 +39,8 @@ def memory_needed(headers: Structure, request: Request) -> int:
     """
     if not isinstance(request.repair, Repair) or request.how is None:
         return 0
-    return memory_beside(headers, keep=request.choice.keep, tokens=request.repair.tokens, dtype=request.how.dtype)
+    choice, tokens = request.choice, request.repair.tokens
+    return memory_beside(headers, keep=choice.keep, width=choice.width, tokens=tokens, dtype=request.how.dtype)
 
 
 @contextlib.contextmanager
@@ -120,6 +121,8 @@ def _chosen(
     searches = METHODS[choice.method].runs_experts
     sample = sample_of(corpora, choice.search_tokens or SEARCH_TOKENS) if searches else None
     with search_resources(choice.method, choice.options, structure, model, sample=sample, progress=progress) as more:
-        (plan,) = plan_budgets(profile, method=choice.method, keeps=[choice.keep], **more, **choice.options)
+        (plan,) = plan_budgets(
+            profile, method=choice.method, keeps=[choice.keep], widths=[choice.width], **more, **choice.options
+        )
     progress.say(f"{request.output}: {plan_line(plan, structure.topology.num_experts)}")
     return plan, model

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moecover.checkpoints.config_edit import QUANTISATION_FILES, edited_config
+from moecover.checkpoints.config_edit import QUANTISATION_FILES, NewCount, edited_config
 from moecover.checkpoints.manifest import MANIFEST
 from moecover.checkpoints.names import MTP
 from moecover.checkpoints.pieces import Piece
@@ -118,14 +118,7 @@ def edited_files(cut: Cut, config: str, shards: Mapping[str, Sequence[Piece]]) -
     """
     structure, checkpoint, how = cut.structure, cut.structure.checkpoint, renumbering(cut)
     drop_mtp = bool(structure.mtp) and cut.mtp == "drop"
-    text = edited_config(
-        config,
-        structure.count_keys,
-        structure.topology.num_experts,
-        cut.plan.keep,
-        settings=lambda value: renumbered(value, how),
-        drop_mtp=drop_mtp,
-    )
+    text = edited_config(config, _counts(cut), settings=lambda value: renumbered(value, how), drop_mtp=drop_mtp)
     found = {"config.json": text.encode()}
     for name in QUANTISATION_FILES:
         if (file := checkpoint.path / name).is_file() and inside(checkpoint.path, file):
@@ -133,6 +126,16 @@ def edited_files(cut: Cut, config: str, shards: Mapping[str, Sequence[Piece]]) -
             found[name] = settings.encode(errors="surrogateescape")
     if checkpoint.index_name is not None:
         found[checkpoint.index_name] = edited_index(checkpoint, shards).encode()
+    return found
+
+
+def _counts(cut: Cut) -> list[NewCount]:
+    """The counts of config.json that change: of experts, of their channels, and of the shared experts of that width."""
+    structure, width = cut.structure, cut.structure.width
+    found = [NewCount(structure.count_keys, structure.topology.num_experts, cut.plan.keep)]
+    if cut.plan.width is not None and not isinstance(width, str):
+        found.append(NewCount(width.keys, width.channels, cut.plan.width))
+        found.append(NewCount(width.shared_keys, width.shared, width.shared_at(cut.plan.width)))
     return found
 
 

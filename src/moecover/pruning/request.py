@@ -40,11 +40,12 @@ class WriteOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Choice:
-    """How one shot chooses the experts: method, its options, experts per layer, and what becomes of the profile."""
+    """How one shot chooses: method, its options, experts per layer, channels of each, and where the profile goes."""
 
     method: str
     options: Mapping[str, Any]
     keep: int
+    width: int | None = None
     profile_folder: Path | None = None
     search_tokens: int | None = None
 
@@ -110,7 +111,8 @@ class Pruned(Shown):
         """What became of experts and bytes."""
         share = self.num_bytes / self.bytes_before
         sizes = f"{size_text(self.bytes_before)} -> {size_text(self.num_bytes)} ({share:.0%})"
-        return f"{self.plan.keep} of {self.topology.num_experts} experts per layer, {sizes}"
+        thin = "" if self.plan.width is None else f" with {self.plan.width} channels each"
+        return f"{self.plan.keep} of {self.topology.num_experts} experts per layer{thin}, {sizes}"
 
     def summary(self) -> str:
         """See `Shown`."""

@@ -20,7 +20,8 @@ from moecover.files.atomic import check_output, digest, explained, resolved, sta
 from moecover.files.copying import followed
 from moecover.files.locks import locked
 from moecover.files.resumable import Partial, restore, resumable_folder
-from moecover.planning.artifact import Plan, check_plan
+from moecover.planning.artifact import Plan, kept_sets
+from moecover.planning.fitting import check_plan
 from moecover.pruning.card_numbers import Measurement, measured
 from moecover.pruning.copies import copies_of, notes_on
 from moecover.pruning.origin import origin_of
@@ -75,7 +76,7 @@ def inputs_of(structure: Structure, plan: Plan, config: str, *, mtp: str) -> dic
     checkpoint, entries = structure.checkpoint, dict[str, TensorEntry]()
     inputs: dict[str, object] = {
         "the version of moecover": VERSION,
-        "the plan": digest([[layer.decoder_layer, layer.kept] for layer in plan.layers]),
+        "the plan": digest(kept_sets(plan)),
         "--mtp": mtp,
         "config.json": digest(config),
     }
@@ -140,7 +141,7 @@ def _write(
     """Write the folder ``path`` (``output`` as the user wrote it); resumes an interrupted run."""
     structure, checkpoint, repaired = cut.structure, cut.structure.checkpoint, cut.repaired
     others = repaired.pieces if repaired is not None else NOTHING
-    shards = pieces_by_shard(structure, cut.plan.kept, mtp=cut.mtp, others=others)
+    shards = pieces_by_shard(structure, cut.plan.kept, channels=cut.plan.channels, mtp=cut.mtp, others=others)
     with explained(f"reading {checkpoint.name}", left="Nothing was written"):
         config = (checkpoint.path / "config.json").read_text(encoding="utf-8")
         inputs = inputs_of(structure, cut.plan, config, mtp=cut.mtp)
@@ -203,6 +204,11 @@ def prune(
     check_plan(plan, structure, other_weights=other_weights)
     if mtp not in MTP_CHOICES:
         raise unknown_name(arg("mtp"), mtp, MTP_CHOICES)
+    if mtp == "prune" and structure.mtp and plan.width is not None:
+        raise InputError(
+            f"{arg('mtp', mtp)} keeps experts of the full width, the plan's have {plan.width} channels: give "
+            f"{arg('mtp', 'drop')}"
+        )
     figures = measured(structure, plan, evaluations) if evaluations else ""
     with locked(path):
         restore(path)

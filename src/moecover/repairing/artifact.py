@@ -38,7 +38,7 @@ class Repaired(Shown):
 
     def of_layer(self, structure: Structure, plan: Plan) -> Callable[[int], LayerRepair]:
         """A function that reads the repair of a MoE layer from its file, for `with_repairs`."""
-        where, shards = places_on_disk(structure), dict[Path, dict[str, TensorEntry]]()
+        where, shards = places_on_disk(structure, plan.width), dict[Path, dict[str, TensorEntry]]()
 
         def read(name: str) -> bytes:
             path = self.pieces[name].file

@@ -16,7 +16,8 @@ from moecover.corpora.loading import Corpora, load_corpora, parsed
 from moecover.corpora.options import JobOptions
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
-from moecover.planning.artifact import Plan, check_plan
+from moecover.planning.artifact import Plan
+from moecover.planning.fitting import check_plan
 from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress, resolve
 from moecover.repairing.artifact import Repaired
@@ -46,12 +47,13 @@ def check_kind(kind: str) -> None:
         raise InputError(f"unknown {arg('kind', kind)}. Allowed: {', '.join(KINDS)}")
 
 
-def memory_beside(structure: Structure, *, keep: int, tokens: int | None, dtype: str) -> int:
+def memory_beside(structure: Structure, *, keep: int, width: int | None, tokens: int | None, dtype: str) -> int:
     """Bytes that the repair of the largest layer needs beside the model.
 
     Args:
         structure: the checkpoint; headers are enough.
         keep: experts kept per layer.
+        width: channels kept of each; None for all.
         tokens: calibration tokens; None for 65,536.
         dtype: of the model, by name.
 
@@ -59,7 +61,7 @@ def memory_beside(structure: Structure, *, keep: int, tokens: int | None, dtype:
         InputError: the model cannot be repaired, or not in this dtype.
     """
     check_stored(structure)
-    where = places_on_disk(structure)
+    where = places_on_disk(structure, width)
     check_dtype(structure, where, dtype)
     return needed_bytes(structure, where, keep=keep, tokens=tokens or TOKENS, dtype=dtype)
 
@@ -110,7 +112,7 @@ def repaired(
         MoecoverError: the disk is full.
     """
     sample = sample_of(corpora, tokens or TOKENS, argument="repair_tokens")
-    extra = memory_beside(structure, keep=plan.keep, tokens=tokens, dtype=how.dtype)
+    extra = memory_beside(structure, keep=plan.keep, width=plan.width, tokens=tokens, dtype=how.dtype)
     opening = contextlib.nullcontext(model) if model is not None else _opened(structure, sample, how, extra, progress)
     with progress.bar("repairing", len(plan.layers), unit="layers") as advance:
         return repair_to_files(

@@ -19,10 +19,11 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
-from moecover.planning.artifact import Plan, check_plan
+from moecover.planning.artifact import Plan
+from moecover.planning.fitting import check_plan
 from moecover.repairing.blocks import SHARED, blocks_of, output_of
 from moecover.repairing.solver import Fit, FitOptions, fit, peak_bytes
-from moecover.repairing.targets import Place, check_dtype, places, refused
+from moecover.repairing.targets import Place, check_dtype, places, refused, thinned
 from moecover.runtime.finite import is_finite, naming, not_finite, rows_text
 from moecover.runtime.loading import backbone_of, check_float64, routers
 from moecover.runtime.lockstep import Here, Passing
@@ -146,7 +147,8 @@ class _Passes:
 
         self._runs, self._structure, self._plan = runs, structure, plan
         self._model = runs.module
-        self._places, self._routers = places(structure, self._model), routers(self._model, structure)
+        self._places = thinned(structure, places(structure, self._model), plan.width)
+        self._routers = routers(self._model, structure)
         check_dtype(structure, self._places, str(runs.dtype).removeprefix("torch."))
         said = plan.options.get("weights") or {}
         self.weights = [float(said.get(corpus.name, 1.0)) for corpus in corpora]
@@ -193,8 +195,8 @@ class _Passes:
         self._given.update((i, forward(batch)) for i, batch in enumerate(originals))
         del originals
         self._blocks[layer].forward = self._taken
-        kept = self._plan.layers[layer].kept
-        with masked_layer(self._model, self._structure, self._routers[layer], layer, kept):
+        kept, channels = self._plan.layers[layer].kept, self._plan.layers[layer].channels or None
+        with masked_layer(self._model, self._structure, self._routers[layer], layer, kept, channels):
             repair = found if found is not None else self._fitted(layer, pruned, solve)
             if layer < len(self._blocks) - 1:
                 with repaired_layer(self._model, self._structure, layer, repair):

@@ -63,7 +63,7 @@ class _Layers:
 
     def __init__(self, structure: Structure, plan: Plan, folder: Path, inputs: dict[str, object]) -> None:
         self._structure, self._plan, self._folder, self._inputs = structure, plan, folder, inputs
-        self._places = places_on_disk(structure)
+        self._places = places_on_disk(structure, plan.width)
         self.rows: list[LayerRow] = []
         self.hashes: dict[str, str] = {}
         self.pieces: dict[str, Piece] = {}
@@ -104,7 +104,7 @@ class _Layers:
         from safetensors.torch import save
 
         layer, row = len(self.rows), layer_row(made, corpora)
-        tensors = written_tensors(self._structure, self._places[layer], self._plan.layers[layer].kept, made, row)
+        tensors = written_tensors(self._structure, self._places[layer], self._plan, layer, made, row)
         hashes = {name: hash_of(bytes_of(tensor)) for name, tensor in tensors.items()}
         about: _About = {"inputs": self._inputs, "row": row, "hashes": hashes}
         write_bytes(self._file(layer), save(tensors, metadata={"moecover": json.dumps(sealed(about))}))

@@ -8,7 +8,7 @@ refused, with the reason. The model may be on ``meta``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.model_class import build_on_meta
@@ -97,13 +97,28 @@ def places(structure: Structure, model: torch.nn.Module) -> list[Place]:
     return [_place(structure, model, module, stored) for module in structure.experts_modules]
 
 
-def places_on_disk(structure: Structure) -> list[Place]:
-    """`places` from the configuration and the headers alone, before anything is loaded.
+def places_on_disk(structure: Structure, width: int | None = None) -> list[Place]:
+    """`places` from the configuration and the headers alone, before anything is loaded; see `thinned` for the width.
 
     Raises:
         InputError: the model cannot be repaired; says why.
     """
-    return places(structure, build_on_meta(structure.checkpoint.config, structure.checkpoint.name))
+    found = places(structure, build_on_meta(structure.checkpoint.config, structure.checkpoint.name))
+    return thinned(structure, found, width)
+
+
+def thinned(structure: Structure, where: Sequence[Place], width: int | None) -> list[Place]:
+    """`places` in a checkpoint whose experts keep some channels only.
+
+    Args:
+        structure: the original.
+        where: its places.
+        width: channels that are kept of every expert; None for all.
+    """
+    if width is None or isinstance(structure.width, str):
+        return list(where)
+    padding = structure.width.padding(width)
+    return [replace(place, widths=(width, place.widths[1] + padding)) for place in where]
 
 
 class _Stored:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from moecover.checkpoints.header import TensorEntry
-from moecover.checkpoints.pieces import piece
+from moecover.checkpoints.pieces import piece, thinning
 from moecover.checkpoints.structure import Structure
+from moecover.files.gathering import contents
+from moecover.planning.artifact import Plan
 from moecover.repairing.layers import LayerRepair
 from moecover.repairing.solver import Fit
 from moecover.repairing.targets import Place
@@ -132,10 +133,10 @@ def layer_repair(
 
 
 def written_tensors(
-    structure: Structure, place: Place, kept: Sequence[int], repair: LayerRepair, row: LayerRow
+    structure: Structure, place: Place, plan: Plan, layer: int, repair: LayerRepair, row: LayerRow
 ) -> dict[str, torch.Tensor]:
     """The tensors of the output that a layer's repair changes, as they are written; arguments as in `layer_repair`."""
-    found = {}
+    found, kept = {}, plan.layers[layer].kept
     for name, ids in names_of(structure, place, kept, row).items():
         if not ids:
             assert repair.shared is not None
@@ -143,20 +144,22 @@ def written_tensors(
         elif len(place.experts) > 1:
             found[name] = repair.experts[ids[0]].cpu().contiguous()
         else:
-            found[name] = _stacked(structure, place, kept, repair)
+            found[name] = _stacked(structure, place, plan, kept, repair)
     return found
 
 
-def _stacked(structure: Structure, place: Place, kept: Sequence[int], repair: LayerRepair) -> torch.Tensor:
+def _stacked(structure: Structure, place: Place, plan: Plan, kept: Sequence[int], repair: LayerRepair) -> torch.Tensor:
     """The kept experts in one tensor, those that were not refitted from the original's file."""
     import torch
 
-    entry = structure.checkpoint.tensors[place.experts[0]]
-    size = entry.num_bytes // entry.shape[0]
+    name = place.experts[0]
+    entry = structure.checkpoint.tensors[name]
+    cut = piece(entry, structure.tensors[name], list(kept), thin=thinning(structure, plan.channels))
+    assert cut is not None
     with (structure.checkpoint.path / entry.shard).open("rb", buffering=0) as file:
-        originals = [os.pread(file.fileno(), size, entry.start + expert * size) for expert in kept]
+        originals = [b"".join(contents(file, part)) for part in cut.ranges]
     parts = [
-        repair.experts[expert].cpu() if expert in repair.experts else _tensor(content, place.dtype, entry.shape[1:])
+        repair.experts[expert].cpu() if expert in repair.experts else _tensor(content, place.dtype, cut.shape[1:])
         for expert, content in zip(kept, originals, strict=True)
     ]
     return torch.stack(parts)

@@ -1,4 +1,4 @@
-"""A live model that uses only some of its experts: its routers are cut to the kept ones until a block ends.
+"""A live model that uses some of its experts only: its routers are cut to the kept ones until a block ends.
 
 A masked model computes what the pruned checkpoint computes, without a checkpoint being written.
 """
@@ -10,9 +10,11 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moecover.checkpoints.pieces import Channels
 from moecover.checkpoints.structure import Structure
 from moecover.runtime.loading import routers
 from moecover.runtime.running import Within
+from moecover.runtime.thinning import thinned_layer
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +29,12 @@ def router_tensors(structure: Structure, layer: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def masked_layer(
-    model: torch.nn.Module, structure: Structure, router: torch.nn.Module, layer: int, kept: Sequence[int]
+    model: torch.nn.Module,
+    structure: Structure,
+    router: torch.nn.Module,
+    layer: int,
+    kept: Sequence[int],
+    channels: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[None]:
     """Mask one MoE layer: only the experts ``kept`` are used until the block ends.
 
@@ -41,6 +48,7 @@ def masked_layer(
         router: the router of the layer, see `routers`.
         layer: index of the MoE layer.
         kept: ids of the kept experts, ascending.
+        channels: of each of these, ids of the kept channels, ascending; None for all.
     """
     import torch
 
@@ -59,6 +67,8 @@ def masked_layer(
                     setattr(owner, name, len(ids))
                     undo.callback(setattr, owner, name, value)
         undo.callback(router.register_forward_hook(_to_original(ids, num_experts)).remove)
+        if channels is not None:
+            undo.enter_context(thinned_layer(model, structure, layer, kept, channels))
         yield
 
 
@@ -94,13 +104,16 @@ def _to_original(ids: torch.Tensor, num_experts: int) -> Callable[..., tuple[Any
     return to_original
 
 
-def masked_layers(model: torch.nn.Module, structure: Structure, kept: Sequence[Sequence[int]]) -> Within:
+def masked_layers(
+    model: torch.nn.Module, structure: Structure, kept: Sequence[Sequence[int]], channels: Channels | None = None
+) -> Within:
     """A function that returns the context in which a decoder layer uses only the kept experts; see `Running.run`.
 
     Args:
         model: the live model.
         structure: its checkpoint.
         kept: ids of the kept experts of every MoE layer, ascending.
+        channels: of these, ids of the kept channels, ascending; None for all.
     """
     modules = routers(model, structure)
     layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
@@ -109,21 +122,25 @@ def masked_layers(model: torch.nn.Module, structure: Structure, kept: Sequence[S
         layer = layer_of.get(number)
         if layer is None:
             return contextlib.nullcontext()
-        return masked_layer(model, structure, modules[layer], layer, kept[layer])
+        stay = None if channels is None else channels[layer]
+        return masked_layer(model, structure, modules[layer], layer, kept[layer], stay)
 
     return within
 
 
 @contextlib.contextmanager
-def masked(model: torch.nn.Module, structure: Structure, kept: Sequence[Sequence[int]]) -> Iterator[torch.nn.Module]:
+def masked(
+    model: torch.nn.Module, structure: Structure, kept: Sequence[Sequence[int]], channels: Channels | None = None
+) -> Iterator[torch.nn.Module]:
     """Mask every MoE layer: the model uses only the kept experts until the block ends.
 
     Args:
         model: the live model.
         structure: its checkpoint.
         kept: ids of the kept experts of every MoE layer, ascending.
+        channels: of these, ids of the kept channels, ascending; None for all. Cut copies of all layers are in memory.
     """
-    within = masked_layers(model, structure, kept)
+    within = masked_layers(model, structure, kept, channels)
     with contextlib.ExitStack() as stack:
         for number in structure.topology.decoder_layers:
             stack.enter_context(within(number))

@@ -12,7 +12,7 @@ from moecover.checkpoints.pieces import pieces_by_shard
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
-from moecover.files.copying import CHUNK_BYTES
+from moecover.files.gathering import Range, contents
 from moecover.files.hashing import HASH, hash_of
 from moecover.planning.artifact import Plan
 from moecover.repairing.layers import LayerRepair
@@ -47,7 +47,7 @@ def read_repairs(original: Structure, plan: Plan, cut: Checkpoint, manifest: dic
     Raises:
         InputError: the manifest names other tensors than a repair can change.
     """
-    where, kept = places_on_disk(original), [layer.kept for layer in plan.layers]
+    where, kept = places_on_disk(original, plan.width), [layer.kept for layer in plan.layers]
     try:
         repair = manifest["repair"]
         names = [names_of(original, *part) for part in zip(where, kept, repair["layers"], strict=True)]
@@ -78,7 +78,8 @@ def changed_tensors(
         hashes: of the repaired tensors, by name.
         mtp: see `pruning.writer.prune`.
     """
-    expected = {p.name: (shard, p) for shard, ps in pieces_by_shard(structure, plan.kept, mtp=mtp).items() for p in ps}
+    shards = pieces_by_shard(structure, plan.kept, channels=plan.channels, mtp=mtp)
+    expected = {p.name: (shard, p) for shard, ps in shards.items() for p in ps}
     found = [*expected.keys() ^ cut.tensors.keys(), *hashes.keys() - expected.keys()]
     for name in expected.keys() & cut.tensors.keys():
         there, (shard, one) = cut.tensors[name], expected[name]
@@ -91,14 +92,8 @@ def changed_tensors(
     return sorted(set(found))
 
 
-def _same_bytes(one: Path, ranges: Sequence[tuple[int, int]], other: Path, start: int) -> bool:
-    """Whether byte ranges of a file are what another file holds from ``start`` on."""
-    with one.open("rb") as first, other.open("rb") as second:
+def _same_bytes(one: Path, ranges: Sequence[Range], other: Path, start: int) -> bool:
+    """Whether ranges of a file are what another file holds from ``start`` on."""
+    with one.open("rb", buffering=0) as first, other.open("rb") as second:
         second.seek(start)
-        for begin, end in ranges:
-            first.seek(begin)
-            for at in range(begin, end, CHUNK_BYTES):
-                size = min(CHUNK_BYTES, end - at)
-                if first.read(size) != second.read(size):
-                    return False
-    return True
+        return all(second.read(len(view)) == view for part in ranges for view in contents(first, part))

@@ -21,7 +21,8 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus, holds_rows, load_corpus, make_corpus
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
-from moecover.planning.artifact import Plan, check_plan
+from moecover.planning.artifact import Plan
+from moecover.planning.fitting import check_plan
 from moecover.planning.masking import masked_layers
 from moecover.repairing.layers import with_repairs
 from moecover.runtime.memory import opened

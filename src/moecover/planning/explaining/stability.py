@@ -37,7 +37,8 @@ def stability(plan: Plan, profile: Profile, *, change: float = CHANGE) -> Stabil
         return None
 
     def again(stage: Profile) -> Plan:
-        return plan_budgets(stage, method=plan.method, keeps=[plan.keep], **plan.options)[0]
+        options = {key: value for key, value in plan.options.items() if key != "protect_channels"}  # experts alone
+        return plan_budgets(stage, method=plan.method, keeps=[plan.keep], **options)[0]
 
     curve: list[Point] = [
         {

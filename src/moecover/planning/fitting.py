@@ -1,0 +1,104 @@
+"""Whether a plan fits a model: reads both, refuses what no checkpoint could be cut by."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moecover.checkpoints.structure import Structure
+from moecover.checkpoints.topology import Topology
+from moecover.errors import InputError, arg
+from moecover.planning.artifact import LayerPlan, Plan
+from moecover.planning.keep import resolve_keep, resolve_width
+
+
+def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False) -> None:
+    """Refuse a plan that does not fit a model.
+
+    A quantised checkpoint is checked by its topology alone: its plan comes from the original that it was made from.
+
+    Args:
+        plan: by `plan` or by hand.
+        structure: the checkpoint to be pruned.
+        other_weights: accept a plan that was made on other weights of the same shape (a fine-tuned sibling).
+
+    Raises:
+        InputError: other layers, ids out of range, unequal counts, fewer than top-k, or made for another model.
+    """
+    topology, name = structure.topology, structure.checkpoint.name
+    if plan.topology_fingerprint not in (None, topology.fingerprint):
+        raise InputError(
+            f"the plan was made for another model ({plan.model}), not for {name}: their topologies differ. Make a "
+            "profile and a plan of this one"
+        )
+    layers = tuple(layer.decoder_layer for layer in plan.layers)
+    if layers != topology.decoder_layers:
+        raise InputError(
+            f"the plan has decoder layers {_short(layers)}, {name} has its MoE layers at "
+            f"{_short(topology.decoder_layers)}"
+        )
+    for layer in plan.layers:
+        _check_layer(layer, plan.keep, topology)
+    resolve_keep(topology, keep=plan.keep, retain=None)
+    _check_channels(plan, structure)
+    if (
+        structure.quantised is None
+        and not other_weights
+        and plan.model_fingerprint not in (None, structure.model_fingerprint)
+    ):
+        raise InputError(
+            f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make "
+            f"a plan of this one, or give {arg('other_weights')} if it is a sibling of that model"
+        )
+
+
+def _check_layer(layer: LayerPlan, keep: int, topology: Topology) -> None:
+    """Refuse a layer that keeps another number of experts, or ones that do not exist."""
+    where = f"the plan's decoder layer {layer.decoder_layer}"
+    if len(layer.kept) != keep:
+        raise InputError(
+            f"{where} keeps {len(layer.kept)} experts, `keep` is {keep}. Every layer must keep the same number: stock "
+            "loaders and servers read one"
+        )
+    if layer.kept[-1] >= topology.num_experts:
+        raise InputError(f"{where} keeps expert {layer.kept[-1]}. Allowed: 0 to {topology.num_experts - 1}")
+    if wrong := [corpus for corpus, values in layer.saliency.items() if len(values) != topology.num_experts]:
+        raise InputError(
+            f"{where} has {len(layer.saliency[wrong[0]])} values of {wrong[0]}, the model has {topology.num_experts} "
+            "experts. Make the plan again"
+        )
+    size = topology.num_experts // topology.num_groups
+    counts = np.bincount([e // size for e in layer.kept], minlength=topology.num_groups)
+    if counts.min() < counts.max():
+        raise InputError(
+            f"{where} keeps {', '.join(map(str, counts))} experts of the router's groups. Every group must keep the "
+            "same number"
+        )
+
+
+def _check_channels(plan: Plan, structure: Structure) -> None:
+    """Refuse channels that do not exist, or another number of them than the plan says."""
+    if plan.width is None:
+        if any(layer.channels for layer in plan.layers):
+            raise InputError("the plan names channels, but not how many of an expert are kept: give `width`")
+        return
+    name = structure.checkpoint.name
+    if isinstance(structure.width, str):
+        raise InputError(
+            f"the plan keeps {plan.width} channels of an expert, {name} can keep all only: {structure.width}"
+        )
+    channels = structure.width.channels
+    resolve_width(channels, width=plan.width, retain=None)
+    for layer in plan.layers:
+        where = f"the plan's decoder layer {layer.decoder_layer}"
+        if len(layer.channels) != plan.keep or {len(ids) for ids in layer.channels} != {plan.width}:
+            raise InputError(
+                f"{where} does not have {plan.width} channels of each of {plan.keep} experts. Every expert must keep "
+                "the same number: stock loaders and servers read one"
+            )
+        if (last := max(ids[-1] for ids in layer.channels)) >= channels:
+            raise InputError(f"{where} keeps channel {last}. Allowed: 0 to {channels - 1}")
+
+
+def _short(values: tuple[int, ...]) -> str:
+    text = ", ".join(map(str, values))
+    return text if len(text) < 60 else f"{text[:40]} ... ({len(values)} in all)"
