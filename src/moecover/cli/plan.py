@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.cli.options import add_bos, add_device, add_method, add_output, add_revision, method_arguments
+from moecover.cli.plan_tables import curve_table, shapes_table
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
-from moecover.text import aligned
 
 if TYPE_CHECKING:
     from moecover.planning.artifact import Plan
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from moecover.profiling.artifact import Profile
 
 HELP = "choose the experts to keep from a profile"
-BOUNDS = ("keep", "retain", "max_size", "max_perplexity_increase")
+BOUNDS = ("keep", "retain", "budget", "max_size", "max_perplexity_increase")
+OF_BYTES = ("budget", "max_size")
 WIDTHS = ("width", "retain_width")
-OF_PERPLEXITY = ("perplexity", "corpus", "windows", "bos", "batch_size")  # options that go with that bound alone
+OF_TEXT = ("perplexity", "corpus", "windows", "bos", "batch_size")  # options of what is measured on held-out text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bounds(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("find the number of experts, instead of --keep or --retain")
+    group = parser.add_argument_group("find the shape, instead of --keep or --retain")
+    group.add_argument(
+        "--budget",
+        metavar="SHARE",
+        help="share of the experts' bytes that stays, such as 50%%",
+    )
     group.add_argument(
         "--max-perplexity-increase",
         metavar="PERCENT",
@@ -48,14 +54,21 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-size",
         metavar="SIZE",
-        help="the most experts whose checkpoint is at most this large, such as 12GB (reads headers only)",
+        help="the most whose checkpoint is at most this large, such as 12GB (reads headers of the model)",
+    )
+    group.add_argument(
+        "--shape",
+        default="experts",
+        metavar="SHAPE",
+        help="what --budget or --max-size is spent on: experts, whole ones; KxW, K experts of W channels each; auto, of "
+        "the shapes of equal bytes the one that loses least on held-out text (runs MODEL) (default: experts)",
     )
     group.add_argument(
         "--perplexity",
         action="append",
         default=[],
         metavar="NAME[=PATH]",
-        help="held-out text for the bound; repeat it (default: blocks of the calibration corpora that the profile did "
+        help="held-out text to measure on; repeat it (default: blocks of the calibration corpora that the profile did "
         "not use)",
     )
     group.add_argument(
@@ -79,7 +92,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
     method, options = method_arguments(args, shared_seed=False)
     bound = which_bound(args)
-    needs_model = METHODS[method].runs_experts or bound in ("max_size", "max_perplexity_increase")
+    needs_model = METHODS[method].runs_experts or bound in (*OF_BYTES, "max_perplexity_increase")
     if args.model and not needs_model:
         raise InputError(f"--model is no option of method {method}: it plans from the profile alone")
     check_model_options(args, bound, method)
@@ -96,7 +109,7 @@ def run(args: argparse.Namespace) -> Outcome:
         if profile.width is not None:
             result |= {"width": one.width or profile.width, "channels": profile.width}
         if one.found:
-            lines.append(curve_table(one) + "\n")
+            lines.append((shapes_table(one) if "shapes" in one.found else curve_table(one)) + "\n")
             result["found"] = one.found
         lines.append(f"{path}: {plan_line(one, experts)}")
         results.append(result)
@@ -119,17 +132,21 @@ def which_bound(args: argparse.Namespace) -> str:
         given = thin
     if len(given) != 1:
         raise InputError(
-            "give exactly one of --keep (experts per layer), --retain (fraction in (0, 1]), --max-size and "
+            "give exactly one of --keep (experts per layer), --retain (fraction in (0, 1]), --budget, --max-size and "
             "--max-perplexity-increase"
         )
     (bound,) = given
-    stray = [name for name in OF_PERPLEXITY if getattr(args, name) not in (None, [])]
-    if stray and bound != "max_perplexity_increase":
-        name = f"--{stray[0].replace('_', '-')}"
-        raise InputError(f"{name} goes with --max-perplexity-increase; {flag(bound)} measures nothing")
-    if bound in ("max_size", "max_perplexity_increase") and thin:
-        raise InputError(f"{flag(bound)} finds a number of whole experts: leave {flag(thin[0])} out")
-    if bound in ("max_size", "max_perplexity_increase") and not args.model:
+    measures = bound == "max_perplexity_increase" or (bound in OF_BYTES and args.shape == "auto")
+    stray = [name for name in OF_TEXT if getattr(args, name) not in (None, [])]
+    if stray and not measures:
+        raise InputError(
+            f"{flag(stray[0])} goes with --max-perplexity-increase and --shape auto; {flag(bound)} measures nothing"
+        )
+    if args.shape != "experts" and bound not in OF_BYTES:
+        raise InputError(f"--shape {args.shape} says what --budget or --max-size is spent on: give one of them")
+    if bound in (*OF_BYTES, "max_perplexity_increase") and thin:
+        raise InputError(f"{flag(bound)} and {flag(thin[0])} exclude each other: give --shape KxW, or --shape auto")
+    if (measures or bound == "max_size") and not args.model:
         raise InputError(f"{flag(bound)} looks at the model: give --model MODEL")
     return bound
 
@@ -143,6 +160,7 @@ def check_model_options(args: argparse.Namespace, bound: str, method: str) -> No
     from moecover.planning.methods import METHODS
 
     runs = METHODS[method].runs_experts or bound == "max_perplexity_increase"
+    runs = runs or (bound in OF_BYTES and args.shape == "auto")
     names = ("dtype", "device", "memory_limit") if not runs else ()
     names = (*names, "revision") if not args.model else names
     if stray := [name for name in names if getattr(args, name) is not None]:
@@ -178,6 +196,8 @@ def _plans(
             revision=revision,
         )
         return [found]
+    if bound in OF_BYTES and (bound == "budget" or args.shape != "experts"):
+        return [_for_budget(args, profile, method, options)]
     if bound == "max_size":
         from moecover.evaluation.bounds import keep_within_size
 
@@ -199,6 +219,32 @@ def _plans(
         memory_limit=args.memory_limit,
         revision=revision,
         progress=resolve(),
+    )
+
+
+def _for_budget(args: argparse.Namespace, profile: Profile, method: str, options: dict[str, object]) -> Plan:
+    """The plan of the shape that a budget of bytes is spent on."""
+    from moecover.evaluation.budgets import plan_for_budget
+
+    return plan_for_budget(
+        profile,
+        args.model,
+        budget=args.budget,
+        max_size=args.max_size,
+        shape=args.shape,
+        texts=args.perplexity,
+        corpora=args.corpus,
+        windows=args.windows,
+        bos=args.bos,
+        multiple_of=args.multiple_of,
+        width_multiple_of=args.width_multiple_of,
+        method=method,
+        method_options=options,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=args.device,
+        memory_limit=args.memory_limit,
+        revision=args.revision,
     )
 
 
@@ -226,19 +272,3 @@ def _shapes(args: argparse.Namespace, profile: Profile) -> list[Shape]:
 def file_name(plan: Plan) -> str:
     """The name of a plan's file beside others of the same profile."""
     return f"keep-{plan.keep}.json" if plan.width is None else f"keep-{plan.keep}-width-{plan.width}.json"
-
-
-def curve_table(plan: Plan) -> str:
-    """The curve of a found plan as aligned text, the chosen number marked."""
-    found = plan.found
-    large = found["curve"][-1]["num_bytes"] >= 1e9
-    unit, scale, digits = ("GB", 1e9, 2) if large else ("MB", 1e6, 1)
-    rows = []
-    for point in found["curve"]:
-        cells = [f"{point['perplexity'][text]:.2f} ({point['increase'][text]:+.1%})" for text in found["full"]]
-        mark = "chosen" if point["keep"] == plan.keep else "holds" if point["holds"] else ""
-        size = f"{point['num_bytes'] / scale:.{digits}f}"
-        rows.append([str(point["keep"]), size, *cells, f"{max(point['increase'].values()):+.1%}", mark])
-    rows.append(["all", "", *(f"{value:.2f}" for value in found["full"].values()), "", ""])
-    headings = ["experts", unit, *found["full"], "worst", ""]
-    return aligned(headings, rows, width=max(110, 40 + 22 * len(found["full"])))
