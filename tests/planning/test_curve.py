@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from moecover.checkpoints.topology import Topology
@@ -76,6 +78,6 @@ def test_the_first_shapes_are_spread_over_the_curve() -> None:
     assert at[0] == 0
     assert at[-1] == len(shapes) - 1
     widths = [shapes[i].width or 1408 for i in at]
-    ratios = [a / b for a, b in zip(widths, widths[1:], strict=False)]
+    ratios = [a / b for a, b in itertools.pairwise(widths)]
     assert max(ratios) / min(ratios) < 1.1
     assert spread(shapes[:2], 1408, 5) == [0, 1]
