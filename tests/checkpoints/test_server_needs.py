@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import pytest
 
 from moecover.checkpoints.deepseek import configuration
+from moecover.checkpoints.deepseek.configuration import DeepseekConfig
+from moecover.checkpoints.deepseek.modeling import DeepseekForCausalLM
 from moecover.checkpoints.inspection import inspect
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
@@ -29,6 +30,7 @@ def test_the_shipped_models_are_as_the_hubs(name: str) -> None:
     assert "lm_head.weight" in structure.checkpoint.tensors
     assert structure.checkpoint.config["tie_word_embeddings"] is False
     assert warnings(shipped_model(name), "mlx-lm") == []
+    assert warnings(shipped_model(name), "llama.cpp") == []
     auto_map = structure.checkpoint.config.get("auto_map")
     if name.startswith("deepseek"):
         module, _, cls = auto_map["AutoConfig"].partition(".")
@@ -57,7 +59,26 @@ def test_settings_that_a_server_reads_elsewhere_are_told(tmp_path: Path, change:
     assert says in line
 
 
-def test_stacked_experts_are_told(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    folder = tmp_path / "m"
-    shutil.copytree(checkpoints("gpt_oss"), folder)  # stacked as on the hub
-    assert any("a tensor for each expert" in line for line in warnings(folder, "mlx-lm"))
+@pytest.mark.parametrize("server", ["mlx-lm", "llama.cpp"])
+def test_a_tied_head_is_told(checkpoints: Callable[..., Path], server: str) -> None:
+    assert any(
+        "lm_head.weight" in line for line in warnings(checkpoints("qwen2_moe", tie_word_embeddings=True), server)
+    )
+    assert not any("lm_head.weight" in line for line in warnings(checkpoints("qwen2_moe"), server))
+
+
+def test_stacked_experts_are_told(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "vocab_size": 300}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    model = DeepseekForCausalLM(DeepseekConfig(**sizes, **counts, n_shared_experts=1, first_k_dense_replace=1))
+    for kind, separate in (("stacked", False), ("separate", True)):
+        model.save_pretrained(tmp_path / kind, save_original_format=separate)
+        told = [
+            any("a tensor for each expert" in x for x in warnings(tmp_path / kind, s)) for s in ("mlx-lm", "llama.cpp")
+        ]
+        assert told == [not separate] * 2
+    assert any('"Unprocessed experts"' in line for line in warnings(tmp_path / "stacked", "llama.cpp"))
+
+
+def test_families_that_were_not_run_are_asked_for_nothing(checkpoints: Callable[..., Path]) -> None:
+    assert not any("expert" in line for line in warnings(checkpoints("gpt_oss"), "mlx-lm"))  # stacked on the hub too

@@ -1,6 +1,7 @@
 """What servers need of a checkpoint's folder beside its experts' number: a table, from which `inspect` warns.
 
-Every row was run with the shipped models, with the version that it names (docs/log.md); other families may differ.
+Every row was run with the shipped models, with the version that it names (docs/log.md). A row that depends on the
+family asks nothing of families that were not run.
 """
 
 from __future__ import annotations
@@ -40,10 +41,16 @@ def _is_unregistered(structure: Structure) -> bool:
 
 
 def _has_separate_experts(structure: Structure) -> bool:
+    """Whether every expert's matrices are tensors of their own; run with `deepseek`."""
+    if structure.topology.family != "deepseek":
+        return True
     return all(row.expert is not None for row in structure.tensors.values() if row.routed)
 
 
 def _has_own_head(structure: Structure) -> bool:
+    """Whether the head is not tied to the embedding; run with `qwen2_moe`."""
+    if structure.topology.family != "qwen2_moe":
+        return True
     config = structure.checkpoint.text_config
     return not config.get("tie_word_embeddings", structure.checkpoint.config.get("tie_word_embeddings", False))
 
@@ -53,6 +60,11 @@ def _has_rope_theta(structure: Structure) -> bool:
     return "rope_theta" in config or "rope_parameters" not in config
 
 
+LLAMA_CPP = "convert_hf_to_gguf.py in llama-cpp-python 0.3.36"
+EXPERTS = "a tensor for each expert's matrix"
+STORE_EXPERTS = "store the experts apart, as the hub's checkpoints of this type do"
+HEAD = "the head as a tensor of its own"
+STORE_HEAD = "store lm_head.weight, and set `tie_word_embeddings` to false"
 NEEDS = (
     Need(
         "vllm",
@@ -65,18 +77,18 @@ NEEDS = (
     Need(
         "mlx-lm",
         "mlx-lm 0.32.2",
-        "a tensor for each expert's matrix",
-        "loading fails: stacked experts are not read",
-        "store the experts apart, as the hub's checkpoints of this type do",
+        EXPERTS,
+        "loading a deepseek model fails: stacked experts are not read",
+        STORE_EXPERTS,
         _has_separate_experts,
     ),
     Need(
         "mlx-lm",
         "mlx-lm 0.32.2",
-        "the head as a tensor of its own",
+        HEAD,
         "loading a qwen2_moe model fails: lm_head.weight is missing",
-        "store lm_head.weight, and set `tie_word_embeddings` to false",
-        lambda structure: structure.topology.family != "qwen2_moe" or _has_own_head(structure),
+        STORE_HEAD,
+        _has_own_head,
     ),
     Need(
         "mlx-lm",
@@ -85,6 +97,22 @@ NEEDS = (
         "the model runs with another base of its rotary embeddings, and gives other answers without a word",
         "copy it there from `rope_parameters`",
         _has_rope_theta,
+    ),
+    Need(
+        "llama.cpp",
+        LLAMA_CPP,
+        EXPERTS,
+        'converting a deepseek model fails with "Unprocessed experts"',
+        STORE_EXPERTS,
+        _has_separate_experts,
+    ),
+    Need(
+        "llama.cpp",
+        LLAMA_CPP,
+        HEAD,
+        "a qwen2_moe model is converted without output.weight, and does not load",
+        STORE_HEAD,
+        _has_own_head,
     ),
 )
 
