@@ -1,17 +1,15 @@
-"""Repaired checkpoints: the golden property, every other byte, the manifest, resuming, and what is refused."""
+"""Repaired checkpoints: the golden property, every other byte, the manifest, and what is refused."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,14 +19,12 @@ from transformers import AutoModelForCausalLM
 from moecover.checkpoints.pieces import pieces_by_shard
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli import main as cli
-from moecover.errors import InputError, MoecoverError
+from moecover.errors import InputError
 from moecover.files.hashing import file_hash
 from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
 from moecover.pruning.writer import prune
-from moecover.repairing import layers as repairing
 from moecover.repairing.layers import LayerRepair, repair_layers, repaired
-from moecover.repairing.store import kept_for_later
 from moecover.runtime import cost as fitting
 from moecover.runtime.loading import load_model
 from moecover.runtime.streaming import streamed
@@ -133,96 +129,6 @@ def test_a_wider_model_repairs_in_the_dtype_of_the_file(checkpoints: Callable[..
         for row, a, b in zip(manifest_of(cut)["layers"], whole, found, strict=True):
             error = float((a - b).square().sum() / a.square().sum())
             assert error == pytest.approx(row["after"]["ab"[number]], rel=1e-3)
-
-
-# ------------------------------------------------------------------------------------------------------------- resuming
-@pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every layer that is fitted; the one at -1 is interrupted."""
-    real, made = repairing.fit, list[int]()
-
-    def counted(*args: Any, **options: Any) -> Any:
-        if made and made[0] == -1 and len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(0)
-        return real(*args, **options)
-
-    monkeypatch.setattr(repairing, "fit", counted)
-    return made
-
-
-def test_a_repair_goes_on_at_the_layer_it_was_at(structure: Structure, tmp_path: Path, fits: list[int]) -> None:
-    plan, folder = half(structure), tmp_path / "state"
-    once = mended(structure, plan, tmp_path / "once")
-    layers = len(plan.layers)
-    fits[:] = [-1]
-    with pytest.raises(KeyboardInterrupt) as interrupt, kept_for_later(folder):
-        mended(structure, plan, folder)
-    assert interrupt.value.__notes__ == [
-        f"Progress of the repair (1 layers) saved in {folder}; rerun the same command to resume"
-    ]
-    fits.clear()
-    said: list[str] = []
-    again = mended(structure, plan, folder, say=said.append)
-    assert said == [f"resuming: 1 of {layers} layers are repaired"]
-    assert len(fits) == layers - 1
-    assert again.manifest() == once.manifest()
-
-    def never() -> Any:
-        raise AssertionError("nothing is left to be done, no model is needed")
-
-    class Never(contextlib.AbstractContextManager[Any]):
-        def __enter__(self) -> Any:
-            never()
-
-        def __exit__(self, *args: object) -> None: ...
-
-    assert mended(structure, plan, folder, model=Never()).manifest() == once.manifest()
-
-
-@pytest.mark.parametrize(
-    "options, differs",
-    [
-        ({"kind": "scale"}, "--repair"),
-        ({"corpora": CORPORA[:1]}, "the calibration text"),
-        ({"batch_size": 2}, "--batch-size"),
-    ],
-)
-def test_layers_of_other_inputs_are_made_anew(
-    checkpoints: Callable[..., Path], tmp_path: Path, options: dict[str, Any], differs: str
-) -> None:
-    structure = read_structure(checkpoints("qwen2_moe"))
-    plan, folder, said = half(structure), tmp_path / "state", list[str]()
-    mended(structure, plan, folder)
-    again = mended(structure, plan, folder, say=said.append, **options)
-    assert said == [f"starting the repair over: {folder} was made from other inputs, {differs} differs"]
-    assert again.manifest() == mended(structure, plan, tmp_path / "new", **options).manifest()
-
-
-def test_a_damaged_layer_is_made_anew(checkpoints: Callable[..., Path], tmp_path: Path, fits: list[int]) -> None:
-    structure = read_structure(checkpoints("qwen2_moe"))
-    plan, folder, said = half(structure), tmp_path / "state", list[str]()
-    whole = mended(structure, plan, folder)
-    file = folder / "layer-2.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    fits.clear()
-    assert mended(structure, plan, folder, say=said.append).manifest() == whole.manifest()
-    assert said == ["resuming: 1 of 2 layers are repaired"]
-    assert len(fits) == 1
-
-
-def test_a_source_that_changes_meanwhile_is_noticed(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    source = Path(shutil.copytree(checkpoints("qwen2_moe"), tmp_path / "m"))
-    structure = read_structure(source)
-
-    def touch(layers: int) -> None:
-        os.utime(source / "model.safetensors", ns=(1, 1))
-
-    with pytest.raises(MoecoverError, match="changed while it was read"):
-        mended(structure, half(structure), tmp_path / "state", advance=touch)
-    assert not (tmp_path / "state").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- command line
