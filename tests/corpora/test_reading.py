@@ -103,11 +103,11 @@ def test_windows_of_a_long_text_are_those_of_all_of_it(
 
 
 def test_the_last_window_of_a_text_that_ends(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    """More windows than there are: the whole text with its end mark."""
+    """More windows than there are: the whole text with its end mark, and no memory for more than that."""
     structure = read_structure(checkpoints("qwen2_moe"))
     path = tmp_path / "t.txt"
     path.write_text(TEXT)
-    made = load_windows("t", path, structure=structure, length=16, windows=99)
+    made = load_windows("t", path, structure=structure, length=16, windows=10**10)
     tokenizer = make_tokenizer()
     assert made.tokens[made.mask].tolist() == [*tokenizer(TEXT)["input_ids"], tokenizer.eos_token_id][: made.num_tokens]
     assert made.num_tokens >= len(tokenizer(TEXT)["input_ids"])

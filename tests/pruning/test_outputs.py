@@ -135,7 +135,7 @@ def test_links_out_of_the_folder_are_not_copied(source: Path, tmp_path: Path) ->
     assert not [name for name, content in contents(out).items() if b"private key" in content]
     assert (out / "link.txt").read_text() == "inside"
     assert "README.original.md" not in names_in(out)
-    (note,) = (line for line in said if "link to a file outside" in line)
+    (note,) = (line for line in said if "links to files outside" in line)
     assert "notes.txt" in note
     left_out = json.loads((out / "moecover.json").read_text())["left_out"]
     assert {"notes.txt", "assets/notes.txt", "hf_quant_config.json", "README.md", "LICENSE"} <= set(left_out)
@@ -180,7 +180,7 @@ def test_descriptions_of_the_unpruned_weights_are_not_copied(source: Path, tmp_p
         "modules_to_not_convert": ["model.layers.0.block_sparse_moe.experts.2.w1"]
     }
     assert set(STALE) <= set(json.loads((out / "moecover.json").read_text())["left_out"])
-    assert any("it describes the unpruned weights: adapter_config.json" in line for line in said)
+    assert any("descriptions of the unpruned weights are not copied: adapter_config.json" in line for line in said)
     assert read_structure(out).topology.num_experts == 3
 
 

@@ -83,9 +83,10 @@ def check_fits(request: Request, model: ComparedModel, setup: ModelSetup) -> Non
         )
         raise request.error(text, "tasks")
     if found.by_layer and found.streamed > setup.limit:
+        enough = math.ceil(found.streamed / 1e7) / 100  # in GB, rounded up
         text = (
-            f"{model.name}: one layer at a time still needs {math.ceil(found.streamed / 1e7) / 100:.2f} GB of memory, "
-            f"{setup.limit / 1e9:.2f} GB may be used. Give a memory_limit of as much, or fewer {arg('jobs')}"
+            f"{model.name}: one layer at a time still needs {enough:.2f} GB of memory, {setup.limit / 1e9:.2f} GB may "
+            f"be used. Give a memory_limit of {enough:.2f}GB or more, or fewer {arg('jobs')}"
         )
         raise request.error(text, "memory_limit")
 

@@ -6,9 +6,11 @@ A row is one document (``text``) or one sequence of token ids (``input_ids``, wi
 from __future__ import annotations
 
 import gzip
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from moecover.errors import InputError
 from moecover.files.reading import parse_json
@@ -32,12 +34,19 @@ def file_rows(path: Path) -> Iterator[Row]:
     try:
         if path.suffix == ".txt":
             with path.open(encoding="utf-8") as file:
-                for piece in pieces(iter(lambda: file.read(CHUNK_CHARS), "")):
+                for piece in pieces(_chunks(file)):
                     yield {"text": piece}
         else:
             yield from _parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"corpus file {path} could not be read: {error}") from error
+
+
+def _chunks(file: TextIO, longest: int = sys.maxsize) -> Iterator[str]:
+    """The first ``longest`` characters of a file; one read of as many would claim the memory for all of them first."""
+    while chunk := file.read(min(CHUNK_CHARS, longest)):
+        yield chunk
+        longest -= len(chunk)
 
 
 def pieces(chunks: Iterable[str]) -> Iterator[str]:
@@ -68,7 +77,7 @@ def whole_texts(path: Path, *, longest: int) -> Iterator[str]:
         return
     try:
         with path.open(encoding="utf-8") as file:
-            yield file.read(longest)
+            yield "".join(_chunks(file, longest))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"corpus file {path} could not be read: {error}") from error
 

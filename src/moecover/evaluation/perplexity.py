@@ -161,8 +161,7 @@ def text_result(name: str, sums: NDArray[np.float64], *, close: bool = False) ->
         close: whether the last two columns were computed.
 
     Raises:
-        InputError: there is no token to predict.
-        InputError: a sum is not finite.
+        InputError: there is no token to predict, or a sum or the perplexity is not finite.
     """
     if not np.isfinite(sums).all():
         window = int(np.argwhere(~np.isfinite(sums))[0][0])

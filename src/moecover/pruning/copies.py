@@ -82,11 +82,11 @@ def notes_on(copies: Copies) -> list[str]:
     lines = []
     if copies.links:
         lines.append(
-            f"not copied, for it is a link to a file outside the model's folder: {_some(copies.links)}. "
-            "Put the file itself there if it belongs to the model"
+            f"links to files outside the model's folder are not copied: {_some(copies.links)}. "
+            "Put the files themselves there if they belong to the model"
         )
     if copies.stale:
-        lines.append(f"not copied, for it describes the unpruned weights: {_some(copies.stale)}")
+        lines.append(f"descriptions of the unpruned weights are not copied: {_some(copies.stale)}")
     return lines
 
 

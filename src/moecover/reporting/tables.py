@@ -83,14 +83,17 @@ def perplexity_table(model: ModelFindings) -> Table | None:
 
 
 def _losses(model: ModelFindings, p: Point) -> tuple[Value, Value]:
-    """The mean over the texts of what a point loses against the full model, in nats per token, and the worst text."""
+    """The mean over the texts of what a point loses against the full model, in nats per token, and the worst text.
+
+    Missing where a text is, or where a perplexity is infinite.
+    """
     full = model.full.perplexity if model.full else {}
     lost = {
-        text: math.log(p.perplexity[text].value / full[text].value)
+        text: math.log(p.perplexity[text].value) - math.log(full[text].value)
         for text in model.texts
         if text in p.perplexity and text in full
     }
-    if p is model.full or len(lost) < len(model.texts):
+    if p is model.full or len(lost) < len(model.texts) or not all(map(math.isfinite, lost.values())):
         return MISSING, MISSING
     worst, mean = max(lost, key=lambda text: lost[text]), statistics.fmean(lost.values())
     return Value(f"{mean:.3f}", mean), Value(f"{lost[worst]:.3f}", lost[worst], worst)
