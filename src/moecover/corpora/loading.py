@@ -24,12 +24,17 @@ def parsed(corpora: Corpora) -> dict[str, str | Corpus | None]:
             (None: a named corpus).
 
     Raises:
-        InputError: an unknown name, a file that does not exist or cannot be read, or a name twice.
+        InputError: none, an unknown name, a file that does not exist or cannot be read, a name twice, or something else
+            than a name or a corpus.
     """
+    if not corpora:
+        raise InputError(f"there is no calibration text. Give {arg('corpora')}, one or more")
     if isinstance(corpora, Mapping):
         corpora = [name if path is None else f"{name}={fspath(path)}" for name, path in corpora.items()]
     loaded = [one for one in corpora if isinstance(one, Corpus)]
     texts = [one for one in corpora if isinstance(one, str)]
+    if strange := [one for one in corpora if not isinstance(one, (Corpus, str))]:
+        raise InputError(f"{arg('corpora')}: {strange[0]!r} is neither a text (NAME, NAME=PATH) nor a loaded corpus")
     named = {name: path or None for name, path in (parse_corpora(texts) if texts else {}).items()}
     names = [*(one.name for one in loaded), *named]
     if twice := [name for name in names if names.count(name) > 1]:
