@@ -57,7 +57,7 @@ def test_a_damaged_expert_that_no_token_goes_to(checkpoints: Callable[..., Path]
     name = f"model.layers.2.mlp.experts.{unused}.down_proj.weight"
     folder = spoiled(checkpoints("qwen2_moe"), tmp_path / "m", lambda t: t[name].fill_(float("nan")))
     found = profile(read_structure(folder), text).channels["r"]
-    np.testing.assert_array_equal(found, made.channels["r"])
+    np.testing.assert_allclose(found, made.channels["r"], rtol=1e-6)
     assert (found[1, unused] == 0).all()
 
 

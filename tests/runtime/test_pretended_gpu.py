@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def opened(structure: Structure, device: str, *, by_layer: bool) -> Iterator[Run
         yield running(load_model(structure, device=device), structure)
 
 
+def same_up_to_products(made: Profile, expected: Profile) -> None:
+    """The same, and the energies of channels but for the order in which matrix products add: a GPU makes other ones."""
+    for corpus, energy in expected.channels.items():
+        np.testing.assert_allclose(made.channels[corpus], energy, rtol=1e-5)
+    same(dataclasses.replace(made, channels=expected.channels), expected)
+
+
 def texts() -> list[Any]:
     """With a row that is padded."""
     found = corpora()
@@ -92,7 +100,7 @@ def test_profile(structure: Structure, monkeypatch: pytest.MonkeyPatch, tmp_path
             stop_after(patched, 1)
             go()
         made = go()
-    same(made, expected)
+    same_up_to_products(made, expected)
     assert made.settings["device"] == "cuda"
     assert (tmp_path / "g" / "inputs.safetensors").read_bytes() == (tmp_path / "c" / "inputs.safetensors").read_bytes()
 
@@ -175,7 +183,7 @@ def test_a_gpu_without_float64(structure: Structure, monkeypatch: pytest.MonkeyP
     rows = evaluate(structure, {"six": chosen}, model=load_model(structure), texts=texts()).rows
     with pretending(monkeypatch, "mps") as device:
         live = load_model(structure, device=device)
-        same(profile(structure, texts(), model=live, batch_size=2), made)
+        same_up_to_products(profile(structure, texts(), model=live, batch_size=2), made)
         assert evaluate(structure, {"six": chosen}, model=live, texts=texts()).rows == rows
         with pytest.raises(InputError, match="a search computes in float64, which device=mps does not have"):
             plan_budgets(made, method="expert-sparsity", keeps=[6], model=live, structure=structure, sample=texts())

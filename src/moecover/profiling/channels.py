@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
@@ -90,34 +90,39 @@ class Channels:
             experts: ascending int64 ``[pair]``.
             keep: bool ``[pair]``, False for padding; None where every pair counts.
         """
+        number = len(self._experts.down_proj)
+        self.squares = self._finite(
+            values.device,
+            lambda buffer: weighted_squares(
+                values.to(buffer.device),
+                factors.to(buffer.device),
+                experts.to(buffer.device),
+                number,
+                buffer,
+                None if keep is None else keep.to(buffer.device),
+            ),
+        )
+        if self._norms is None:
+            self._norms = self._finite(values.device, self._squared_norms)
+
+    def _squared_norms(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Squared norms of the columns of all down projections, ``[expert, channel]``."""
         import torch
 
         down = self._experts.down_proj
-        self.squares = self._sums(values, factors, experts, len(down), keep)
-        if self._norms is None:
-            columns = down.transpose(1, 2) if _is_transposed(self._experts) else down  # [expert, hidden, channel]
-            ones, one = torch.ones_like(columns[0, :, 0]), torch.zeros_like(columns[0, :, 0], dtype=torch.int64)
-            self._norms = torch.cat([self._sums(weights, ones, one, 1) for weights in columns])
+        columns = down.transpose(1, 2) if _is_transposed(self._experts) else down  # [expert, hidden, channel]
+        ones = buffer.new_ones(columns.shape[1])
+        first = torch.zeros_like(ones, dtype=torch.int64)
+        return torch.cat([weighted_squares(one.to(buffer.device), ones, first, 1, buffer) for one in columns])
 
-    def _sums(
-        self,
-        values: torch.Tensor,
-        factors: torch.Tensor,
-        segments: torch.Tensor,
-        number: int,
-        keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`weighted_squares` in float32, in float64 where that overflows."""
+    def _finite(self, device: torch.device, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What is computed through a float32 buffer, or through one of float64 where that overflows."""
         import torch
 
-        buffer = scratch(self._buffers, self._width, values.device)
-        sums = weighted_squares(values, factors, segments, number, buffer, keep)
-        if is_finite(sums):
-            return sums
-        device = values.device if has_float64(values.device) else torch.device("cpu")
-        values, factors, segments = values.to(device), factors.to(device), segments.to(device)
-        wide = torch.empty(buffer.shape, dtype=torch.float64, device=device)
-        return weighted_squares(values, factors, segments, number, wide, None if keep is None else keep.to(device))
+        buffer = scratch(self._buffers, self._width, device)
+        if is_finite(found := compute(buffer)):
+            return found
+        return compute(torch.empty_like(buffer, dtype=torch.float64, device=device if has_float64(device) else "cpu"))
 
     def energy(self, device: torch.device) -> torch.Tensor:
         """Energies of the batch, float64 ``[expert, channel]``, on a device; 0 where no token went to the expert."""

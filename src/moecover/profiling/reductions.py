@@ -52,8 +52,6 @@ def weighted_squares(
 ) -> torch.Tensor:
     """Sum of factor^2 value^2 over the rows of every segment, column by column, in the dtype of the buffer.
 
-    One matrix product a chunk: the squared factors, in the row of their segment, times the squares.
-
     Args:
         values: ``[row, column]``.
         factors: of the rows, ``[row]``.
@@ -63,17 +61,33 @@ def weighted_squares(
         keep: bool ``[row]``, False for rows that do not count, whatever they hold; None where all count.
 
     Returns:
-        ``[segment, column]``. An overflow makes other segments of its chunk infinite or NaN too.
+        ``[segment, column]``. An overflow may make other segments infinite or NaN too.
     """
+    add = _one_by_one if values.device.type == "cpu" else _at_once
     squared = factors.to(buffer.dtype).square()
     sums = buffer.new_zeros(number, values.shape[1])
     for start in range(0, len(values), len(buffer)):
         rows = slice(start, start + len(buffer))
-        chunk, of = values[rows], segments[rows]
-        squares = buffer[: len(chunk)].copy_(chunk).square_()
+        squares = buffer[: len(values[rows])].copy_(values[rows]).square_()
         if keep is not None:
             squares.masked_fill_(~keep[rows, None], 0)
-        first, last = int(of[0]), int(of[-1]) + 1
-        weights = buffer.new_zeros(last - first, len(chunk)).scatter_(0, (of - first)[None], squared[None, rows])
-        sums[first:last].addmm_(weights, squares)
+        add(sums, squares, squared[rows], segments[rows])
     return sums
+
+
+def _one_by_one(sums: torch.Tensor, squares: torch.Tensor, weights: torch.Tensor, segments: torch.Tensor) -> None:
+    """Add weighted rows to the sums of their segments: a product of matrix and vector each, as a CPU is quickest."""
+    import torch
+
+    found, lengths = torch.unique_consecutive(segments, return_counts=True)
+    start = 0
+    for segment, length in zip(found.tolist(), lengths.tolist(), strict=True):
+        rows = slice(start, start + length)
+        sums[segment].addmv_(squares[rows].T, weights[rows])
+        start += length
+
+
+def _at_once(sums: torch.Tensor, squares: torch.Tensor, weights: torch.Tensor, segments: torch.Tensor) -> None:
+    """The same in one matrix product, as a GPU is quickest."""
+    placed = weights.new_zeros(len(sums), len(weights)).scatter_(0, segments[None], weights[None])
+    sums.addmm_(placed, squares)
