@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from moecover.errors import InputError, MoecoverError
     from moecover.evaluation.artifact import Evaluation
     from moecover.evaluation.bounds import keep_within_size, plan_within
+    from moecover.evaluation.budgets import plan_for_budget
     from moecover.evaluation.job import evaluate
     from moecover.evaluation.perplexity import perplexity
     from moecover.planning.artifact import LayerPlan, Plan
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from moecover.reporting.page import Report, report
     from moecover.reporting.sections import SECTIONS
     from moecover.runtime.loading import load_model
+    from moecover.shrinking.job import Shrunk, shrink
     from moecover.verification.job import verify
     from moecover.verification.verify import Verification
 
@@ -99,6 +101,8 @@ PUBLIC = {
     "evaluation.perplexity": ("perplexity",),
     "evaluation.job": ("evaluate",),
     "evaluation.bounds": ("keep_within_size", "plan_within"),
+    "evaluation.budgets": ("plan_for_budget",),
+    "shrinking.job": ("Shrunk", "shrink"),
     "comparison.results": ("Comparison",),
     "comparison.run": ("compare",),
     "reporting.sections": ("SECTIONS",),
@@ -132,6 +136,7 @@ __all__ = [
     "Pruned",
     "Repaired",
     "Report",
+    "Shrunk",
     "Structure",
     "Topology",
     "Verification",
@@ -152,6 +157,7 @@ __all__ = [
     "perplexity",
     "plan",
     "plan_budgets",
+    "plan_for_budget",
     "plan_within",
     "profile",
     "prune",
@@ -159,6 +165,7 @@ __all__ = [
     "register_deepseek",
     "repair",
     "report",
+    "shrink",
     "split",
     "super_experts",
     "verify",

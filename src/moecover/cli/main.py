@@ -26,6 +26,7 @@ from moecover.signals import behind
 from moecover.version import VERSION
 
 VERBS = (
+    "shrink",
     "inspect",
     "generate",
     "split",

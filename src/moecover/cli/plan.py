@@ -60,7 +60,7 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
         "--shape",
         default="experts",
         metavar="SHAPE",
-        help="what --budget or --max-size is spent on: experts, whole ones; KxW, K experts of W channels each; auto, of "
+        help="what --budget or --max-size is spent on: experts, whole ones; KxW, K experts of W channels; auto, of "
         "the shapes of equal bytes the one that loses least on held-out text (runs MODEL) (default: experts)",
     )
     group.add_argument(

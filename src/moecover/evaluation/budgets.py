@@ -13,6 +13,7 @@ from typing import Any, Unpack
 from moecover.checkpoints.opening import Model, described
 from moecover.checkpoints.pieces import NOTHING
 from moecover.checkpoints.structure import Structure
+from moecover.checkpoints.topology import Topology
 from moecover.corpora.bos import check_bos
 from moecover.corpora.loading import Corpora
 from moecover.corpora.packing import Corpus
@@ -35,20 +36,24 @@ from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running
 
 
-def _fits(
-    profile: Profile, structure: Structure | None, budget: float | str | None, max_size: int | str | None
+def fits_budget(
+    topology: Topology,
+    channels: int | None,
+    structure: Structure | None,
+    budget: float | str | None,
+    max_size: int | str | None,
 ) -> Fits:
     """The bound: a share of the routed bytes, or the size of the checkpoint."""
     if (budget is None) == (max_size is None):
         raise InputError(f"give exactly one of {arg('budget')} (share of the routed bytes) and {arg('max_size')}")
-    channels = profile.width or 1
+    whole = channels or 1
     if budget is not None:
-        return within_share(profile.topology, channels, parse_share(str(budget), "budget"))
+        return within_share(topology, whole, parse_share(str(budget), "budget"))
     assert max_size is not None
     if structure is None:
         raise InputError(f"{arg('max_size', max_size)} looks at the headers of the model: give {arg('model')}")
     most = parse_size(max_size) if isinstance(max_size, str) else max_size
-    whole, headers = channels, structure
+    headers = structure
     if headers.checkpoint.num_bytes <= most:
         raise InputError(
             f"{arg('max_size', max_size)}: {headers.checkpoint.name} itself has {headers.checkpoint.num_bytes:,} "
@@ -58,7 +63,8 @@ def _fits(
 
 
 def shapes_within(
-    profile: Profile,
+    topology: Topology,
+    channels: int | None,
     *,
     budget: float | str | None = None,
     max_size: int | str | None = None,
@@ -69,7 +75,8 @@ def shapes_within(
     """The curve of shapes within a budget, widest first; whole experts alone where no width is known.
 
     Args:
-        profile: that is planned from.
+        topology: of the model.
+        channels: of an expert; None where they are not known.
         budget: share of the routed bytes, as a fraction or a percentage.
         max_size: of the checkpoint, in bytes or as text (``"12GB"``).
         structure: of the model, for ``max_size``.
@@ -79,10 +86,10 @@ def shapes_within(
     Raises:
         InputError: no bound, both, or no shape is within it.
     """
-    fits, channels = _fits(profile, structure, budget, max_size), profile.width
+    fits = fits_budget(topology, channels, structure, budget, max_size)
     thin = structure is None or not isinstance(structure.width, str)
     found = curve(
-        profile.topology,
+        topology,
         channels or 1,
         fits,
         multiple_of=multiple_of,
@@ -142,7 +149,8 @@ def plan_for_budget(
     made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     headers = None if model is None else described(model, revision=options.get("revision"), progress=shown)
     shapes = shapes_within(
-        made,
+        made.topology,
+        made.width,
         budget=budget,
         max_size=max_size,
         structure=headers,
@@ -158,12 +166,12 @@ def plan_for_budget(
         structure = profiled_model(made, headers, how, options.get("revision"), shown)
         loaded = held_out_texts(made, named, files, structure, windows or BLOCKS, bos, shown)
         return _measured(made, structure, shapes, loaded, name, method_options, how, shown)
-    one = wanted if isinstance(wanted, Shape) else _whole(shapes)
-    _check_within(one, made, _fits(made, headers, budget, max_size))
+    one = wanted if isinstance(wanted, Shape) else whole_experts(shapes)
+    check_within(one, made.width, fits_budget(made.topology, made.width, headers, budget, max_size))
     return plan_budgets(made, method=name, keeps=[one.keep], widths=[one.width], **method_options)[0]
 
 
-def _whole(shapes: list[Shape]) -> Shape:
+def whole_experts(shapes: list[Shape]) -> Shape:
     """The shape of whole experts on a curve.
 
     Raises:
@@ -177,9 +185,9 @@ def _whole(shapes: list[Shape]) -> Shape:
     return shapes[0]
 
 
-def _check_within(shape: Shape, profile: Profile, fits: Fits) -> None:
+def check_within(shape: Shape, channels: int | None, fits: Fits) -> None:
     """Refuse a shape that is beyond the budget."""
-    if not fits(shape.keep, shape.width or profile.width or 1):
+    if not fits(shape.keep, shape.width or channels or 1):
         raise InputError(f"{shape} are beyond the budget. Allow more, or give {arg('shape', AUTO)}")
 
 

@@ -94,13 +94,16 @@ class Measurement(Protocol):
     def rows(self) -> Sequence[Row]: ...
 
 
-def measured(structure: Structure, plan: Plan, evaluations: Mapping[str, Measurement]) -> str:
+def measured(
+    structure: Structure, plan: Plan, evaluations: Mapping[str, Measurement], repair: str | None = None
+) -> str:
     """A markdown section with the numbers of a plan, beside those of the model itself where it was evaluated too.
 
     Args:
         structure: the model that is cut.
         plan: which experts stay.
         evaluations: results of `evaluate`, or cells of a comparison, by the name used in messages.
+        repair: kind of the repair that the rows must have; None for none.
 
     Raises:
         InputError: one is of another model, none has the plan, or the measurements of plan and model
@@ -113,7 +116,7 @@ def measured(structure: Structure, plan: Plan, evaluations: Mapping[str, Measure
         _check_comparable(structure, name, one, next(iter(evaluations)), about)
         about = one
         original = next((row for row in one.rows if row.plan is None), original)
-        found = next((row for row in one.rows if _is_of(row, plan)), found)
+        found = next((row for row in one.rows if _is_of(row, plan, repair)), found)
     if found is None or about is None:
         raise InputError(
             f"{arg('evaluations', ', '.join(evaluations))} holds no row of this plan. "
@@ -138,9 +141,11 @@ def _check_comparable(
         )
 
 
-def _is_of(row: Row, plan: Plan) -> bool:
-    """Whether a row is of this plan, unrepaired."""
-    return row.plan is not None and "repair" not in row.plan and row.plan["fingerprint"] == kept_hash(plan)
+def _is_of(row: Row, plan: Plan, repair: str | None) -> bool:
+    """Whether a row is of this plan, with this kind of repair."""
+    if row.plan is None or row.plan.get("repair") != repair:
+        return False
+    return row.plan["fingerprint"] == kept_hash(plan)
 
 
 def _hashes(evaluation: Measurement) -> list[tuple[str, str]]:
@@ -166,7 +171,8 @@ def _text_lines(about: Measurement, columns: Mapping[str, Row]) -> Iterator[tupl
     """Labels and cells for perplexity and closeness."""
     for name, record in about.texts.items():
         shown = f"{name}{' ' + record['split'] if record.get('split') else ''}"
-        label = f"perplexity, {shown}, {record['tokens']:,} tokens in windows of {record['length']}"
+        windows = f" in windows of {record['length']}" if "length" in record else ""
+        label = f"perplexity, {shown}, {record['tokens']:,} tokens{windows}"
         yield label, [f"{row.perplexity[name].perplexity:.3f}" for row in columns.values()]
         close = columns["pruned"].perplexity[name]
         if close.kl is not None:

@@ -209,7 +209,8 @@ def prune(
             f"{arg('mtp', mtp)} keeps experts of the full width, the plan's have {plan.width} channels: give "
             f"{arg('mtp', 'drop')}"
         )
-    figures = measured(structure, plan, evaluations) if evaluations else ""
+    kind = repaired.kind if repaired is not None else None
+    figures = measured(structure, plan, evaluations, kind) if evaluations else ""
     with locked(path):
         restore(path)
         check_target(structure, output, overwrite=overwrite)  # another run may have finished meanwhile

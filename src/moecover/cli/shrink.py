@@ -1,0 +1,144 @@
+"""The verb `shrink`: from a model to the best checkpoint of a size, in one command."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moecover.cli.options import add_device, add_model, add_output
+from moecover.cli.plan_tables import shapes_table
+from moecover.cli.verb import Outcome
+from moecover.text import aligned, duration_text
+
+if TYPE_CHECKING:
+    from moecover.shrinking.job import Shrunk
+    from moecover.shrinking.steps import Step
+
+HELP = "make a model smaller by the best known way, in one command"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    from moecover.shrinking.quality import DEFAULT, QUALITIES
+
+    add_model(parser)
+    group = parser.add_argument_group("how small")
+    group.add_argument("--budget", metavar="SHARE", help="share of the experts' bytes that stays, such as 50%%")
+    group.add_argument("--max-size", metavar="SIZE", help="or the size of the checkpoint, such as 12GB")
+    group.add_argument(
+        "--shape",
+        default="auto",
+        metavar="SHAPE",
+        help="what the bytes are spent on: auto, of the shapes of equal bytes the one that loses least on held-out "
+        "text; experts, whole ones; KxW, K experts of W channels each (default: auto)",
+    )
+    group = parser.add_argument_group("text, and how much work")
+    group.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="NAME[=PATH]",
+        help="calibration corpus, as in `profile`; repeat it (default: wikitext2 and c4 from the hub)",
+    )
+    group.add_argument("--no-own-text", action="store_true", help="do not have the model write calibration text")
+    group.add_argument(
+        "--repair",
+        choices=("none", "scale", "ridge"),
+        default="ridge",
+        help="refit the down projections of what stays (default: ridge)",
+    )
+    costs = "; ".join(f"{name}: {quality.cost}" for name, quality in QUALITIES.items())
+    group.add_argument(
+        "--quality",
+        choices=tuple(QUALITIES),
+        default=DEFAULT,
+        help=f"how much text is read (default: {DEFAULT}). {costs}",
+    )
+    group.add_argument(
+        "--work", type=Path, metavar="DIR", help="folder for own text, profile, plan and evaluation (default: OUT-work)"
+    )
+    group.add_argument("--dry-run", action="store_true", help="print the steps and their estimates, and make nothing")
+    group.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 4)")
+    add_device(group)
+    add_output(parser, "OUT", "folder to write", replaced="OUT if moecover wrote it")
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Write the checkpoint; print the shapes that were measured, and what the result loses on held-out text."""
+    from moecover.cli.options import pass_arguments
+    from moecover.shrinking.job import shrink
+
+    made = shrink(
+        args.model,
+        args.output,
+        budget=args.budget,
+        max_size=args.max_size,
+        shape=args.shape,
+        corpora=args.corpus or None,
+        own_text=not args.no_own_text,
+        repair=args.repair,
+        quality=args.quality,
+        work=args.work,
+        dry_run=args.dry_run,
+        overwrite=args.overwrite,
+        command=shlex.join(["moecover", *args.argv]),
+        **pass_arguments(args),
+    )
+    return _steps(made) if isinstance(made, list) else _result(made)
+
+
+def _steps(steps: list[Step]) -> Outcome:
+    """The steps of a dry run."""
+    rows = [[str(n), step.name, f"{step.tokens:,}", duration_text(step.seconds)] for n, step in enumerate(steps, 1)]
+    total = sum(step.seconds for step in steps)
+    rows.append(["", "all", "", duration_text(total)])
+    result = {"steps": [asdict(step) for step in steps], "seconds": total}
+    return Outcome(result, aligned(["step", "", "tokens", "estimate"], rows))
+
+
+def _result(made: Shrunk) -> Outcome:
+    """What was made, and what it loses."""
+    plan, output = made.pruned.plan, str(made.pruned.output)
+    full, row = made.evaluation.rows
+    rows = [
+        [
+            name,
+            f"{one.perplexity:.2f}",
+            f"{row.perplexity[name].perplexity:.2f}",
+            _percent(one.nll, row.perplexity[name].nll),
+        ]
+        for name, one in full.perplexity.items()
+    ]
+    lost = {name: row.perplexity[name].nll - one.nll for name, one in full.perplexity.items()}
+    worst = max(lost, key=lambda name: lost[name])
+    text = shapes_table(plan) + "\n" if plan.found else ""
+    text += aligned(["held-out text", "original", "shrunk", "perplexity"], rows)
+    mean = sum(lost.values()) / len(lost)
+    text += (
+        f"\nworst text: {worst}, {_percent(0, lost[worst])}; mean {_percent(0, mean)} over {len(lost)} texts"
+        f"\n{output}: {made.pruned.sizes()}; it equals the masked original on {made.verification.tokens:,} tokens"
+        f"\nmade on the way: {made.work}"
+    )
+    result = {
+        "output": output,
+        "work": str(made.work),
+        "keep": plan.keep,
+        "width": plan.width,
+        "bytes_before": made.pruned.bytes_before,
+        "bytes": made.pruned.num_bytes,
+        "loss": {
+            name: {"original": one.nll, "shrunk": row.perplexity[name].nll} for name, one in full.perplexity.items()
+        },
+        "found": plan.found,
+    }
+    return Outcome(result, text)
+
+
+def _percent(before: float, after: float) -> str:
+    """The relative change of the perplexity between two losses."""
+    import math
+
+    return f"{math.expm1(after - before):+.1%}"

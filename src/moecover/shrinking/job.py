@@ -1,0 +1,189 @@
+"""From a model to the best checkpoint of a size, as a job: every step is another stage's, and resumes as it does.
+
+Reads a model and corpora as users give them; writes the checkpoint, and beside it a folder with what was made on the
+way: own text, profile, plan, evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from moecover.checkpoints.opening import Model, described, fetched
+from moecover.corpora.loading import Corpora, parsed
+from moecover.errors import InputError, MoecoverError, arg
+from moecover.evaluation.artifact import Evaluation
+from moecover.files.locks import locked
+from moecover.planning.curve import AUTO
+from moecover.progress import Progress, resolve
+from moecover.pruning.request import Pruned
+from moecover.pruning.writer import check_target
+from moecover.repairing.job import check_kind
+from moecover.repairing.store import kept_for_later
+from moecover.runtime.loadable import check_loadable
+from moecover.runtime.options import RunOptions, check_known
+from moecover.runtime.pass_state import remove
+from moecover.runtime.passes import passes
+from moecover.shrinking.quality import DEFAULT, quality_of
+from moecover.shrinking.request import Asked, memory_needed, shapes_of
+from moecover.shrinking.stages import evaluation_of, plan_of, profile_of, repair_of, written
+from moecover.shrinking.steps import Step, steps_of, total_line
+from moecover.shrinking.texts import KINDS, Texts, divided, length_of, named_corpora, own_corpora
+from moecover.shrinking.work import claim
+from moecover.verification.job import verify
+
+if TYPE_CHECKING:
+    from moecover.checkpoints.structure import Structure
+    from moecover.verification.verify import Verification
+
+NONE = "none"
+REPAIR = "repair"  # folder of the finished layers of a repair
+ROW = "shrunk"
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What `shrink` made.
+
+    Attributes:
+        pruned: the checkpoint.
+        evaluation: rows of the model itself and of the checkpoint, on held-out text.
+        verification: the proof against the masked original.
+        work: folder of plan and evaluation; own text and profile lie beside it.
+    """
+
+    pruned: Pruned
+    evaluation: Evaluation
+    verification: Verification
+    work: Path
+
+
+def shrink(
+    checkpoint: Model,
+    /,
+    output: str | Path,
+    *,
+    budget: float | str | None = None,
+    max_size: int | str | None = None,
+    shape: str = AUTO,
+    corpora: Corpora | None = None,
+    own_text: bool = True,
+    repair: str = "ridge",
+    quality: str = DEFAULT,
+    work: str | Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    command: str = "",
+    progress: bool | Progress = True,
+    **options: Unpack[RunOptions],
+) -> Shrunk | list[Step]:
+    """Make a model smaller by the best way that this package knows, with nothing else said than how small.
+
+    The steps: the model writes text, which is divided into kinds; a profile of that and of the corpora; of the shapes
+    of equal bytes the one that loses least on held-out text; a repair; the checkpoint; a proof; its perplexity on
+    held-out text, on the model card. Every step resumes when the same call runs again.
+
+    Args:
+        checkpoint: folder, hub id, or a structure from `read_structure`.
+        output: folder to write.
+        budget: share of the experts' bytes that stays, as a fraction or a percentage; or give ``max_size``.
+        max_size: of the checkpoint, in bytes or as text (``"12GB"``).
+        shape: ``auto``, ``experts`` (whole ones) or ``KxW``.
+        corpora: calibration text; None for WikiText2 and C4 from the hub, where that can be reached.
+        own_text: also have the model write text; skipped where it only runs layer by layer.
+        repair: ``ridge``, ``scale`` or ``none``.
+        quality: ``fast``, ``default`` or ``best``: how much text is read.
+        work: folder for what is made on the way; None for one beside the output.
+        dry_run: return the steps with their estimates, and make nothing.
+        overwrite: replace an output that this program wrote.
+        command: what the user typed, for the model card.
+        progress: True draws bars and a log on stderr or in a notebook; False is silent.
+        **options: see `RunOptions`.
+
+    Raises:
+        InputError: what any step refuses, before the first where it can be known then.
+        MoecoverError: the disk is full, or the checkpoint does not equal the masked original.
+    """
+    shown, path = resolve(progress), Path(output)
+    check_known(options, RunOptions)
+    how, amount = passes(options), quality_of(quality)
+    kind = None if repair == NONE else repair
+    if kind is not None:
+        check_kind(kind)
+    if corpora is not None:
+        parsed(corpora)
+    headers = described(checkpoint, revision=options.get("revision"), progress=shown)
+    check_loadable(headers, how.dtype)
+    place = path.with_name(f"{path.name}-work") if work is None else Path(work)
+    asked = Asked(path, place, budget, max_size, shape, kind, amount, how, overwrite, command)
+    check_target(headers, path, overwrite=overwrite)
+    shapes = shapes_of(headers, asked)
+    extra = memory_needed(headers, asked, shapes)
+    named = len(parsed(corpora)) if corpora is not None else 2
+    steps = steps_of(
+        headers,
+        amount,
+        how,
+        corpora=named,
+        kinds=KINDS if own_text else 0,
+        length=length_of(headers),
+        measured=len(shapes) > 1,
+        repair=kind,
+    )
+    if dry_run:
+        return steps
+    shown.say(total_line(steps))
+    with locked(path.resolve()), locked(place.resolve()):
+        structure = fetched(headers, revision=options.get("revision"), progress=shown)
+        claim(place, structure, quality, own_text=own_text)
+        texts = _texts(structure, asked, corpora, own_text, options, shown)
+        return _made(structure, asked, texts, extra, shown)
+
+
+def _texts(
+    structure: Structure,
+    asked: Asked,
+    corpora: Corpora | None,
+    own_text: bool,
+    options: RunOptions,
+    progress: Progress,
+) -> Texts:
+    """All text, the model's own included."""
+    found = named_corpora(corpora, progress=progress, structure=structure)
+    if own_text:
+        try:
+            found += own_corpora(structure, asked.work, asked.quality, options, progress=progress)
+        except InputError as error:
+            if not found:
+                raise
+            progress.say(f"note: no own text: {error}")
+    if not found:
+        raise InputError(f"there is no text to calibrate on: give {arg('corpora')}")
+    return divided(found, structure, asked.quality, progress=progress)
+
+
+def _made(structure: Structure, asked: Asked, texts: Texts, extra: int, progress: Progress) -> Shrunk:
+    """The checkpoint from its text."""
+    state = asked.of_budget / REPAIR
+    with kept_for_later(state):
+        with profile_of(structure, asked, texts, extra, progress) as (made, model):
+            plan = plan_of(structure, asked, texts, made, model, progress)
+            mended = repair_of(structure, asked, texts, plan, model, state, progress)
+            evaluation = evaluation_of(structure, asked, texts, plan, mended, model, progress)
+        pruned = written(structure, asked, plan, mended, evaluation, progress)
+        remove(state)
+    proof = verify(
+        structure,
+        asked.output,
+        dtype=asked.how.dtype,
+        device=asked.how.device,
+        memory_limit=asked.how.memory_limit,
+        progress=progress,
+    )
+    if not proof.equal:
+        raise MoecoverError(
+            f"{asked.output} does not compute what the masked original computes, first difference at "
+            f"{proof.first_difference}: please report this"
+        )
+    return Shrunk(pruned, evaluation, proof, asked.of_budget)

@@ -1,0 +1,137 @@
+"""The stages of `shrink` on an opened model: each is another folder's work and resumes as it does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moecover.evaluation.artifact import Evaluation
+from moecover.evaluation.budgets import measured_shape
+from moecover.evaluation.run import evaluate
+from moecover.planning.artifact import Plan
+from moecover.planning.methods import default_method
+from moecover.planning.run import plan_budgets
+from moecover.profiling.job import profiled, scratch_beside
+from moecover.pruning.request import Pruned
+from moecover.pruning.writer import prune as write_checkpoint
+from moecover.repairing.job import repaired
+from moecover.shrinking.request import Asked, shapes_of
+
+if TYPE_CHECKING:
+    from moecover.checkpoints.structure import Structure
+    from moecover.profiling.artifact import Profile
+    from moecover.progress import Progress
+    from moecover.repairing.artifact import Repaired
+    from moecover.runtime.running import Running
+    from moecover.shrinking.texts import Texts
+
+PROFILE, PLAN, EVALUATION = "profile", "plan.json", "evaluation"
+ROW = "shrunk"
+
+
+@contextlib.contextmanager
+def profile_of(
+    structure: Structure, asked: Asked, texts: Texts, extra: int, progress: Progress
+) -> Iterator[tuple[Profile, Running]]:
+    folder = asked.work / PROFILE
+    with profiled(
+        structure,
+        texts.calibration,
+        asked.how,
+        folder=folder,
+        scratch=scratch_beside(folder, "profile"),
+        reuse=True,
+        extra=extra,
+        progress=progress,
+    ) as found:
+        yield found
+
+
+def plan_of(
+    structure: Structure, asked: Asked, texts: Texts, profile: Profile, model: Running, progress: Progress
+) -> Plan:
+    """The plan, from its file where an earlier run has made it."""
+    file, method = asked.of_budget / PLAN, default_method().name
+    if file.is_file():
+        earlier = Plan.load(file)
+        if earlier.profile_fingerprint == profile.fingerprint:
+            progress.say(f"resuming: {file} is made")
+            return earlier
+    shapes = shapes_of(structure, asked)
+    if len(shapes) > 1:
+        size = asked.how.batch_size
+        plan = measured_shape(profile, structure, shapes, texts.held_out, method, {}, model, size, progress)
+    else:
+        one = shapes[0]
+        (plan,) = plan_budgets(profile, method=method, keeps=[one.keep], widths=[one.width])
+    plan.save(file)
+    return plan
+
+
+def repair_of(
+    structure: Structure, asked: Asked, texts: Texts, plan: Plan, model: Running, state: Path, progress: Progress
+) -> Repaired | None:
+    if asked.repair is None:
+        return None
+    return repaired(
+        structure,
+        plan,
+        texts.calibration,
+        asked.how,
+        kind=asked.repair,
+        tokens=min(asked.quality.repair_tokens, texts.tokens),
+        folder=state,
+        model=model,
+        progress=progress,
+    )
+
+
+def evaluation_of(
+    structure: Structure,
+    asked: Asked,
+    texts: Texts,
+    plan: Plan,
+    mended: Repaired | None,
+    model: Running,
+    progress: Progress,
+) -> Evaluation:
+    """Rows of the model itself and of the checkpoint, on held-out text; saved."""
+    found = evaluate(
+        structure,
+        {ROW: plan},
+        model=model,
+        texts=texts.held_out,
+        repairs={ROW: mended.of_layer(structure, plan)} if mended is not None else None,
+        batch_size=asked.how.batch_size,
+        bar=progress.bar,
+    )
+    if mended is not None:
+        rows = [
+            replace(row, plan={**row.plan, "repair": mended.kind}) if row.plan is not None else row
+            for row in found.rows
+        ]
+        found = replace(found, rows=rows)
+    found.save(asked.of_budget / EVALUATION)
+    return found
+
+
+def written(
+    structure: Structure, asked: Asked, plan: Plan, mended: Repaired | None, evaluation: Evaluation, progress: Progress
+) -> Pruned:
+    after = structure.num_bytes(plan.kept, width=plan.width)
+    with progress.bar("writing", after, unit="bytes") as advance:
+        path = write_checkpoint(
+            structure,
+            plan,
+            asked.output,
+            overwrite=asked.overwrite,
+            repaired=mended,
+            command=asked.command,
+            evaluations={EVALUATION: evaluation},
+            advance=advance,
+            say=progress.say,
+        )
+    return Pruned(path, plan, structure.topology, structure.checkpoint.num_bytes, after, mended)

@@ -1,0 +1,135 @@
+"""The text of `shrink`: corpora as users give them, or WikiText2 and C4, and what the model writes, by kind.
+
+Every corpus is divided: the first part calibrates, the rest is held out for what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moecover.corpora.generation import cache_bytes
+from moecover.corpora.loading import Corpora, parsed
+from moecover.corpora.own_text import generate
+from moecover.corpora.packing import LENGTH, Corpus, load_corpus
+from moecover.corpora.splitting import split
+from moecover.errors import InputError, MoecoverError, arg
+from moecover.progress import Progress
+
+if TYPE_CHECKING:
+    from moecover.checkpoints.structure import Structure
+    from moecover.runtime.options import RunOptions
+    from moecover.shrinking.quality import Quality
+
+NAMED = ("wikitext2", "c4")  # where no corpus is given
+OWN, KINDS = "self", 8
+ROOM = 2 << 30  # bytes of keys and values of all rows at once, above which the model writes them in batches
+OWN_FILE, KINDS_FOLDER = "own-text.jsonl", "kinds"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Calibration text and held-out text of the same corpora."""
+
+    calibration: list[Corpus]
+    held_out: list[Corpus]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the calibration text."""
+        return sum(corpus.num_tokens for corpus in self.calibration)
+
+
+def own_corpora(
+    structure: Structure, work: Path, quality: Quality, options: RunOptions, *, progress: Progress
+) -> list[str]:
+    """What the model writes, as corpora by kind: ``NAME=FOLDER``; files that are there are taken as they are.
+
+    Args:
+        structure: the model.
+        work: folder for the text.
+        quality: how much.
+        options: how the model runs.
+        progress: shows the steps.
+
+    Raises:
+        InputError: a model that does not fit into memory, or cannot generate.
+    """
+    file, folder = work / OWN_FILE, work / KINDS_FOLDER
+    if not file.exists():
+        small = cache_bytes(structure, tokens=quality.rows * length_of(structure), itemsize=4) < ROOM
+        running: RunOptions = {**options, "batch_size": quality.rows if small else None}
+        generate(structure, file, sequences=quality.rows, progress=progress, **running)
+    if not folder.exists():
+        split(structure, f"{OWN}={file}", folder, kinds=KINDS, progress=progress)
+    return [f"{OWN}={folder}"]
+
+
+def named_corpora(corpora: Corpora | None, *, progress: Progress, structure: Structure) -> list[str | Corpus]:
+    """The corpora that are given; else WikiText2 and C4, none where the hub is out of reach, which is said."""
+    if corpora is not None:
+        return [
+            source if isinstance(source, Corpus) else f"{n}={source}" if source else n
+            for n, source in parsed(corpora).items()
+        ]
+    found: list[str | Corpus] = []
+    for name in NAMED:
+        try:
+            with progress.spinner(f"reading corpus {name}"):
+                load_corpus(name, structure=structure, sequences=1)
+        except (InputError, MoecoverError) as error:
+            progress.say(f"note: {name} is left out: {error}")
+            continue
+        found.append(name)
+    return found
+
+
+def divided(corpora: Sequence[str | Corpus], structure: Structure, quality: Quality, *, progress: Progress) -> Texts:
+    """All corpora, each divided into calibration text and held-out text.
+
+    Args:
+        corpora: names, ``NAME=PATH``, or loaded ones.
+        structure: of the model whose tokens they have.
+        quality: how much of each.
+        progress: shows what is read.
+
+    Raises:
+        InputError: a corpus that cannot be read, or none has more than a block.
+    """
+    calibration, held_out = [], []
+    for name, source in parsed(corpora).items():
+        corpus = source
+        if not isinstance(corpus, Corpus):
+            with progress.spinner(f"reading corpus {name}"):
+                corpus = _loaded(name, source if isinstance(source, str) else None, structure, quality)
+        blocks = len(corpus.tokens)
+        apart = min(quality.windows, max(1, blocks // 5), blocks - 1)
+        calibration.append(corpus[: min(quality.blocks, blocks - apart)])
+        if apart:
+            held_out.append(corpus[blocks - apart :])
+        else:
+            progress.say(f"note: {name} is one block of text: it calibrates, and nothing of it is held out")
+    if not held_out:
+        raise InputError(
+            f"{arg('corpora', next(iter(parsed(corpora))))} is one block of text, two are needed: one to calibrate on, "
+            "one to measure on"
+        )
+    return Texts(calibration, held_out)
+
+
+def _loaded(name: str, path: str | None, structure: Structure, quality: Quality) -> Corpus:
+    """A corpus of as many blocks as wanted, or as there are."""
+    wanted = quality.blocks + quality.windows
+    corpus = load_corpus(name, path, structure=structure)
+    available = corpus.record.get("blocks_available", len(corpus.tokens))
+    if len(corpus.tokens) < min(wanted, available):
+        corpus = load_corpus(name, path, structure=structure, sequences=min(wanted, available))
+    return corpus
+
+
+def length_of(structure: Structure) -> int:
+    """Tokens of a block."""
+    most = structure.checkpoint.text_config.get("max_position_embeddings")
+    return min(LENGTH, most) if isinstance(most, int) and most > 0 else LENGTH

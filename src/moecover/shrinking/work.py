@@ -1,0 +1,53 @@
+"""The folder of what `shrink` makes on the way: whose it is, so that another call does not take it for its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moecover.errors import InputError, arg
+from moecover.files.atomic import write_text
+from moecover.files.hashing import sealed, unsealed
+from moecover.files.reading import read_json
+
+if TYPE_CHECKING:
+    from moecover.checkpoints.structure import Structure
+
+FILE = "shrink.json"
+
+
+def claim(work: Path, structure: Structure, quality: str, *, own_text: bool) -> None:
+    """Note in a folder what it is for, or refuse it where it is for something else.
+
+    The text that the model writes and the profile depend on the model and on how much text is read, not on the budget:
+    one folder serves several.
+
+    Args:
+        work: the folder, made where there is none.
+        structure: the model.
+        quality: by name.
+        own_text: whether the model writes text.
+
+    Raises:
+        InputError: it is a file, holds something else, or belongs to another model or quality.
+    """
+    inputs = {"model": structure.model_fingerprint, "quality": quality, "own_text": own_text}
+    file = work / FILE
+    if work.exists() and not work.is_dir():
+        raise InputError(f"{work} is a file. Give another folder as {arg('work')}")
+    if not file.is_file():
+        if work.is_dir() and any(work.iterdir()):
+            raise InputError(f"{work} holds other files. Give another folder as {arg('work')}")
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(sealed(inputs), indent=1) + "\n")
+        return
+    try:
+        found = unsealed(read_json(file))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be used: {error}. Give another folder as {arg('work')}") from error
+    if differs := [name for name, value in inputs.items() if found.get(name) != value]:
+        raise InputError(
+            f"{work} was made with another {differs[0]}: {found.get(differs[0])}, now {inputs[differs[0]]}. Give "
+            f"another folder as {arg('work')}, or remove it"
+        )

@@ -1,0 +1,152 @@
+"""One command from a model to a thinner one: what it writes, that it resumes, and what it refuses before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecover import Shrunk, shrink
+from moecover.checkpoints.structure import read_structure
+from moecover.cli.main import main
+from moecover.corpora.packing import Corpus
+from moecover.errors import InputError
+from moecover.evaluation.artifact import Evaluation
+from moecover.planning.artifact import Plan
+from moecover.shrinking import quality
+from moecover.shrinking.quality import Quality
+from tests.conftest import random_corpus, write_rows
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few blocks of everything."""
+    monkeypatch.setitem(quality.QUALITIES, "fast", Quality(6, 6, 200, 2, "little"))
+
+
+def corpora() -> list[Corpus]:
+    return [random_corpus("a", seed=1, sequences=12), random_corpus("b", seed=2, sequences=12)]
+
+
+def files(tmp_path: Path) -> list[str]:
+    """The same corpora as arguments."""
+    found = []
+    for corpus in corpora():
+        rows = [{"input_ids": row} for row in corpus.tokens.tolist()]
+        found += ["--corpus", f"{corpus.name}={write_rows(tmp_path / f'{corpus.name}.jsonl', rows)}"]
+    return found
+
+
+def test_the_best_shape_is_repaired_proven_and_measured(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    source = checkpoints("qwen2_moe", moe_intermediate_size=32)
+    made = shrink(
+        source,
+        tmp_path / "out",
+        budget="50%",
+        corpora=corpora(),
+        own_text=False,
+        quality="fast",
+        dtype="float32",
+        progress=False,
+    )
+    assert isinstance(made, Shrunk)
+    plan = Plan.load(made.work / "plan.json")
+    assert plan == made.pruned.plan
+    shapes = {(point["keep"], point["width"]): point["loss"] for point in plan.found["shapes"]}
+    assert len(shapes) > 1
+    assert shapes[plan.keep, plan.width or 32] == min(shapes.values())
+    assert all(keep * width <= 0.5 * 12 * 32 for keep, width in shapes)
+    assert made.verification.equal
+    assert made.verification.repaired > 0
+    assert Evaluation.load(made.work / "evaluation").rows[1].plan["repair"] == "ridge"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Measured" in card
+    assert "perplexity, a," in card
+    held = {name: text["sha256"] for name, text in made.evaluation.texts.items()}
+    assert set(held) == {"a", "b"}
+    assert not {record["sha256"] for records in plan.calibration.values() for record in records} & set(held.values())
+    loaded = read_structure(tmp_path / "out")
+    assert loaded.topology.num_experts == plan.keep
+
+
+def test_the_command_goes_on_where_it_stopped(
+    checkpoints: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(checkpoints("qwen2_moe", moe_intermediate_size=32))
+    asked = ["shrink", source, *files(tmp_path), "--no-own-text", "--quality", "fast", "--dtype", "float32"]
+    out = ["-o", str(tmp_path / "out")]
+    assert main([*asked, "--budget", "50%", *out, "--dry-run", "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)
+    assert [step["name"] for step in steps["steps"]][:2] == ["profile", "measure shapes"]
+    assert not (tmp_path / "out-work").exists(), "a dry run makes nothing"
+    assert main([*asked, "--budget", "50%", "--repair", "none", *out]) == 0
+    first = capsys.readouterr()
+    assert "chosen" in first.out
+    assert "worst text:" in first.out
+    profile = (tmp_path / "out-work" / "profile" / "profile.safetensors").stat().st_mtime_ns
+    assert main([*asked, "--budget", "50%", "--repair", "none", *out]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main([*asked, "--budget", "50%", "--repair", "none", *out, "--overwrite"]) == 0
+    again = capsys.readouterr()
+    assert "the profile in" in again.err
+    assert "plan.json is made" in again.err
+    assert (tmp_path / "out-work" / "profile" / "profile.safetensors").stat().st_mtime_ns == profile
+    assert main([*asked, "--budget", "25%", "--shape", "4x16", *out, "--overwrite"]) == 0
+    assert Plan.load(tmp_path / "out-work" / "25pct-4x16" / "plan.json").width == 16
+    assert Plan.load(tmp_path / "out-work" / "50pct-auto" / "plan.json").found
+    capsys.readouterr()
+    other = str(checkpoints("qwen2_moe", moe_intermediate_size=48))
+    assert main(["shrink", other, *files(tmp_path), "--no-own-text", "--quality", "fast", "--budget", "50%", *out]) == 2
+    assert (
+        main([*asked[:-4], "--budget", "50%", "-o", str(tmp_path / "two"), "--work", str(tmp_path / "out-work")]) == 2
+    )
+    assert "was made with another quality" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({}, "exactly one of budget"),
+        ({"budget": 0.5, "max_size": 10}, "exactly one of budget"),
+        ({"budget": "5%"}, "the budget leaves no shape"),
+        ({"budget": 0.5, "shape": "8x32"}, "beyond the budget"),
+        ({"budget": 0.5, "shape": "13x8"}, "above the 12 experts"),
+        ({"budget": 0.5, "repair": "magic"}, "unknown kind"),
+        ({"budget": 0.5, "quality": "perfect"}, "Did you mean|Known"),
+        ({"max_size": "1GB"}, "nothing is to be removed"),
+    ],
+)
+def test_refusals_come_before_any_work(
+    checkpoints: Callable[..., Path], tmp_path: Path, options: dict[str, object], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        shrink(
+            checkpoints("qwen2_moe", moe_intermediate_size=32),
+            tmp_path / "out",
+            corpora=corpora(),
+            progress=False,
+            **options,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_left_alone(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        shrink(
+            checkpoints("qwen2_moe"),
+            tmp_path / "out",
+            budget=0.5,
+            corpora=corpora(),
+            own_text=False,
+            work=tmp_path / "w",
+            progress=False,
+        )
+    one = [random_corpus("a", sequences=1)]
+    with pytest.raises(InputError, match="one block of text, two are needed"):
+        shrink(checkpoints("qwen2_moe"), tmp_path / "out", budget=0.5, corpora=one, own_text=False, progress=False)
+    assert np.array([p.name == "w" or p.name.startswith((".", "out-work")) for p in tmp_path.iterdir()]).all()
