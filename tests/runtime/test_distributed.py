@@ -141,10 +141,11 @@ def started(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path, processes: int) -> None:
     """One line from all of them, and the state of each is used."""
     assert cli.main([*job(), "-o", str(tmp_path / "one")]) == 0
-    process = started(torchrun(3, tmp_path, [*job(), "-o", str(tmp_path / "many"), "--slow"]))
+    process = started(torchrun(processes, tmp_path, [*job(), "-o", str(tmp_path / "many"), "--slow"]))
     assert process.stdout is not None
     assert process.stdout.readline().startswith("saved")
     os.kill(workers(process)[-1], signal.SIGKILL)
@@ -156,7 +157,10 @@ def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path) ->
     assert not (tmp_path / "many").exists()
     assert list(tmp_path.glob(".many.profile.partial-*"))
     done = subprocess.run(
-        torchrun(3, tmp_path, [*job(), "-o", str(tmp_path / "many")]), capture_output=True, text=True, check=False
+        torchrun(processes, tmp_path, [*job(), "-o", str(tmp_path / "many")]),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "resuming: " in done.stderr
