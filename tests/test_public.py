@@ -58,6 +58,7 @@ def test_every_verb_is_a_function(verb: str) -> None:
         assert "Model" in str(parameters["checkpoint"].annotation)
 
 
+@pytest.mark.slow  # part of `make lint` too, whose cache this run does not share
 def test_a_script_passes_the_strict_type_checker() -> None:
     """The types are public and complete: an example of every function, held against them."""
     script = ROOT / "examples" / "pipeline.py"

@@ -1,4 +1,4 @@
-"""Hub models over the real client, against a small HTTP server that plays the hub. Each run is its own process."""
+"""Hub models over the real client, against a small HTTP server that plays the hub; in processes that know where."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -102,28 +102,39 @@ def hub(checkpoints: Callable[..., Path], tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def moecover(hub: Hub, tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+# Runs one command after the other, as a process each would: they share nothing but what they have imported.
+COMMANDS = """
+import contextlib, io, json, sys
+from moecover.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+Done = tuple[int, str, str]  # exit status, stdout, stderr
+
+
+def moecover(hub: Hub, cache: Path, *commands: Sequence[object]) -> list[Done]:
+    """What each of these commands does."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     environment |= {
         "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HOME": str(cache),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    return subprocess.run(
-        [sys.executable, "-m", "moecover", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=120,
-    )
+    given = json.dumps([list(map(str, arguments)) for arguments in commands])
+    command = [sys.executable, "-c", COMMANDS, given]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [(status, out, err) for status, out, err in map(json.loads, done.stdout.splitlines())]
 
 
 def test_inspect_fetches_headers_only(hub: Hub, tmp_path: Path) -> None:
-    done = moecover(hub, tmp_path, "inspect", REPO, "--json")
-    assert done.returncode == 0, done.stderr + done.stdout
-    facts = json.loads(done.stdout)
+    ((status, out, err),) = moecover(hub, tmp_path / "cache", ["inspect", REPO, "--json"])
+    assert status == 0, err
+    facts = json.loads(out)
     assert (facts["family"], facts["experts"], facts["moe_layers"]) == ("qwen3_moe", 8, [0, 2])
     on_disk = sum(p.stat().st_size for p in hub.folder.glob("*.safetensors"))
     assert facts["total_bytes"] < on_disk  # headers are not weights
@@ -138,10 +149,10 @@ def test_weights_that_the_configuration_names(hub: Hub, tmp_path: Path) -> None:
         json.dumps({**config, "transformers_weights": "own.safetensors.index.json"})
     )
     (hub.folder / "model.safetensors").write_bytes(b"never read")
-    before = json.loads(moecover(hub, tmp_path, "inspect", hub.folder, "--json").stdout)
-    done = moecover(hub, tmp_path, "inspect", REPO, "--json")
-    assert done.returncode == 0, done.stderr + done.stdout
-    facts = json.loads(done.stdout)
+    commands = [["inspect", source, "--json"] for source in (hub.folder, REPO)]
+    first, second = moecover(hub, tmp_path / "cache", *commands)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    before, facts = json.loads(first[1]), json.loads(second[1])
     assert {**facts, "model": 0, "warnings": 0} == {**before, "model": 0, "warnings": 0}
     assert facts["shards"] == len(list(hub.folder.glob("model-*.safetensors")))
 
@@ -149,26 +160,26 @@ def test_weights_that_the_configuration_names(hub: Hub, tmp_path: Path) -> None:
 def test_prune_a_hub_model_at_a_revision(hub: Hub, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"input_ids": list(range(40))}) + "\n")
-    arguments = ("prune", REPO, "--revision", "v1", "--corpus", f"r={rows}", "--retain", 0.5, "-o", tmp_path / "out")
-    done = moecover(hub, tmp_path, *arguments)
-    assert done.returncode == 0, done.stderr
+    prune = ["prune", REPO, "--revision", "v1", "--corpus", f"r={rows}", "--retain", 0.5, "-o", tmp_path / "out"]
+    verify = ["verify", REPO, tmp_path / "out", "--corpus", f"r={rows}"]
+    for status, out, err in moecover(hub, tmp_path / "cache", prune, verify):
+        assert status == 0, err + out
     manifest = json.loads((tmp_path / "out" / "moecover.json").read_text())
     assert manifest["source"]["name"] == REPO
     assert manifest["source"]["revision"] == COMMIT
     assert f"base_model: {REPO}" in (tmp_path / "out" / "README.md").read_text()
     assert "pytorch_model.bin" not in hub.sent
-    done = moecover(hub, tmp_path, "verify", REPO, tmp_path / "out", "--corpus", f"r={rows}")
-    assert done.returncode == 0, done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("model", ["someone/absent", "someone/tiny-moe@no"])
-def test_a_model_that_the_hub_does_not_have(hub: Hub, tmp_path: Path, model: str) -> None:
-    name, _, revision = model.partition("@")
-    arguments = ["inspect", name, *(["--revision", revision] if revision else [])]
-    done = moecover(hub, tmp_path, *arguments)
-    assert done.returncode == 2
-    assert f"no folder {name}, and the hub did not give {name}" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_a_model_that_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
+    absent, no_revision = ["inspect", "someone/absent"], ["inspect", REPO, "--revision", "no"]
+    for (_, name, *_), done in zip(
+        (absent, no_revision), moecover(hub, tmp_path / "cache", absent, no_revision), strict=True
+    ):
+        status, _, err = done
+        assert status == 2
+        assert f"no folder {name}, and the hub did not give {name}" in err
+        assert len(err.strip().splitlines()) == 1
 
 
 def test_a_refusal_comes_before_the_download(hub: Hub, tmp_path: Path) -> None:
@@ -177,14 +188,12 @@ def test_a_refusal_comes_before_the_download(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("x")
     config = json.loads((hub.folder / "config.json").read_text())
-    for extra, message in (
-        (["--keep", 1, "-o", tmp_path / "o"], "top-k of 2"),
-        (["--keep", 4, "-o", tmp_path / "taken"], "taken exists"),
-        (["--keep", 4, "-o", tmp_path / "o"], "groups for"),
-    ):
-        if "groups" in message:
-            (hub.folder / "config.json").write_text(json.dumps({**config, "n_group": 4}))
-        done = moecover(hub, tmp_path / message.split()[0], "prune", REPO, "--corpus", f"r={rows}", *extra)
-        assert done.returncode == 2
-        assert message in done.stderr
+    prune = ["prune", REPO, "--corpus", f"r={rows}"]
+    below, taken = [*prune, "--keep", 1, "-o", tmp_path / "o"], [*prune, "--keep", 4, "-o", tmp_path / "taken"]
+    found = moecover(hub, tmp_path / "cache", below, taken)
+    (hub.folder / "config.json").write_text(json.dumps({**config, "n_group": 4}))
+    found += moecover(hub, tmp_path / "another cache", [*prune, "--keep", 4, "-o", tmp_path / "o"])
+    for (status, _, err), message in zip(found, ("top-k of 2", "taken exists", "groups for"), strict=True):
+        assert status == 2
+        assert message in err
     assert "tokenizer.json" not in hub.sent  # a whole download would have fetched it

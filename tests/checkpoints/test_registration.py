@@ -61,12 +61,14 @@ for lines in ORDERS:
 """
 
 
-ORDERS = [["import moecover", line] for line in IMPORTS] + [[IMPORTS[0], "import moecover"]]
-OTHER_ORDERS = [[line, "import moecover"] for line in IMPORTS[1:]]
+# What registration has to find out: nothing of transformers is there, only the lazy module is, all of it is.
+ORDERS = [["import moecover", IMPORTS[0]], ["import transformers", "import moecover"], [IMPORTS[-1], "import moecover"]]
+EVERY_ORDER = [order for line in IMPORTS for order in (["import moecover", line], [line, "import moecover"])]
+OTHER_ORDERS = [order for order in EVERY_ORDER if order not in ORDERS]
 
 
 @pytest.mark.parametrize(
-    "orders", [ORDERS, pytest.param(OTHER_ORDERS, marks=pytest.mark.slow)], ids=["first", "second"]
+    "orders", [ORDERS, pytest.param(OTHER_ORDERS, marks=pytest.mark.slow)], ids=["telling", "others"]
 )
 def test_the_type_is_registered_on_request_in_every_order_of_imports(orders: list[list[str]]) -> None:
     """`import moecover` changes nothing in transformers; `register_deepseek` works whatever was imported before."""

@@ -81,7 +81,7 @@ def test_what_is_remembered_is_what_was_derived(model: Path, place: Path) -> Non
     assert same(recall(open_checkpoint(model), place), layout)
 
 
-@pytest.mark.parametrize("model", ["qwen2_moe", "fp8 with mtp"], indirect=True)
+@pytest.mark.parametrize("model", [pytest.param("qwen2_moe", marks=pytest.mark.slow), "fp8 with mtp"], indirect=True)
 def test_the_next_process_needs_no_torch(model: Path, tmp_path: Path) -> None:
     """Equal numbers, and equal to what a process that has loaded transformers derives."""
     fields = ("topology", "tensors", "parameters", "experts_modules", "count_keys", "mtp", "quantised", "warnings")

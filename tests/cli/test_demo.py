@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moecover.checkpoints.inspection import inspect
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
+from moecover.cli import tour
 from moecover.cli.demo import markdown_table, rows_from_json
 from moecover.cli.main import main
 from moecover.cli.tour import HELD_OUT, runs
@@ -30,11 +32,16 @@ from tests.conftest import quick_dtype
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["less text", pytest.param("all of it", marks=pytest.mark.slow)])
+def demo_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the demo writes, in the gate on less text and with fewer seeds, which takes most of its time."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    assert main(["demo", "-o", str(folder), "-q", "--dtype", quick_dtype()]) == 0
-    return folder
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "less text":
+            for name, value in (("SEQUENCES", 8), ("SEARCH_TOKENS", 2048), ("SEEDS", (0, 1))):
+                patched.setattr(tour, name, value)
+        assert main(["demo", "-o", str(folder), "-q", "--dtype", quick_dtype()]) == 0
+        yield folder
 
 
 def test_demo_writes_what_it_says(demo_folder: Path) -> None:

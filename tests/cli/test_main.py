@@ -566,7 +566,9 @@ def test_an_interrupt_that_comes_out_as_another_error_is_one(monkeypatch: pytest
 
 
 # A whole one-shot run on the shipped model takes some five seconds: start, imports, reading, profiling, writing.
-@pytest.mark.parametrize("delay_s", [0.4, 1.0, 2.0, 3.0, 4.0, 5.0])
+@pytest.mark.parametrize(
+    "delay_s", [0.4, 2.0, 4.0, *(pytest.param(d, marks=pytest.mark.slow) for d in (1.0, 3.0, 5.0))]
+)
 def test_ctrl_c_leaves_nothing(tmp_path: Path, delay_s: float) -> None:
     process = start(
         "prune",

@@ -31,7 +31,7 @@ def broken(profile, budget, *, seed: int = 0):
 """
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_cell_that_fails(grid: Callable[..., Path], tmp_path: Path, capsys: Any, jobs: int) -> None:
     name = f"broken{jobs}"  # the table of methods is the process's
     (tmp_path / "plugin.py").write_text(PLUGIN.replace("NAME", name))

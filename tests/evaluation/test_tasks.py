@@ -11,6 +11,7 @@ from moecover.checkpoints.structure import read_structure
 from moecover.cli import main as cli
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.evaluation.artifact import Evaluation
+from moecover.evaluation.harness import all_tasks
 from moecover.evaluation.tasks import resolve
 from moecover.pruning.writer import prune
 from moecover.runtime.loading import load_model
@@ -35,7 +36,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found.tasks["blimp"]["parts"] == 2
     written = prune(made, plan, tmp_path / "half")
     (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "local.yaml").write_text(f"""include: {Path(TaskManager().task_index["arc_easy"].yaml_path)}
+    (tmp_path / "own" / "local.yaml").write_text(f"""include: {all_tasks().task_index["arc_easy"].yaml_path}
 task: local_arc
 dataset_path: json
 dataset_name: null
@@ -48,7 +49,7 @@ dataset_kwargs: {{data_files: {{validation: {data}/arc_easy/validation.jsonl, te
         tasks=["local_arc"],
         batch_size=2,
         device="cpu",
-        task_manager=TaskManager(include_path=str(tmp_path / "own")),
+        task_manager=TaskManager(include_path=str(tmp_path / "own"), include_defaults=False),
     )
     assert theirs is not None
     for metric in ("acc", "acc_norm"):

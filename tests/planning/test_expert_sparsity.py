@@ -96,8 +96,14 @@ def products_of(case: Case, layer: int, batches: list[torch.Tensor], target: tor
 
 
 # ---------------------------------------------------------------------------------------------------- losses and search
-@pytest.mark.parametrize("keep", [6, 4, 2])
-@pytest.mark.parametrize("mode", ["layerwise", "progressive", "progressive-local"])
+@pytest.mark.parametrize(
+    ("mode", "keep"),
+    [
+        *itertools.product(("layerwise", "progressive", "progressive-local"), (6, 2)),
+        ("layerwise", 4),
+        *(pytest.param(mode, 4, marks=pytest.mark.slow) for mode in ("progressive", "progressive-local")),
+    ],
+)
 def test_tiny_mixtral_all_losses_and_the_choice(cases: Callable[..., Case], keep: int, mode: str) -> None:
     """8 experts, top-2: the losses of all C(8, r) subsets and the best one, every layer, all modes."""
     case = cases("mixtral")

@@ -110,7 +110,9 @@ def test_the_loss_is_that_of_the_worst_corpus(cases: Callable[..., Case], family
     assert worst
 
 
-@pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2_moe", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3_moe", "olmoe"))]
+)
 def test_greedy_with_exchanges_against_every_subset(cases: Callable[..., Case], family: str) -> None:
     """6 choose 3, two corpora: the stated value is the naive one, at most 1.1 of the best, mostly the best itself."""
     ratios, gains = [], []

@@ -313,7 +313,7 @@ def test_one_task_is_not_given_a_mean_and_a_task_that_some_runs_lack_is_left_out
 
 
 def test_items_that_the_harness_cuts_are_said(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", models=SMALL, usage=False)
+    folder = make_run(tmp_path / "run", models=SMALL, budgets=(0.5,), usage=False, plans=False)
     results = json.loads((folder / "results.json").read_text())
     name = results["cells"][0]["model"]
     results["cut"] = [{"model": name, "task": "BoolQ", "cut": 45, "items": 3270}]
@@ -323,7 +323,7 @@ def test_items_that_the_harness_cuts_are_said(tmp_path: Path) -> None:
 
 
 def test_the_worst_text_stands_beside_the_mean(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", models=SMALL, usage=False)
+    folder = make_run(tmp_path / "run", models=SMALL, tasks=(), usage=False, plans=False)
     results = json.loads((folder / "results.json").read_text())
     single = [c for c in results["cells"] if c["seed"] is None]
     full, *others = ({t: r["perplexity"] for t, r in c["row"]["perplexity"].items()} for c in single)
@@ -337,7 +337,7 @@ def test_the_worst_text_stands_beside_the_mean(tmp_path: Path) -> None:
 
 
 def test_infinite_perplexity_is_said_not_drawn(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", models=SMALL, usage=False)
+    folder = make_run(tmp_path / "run", models=SMALL, tasks=(), usage=False, plans=False)
     results = json.loads((folder / "results.json").read_text())
     for cell in results["cells"]:
         if cell["label"] == "REAP":
@@ -434,7 +434,7 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_plan_takes_its_heat_map_and_nothing_else(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", models=SMALL)
+    folder = make_run(tmp_path / "run", models=SMALL, tasks=(), texts=(), usage=False, compared=False)
     next((folder / "plans").glob("*-2.json")).write_text("{")
     page = check_structure(rendered(folder)[0])
     assert "No heat map at 25%: " in page.words
@@ -443,7 +443,7 @@ def test_a_damaged_plan_takes_its_heat_map_and_nothing_else(tmp_path: Path) -> N
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def test_page_and_pictures_are_written_and_not_overwritten(tmp_path: Path, capsys: Any) -> None:
-    folder = make_run(tmp_path / "run", models=SMALL, texts=("c4",))
+    folder = make_run(tmp_path / "run", models=SMALL, tasks=TASKS[:2], texts=("c4",), budgets=(0.5,))
     page = tmp_path / "out" / "report.html"
     assert main(["report", str(folder), "-o", str(page), "--json", "-q"]) == 0
     made = json.loads(capsys.readouterr().out)
@@ -470,7 +470,7 @@ def test_page_and_pictures_are_written_and_not_overwritten(tmp_path: Path, capsy
 
 
 def test_figures_go_where_they_are_asked_to(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", models=SMALL, usage=False)
+    folder = make_run(tmp_path / "run", models=SMALL, tasks=(), texts=("c4",), usage=False, plans=False)
     made = report(folder, tmp_path / "a.html", figures=tmp_path / "pictures")
     assert {Path(p).parent for p in made["pictures"]} == {tmp_path / "pictures"}
 

@@ -9,12 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from moecover.checkpoints.structure import read_structure
 from moecover.cli import main as cli
@@ -45,13 +44,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the processes that torchrun starts: on some processors float32 products depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the processes that torchrun starts
 
 
 @pytest.fixture
@@ -103,9 +96,9 @@ def close(found: Profile, expected: Profile) -> None:
 @pytest.mark.parametrize(
     "processes, way",
     [
-        (2, "memory"),
-        (4, "layers"),
-        pytest.param(2, "layers", marks=pytest.mark.slow),
+        (2, "layers"),
+        pytest.param(2, "memory", marks=pytest.mark.slow),
+        pytest.param(4, "layers", marks=pytest.mark.slow),
         pytest.param(4, "memory", marks=pytest.mark.slow),
         pytest.param(9, "memory", marks=pytest.mark.slow),
     ],
@@ -148,10 +141,11 @@ def started(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path, processes: int) -> None:
     """One line from all of them, and the state of each is used."""
     assert cli.main([*job(), "-o", str(tmp_path / "one")]) == 0
-    process = started(torchrun(3, tmp_path, [*job(), "-o", str(tmp_path / "many"), "--slow"]))
+    process = started(torchrun(processes, tmp_path, [*job(), "-o", str(tmp_path / "many"), "--slow"]))
     assert process.stdout is not None
     assert process.stdout.readline().startswith("saved")
     os.kill(workers(process)[-1], signal.SIGKILL)
@@ -163,7 +157,10 @@ def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path) ->
     assert not (tmp_path / "many").exists()
     assert list(tmp_path.glob(".many.profile.partial-*"))
     done = subprocess.run(
-        torchrun(3, tmp_path, [*job(), "-o", str(tmp_path / "many")]), capture_output=True, text=True, check=False
+        torchrun(processes, tmp_path, [*job(), "-o", str(tmp_path / "many")]),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "resuming: " in done.stderr
@@ -171,30 +168,15 @@ def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path) ->
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["a process", "a machine"])
-def test_two_machines(job, tmp_path: Path, whole: bool) -> None:
-    """Equal to one process; when a process, or a machine with all its processes, is killed, the other notices."""
-    command = [*job(), "-o", str(tmp_path / "many")]
+def machines(folder: Path, command: list[str]) -> list[subprocess.Popen[str]]:
+    """Two torchruns that play two machines, of a process each."""
+    place = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--node-rank"]
+    return [started(torchrun(1, folder, command, *place, str(n))) for n in range(2)]
 
-    def machines(*extra: str) -> list[subprocess.Popen[str]]:
-        return [
-            started(
-                torchrun(
-                    1,
-                    tmp_path,
-                    [*command, *extra],
-                    "--nnodes",
-                    "2",
-                    "--node-rank",
-                    str(n),
-                    "--master-addr",
-                    "127.0.0.1",
-                )
-            )
-            for n in range(2)
-        ]
 
-    first, second = machines("--slow")
+def lose_the_second(folder: Path, command: list[str], *, whole: bool) -> None:
+    """Kill the second machine's process in the middle of its pass, or all of the machine: the first notices."""
+    first, second = machines(folder, [*command, "--slow"])
     assert second.stdout is not None
     assert second.stdout.readline().startswith("saved")
     dead = workers(second)
@@ -205,9 +187,21 @@ def test_two_machines(job, tmp_path: Path, whole: bool) -> None:
     second.communicate(timeout=120)
     assert first.returncode != 0
     assert len([line for line in said(log) if "no heartbeat" in line or "another process of" in line]) == 1, log
-    assert not (tmp_path / "many").exists()
+    assert not (folder / "many").exists()
+
+
+def test_a_machine_that_is_lost(job, tmp_path: Path) -> None:
+    lose_the_second(tmp_path, [*job(), "-o", str(tmp_path / "many")], whole=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["a process", "a machine"])
+def test_two_machines(job, tmp_path: Path, whole: bool) -> None:
+    """Equal to one process, after one of them was lost."""
+    command = [*job(), "-o", str(tmp_path / "many")]
+    lose_the_second(tmp_path, command, whole=whole)
     assert cli.main([*job(), "-o", str(tmp_path / "one")]) == 0
-    for process in machines():
+    for process in machines(tmp_path, command):
         _, log = process.communicate(timeout=120)
         assert process.returncode == 0, log
     close(Profile.load(tmp_path / "many"), Profile.load(tmp_path / "one"))

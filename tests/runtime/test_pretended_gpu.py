@@ -105,8 +105,21 @@ def test_profile(structure: Structure, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert (tmp_path / "g" / "inputs.safetensors").read_bytes() == (tmp_path / "c" / "inputs.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("by_layer", [False, True])
-@pytest.mark.parametrize("method", ["expert-sparsity", "worst-corpus"])
+# Of the gate, every two of family, method and way are there together.
+@pytest.mark.parametrize(
+    ("structure", "method", "by_layer"),
+    [
+        ("qwen2_moe", "expert-sparsity", False),
+        ("qwen2_moe", "worst-corpus", True),
+        ("deepseek_v3", "expert-sparsity", True),
+        ("deepseek_v3", "worst-corpus", False),
+        pytest.param("qwen2_moe", "expert-sparsity", True, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "worst-corpus", False, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "expert-sparsity", False, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "worst-corpus", True, marks=pytest.mark.slow),
+    ],
+    indirect=["structure"],
+)
 def test_search(
     structure: Structure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, by_layer: bool
 ) -> None:

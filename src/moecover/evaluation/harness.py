@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 from moecover.errors import InputError, arg
@@ -71,10 +72,20 @@ def version_text() -> str:
 
 @functools.cache
 def all_tasks() -> Any:
-    """The task manager of the harness's own tasks, which takes seconds to build."""
+    """The task manager of the harness's own tasks, which takes seconds to build: it reads thousands of files."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+def with_own_tasks(folder: Path) -> Any:
+    """A task manager of the harness's tasks and of the definitions in a folder, which override those of their name."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    for name, entry in all_tasks().task_index.items():
+        manager.task_index.setdefault(name, entry)
+    return manager
 
 
 @contextlib.contextmanager

@@ -18,7 +18,15 @@ import numpy as np
 from moecover.corpora.packing import Corpus, make_corpus
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import Score
-from moecover.evaluation.harness import Loaded, all_tasks, answered_documents, check_installed, quiet, text_of
+from moecover.evaluation.harness import (
+    Loaded,
+    all_tasks,
+    answered_documents,
+    check_installed,
+    quiet,
+    text_of,
+    with_own_tasks,
+)
 from moecover.evaluation.records import TaskRecord
 from moecover.evaluation.task_files import GROUP_PREFIX, LOCAL, from_files
 from moecover.evaluation.task_scores import document_samples, document_scores, task_record, task_scores
@@ -245,20 +253,18 @@ def resolve(
             cannot be read.
     """
     check_installed()
-    from lm_eval.tasks import TaskManager
-
     if tokenizer is None:
         raise InputError(f"{arg('tasks')} needs the model's tokenizer, it has none")
     loaded: Loaded = {"tasks": {}, "groups": {}, "group_map": {}}
     with quiet():
-        manager = all_tasks() if include_path is None else TaskManager(include_path=str(include_path))
-        known = set(manager.all_tasks)
+        manager = all_tasks() if include_path is None else with_own_tasks(include_path)
+        known = set(manager.task_index)
         _check_names(names, known)
         if data_dir is not None and not set(names) & LOCAL.keys():
             raise InputError(f"{arg('data_dir')} has files of {', '.join(LOCAL)}: none of these is asked for")
         local = {name: from_files(name, data_dir, known) for name in names if data_dir is not None and name in LOCAL}
         parts = {name: _load(manager, name, local.get(name), loaded) for name in names}
-        own = set() if include_path is None else known - set(all_tasks().all_tasks)
+        own = known - set(all_tasks().task_index)
     data = {n: str(data_dir) if n in local else "its definition" if n in own else "hub" for n in names}
     return Tasks(loaded, parts, tokenizer, data, limit, batch_size)
 

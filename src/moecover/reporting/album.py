@@ -49,7 +49,7 @@ class Album:
         if figure is None:
             return []
         figure.draw_without_rendering()  # lays the parts out, once for all files
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)
         png = png_bytes(figure)
         self.files[f"{name}.png"], self.files[f"{name}.svg"] = png, svg_bytes(figure, for_page=False)
         if raster:
