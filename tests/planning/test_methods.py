@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moecover.cli.main import main
@@ -17,9 +18,9 @@ from moecover.planning.artifact import Plan
 from moecover.planning.explaining.facts import explain
 from moecover.planning.method import RESOURCES
 from moecover.planning.methods import METHODS, baseline_method, default_method, options_of_all
-from moecover.planning.options import MODE, PROTECT, SALIENCY, SEARCH, SEED, WEIGHTS, Option
+from moecover.planning.options import MODE, PROTECT, RESERVE, SALIENCY, SEARCH, SEED, WEIGHTS, Option
 from moecover.planning.run import plan, plan_budgets
-from moecover.planning.saliency import SALIENCIES
+from moecover.planning.saliency import SALIENCIES, utility_of
 from moecover.profiling.artifact import Profile
 from moecover.registry import load_plugin
 
@@ -93,7 +94,7 @@ def test_the_options_of_a_method_are_the_keywords_of_its_function(name: str) -> 
 def test_options_are_shared() -> None:
     """Methods with the same option have the same object, so that its flag means the same for all of them."""
     found = {option.name: (option, names) for option, names in options_of_all()}
-    assert [option for option, _ in found.values()] == [SALIENCY, PROTECT, WEIGHTS, SEED, MODE, SEARCH]
+    assert [option for option, _ in found.values()] == [SALIENCY, PROTECT, RESERVE, WEIGHTS, SEED, MODE, SEARCH]
     for option, names in found.values():
         assert names == [m.name for m in METHODS.values() if m.has(option.name)]
         assert all(option is own for n in names for own in METHODS[n].options if own.name == option.name)
@@ -185,3 +186,22 @@ def test_plans_and_explanations_show_themselves(small_profile: Profile) -> None:
     assert [row["a"] for row in facts.rows_shown()] == pytest.approx([1.0] * layers)
     assert json.loads(json.dumps(facts))["overall"] == facts["overall"]
     assert facts.text(layers=True).count("\n") > layers
+
+
+def test_reserved_places_go_to_what_few_tokens_need(small_profile: Profile) -> None:
+    keep, experts = 6 if small_profile.topology.num_experts > 6 else 4, small_profile.topology.num_experts
+    rare = np.argsort(-utility_of("reap", small_profile.pooled()), axis=1, kind="stable")
+    plain = plan(small_profile, keep=keep)
+    assert "reserve" not in plain.options
+    found = plan(small_profile, keep=keep, reserve=0.34)
+    assert found.options["reserve"] == 0.34
+    places = int(0.34 * keep + 0.5)
+    for row, best in zip(found.layers, rare, strict=True):
+        assert set(best[:places].tolist()) <= set(row.kept)
+        assert row.filled[:places] == best[:places].tolist()
+    everything = plan(small_profile, keep=keep, reserve=1.0)
+    reap = plan(small_profile, method="pooled", saliency="reap", keep=keep)
+    assert everything.kept == reap.kept
+    assert experts > keep
+    with pytest.raises(InputError, match="reserve=2 is out of range"):
+        plan(small_profile, keep=keep, reserve=2)

@@ -101,6 +101,14 @@ PROTECT = Option(
     default=0.5,
     check=_share,
 )
+RESERVE = Option(
+    "reserve",
+    "share of the kept experts reserved for rare specialists: those whose output is largest for the tokens that are "
+    "routed to them (reap), however few these are; 0 to 1",
+    metavar="R",
+    parse=float,
+    check=lambda value: None if value is None else _share(value),
+)
 WEIGHTS = Option(
     "weights",
     "turns of a corpus per round and its weight in the mean; 1 for a corpus that is not named, 0 leaves it out",
@@ -125,4 +133,4 @@ SEARCH = Option(
     default="auto",
     choices=("auto", "exhaustive", "greedy"),
 )
-SHARED = (SALIENCY, PROTECT, WEIGHTS, SEED, MODE, SEARCH)
+SHARED = (SALIENCY, PROTECT, RESERVE, WEIGHTS, SEED, MODE, SEARCH)
