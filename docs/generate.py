@@ -18,7 +18,7 @@ from pathlib import Path
 from methods_pages import MODELS, draw_methods, methods_page
 
 from moecover.checkpoints.server_needs import NEEDS
-from moecover.checkpoints.servers import LIMITS
+from moecover.checkpoints.servers import LIMITS, WIDTH_LIMITS
 from moecover.cli.demo import markdown_table, rows_from_json
 from moecover.cli.ls import LISTS
 from moecover.cli.main import make_parser
@@ -75,8 +75,11 @@ def tables_page() -> str:
         "|---|---|---|",
     ]
     lines += [f"| {limit.server} | {limit.asks} | {limit.otherwise} |" for limit in LIMITS]
+    lines += ["\nOf experts that are cut thinner:\n", "| server | asks for channels in | otherwise |", "|---|---|---|"]
+    lines += [f"| {limit.server} | multiples of {limit.multiple} | {limit.otherwise} |" for limit in WIDTH_LIMITS]
     lines.append(
-        "\nRead in their public sources in August 2026, not run here. "
+        "\nWith tensor parallelism over n GPUs, which splits every expert, that holds for an n-th of the channels.\n"
+        "\nRead in their public sources in August 2026 (channels: November 2026), not run here. "
         "`inspect --for SERVER` and `prune` warn from this table."
     )
     lines += [

@@ -11,6 +11,9 @@ import pytest
 from moecover.checkpoints.inspection import inspect
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import read_structure
+from moecover.pruning.writer import prune
+from tests.support.quantised import quantise
+from tests.support.thin import random_shape
 
 
 @pytest.fixture
@@ -49,6 +52,29 @@ def test_an_inspection_is_a_dictionary_that_shows_itself(model: Path) -> None:
     assert "qwen2_moe" in type(found)._repr_html_(found)
     assert list(found.to_frame()["fact"]) == list(found)
     assert all("unmet" in size for size in found["sizes"])
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_sizes_of_thinner_experts_are_those_of_their_files(
+    family: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also where the shared expert is padded (deepseek_v3)."""
+    structure = read_structure(checkpoints(family))
+    facts = inspect(structure, server="llama.cpp")
+    assert facts["channels"] == 16
+    assert [(row["width"], len(row["unmet"])) for row in facts["widths"]] == [(8, 2)]
+    sizes = {(row["keep"], row["width"]): row["bytes"] for row in facts["thin_sizes"]}
+    assert list(sizes) == [(row["keep"], 8) for row in facts["sizes"]] + [(12, 8)]
+    for keep in (6, 12):
+        plan = random_shape(structure, 8, keep=keep)
+        assert open_checkpoint(prune(structure, plan, tmp_path / str(keep))).num_bytes == sizes[keep, 8]
+
+
+def test_why_experts_cannot_be_thinner(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    facts = inspect(quantise(checkpoints("mixtral"), tmp_path / "fp8", "fp8"))
+    assert facts["channels"] is None
+    assert facts["all_channels_because"].startswith("its experts are quantised")
+    assert not {"widths", "thin_sizes"} & facts.keys()
 
 
 def test_an_inspection_of_a_refused_model_says_why(model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What servers require of the number of experts."""
+"""What servers require of the number of experts and of their channels."""
 
 from __future__ import annotations
 
@@ -46,3 +46,21 @@ def test_expert_parallelism_over_the_sizes_that_the_model_allowed(
 ) -> None:
     lines = [line for line in unmet(topology(experts=experts), keep, server) if "expert parallelism" in line]
     assert [int(line.partition("over ")[2].split()[0]) for line in lines] == sizes
+
+
+@pytest.mark.parametrize(
+    "server, width, multiples",
+    [
+        ("vllm", 1408, []),
+        ("vllm", 704, [128]),
+        ("vllm", 88, [128, 64]),
+        ("llama.cpp", 704, [256]),
+        ("llama.cpp", 88, [256, 32]),
+    ],
+)
+def test_widths_that_kernels_and_quantisers_take(server: str, width: int, multiples: list[int]) -> None:
+    whole, lines = unmet(topology(), 128, server), unmet(topology(), 128, server, width=width)
+    assert lines[: len(whole)] == whole
+    assert [line.split(": ")[0] for line in lines[len(whole) :]] == [
+        f"{server} asks for a multiple of {multiple}" for multiple in multiples
+    ]

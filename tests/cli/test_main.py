@@ -83,6 +83,10 @@ def test_servers_limits_are_said(checkpoints: Callable[..., Path], rows: Path, t
     ]
     assert "unmet" not in json.loads(run(capsys, "inspect", model, "--json")[1])["sizes"][0]
     assert "sglang" in run(capsys, "inspect", model, "--for", "sglang")[1]
+    out = run(capsys, "inspect", model, "--for", "llama.cpp")[1]
+    assert "16 channels     8 channels" in out
+    assert "a token computes  4 experts x 16 channels a layer" in out
+    assert "llama.cpp asks for a multiple of 256: with 8 channels K-quants give" in out
     _, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", "--keep", 6, "-o", tmp_path / "6")
     assert f"note: 6 experts do not suit vllm, sglang, llama.cpp: moecover inspect {model} --for vllm" in err
     _, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", "--keep", 8, "-o", tmp_path / "8")

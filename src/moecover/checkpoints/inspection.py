@@ -9,14 +9,15 @@ from moecover.checkpoints.config_edit import SHARED_KEYS, Config, first_number
 from moecover.checkpoints.families import PROVEN_FAMILIES
 from moecover.checkpoints.opening import Model
 from moecover.checkpoints.server_needs import lacking
-from moecover.checkpoints.servers import unmet
+from moecover.checkpoints.servers import unmet, unmet_width
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
+from moecover.checkpoints.topology import WIDTH_STEP
 from moecover.errors import InputError
 from moecover.text import Cell, Shown, size_text
 
 SHARED_WIDTH_KEYS = ("shared_expert_intermediate_size", "shared_intermediate_size")
-PERCENTAGES = (25, 50, 75)  # of the experts, whose sizes are given
+PERCENTAGES = (25, 50, 75)  # of the experts and of their channels, whose sizes are given
 
 
 class Inspection(Shown, dict[str, Any]):
@@ -25,7 +26,9 @@ class Inspection(Shown, dict[str, Any]):
     Keys: ``model``, ``family``, ``total_bytes``, ``shards``, ``refused`` (one line per reason for which `prune` would
     refuse the model, empty if it would not) and ``warnings``; unless the model is refused also ``family_proven``,
     ``decoder_layers``, ``moe_layers``, ``experts``, ``top_k``, ``shared_experts``, ``hidden_size``, ``expert_bytes``,
-    ``routed_bytes``, ``sizes``, ``quantised`` and ``mtp_bytes``. Sizes are in bytes.
+    ``routed_bytes``, ``sizes``, ``quantised``, ``mtp_bytes`` and ``channels`` (of an expert; None where their number
+    cannot be changed, for ``all_channels_because`` of a reason), with channels also ``widths`` and ``thin_sizes``.
+    Sizes are in bytes: ``sizes`` of fewer whole experts, ``thin_sizes`` of experts of every width of ``widths``.
     """
 
     def summary(self) -> str:
@@ -87,6 +90,7 @@ def inspect(model: Model, *, revision: str | None = None, server: str | None = N
             "expert_bytes": structure.expert_num_bytes,
             "routed_bytes": structure.expert_total_bytes,
             "sizes": _sizes(structure, server),
+            **_widths(structure, server),
             "quantised": structure.quantised,
             "mtp_bytes": sum(checkpoint.tensors[name].num_bytes for name in structure.mtp),
             "refused": [],
@@ -97,15 +101,39 @@ def inspect(model: Model, *, revision: str | None = None, server: str | None = N
 
 def _sizes(structure: Structure, server: str | None) -> list[dict[str, object]]:
     """Sizes of the pruned checkpoint for several percentages of its experts."""
-    topology, rows = structure.topology, []
-    for percent in PERCENTAGES:
-        keep = int(topology.num_experts * percent / 100 + 0.5)
-        if keep >= topology.top_k:
-            row: dict[str, object] = {"percent": percent, "keep": keep, "bytes": structure.num_bytes(keep)}
-            if server:
-                row["unmet"] = unmet(topology, keep, server)
-            rows.append(row)
+    rows = []
+    for percent, keep in _keeps(structure):
+        row: dict[str, object] = {"percent": percent, "keep": keep, "bytes": structure.num_bytes(keep)}
+        if server:
+            row["unmet"] = unmet(structure.topology, keep, server)
+        rows.append(row)
     return rows
+
+
+def _keeps(structure: Structure) -> list[tuple[int, int]]:
+    """Percentages of the experts, with their number, as far as the router allows it."""
+    topology = structure.topology
+    counts = [(percent, int(topology.num_experts * percent / 100 + 0.5)) for percent in PERCENTAGES]
+    return [(percent, keep) for percent, keep in counts if keep >= topology.top_k]
+
+
+def _widths(structure: Structure, server: str | None) -> dict[str, object]:
+    """The channels of an expert, and sizes of the pruned checkpoint for several percentages of them."""
+    if isinstance(structure.width, str):
+        return {"channels": None, "all_channels_because": structure.width}
+    channels, topology, widths = structure.width.channels, structure.topology, list[dict[str, object]]()
+    for percent in PERCENTAGES:
+        width = max(WIDTH_STEP, int(channels * percent / 100 / WIDTH_STEP + 0.5) * WIDTH_STEP)
+        if width < channels and width not in [row["width"] for row in widths]:
+            unmet_by = {"unmet": unmet_width(width, server)} if server else {}
+            widths.append({"percent": percent, "width": width, **unmet_by})
+    keeps = [keep for _, keep in _keeps(structure)] + [topology.num_experts]
+    sizes = [
+        {"keep": keep, "width": row["width"], "bytes": structure.num_bytes(keep, width=int(str(row["width"])))}
+        for keep in keeps
+        for row in widths
+    ]
+    return {"channels": channels, "widths": widths, "thin_sizes": sizes}
 
 
 def _shared_experts(config: Config) -> int:

@@ -1,8 +1,8 @@
-"""What inference servers require of the number of kept experts: a table, from which `inspect` and `prune` warn.
+"""What servers require of the number of kept experts and of their channels: tables; `inspect` and `prune` warn by them.
 
-Taken from the servers' public sources in August 2026, not run here. A requirement that is not met costs speed or a mode
-of operation; what would fail everywhere (fewer experts than top-k, unequal router groups) is refused earlier, by
-`planning.keep.resolve_keep`.
+Taken from the servers' public sources in August 2026 (channels: November 2026), not run here. A requirement that is not
+met costs speed, bytes or a mode of operation; what would fail everywhere (fewer experts than top-k, unequal router
+groups) is refused earlier, by `planning.keep.resolve_keep`.
 """
 
 from __future__ import annotations
@@ -101,19 +101,62 @@ LIMITS = (
         lambda topology, keep: _power_of_two(keep),
     ),
 )
+
+
+@dataclass(frozen=True)
+class WidthLimit:
+    """One requirement of a server on the number of channels that experts keep.
+
+    With tensor parallelism over n GPUs, which splits every expert, it holds for an n-th of the channels.
+
+    Attributes:
+        server: its name.
+        multiple: of which number the channels should be a multiple.
+        otherwise: what happens if they are not.
+    """
+
+    server: str
+    multiple: int
+    otherwise: str
+
+
+WIDTH_LIMITS = (
+    WidthLimit("vllm", 128, "the TensorRT-LLM kernels of Blackwell GPUs pad every expert with zeros to the next one"),
+    WidthLimit("vllm", 64, "the Marlin kernels for 4 and 8 bits do not run, slower ones do"),
+    WidthLimit(
+        "sglang",
+        128,
+        "the TensorRT-LLM kernels of Blackwell GPUs pad every expert with zeros to the next one, and the fused kernel "
+        "of AMD's aiter does not run",
+    ),
+    WidthLimit("sglang", 64, "the Marlin kernels for 4 and 8 bits do not run, slower ones do"),
+    WidthLimit("llama.cpp", 256, "K-quants give the down projections a larger type (Q5_0 for Q4_K, Q8_0 for Q6_K)"),
+    WidthLimit("llama.cpp", 32, "Q8_0 and Q4_0 leave the down projections in 16 bits"),
+)
 SERVERS = tuple(dict.fromkeys([*(limit.server for limit in LIMITS), *(need.server for need in NEEDS)]))
 
 
-def unmet(topology: Topology, keep: int, server: str | None = None) -> list[str]:
-    """The requirements that a number of kept experts does not meet, one line each.
+def unmet(topology: Topology, keep: int, server: str | None = None, *, width: int | None = None) -> list[str]:
+    """The requirements that a number of kept experts, and of their channels, does not meet, one line each.
 
     Args:
         topology: shape of the routed part.
         keep: experts per layer that are kept.
         server: one of `SERVERS`; all by default.
+        width: channels of each that are kept; None for all, of which nothing is asked.
     """
-    return [
+    found = [
         f"{limit.server} asks for {limit.asks}: with {keep} experts {limit.otherwise}"
         for limit in LIMITS
         if server in (None, limit.server) and not limit.met(topology, keep)
+    ]
+    return found if width is None else [*found, *unmet_width(width, server)]
+
+
+def unmet_width(width: int, server: str | None = None) -> list[str]:
+    """The requirements that a number of kept channels does not meet, one line each; see `unmet`."""
+    return [
+        f"{limit.server} asks for a multiple of {limit.multiple}: with {width} channels {limit.otherwise}"
+        for limit in WIDTH_LIMITS
+        if server in (None, limit.server) and width % limit.multiple
     ]

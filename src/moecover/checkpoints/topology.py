@@ -9,6 +9,8 @@ from typing import Any
 
 from moecover.files.atomic import canonical_json
 
+WIDTH_STEP = 8  # channels: rows of 16-bit numbers then begin at multiples of 16 bytes, as grouped kernels need them
+
 
 @dataclass(frozen=True)
 class Topology:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from moecover.checkpoints.servers import SERVERS
 from moecover.cli.options import add_model
@@ -40,9 +42,7 @@ def run(args: argparse.Namespace) -> Outcome:
             line("one expert", f"{size_text(facts['expert_bytes'])}; {routed}"),
             line("size now", f"{size_text(facts['total_bytes'])} in {files}"),
         ]
-        for size in facts["sizes"]:
-            lines.append(line(f"retain {size['percent']} %", f"{size_text(size['bytes'])}, keep {size['keep']}"))
-            lines += [line("", text) for text in size.get("unmet", ())]
+        lines += _sizes_by_shape(facts) if facts["channels"] else _sizes(facts)
     else:
         lines.append(line("size now", size_text(facts["total_bytes"])))
     if facts.get("quantised"):
@@ -53,6 +53,37 @@ def run(args: argparse.Namespace) -> Outcome:
     lines += [line("refused", reason) for reason in facts["refused"]] or [line("refused", "nothing, it can be pruned")]
     problem = f"{args.model} cannot be pruned: {facts['refused'][0]}" if facts["refused"] else ""
     return Outcome(facts, "\n".join(lines), 1 if problem else 0, problem)
+
+
+def _sizes(facts: Mapping[str, Any]) -> list[str]:
+    """The sizes of fewer whole experts, and why these cannot be thinner."""
+    lines = []
+    for size in facts["sizes"]:
+        lines.append(line(f"retain {size['percent']} %", f"{size_text(size['bytes'])}, keep {size['keep']}"))
+        lines += [line("", text) for text in size.get("unmet", ())]
+    return [*lines, line("channels", f"all of an expert's stay: {facts['all_channels_because']}")]
+
+
+def _sizes_by_shape(facts: Mapping[str, Any]) -> list[str]:
+    """A table of sizes, experts down and their channels across, and what a token computes."""
+    full, widths = facts["channels"], [row["width"] for row in facts["widths"]]
+    sizes = {(row["keep"], row["width"]): row["bytes"] for row in facts["thin_sizes"]}
+    sizes |= {(row["keep"], full): row["bytes"] for row in facts["sizes"]} | {
+        (facts["experts"], full): facts["total_bytes"]
+    }
+    columns = [full, *reversed(widths)]
+    lines = [line("size by shape", "".join(f"{f'{width} channels':<16}" for width in columns).rstrip())]
+    unmet = {row["keep"]: row.get("unmet", ()) for row in facts["sizes"]}
+    for keep in dict.fromkeys([*unmet, facts["experts"]]):
+        cells = "".join(f"{size_text(sizes[keep, width]):<16}" for width in columns)
+        lines.append(line(f"  {keep} experts", cells.rstrip()))
+        lines += [line("", text) for text in unmet.get(keep, ())]
+    lines += [line("", text) for row in reversed(facts["widths"]) for text in row.get("unmet", ())]
+    computed = f"{facts['top_k']} experts x {full} channels a layer"
+    return [
+        *lines,
+        line("a token computes", f"{computed}: less where experts are thinner, as much where they are fewer"),
+    ]
 
 
 def line(name: str, text: str) -> str:

@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover import progress
     from moecover.checkpoints.servers import SERVERS, unmet
     from moecover.evaluation.artifact import Evaluation
+    from moecover.planning.artifact import shape_text
     from moecover.pruning.job import prune
 
     check(args)
@@ -128,9 +129,9 @@ def run(args: argparse.Namespace) -> Outcome:
         **pass_arguments(args),
     )
     keep, model, output = made.plan.keep, shlex.quote(args.model), shlex.quote(str(args.output))
-    if servers := [server for server in SERVERS if unmet(made.topology, keep, server)]:
+    if servers := [server for server in SERVERS if unmet(made.topology, keep, server, width=made.plan.width)]:
         names = ", ".join(servers)
-        progress.say(f"note: {keep} experts do not suit {names}: moecover inspect {model} --for {servers[0]}")
+        progress.say(f"note: {shape_text(made.plan)} do not suit {names}: moecover inspect {model} --for {servers[0]}")
     result: dict[str, object] = {
         "output": str(made.output),
         "keep": keep,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from moecover.checkpoints.topology import Topology
+from moecover.checkpoints.topology import WIDTH_STEP, Topology
 from moecover.errors import InputError, arg
 
 
@@ -91,9 +91,6 @@ def resolve_keep(topology: Topology, *, keep: int | None, retain: float | None, 
                 f"{least} or more. Near: {arg('keep', ' or '.join(map(str, near)))}"
             )
     return keep
-
-
-WIDTH_STEP = 8  # channels: rows of 16-bit numbers then begin at multiples of 16 bytes, as grouped kernels need them
 
 
 def allowed_widths(channels: int, multiple_of: int | None = None) -> list[int]:

@@ -20,6 +20,11 @@ class Shape:
         return f"{self.keep} experts" + ("" if self.width is None else f" x {self.width} channels")
 
 
+def shape_name(keep: int, width: int | None) -> str:
+    """A shape in short: ``30x32`` is 30 experts of 32 channels, ``30`` is 30 whole experts."""
+    return str(keep) if width is None else f"{keep}x{width}"
+
+
 def resolve_shape(
     topology: Topology,
     channels: int | None,

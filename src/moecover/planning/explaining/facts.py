@@ -15,11 +15,13 @@ import numpy as np
 
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import LayerPlan, Plan
+from moecover.planning.explaining.channels import channel_facts
 from moecover.planning.explaining.records import Agreement, LayerFacts, Overall
 from moecover.planning.explaining.stability import CHANGE, changes, stability
 from moecover.planning.explaining.text import text_of
 from moecover.planning.saliency import DEFAULT_SALIENCY, SALIENCIES, utility_of
 from moecover.planning.selection import ranked, scaled
+from moecover.planning.shapes import shape_name
 from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import Profile
 from moecover.text import Cell, Shown
@@ -37,7 +39,8 @@ class Explanation(Shown, dict[str, Any]):
         """The plan, and how much of its utility each corpus keeps."""
         overall: Overall = self["overall"]
         kept = ", ".join(f"{corpus} {share:.1%}" for corpus, share in overall["kept_utility"].items())
-        return f"{self['method']}, keep {self['keep']} of {self['experts']}: utility kept {kept}"
+        shape = shape_name(self["keep"], self["channels"]["width"] if "channels" in self else None)
+        return f"{self['method']}, keep {shape} of {self['experts']}: utility kept {kept}"
 
     def rows_shown(self) -> list[dict[str, Cell]]:
         """One row per MoE layer: the utility that each corpus keeps, the worst served corpus, the guarantee."""
@@ -205,8 +208,8 @@ def explain(
 
     Returns:
         ``method``, ``options``, ``keep``, ``experts``, ``saliency``, ``corpora``; ``utility`` by corpus
-        ``[layer][expert]``; ``overall`` and ``layers`` (see `Overall` and `LayerFacts`); with the plan's own profile
-        ``stability``, with another plan ``changes``.
+        ``[layer][expert]``; ``overall`` and ``layers`` (see `Overall` and `LayerFacts`); with thinner experts
+        ``channels`` (see `ChannelFacts`), with the plan's own profile ``stability``, with another plan ``changes``.
 
     Raises:
         InputError: no utilities by corpus, or plan, profile and other plan are of different models.
@@ -236,6 +239,8 @@ def explain(
         layers=layers,
         utility={c: u.tolist() for c, u in utility.items()},
     )
+    if (thin := channel_facts(plan, profile)) is not None:
+        facts["channels"] = thin
     if profile is not None:
         add_routing(layers, overall, profile)
         if own:

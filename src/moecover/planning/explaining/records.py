@@ -60,6 +60,49 @@ class Overall(TypedDict):
     super_experts_dropped: NotRequired[int]
 
 
+class LayerEnergy(TypedDict):
+    """One MoE layer of thinner experts, by corpus; see `ChannelFacts`."""
+
+    of_experts: dict[str, float]
+    of_layer: dict[str, float]
+    best: dict[str, int]
+
+
+class ChannelFacts(TypedDict):
+    """What thinner experts keep: shares of the channels' energy, by corpus.
+
+    Keys:
+        width, channels: channels that stay of an expert, and how many it had; the latter None without their energies,
+            and then the keys from ``of_experts`` on are missing.
+        turns: with ``protect_channels``, how many turns a corpus had in every expert: as many of its best channels stay
+        layers: the shares and numbers of every layer.
+        of_experts: share of the kept experts' energy that stays, mean over layers; ``least`` is that of the layer with
+            the least, ``least_layer`` its decoder layer.
+        of_layer: share of the energy of all experts of the layer that stays, mean over layers.
+        best: how many of an expert's channels of highest energy are kept without a gap, the least over all experts.
+    """
+
+    width: int
+    channels: int | None
+    turns: dict[str, int]
+    layers: list[LayerEnergy]
+    of_experts: NotRequired[dict[str, float]]
+    of_layer: NotRequired[dict[str, float]]
+    least: NotRequired[dict[str, float]]
+    least_layer: NotRequired[dict[str, int]]
+    best: NotRequired[dict[str, int]]
+
+
+class ChannelChanges(TypedDict):
+    """Overlap of the channels of the experts that two plans keep: Jaccard, mean over experts, then over layers.
+
+    None where two plans have no expert in common.
+    """
+
+    jaccard: float | None
+    layers: list[float | None]
+
+
 class Point(TypedDict):
     """A plan from part of the text: its tokens, and the share of kept experts that the whole text would exchange."""
 
@@ -96,13 +139,18 @@ class LayerChange(TypedDict):
 
 
 class Changes(TypedDict):
-    """What another plan keeps instead; counts over all layers, ``jaccard`` is their mean."""
+    """What another plan keeps instead; counts over all layers, ``jaccard`` is their mean.
+
+    ``channels`` compares thinner experts; ``same`` also means the same channels.
+    """
 
     method: str
     options: dict[str, Any]
     keep: int
+    width: int | None
     same: bool
     only_here: int
     only_there: int
     jaccard: float
+    channels: ChannelChanges | None
     layers: list[LayerChange]

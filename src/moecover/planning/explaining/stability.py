@@ -6,7 +6,8 @@ import itertools
 import statistics
 
 from moecover.errors import InputError
-from moecover.planning.artifact import Plan
+from moecover.planning.artifact import Plan, kept_sets
+from moecover.planning.explaining.channels import channel_changes
 from moecover.planning.explaining.records import Changes, LayerChange, Point, Stability
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan_budgets
@@ -93,9 +94,11 @@ def changes(plan: Plan, other: Plan) -> Changes:
         "method": other.method,
         "options": other.options,
         "keep": other.keep,
-        "same": all(not row["only_here"] and not row["only_there"] for row in layers),
+        "width": other.width,
+        "same": kept_sets(plan) == kept_sets(other),
         "only_here": sum(len(row["only_here"]) for row in layers),
         "only_there": sum(len(row["only_there"]) for row in layers),
         "jaccard": statistics.fmean(row["jaccard"] for row in layers),
+        "channels": channel_changes(plan, other),
         "layers": layers,
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moecover.planning.explaining.records import Changes, LayerFacts, Overall, Stability
+from moecover.planning.explaining.records import Changes, ChannelFacts, LayerFacts, Overall, Stability
+from moecover.planning.shapes import shape_name
 from moecover.text import aligned
 
 MOST_PAIRS = 10  # of corpora, that have a line each; more are a matrix
@@ -46,9 +47,12 @@ def text_of(facts: Mapping[str, Any], *, layers: bool = False) -> str:
     rows: list[LayerFacts] = facts["layers"]
     corpora: list[str] = facts["corpora"]
     name, model = _named(facts["method"], facts["options"]), facts["model"] or "a model"
-    parts = [f"{name} keeps {facts['keep']} of {facts['experts']} experts in {len(rows)} layers of {model}."]
+    thin: ChannelFacts | None = facts.get("channels")
+    kept = f"{facts['keep']} of {facts['experts']} experts{_width_text(thin) if thin else ''}"
+    parts = [f"{name} keeps {kept} in {len(rows)} layers of {model}."]
     parts += [_corpora_table(overall, rows, corpora), _utility_text(overall, facts["saliency"])]
     parts.append(_guarantee_text(overall["guarantee"], [len(row["filled"]) for row in rows]))
+    parts += _channels_text(thin) if thin else []
     parts += _agreement_text(facts, overall, corpora)
     if "never_routed" in overall:
         parts.append(
@@ -64,6 +68,7 @@ def text_of(facts: Mapping[str, Any], *, layers: bool = False) -> str:
         parts.append(_changes_text(facts["changes"], facts["keep"]))
     if layers:
         parts.append(_layers_table(rows, corpora))
+        parts += _energy_table(thin, [row["decoder_layer"] for row in rows]) if thin else []
     return "\n\n".join(parts)
 
 
@@ -108,6 +113,54 @@ def _guarantee_text(best: int, filled: Sequence[int]) -> str:
     else:
         holds = "none, some corpus loses its best expert in some layer"
     return f"Guarantee in every layer: {holds}. Places filled by the method's own order, per layer: {_span(filled)}."
+
+
+def _width_text(thin: ChannelFacts) -> str:
+    """How wide the kept experts are."""
+    before = "" if thin["channels"] is None else f" of {thin['channels']}"
+    return f" and {thin['width']}{before} channels of each"
+
+
+def _channels_text(thin: ChannelFacts) -> list[str]:
+    """A table of the energy that stays, and what protected channels guarantee."""
+    if thin["channels"] is None:
+        return ["What the kept channels hold of each corpus is in the profile: give it to see."]
+    table = [
+        [
+            corpus,
+            f"{share:.1%}",
+            f"{thin['least'][corpus]:.1%} in {thin['least_layer'][corpus]}",
+            f"{thin['of_layer'][corpus]:.1%}",
+            str(thin["best"][corpus]),
+        ]
+        for corpus, share in thin["of_experts"].items()
+    ]
+    headings = [
+        "channel energy",
+        "kept of the kept experts'",
+        "least, in decoder layer",
+        "kept of all experts'",
+        "best channels all kept",
+    ]
+    if not thin["turns"]:
+        return [_table(headings, table)]
+    turns = ", ".join(f"the best {number} of {corpus}" for corpus, number in thin["turns"].items())
+    return [
+        _table(headings, table),
+        f"Guarantee of protect_channels in every kept expert: of its channels by their energy, {turns} stay.",
+    ]
+
+
+def _energy_table(thin: ChannelFacts, decoder_layers: Sequence[int]) -> list[str]:
+    """The share of the kept experts' energy that stays, a line for every layer."""
+    if not thin["layers"]:
+        return []
+    corpora = list(thin["layers"][0]["of_experts"])
+    rows = [
+        [str(layer), *(f"{row['of_experts'][c]:.1%}" for c in corpora)]
+        for layer, row in zip(decoder_layers, thin["layers"], strict=True)
+    ]
+    return [f"Channel energy kept of the kept experts':\n{_table(['decoder layer', *corpora], rows)}"]
 
 
 def _agreement_text(facts: Mapping[str, Any], overall: Overall, corpora: Sequence[str]) -> list[str]:
@@ -168,12 +221,30 @@ def _stability_text(stable: Stability) -> str:
 
 
 def _changes_text(change: Changes, keep: int) -> str:
-    name = f"{_named(change['method'], change['options'])}, keep {change['keep']}"
+    name = f"{_named(change['method'], change['options'])}, keep {shape_name(change['keep'], change['width'])}"
+    thin = change["channels"]
     if change["same"]:
-        return f"Against {name}: the same experts."
+        return f"Against {name}: the same experts{' and channels' if thin else ''}."
     most = max(change["layers"], key=lambda row: len(row["only_here"]) + len(row["only_there"]))
     return (
         f"Against {name}: {change['only_here']} of {keep * len(change['layers'])} kept experts are only here, "
         f"{change['only_there']} only there; overlap {change['jaccard']:.2f}, least in decoder layer "
-        f"{most['decoder_layer']} ({most['jaccard']:.2f})."
+        f"{most['decoder_layer']} ({most['jaccard']:.2f}).{_channel_changes_text(change)}"
+    )
+
+
+def _channel_changes_text(change: Changes) -> str:
+    """How the channels of experts that both plans keep differ; empty where either keeps all."""
+    thin = change["channels"]
+    if thin is None or thin["jaccard"] is None:
+        return ""
+    known = [
+        (value, row["decoder_layer"])
+        for value, row in zip(thin["layers"], change["layers"], strict=True)
+        if value is not None
+    ]
+    least, layer = min(known)
+    return (
+        f" Channels of the experts that both keep: overlap {thin['jaccard']:.2f}, least in decoder layer {layer} "
+        f"({least:.2f})."
     )

@@ -15,6 +15,8 @@ import numpy as np
 
 from moecover.errors import InputError, arg
 from moecover.files.atomic import explained, write_bytes
+from moecover.planning.shapes import shape_name
+from moecover.reporting.figures.channels import channels_picture
 from moecover.reporting.figures.heatmap import utility_picture
 from moecover.reporting.figures.overlap import overlap_picture
 from moecover.reporting.figures.style import (
@@ -36,12 +38,12 @@ from moecover.reporting.figures.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = ("utility", "overlap", "stability", "changes")
+NAMES = ("utility", "channels", "overlap", "stability", "changes")
 METADATA: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 
 
 def draw(facts: Facts, folder: Path, *, overwrite: bool = False) -> list[Path]:
-    """Draw what the facts hold: utilities, overlap of the corpora, stability and changes.
+    """Draw what the facts hold: utilities, channels of thinner experts, overlap, stability and changes.
 
     Args:
         facts: of `explain`.
@@ -172,12 +174,14 @@ def changes_picture(facts: Facts) -> Figure:
     rows, kept = other["layers"], facts["keep"] * len(other["layers"])
     layers = [row["decoder_layer"] for row in rows]
     title = f"{other['only_here']} of {kept} kept experts are not in the other plan"
-    if other["same"]:
+    if not other["only_here"] and not other["only_there"]:
         title = "Both plans keep the same experts"
     figure = page(min(14.0, max(7.5, 2 + 0.16 * len(rows))), 4.5, title)
     axes = figure.subplots()
-    here = plan_name(facts["method"], facts["options"], facts["keep"])
-    there = plan_name(other["method"], other["options"], other["keep"])
+    here = plan_name(
+        facts["method"], facts["options"], shape_name(facts["keep"], facts.get("channels", {}).get("width"))
+    )
+    there = plan_name(other["method"], other["options"], shape_name(other["keep"], other["width"]))
     parts = [
         (COMMON, "in both plans", [row["common"] for row in rows]),
         (BLUE, f"only here: {here}", [len(row["only_here"]) for row in rows]),
@@ -197,6 +201,7 @@ def changes_picture(facts: Facts) -> Figure:
 
 def _wanted(facts: Facts) -> dict[str, Callable[[Facts], Figure]]:
     """The functions that draw what these facts hold, by the name of the figure."""
-    there = (True, len(facts["corpora"]) > 1, facts.get("stability") is not None, "changes" in facts)
-    makers = (utility_picture, overlap_picture, stability_picture, changes_picture)
+    thin = facts.get("channels", {}).get("channels") is not None
+    there = (True, thin, len(facts["corpora"]) > 1, facts.get("stability") is not None, "changes" in facts)
+    makers = (utility_picture, channels_picture, overlap_picture, stability_picture, changes_picture)
     return {name: make for name, make, wanted in zip(NAMES, makers, there, strict=True) if wanted}

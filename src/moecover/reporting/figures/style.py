@@ -71,10 +71,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def plan_name(method: str, options: Mapping[str, object], keep: int) -> str:
-    """Method, options and budget of a plan, cut to fit a legend."""
+def plan_name(method: str, options: Mapping[str, object], shape: str) -> str:
+    """Method, options and shape of a plan, cut to fit a legend."""
     given = "".join(f", {name} {value}" for name, value in options.items())
-    return short(f"{method}{given}, keep {keep}", 70)
+    return short(f"{method}{given}, keep {shape}", 70)
 
 
 def page(width: float, height: float, title: str) -> Figure:
