@@ -27,6 +27,7 @@ from moecover.planning.artifact import keep_all
 from moecover.planning.masking import masked
 from moecover.profiling.run import profile
 from moecover.runtime.loading import load_model
+from moecover.shrinking.quality import QUALITIES, Quality
 from tests.conftest import quick_dtype
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,7 @@ def demo_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         if request.param == "less text":
             for name, value in (("SEQUENCES", 8), ("SEARCH_TOKENS", 2048), ("SEEDS", (0, 1))):
                 patched.setattr(tour, name, value)
+            patched.setitem(QUALITIES, "fast", Quality(8, 8, 4096, 2, "little"))
         assert main(["demo", "-o", str(folder), "-q", "--dtype", quick_dtype()]) == 0
         yield folder
 
@@ -51,12 +53,16 @@ def test_demo_writes_what_it_says(demo_folder: Path) -> None:
         "plans",
         "profile",
         "pruned-50",
+        "shrink-work",
+        "shrunk-25",
+        "shrunk-50",
     ]
     results = json.loads((demo_folder / "moecover-demo.json").read_text())
     assert results["verified"]["equal"] is True
     rows = rows_from_json((demo_folder / "moecover-demo.json").read_text())
-    assert [(r.label, r.retain) for r in rows] == [("full model", 1.0)] + [
-        (run.label, b) for b in (0.5, 0.25) for run in runs()
+    expected = [(label, b) for b in (0.5, 0.25) for label in (*(run.label for run in runs()), "shrink")]
+    assert [(r.label.partition(",")[0], r.retain) for r in rows] == [
+        (label.partition(",")[0], b) for label, b in [("full model", 1.0), *expected]
     ]
     assert all(set(r.perplexity) == set(HELD_OUT) for r in rows)
     full = rows[0]
@@ -64,7 +70,11 @@ def test_demo_writes_what_it_says(demo_folder: Path) -> None:
         assert row.size_bytes < full.size_bytes
         assert row.geometric_mean() > full.geometric_mean()
     by_name = {(r.label, r.keep): r.geometric_mean() for r in rows}
-    # The claim of the first screen: chosen experts are worth more than random ones, at either budget.
+    # The claims of the first screen: chosen experts are worth more than random ones, and thinner, repaired ones more.
+    for retain in (0.5, 0.25):
+        at = {r.label.partition(",")[0]: r for r in rows if r.retain == retain}
+        assert at["shrink"].geometric_mean() < at[runs()[0].label].geometric_mean()
+        assert at["shrink"].size_bytes <= 1.02 * at[runs()[0].label].size_bytes
     for keep in (30, 15):
         assert by_name[runs()[0].label, keep] < by_name[runs()[-1].label, keep]
     assert markdown_table(rows).count("\n") == len(rows) + 1

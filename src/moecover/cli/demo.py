@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moecover.cli.tour import Demo, Row
 
 HELP = "prune the shipped model and show what each method leaves of it"
-HEADINGS = ("method", "experts", "MB", "encyclopedia", "web", "Python source", "geometric mean")
+HEADINGS = ("method", "kept", "MB", "encyclopedia", "web", "Python source", "geometric mean")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,7 @@ def rows_from_json(text: str) -> list[Row]:
 
 def told(made: Demo, output: Path) -> str:
     """The demo's result as text: the table, the proof, what was written, what comes next."""
-    from moecover.cli.tour import RESULTS, WRITTEN, plan_file
+    from moecover.cli.tour import LENGTH, RESULTS, SEQUENCES, SHRUNK, WRITTEN, plan_file
 
     shown = os.path.relpath(output)
     shown = str(output) if shown.startswith("..") else shown
@@ -96,14 +96,17 @@ def told(made: Demo, output: Path) -> str:
         "explained": "figures of the first plan: utility and kept experts by corpus, agreement of the corpora, "
         "stability",
         WRITTEN: "the pruned checkpoint: loads in transformers like any other",
+        f"{SHRUNK}-25": "what `shrink` makes of the model, and shrunk-50: the shape that loses least, repaired",
         RESULTS: "the numbers above",
     }
     files = "\n".join(f"  {shown}/{name:{len(RESULTS)}}  {text}" for name, text in about.items())
     calibration = " and ".join(f"{name} ({tokens:,} tokens)" for name, tokens in made.calibration.items())
     program = "moecover" if shutil.which("moecover") else shlex.quote(str(Path(sys.executable).with_name("moecover")))
     tokens = made.verified["tokens"]
-    return f"""Perplexity on held-out text (lower is better); experts chosen on {calibration}.
-The Python source is a domain that no method saw.
+    windows = f"{SEQUENCES} windows of {LENGTH} tokens a text at most"
+    return f"""Perplexity on held-out text (lower is better; {windows}); experts chosen on {calibration},
+in the rows of `shrink` on text that the model wrote too. The Python source is a domain that no method was given.
+"Kept" is the share of the experts' bytes.
 
 {table(made.rows)}
 
@@ -115,4 +118,4 @@ Why these experts:
   {program} explain {shown}/plans/{plan_file(made.half)} --profile {shown}/profile
 
 On a real model:
-  {program} prune Qwen/Qwen1.5-MoE-A2.7B --corpus wikitext2 --corpus c4 --retain 0.5 -o qwen-moe-half"""
+  {program} shrink Qwen/Qwen1.5-MoE-A2.7B --budget 50% -o qwen-moe-half"""

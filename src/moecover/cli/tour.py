@@ -35,6 +35,7 @@ from moecover.profiling.job import profile
 from moecover.pruning.job import prune
 from moecover.reporting.figures.plan_figures import draw
 from moecover.runtime.loading import load_model
+from moecover.shrinking.job import Shrunk, shrink
 from moecover.verification.job import verify
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ BATCH_SIZE, SEARCH_TOKENS = 16, 8192
 BUDGETS = (0.5, 0.25)
 SEEDS = (0, 1, 2)  # of methods that choose by chance
 WRITTEN = "pruned-50"
+SHRUNK, SHRINK_WORK = "shrunk", "shrink-work"  # what `shrink` writes, a folder a budget, and what it makes on the way
 RESULTS = "moecover-demo.json"  # also the mark by which a second run knows the folder as a demo's
-FILES = (RESULTS, "profile/*", "plans/*", "explained*", f"{WRITTEN}/*")
+FILES = (RESULTS, "profile/*", "plans/*", "explained*", f"{WRITTEN}/*", f"{SHRUNK}-*", f"{SHRINK_WORK}/*")
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,33 @@ def measure(structure: Structure, model: torch.nn.Module, work: Sequence[tuple[s
     return rows
 
 
+def shrunk_rows(structure: Structure, source: Path, corpora: Sequence[Corpus], folder: Path, dtype: str) -> list[Row]:
+    """What `shrink` makes of the model at every budget, measured as the other rows are."""
+    rows = []
+    for retain in BUDGETS:
+        name = f"{SHRUNK}-{retain:.0%}".rstrip("%")
+        command = ["moecover", "shrink", str(source), *(f"--corpus={one.name}" for one in corpora)]
+        command += ["--budget", f"{retain:.0%}", "--quality", "fast", "-o", name]
+        made = shrink(
+            source,
+            folder / name,
+            budget=retain,
+            corpora=corpora,
+            quality="fast",
+            work=folder / SHRINK_WORK,
+            dtype=dtype,
+            command=shlex.join(command),
+        )
+        assert isinstance(made, Shrunk)
+        plan, model = made.pruned.plan, load_model(read_structure(folder / name), dtype=dtype)
+        held_out = held_out_corpora(structure)
+        with progress.bar("measuring perplexity", sum(c.num_tokens for c in held_out)) as advance:
+            values = {corpus.name: [perplexity(model, corpus, advance=advance)] for corpus in held_out}
+        label = f"shrink, {plan.keep} experts" + ("" if plan.width is None else f" of {plan.width} channels")
+        rows.append(Row(label, retain, plan.keep, made.pruned.num_bytes, values))
+    return rows
+
+
 @dataclass(frozen=True)
 class Demo:
     """What the demo made.
@@ -214,6 +243,8 @@ def tour(output: Path, *, name: str = DEFAULT, dtype: str = "auto") -> Demo:
             for plan in chosen:
                 plan.save(folder / "plans" / plan_file(plan))
         rows = measure(structure, model, work)
+        rows += shrunk_rows(structure, source, corpora, folder, dtype)
+        rows.sort(key=lambda row: -row.retain)  # stable: a budget's rows stay in their order
         default = default_method().name
         half = next(p for _, retain, (p, *_) in work if retain == BUDGETS[0] and p.method == default)
         draw(explain(half, profile=made), folder / "explained")
