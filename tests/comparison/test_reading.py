@@ -92,7 +92,12 @@ perplexity: [test=test.jsonl]
             "qwen: retain=0.1 keeps 1 of 12 experts, which leaves fewer experts than the router's top-k of 4",
         ),
         ("retain: [0.5]", "retain: [0.5, 0.51]", 8, "qwen: the budgets keep 6, 6 experts: give every one once"),
-        ("retain: [0.5]", "retain: 0.5\nkeep: 6", None, "give one of `retain` (fractions) and `keep`"),
+        (
+            "retain: [0.5]",
+            "retain: 0.5\nkeep: 6",
+            None,
+            "give one of `retain` (fractions), `keep` (experts per layer) and `shapes` (experts x channels), not both",
+        ),
         ("retain: [0.5]", "retain: [0.5]\nseeds: []", 9, "`seeds`: at least one value is needed"),
         ("retain: [0.5]", "retain: [0.5]\nseeds: [1, 1]", None, "`seeds` has 1 twice"),
         (

@@ -56,6 +56,13 @@ FLAGS = (
     ),
     Flag("keep", "keep", "K,K", "experts kept per layer, instead of --retain", int, several=True),
     Flag(
+        "shapes",
+        "shapes",
+        "KxW,K,P%",
+        "experts x channels of each, whole experts, or a percentage of them, instead of --retain",
+        several=True,
+    ),
+    Flag(
         "repair",
         "repairs",
         "KIND,KIND",

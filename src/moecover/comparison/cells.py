@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
-from moecover.checkpoints.topology import Topology
-from moecover.comparison.config import UNREPAIRED, Config, ModelEntry, corpora_of
-from moecover.comparison.reading import Request
+from moecover.checkpoints.topology import Topology, Width
+from moecover.comparison.budgets import budgets
+from moecover.comparison.config import UNREPAIRED, ModelEntry, corpora_of
+from moecover.comparison.reading import BUDGETS, Request
 from moecover.comparison.variants import Variant, slug, variants
 from moecover.corpora.sources import set_folder, set_name
 from moecover.errors import InputError
-from moecover.planning.keep import resolve_keep
+from moecover.planning.shapes import Shape, shape_name
 
 FULL = "full"  # the method of the cell that removes nothing
 Sample = tuple[tuple[str, ...], int]  # a calibration sample: names of its corpora, and its seed
 
 
 class CellRecord(TypedDict):
-    """The coordinates of a cell, as cell.json has them."""
+    """The coordinates of a cell, as cell.json has them; ``width`` is missing where experts are whole."""
 
     id: str
     model: str
@@ -30,6 +31,7 @@ class CellRecord(TypedDict):
     sample: int
     retain: float
     keep: int
+    width: NotRequired[int]
     seed: int | None
     repair: str
     label: str
@@ -44,9 +46,10 @@ class Cell:
         variant: how experts are chosen; None for the full model.
         calibration: names of the corpora; empty for a cell that depends on none (the full model, random plans).
         sample: seed of the calibration sample; 0 if there is none.
-        retain: fraction of the experts that is kept, as asked for.
+        retain: share of the experts' bytes that is kept; of whole experts their fraction, as asked for.
         keep: experts kept per layer.
         seed: of the plan; None for a deterministic method.
+        width: channels kept of each of them; None for all.
     """
 
     model: str
@@ -56,10 +59,14 @@ class Cell:
     retain: float
     keep: int
     seed: int | None
+    width: int | None = None
 
     @property
     def label(self) -> str:
-        return self.variant.label if self.variant else "full model"
+        """What a reader calls it: the variant's label, with the shape where experts are thinner."""
+        if self.variant is None:
+            return "full model"
+        return self.variant.label + ("" if self.width is None else f", {shape_name(self.keep, self.width)}")
 
     @property
     def repair(self) -> str:
@@ -82,14 +89,14 @@ class Cell:
             return f"{self.model}-{FULL}"
         text = f"-{set_folder(self.calibration)}-{self.sample}" if self.calibration else ""
         seed = f"-seed{self.seed}" if self.seed is not None else ""
-        return f"{self.model}-{slug(self.variant.label)}{text}-keep{self.keep}{seed}"
+        return f"{self.model}-{slug(self.variant.label)}{text}-keep{shape_name(self.keep, self.width)}{seed}"
 
     @property
     def words(self) -> str:
         """The cell in a line of log."""
         if self.variant is None:
             return f"{self.model}, full model"
-        parts = [self.model, self.label, f"{self.keep} experts"]
+        parts = [self.model, self.variant.label, str(Shape(self.keep, self.width))]
         parts += [set_name(self.calibration)] if self.calibration else []
         parts += [f"sample {self.sample}"] if self.sample else []
         parts += [f"seed {self.seed}"] if self.seed is not None else []
@@ -98,7 +105,7 @@ class Cell:
     def to_json(self) -> CellRecord:
         """The coordinates as cell.json has them."""
         variant = self.variant
-        return {
+        found: CellRecord = {
             "id": self.id,
             "model": self.model,
             "method": variant.method if variant else FULL,
@@ -112,36 +119,24 @@ class Cell:
             "repair": self.repair,
             "label": self.label,
         }
+        if self.width is not None:
+            found["width"] = self.width
+        return found
 
 
-def budgets(config: Config, topology: Topology, name: str) -> list[tuple[float, int]]:
-    """Fraction and number of kept experts of every budget for a model.
-
-    Args:
-        config: the comparison.
-        topology: of the model.
-        name: of the model, for errors.
-
-    Raises:
-        InputError: the router does not allow a budget, or two budgets keep the same number.
-    """
-    found: list[tuple[float, int]] = []
-    for retain, keep in [(r, None) for r in config.retain or ()] + [(None, k) for k in config.keep or ()]:
-        try:
-            count = resolve_keep(topology, keep=keep, retain=retain)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
-        found.append((retain if retain is not None else round(count / topology.num_experts, 4), count))
-    keeps = [count for _, count in found]
-    if len(set(keeps)) < len(keeps):
-        raise InputError(f"{name}: the budgets keep {', '.join(map(str, keeps))} experts: give every one once")
-    return found
-
-
-def cells(request: Request, model: ModelEntry, topology: Topology) -> list[Cell]:
+def cells(
+    request: Request, model: ModelEntry, topology: Topology, width: Width | str = "its channels are not known"
+) -> list[Cell]:
     """The cells of a model in the order of its tables.
 
-    The full model comes first; the others are ordered by budget, method, calibration set, sample and seed.
+    The full model comes first; the others are ordered by budget, method, calibration set, sample and seed. Which
+    channels stay is chosen on calibration text, whatever the method.
+
+    Args:
+        request: the comparison.
+        model: its entry.
+        topology: of the model.
+        width: the channels of its experts, or why their number cannot be changed.
 
     Raises:
         InputError: as `variants` and `budgets`.
@@ -149,11 +144,13 @@ def cells(request: Request, model: ModelEntry, topology: Topology) -> list[Cell]
     config, found = request.config, [Cell(model.name, None, (), 0, 1.0, topology.num_experts, None)]
     sets = [tuple(corpora_of(corpora)) for corpora in config.calibration]
     try:
-        sizes = budgets(config, topology, model.name)
+        sizes = budgets(config, topology, model.name, width)
     except InputError as error:
-        raise request.error(error, "retain" if config.retain else "keep") from error
-    for (retain, keep), variant in itertools.product(sizes, variants(request)):
-        samples: list[Sample] = [((), 0)] if variant.blind else list(itertools.product(sets, config.samples))
+        raise request.error(error, next(name for name in BUDGETS if getattr(config, name))) from error
+    for budget, variant in itertools.product(sizes, variants(request)):
+        keep, thin = budget.shape.keep, budget.shape.width
+        blind = variant.blind and thin is None
+        samples: list[Sample] = [((), 0)] if blind else list(itertools.product(sets, config.samples))
         for (calibration, sample), seed in itertools.product(samples, variant.seeds or (None,)):
-            found.append(Cell(model.name, variant, calibration, sample, retain, keep, seed))
+            found.append(Cell(model.name, variant, calibration, sample, budget.retain, keep, seed, thin))
     return found

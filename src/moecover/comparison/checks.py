@@ -38,7 +38,7 @@ def checked(request: Request, progress: Progress) -> list[ComparedModel]:
         structures = [_headers(request, number, progress) for number in range(len(config.models))]
     found = []
     for entry, structure in zip(config.models, structures, strict=True):
-        model = ComparedModel(entry, structure, cells(request, entry, structure.topology))
+        model = ComparedModel(entry, structure, cells(request, entry, structure.topology, structure.width))
         if any(cell.repaired for cell in model.cells):
             model.places = _repaired_places(request, entry.name, structure)
         found.append(model)

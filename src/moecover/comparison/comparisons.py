@@ -104,6 +104,8 @@ def comparisons(
 ) -> list[ComparisonRecord]:
     """The method under study against every other label, for every model, calibration set and budget.
 
+    Where experts are thinner, methods are compared in the same shape, and shapes of the studied method at equal bytes.
+
     Args:
         cells: of all methods. The full model and cells without scores are left out; a method that needs no calibration
             is compared in every calibration set.
@@ -121,10 +123,11 @@ def comparisons(
     label = studied(cells, against) if cells else None
     if label is None:
         return []
+    method = next(c.variant for c in cells if c.label == label)
     found: list[ComparisonRecord] = []
     for model in dict.fromkeys(c.model for c in cells):
         mine = [c for c in cells if c.model == model]
-        found += _records(_pairs(mine, label, Draws(resamples, seed)), mine, label)
+        found += _records(_pairs(mine, method, Draws(resamples, seed)), mine, method)
     return found
 
 
@@ -132,12 +135,13 @@ def _records(pairs: Sequence[_Pair], cells: Sequence[MeasuredCell], label: str) 
     """Records of all comparisons of a model, with p-values corrected together."""
     if not pairs:
         return []
-    model = cells[0].model
+    model, of_label = cells[0].model, [c for c in cells if c.variant == label]
+    shapes = "shape, " if any(c.shape for c in of_label) else ""
     family = (
         f"the {len(pairs)} comparison{'s' if len(pairs) != 1 else ''} of {label} on {model}: "
-        "every other method, budget, calibration set and measure"
+        f"every other method, budget, {shapes}calibration set and measure"
     )
-    several = len({c.calibration for c in cells if c.label == label}) > 1
+    several = len({c.calibration for c in of_label}) > 1
     found = []
     for pair, p in zip(pairs, holm([pair.difference.p for pair in pairs]), strict=True):
         difference = replace(pair.difference, p_holm=p)
@@ -145,9 +149,10 @@ def _records(pairs: Sequence[_Pair], cells: Sequence[MeasuredCell], label: str) 
         sign = difference.value * (1 if measure.kind == "tasks" else -1)
         verdict = NONE_FOUND if p is None or p >= ALPHA else BETTER if sign > 0 else WORSE
         compared = Compared(
-            a=label,
+            a=ours.label,
             b=pair.theirs[0].label,
             retain=ours.retain,
+            thin=bool(ours.shape or pair.theirs[0].shape),
             calibration=ours.calibration if several else (),
             kind=measure.kind,
             name=measure.name,
@@ -176,16 +181,19 @@ def _records(pairs: Sequence[_Pair], cells: Sequence[MeasuredCell], label: str) 
 
 
 def _pairs(cells: Sequence[MeasuredCell], label: str, draws: Draws) -> list[_Pair]:
-    """All comparisons of a label on one model."""
+    """All comparisons of a variant on one model: with others in the same shape, and of its shapes at equal bytes."""
     found = []
-    groups: dict[tuple[float, tuple[str, ...]], list[MeasuredCell]] = {}
+    groups: dict[tuple[float, tuple[str, ...], str], list[MeasuredCell]] = {}
     for c in cells:
-        if c.label == label:
-            groups.setdefault((c.retain, c.calibration), []).append(c)
-    for (retain, calibration), ours in groups.items():
+        if c.variant == label:
+            groups.setdefault((c.retain, c.calibration, c.shape), []).append(c)
+    order = list(dict.fromkeys(shape for _, _, shape in groups))
+    for (retain, calibration, shape), ours in groups.items():
+        later = order[order.index(shape) + 1 :]
         matching = [c for c in cells if c.retain == retain and c.calibration in ((), calibration)]
-        for other in dict.fromkeys(c.label for c in cells if c.label != label):
-            theirs = [c for c in matching if c.label == other]
+        rivals = [c for c in matching if (c.shape in later if c.variant == label else c.shape == shape)]
+        for other in dict.fromkeys(c.label for c in cells if c.label != ours[0].label):
+            theirs = [c for c in rivals if c.label == other]
             if theirs:
                 found += [_compared(ours, theirs, measure, draws) for measure in _measures([*ours, *theirs])]
     return found

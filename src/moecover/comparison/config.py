@@ -48,6 +48,12 @@ def _repair(name: str) -> str:
 Count = Annotated[int, Field(ge=1)]
 Texts = Annotated[list[str], BeforeValidator(_listed)]
 Numbers = Annotated[list[int], BeforeValidator(_listed), Field(min_length=1)]
+Shapes = Annotated[
+    list[str],
+    BeforeValidator(_listed),
+    BeforeValidator(lambda value: [str(one) if isinstance(one, int) else one for one in value]),
+    Field(min_length=1),
+]
 Repairs = Annotated[
     list[str],
     BeforeValidator(_listed),
@@ -120,6 +126,7 @@ class Config(BaseModel):
     repair_tokens: Count = 65_536
     retain: Annotated[list[float], BeforeValidator(_listed), Field(min_length=1)] | None = None
     keep: Numbers | None = None
+    shapes: Shapes | None = None
     perplexity: Texts = []
     window: Count | None = None
     windows: Count = WINDOWS
@@ -134,9 +141,13 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.retain is not None and self.keep is not None:
-            raise InputError("give one of `retain` (fractions) and `keep` (experts per layer), not both")
-        if self.retain is None and self.keep is None:
+        given = sum(one is not None for one in (self.retain, self.keep, self.shapes))
+        if given > 1:
+            raise InputError(
+                "give one of `retain` (fractions), `keep` (experts per layer) and `shapes` (experts x channels), not "
+                f"{'both' if given == 2 else 'all'}"
+            )
+        if not given:
             self.retain = [0.25, 0.5, 0.75]
         if not self.perplexity and not self.tasks:
             raise InputError("nothing to measure: give `perplexity`, `tasks` or both")
@@ -147,7 +158,7 @@ class Config(BaseModel):
 
     def _unique(self) -> dict[str, Sequence[object]]:
         """Fields whose values may occur only once, with these values."""
-        plain = ("samples", "seeds", "saliencies", "repairs", "retain", "keep", "tasks")
+        plain = ("samples", "seeds", "saliencies", "repairs", "retain", "keep", "shapes", "tasks")
         return {
             "models": [m.name for m in self.models],
             "calibration": [set_name(corpora_of(c)) for c in self.calibration],

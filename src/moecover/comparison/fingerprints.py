@@ -142,6 +142,8 @@ def _plan_inputs(config: Config, model: ComparedModel, cell: Cell) -> list[objec
     complete = METHODS[variant.method].complete({k: v for k, v in options.items() if k != SUPER_EXPERTS})
     known = {k: v for k, v in complete.items() if isinstance(v, (str, int, float, bool, dict, type(None)))}
     found = [variant.method, known | options, cell.keep, config.search_tokens if variant.searches else None]
+    if cell.width is not None:
+        found.append({"width": cell.width})
     if cell.repaired:
         found += [cell.repair, sum(c.num_tokens for c in model.repaired_on[cell.calibrated_on])]
     return found

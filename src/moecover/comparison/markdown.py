@@ -17,12 +17,14 @@ from moecover.comparison.models import ModelRecord
 from moecover.comparison.tables import ReadCell, mean_of
 from moecover.corpora.sources import set_name
 from moecover.evaluation.artifact import Evaluation
+from moecover.planning.shapes import shape_name
 from moecover.text import markdown_cell, markdown_code, markdown_text
 
 LEGEND = (
     "± is the standard deviation over seeds and calibration samples, in brackets the standard error over the items of "
     "the tasks.\n"
 )
+SHAPES = "30x32 is 30 experts of 32 channels each; other experts keep all channels.\n"
 NOTHING = "–"
 Done = tuple[StoredCell, Evaluation]
 Number = tuple[float, float | None]  # a value and its standard error
@@ -65,6 +67,8 @@ def markdown(
     if command:
         parts.append(f"{markdown_code(command)}\n")
     parts.append(LEGEND)
+    if any("width" in record for record, _ in found):
+        parts.append(SHAPES)
     measures = _measures(texts, tasks)
     for model in models:
         name = model["name"]
@@ -79,6 +83,11 @@ def markdown(
     if failed := [record for record, e in found if e is None]:
         parts.append("## Failed\n\n" + "".join(_failure(record) for record in failed))
     return "\n".join(parts)
+
+
+def _shape(record: StoredCell) -> str:
+    """What a cell keeps: experts, or experts x channels of each."""
+    return shape_name(record["keep"], record.get("width"))
 
 
 def _failure(record: StoredCell) -> str:
@@ -146,9 +155,9 @@ def _measures(texts: Sequence[str], tasks: Mapping[str, Mapping[str, Any]]) -> d
 
 def _chapter(model: ModelRecord, mine: Sequence[Done], measures: Mapping[str, Sequence[Measure]]) -> str:
     """The tables of a model."""
-    groups: dict[tuple[int, str, str], list[Done]] = {}
+    groups: dict[tuple[str, str, str], list[Done]] = {}
     for record, evaluation in mine:
-        key = record["keep"], record["label"], set_name(record["calibration"], " + ")
+        key = _shape(record), record["label"], set_name(record["calibration"], " + ")
         groups.setdefault(key, []).append((record, evaluation))
     several = len({calibration for _, _, calibration in groups if calibration}) > 1
     parts = [
@@ -157,13 +166,13 @@ def _chapter(model: ModelRecord, mine: Sequence[Done], measures: Mapping[str, Se
     ]
     for title, columns in measures.items():
         body = []
-        for (keep, label, calibration), group in groups.items():
+        for (shape, label, calibration), group in groups.items():
             numbers = [_column(column, group) for column in columns]
             if all(number == NOTHING for number in numbers):
                 continue
             record, evaluation = group[0]
             size = f"{evaluation.rows[0].num_bytes / 1e6:,.1f}"
-            experts = "all" if record["method"] == FULL else f"{keep}"
+            experts = "all" if record["method"] == FULL else shape
             calibrated = [calibration or NOTHING] if several else []
             body.append([label, *calibrated, experts, size, str(len(group)), *numbers])
         if body:
@@ -193,14 +202,14 @@ def _usage(name: str, facts: Usage, mine: Sequence[Done]) -> str:
         f"{keep / (2 * experts - keep):.2f}. Task texts are for analysis only, no plan is made from them.\n",
         _table(["corpus", "", *tasks], body),
     ]
-    groups: dict[tuple[int, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for record, _ in mine:
         if record["id"] in facts["plans"]:
-            groups.setdefault((record["keep"], record["label"]), []).append(record["id"])
+            groups.setdefault((_shape(record), record["label"]), []).append(record["id"])
     body = []
     for (kept, label), ids in groups.items():
         shares = [[statistics.fmean(facts["plans"][i][task]["kept_weight"]) for i in ids] for task in tasks]
-        body.append([label, f"{kept}", *(_estimate([(100 * v, None) for v in one], ".1f") for one in shares)])
+        body.append([label, kept, *(_estimate([(100 * v, None) for v in one], ".1f") for one in shares)])
     if body:
         heading = f"### Routing weight of the tasks on kept experts, {markdown_text(name)}, %\n"
         parts += [heading, _table(["method", "experts", *tasks], body)]

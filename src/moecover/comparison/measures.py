@@ -25,10 +25,11 @@ class MeasuredCell:
         model: name of the model.
         method: name of the method.
         label: what a reader calls it.
-        retain: fraction of the experts that is kept.
+        retain: share of the experts' bytes that is kept.
         calibration: names of the corpora; empty if it needs none.
         sample: seed of the calibration sample.
         seed: of the plan; None for a deterministic method.
+        shape: with which the label ends where experts are thinner, such as ``30x32``; empty for whole experts.
         items: by task, float64 ``[item]`` of the task's main metric.
         windows: by text, float64 ``[window, 2]``: summed negative log-likelihood, scored tokens.
     """
@@ -40,8 +41,14 @@ class MeasuredCell:
     calibration: tuple[str, ...] = ()
     sample: int = 0
     seed: int | None = None
+    shape: str = ""
     items: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     windows: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def variant(self) -> str:
+        """The label without the shape."""
+        return self.label.removesuffix(f", {self.shape}") if self.shape else self.label
 
     def scores(self, measure: Measure) -> Mapping[str, NDArray[np.float64]]:
         """Items by task, or windows by text."""

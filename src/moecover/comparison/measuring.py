@@ -91,7 +91,7 @@ def evaluate_cells(model: OpenModel, job: EvaluationJob) -> Iterator[Report]:
 
 def _plan_of(model: OpenModel, cell: Cell) -> Plan:
     path = model.run / plan_path(cell)
-    if cell.variant is not None and cell.variant.blind:
+    if not cell.calibration:
         blind_plan(model.structure(cell.model), cell).save(path)
     return Plan.load(path)
 

@@ -17,6 +17,7 @@ from moecover.corpora.packing import Corpus
 from moecover.files.atomic import write_text
 from moecover.files.hashing import sealed, unsealed
 from moecover.files.reading import read_json
+from moecover.planning.shapes import shape_name
 from moecover.repairing.targets import Place
 
 MODELS = "models.json"
@@ -151,7 +152,10 @@ def _record(model: ComparedModel, facts: RunFacts | None) -> ModelRecord:
         "top_k": topology.top_k,
         "layers": len(topology.decoder_layers),
         "num_bytes": structure.checkpoint.num_bytes,
-        "num_bytes_by_keep": {str(keep): structure.num_bytes(keep) for keep in sorted({c.keep for c in model.cells})},
+        "num_bytes_by_keep": {
+            shape_name(keep, width or None): structure.num_bytes(keep, width=width or None)
+            for keep, width in sorted({(c.keep, c.width or 0) for c in model.cells})
+        },
         "dtype": facts["dtype"] if facts else None,
         "device": facts["device"] if facts else None,
         "peak_rss_bytes": facts["peak_rss_bytes"] if facts else None,

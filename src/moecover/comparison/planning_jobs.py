@@ -26,6 +26,7 @@ from moecover.files.reading import read_json
 from moecover.planning.artifact import Plan
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan_budgets
+from moecover.planning.shapes import Shape
 from moecover.profiling.artifact import Profile
 from moecover.profiling.records import model_record
 from moecover.profiling.run import profile
@@ -70,9 +71,8 @@ def profile_tasks(model: OpenModel, job: TaskProfileJob) -> Iterator[Report]:
 
 def blind_plan(structure: Structure, cell: Cell) -> Plan:
     """The plan of a method that uses no statistics."""
-    return _plans(Profile(structure.topology, {}, {}, model_record(structure)), _variant(cell), cell.seed, [cell.keep])[
-        0
-    ]
+    profile = Profile(structure.topology, {}, {}, model_record(structure))
+    return _plans(profile, _variant(cell), cell.seed, [Shape(cell.keep)])[0]
 
 
 def _variant(cell: Cell) -> Variant:
@@ -134,14 +134,18 @@ def _plan_group(model: OpenModel, name: str, found: Profile, group: Sequence[Cel
         group = [cell for cell in group if not _is_searched(model.run / plan_path(cell), cell, found)]
         live = {"model": model.running(name), "structure": model.structure(name)}
     if group:
-        keeps = sorted({cell.keep for cell in group})
-        plans = dict(zip(keeps, _plans(found, variant, seed, keeps, live), strict=True))
+        shapes = list(dict.fromkeys(Shape(cell.keep, cell.width) for cell in group))
+        plans = dict(zip(shapes, _plans(found, variant, seed, shapes, live), strict=True))
         for cell in group:
-            plans[cell.keep].save(model.run / plan_path(cell))
+            plans[Shape(cell.keep, cell.width)].save(model.run / plan_path(cell))
 
 
 def _plans(
-    found: Profile, variant: Variant, seed: int | None, keeps: Sequence[int], live: Mapping[str, object] | None = None
+    found: Profile,
+    variant: Variant,
+    seed: int | None,
+    shapes: Sequence[Shape],
+    live: Mapping[str, object] | None = None,
 ) -> list[Plan]:
     """Plans of a variant, one per budget; ``live`` is what a search needs: the model and its structure."""
     options = {**variant.plan_options(seed), **(live or {})}
@@ -149,8 +153,8 @@ def _plans(
     return plan_budgets(
         found,
         method=variant.method,
-        keeps=keeps,
-        widths=None,
+        keeps=[shape.keep for shape in shapes],
+        widths=[shape.width for shape in shapes],
         protect_super_experts=protect,
         protect_channels=0.0,
         **options,
@@ -173,7 +177,7 @@ def _is_searched(path: Path, cell: Cell, found: Profile) -> bool:
     wanted = {k: v for k, v in complete.items() if k in plan.options or k in options}
     return (
         plan.profile_fingerprint == found.fingerprint
-        and (plan.method, plan.keep) == (variant.method, cell.keep)
+        and (plan.method, plan.keep, plan.width) == (variant.method, cell.keep, cell.width)
         and {k: v for k, v in plan.options.items() if k != SUPER_EXPERTS} == wanted
         and plan.options.get(SUPER_EXPERTS, False) == protect
         and all(layer.tokens == inputs.num_tokens for layer in plan.layers)

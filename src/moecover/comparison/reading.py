@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 FOLDERS = ("data_dir", "include_path", "plugins")  # fields that hold paths
+BUDGETS = ("retain", "keep", "shapes")  # fields of which one says what is kept
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def read(path: Path | None, flags: Mapping[str, object]) -> Request:
         value, lines = load(path)
         value = _absolute(value, path.absolute().parent)
     value = {**value, **_absolute(flags, Path.cwd())}
-    if "retain" in flags or "keep" in flags:
-        value = {k: v for k, v in value.items() if k not in ("retain", "keep") or k in flags}
+    if any(name in flags for name in BUDGETS):
+        value = {k: v for k, v in value.items() if k not in BUDGETS or k in flags}
     places = Places("" if path is None else str(path), lines, tuple(flags))
     return Request(_validated(value, places), places)
 

@@ -26,6 +26,7 @@ from moecover.evaluation.task_scores import cut_text
 from moecover.evaluation.task_usage import FILE as USAGE
 from moecover.files.atomic import write_text
 from moecover.files.hashing import sealed
+from moecover.planning.shapes import shape_name
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 Record = dict[str, Any]  # a row, as evaluation.json has it
@@ -107,6 +108,7 @@ class Comparison(text.Shown):
             "sample": cell["sample"],
             "seed": cell["seed"],
             "experts": cell["keep"],
+            "channels": cell.get("width"),
             "status": cell["status"],
         }
         for name in self.results["texts"]:
@@ -161,6 +163,7 @@ def measured(record: StoredCell, evaluation: Evaluation) -> MeasuredCell:
         calibration=tuple(record["calibration"]),
         sample=record["sample"],
         seed=record["seed"],
+        shape=shape_name(record["keep"], record["width"]) if "width" in record else "",
         items={
             task: metrics[evaluation.tasks[task]["metric"]]
             for task, metrics in evaluation.items.get(row.name, {}).items()

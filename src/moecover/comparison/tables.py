@@ -32,6 +32,7 @@ class TidyRow(TypedDict):
     repair: str
     retain: float
     keep: int
+    width: int | None
     kind: str
     name: str
     metric: str
@@ -74,7 +75,7 @@ def tidy(cells: Iterable[ReadCell]) -> Iterator[TidyRow]:
     for record, evaluation in cells:
         if evaluation is None:
             continue
-        coordinates: dict[str, object] = {**record, "calibration": set_name(record["calibration"])}
+        coordinates: dict[str, object] = {"width": None, **record, "calibration": set_name(record["calibration"])}
         at = {column: coordinates[column] for column in COLUMNS if column in coordinates}
         for kind, name, metric, value, stderr, n in _numbers(evaluation):
             found = {**at, "kind": kind, "name": name, "metric": metric, "value": value, "stderr": stderr, "n": n}

@@ -15,7 +15,7 @@ BETTER: Verdict = "better"
 WORSE: Verdict = "worse"
 NONE_FOUND: Verdict = "no significant difference"
 
-
+BYTES = "' bytes"  # of the experts, where their number is another share
 ONE_SAMPLE = "One calibration sample says nothing about the methods: plan on several (`samples`)"
 
 
@@ -26,7 +26,8 @@ class Compared:
     Attributes:
         a: label of the first method.
         b: label of the second.
-        retain: fraction of the experts that both keep.
+        retain: share of the experts' bytes that both keep.
+        thin: whether experts of either are thinner, so that the share is none of their number.
         calibration: corpora of the calibration set; empty if it goes without saying.
         kind: tasks or perplexity.
         name: of the task or text, or ``mean of N tasks``.
@@ -40,6 +41,7 @@ class Compared:
     a: str
     b: str
     retain: float
+    thin: bool
     calibration: Sequence[str]
     kind: Literal["tasks", "perplexity"]
     name: str
@@ -57,7 +59,7 @@ class Compared:
     def where(self) -> str:
         """Budget and calibration set."""
         calibrated = f", calibrated on {set_name(self.calibration, ' + ')}" if self.calibration else ""
-        return f"At {100 * self.retain:g} % of the experts{calibrated}, "
+        return f"At {100 * self.retain:g} % of the experts{BYTES if self.thin else ''}{calibrated}, "
 
     @property
     def measure(self) -> str:

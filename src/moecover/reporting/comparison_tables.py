@@ -100,7 +100,7 @@ def comparison_table(model: ModelFindings) -> Table | None:
     further = {name: head for name, head in FURTHER.items() if any(getattr(c, name) for c in model.comparisons)}
     columns = (
         names.heading,
-        Column("experts kept"),
+        Column(f"{model.kept_of} kept"),
         text_column("measure"),
         Column("difference [95%]"),
         Column("p, adjusted", first="ascending"),
@@ -156,7 +156,7 @@ def by_task_table(model: ModelFindings) -> Table | None:
     return Table(
         "by-task",
         f"Difference in accuracy by task{against} on {model.name}",
-        (names.heading, Column("experts kept"), *(Column(t) for t in tasks)),
+        (names.heading, Column(f"{model.kept_of} kept"), *(Column(t) for t in tasks)),
         body,
         "Percentage points, each with its own 95% interval, not corrected for multiple comparisons: they show where a "
         "difference comes from and are not verdicts.",

@@ -66,10 +66,16 @@ class Cell(_Lenient):
     sample: int | None = None
     seed: int | None = None
     keep: int | None = None
+    width: int | None = None  # channels of thinner experts; the label then ends with the shape
     reason: str | None = None
     wall_s: float | None = None
     plan: str | None = None
     row: Row | None = None
+
+    @property
+    def variant(self) -> str:
+        """The label without the shape of thinner experts."""
+        return self.label if self.width is None else self.label.rpartition(", ")[0]
 
 
 class Tested(_Lenient):

@@ -57,10 +57,15 @@ def over_runs_log(runs: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one budget; ``num_bytes`` is the size of the weights, ``retain`` the proportion of experts kept."""
+    """One method at one budget.
+
+    ``num_bytes`` is the size of the weights, ``retain`` the proportion of experts kept, or of their bytes where they
+    are thinner: of ``width`` channels, None for all.
+    """
 
     retain: float
     keep: int
+    width: int | None
     num_bytes: int
     tasks: dict[str, Estimate]
     mean: Estimate | None
@@ -96,9 +101,19 @@ class ModelFindings:
     cut: tuple[Cut, ...] = ()  # tasks with items that are longer than the model's positions
 
     @property
+    def kept_of(self) -> str:
+        """What budgets are a proportion of."""
+        return "experts' bytes" if self.thin else "experts"
+
+    @property
     def budgets(self) -> list[float]:
         """The proportions of experts kept, smallest first."""
         return sorted({p.retain for s in self.series for p in s.points})
+
+    @property
+    def thin(self) -> bool:
+        """Whether some experts are thinner, so that budgets are shares of bytes."""
+        return any(p.width is not None for s in self.series for p in s.points)
 
     @property
     def main(self) -> Series | None:
@@ -133,6 +148,7 @@ def _point(cells: Sequence[Cell], run: Run, tasks: Sequence[str], texts: Sequenc
     return Point(
         retain=cells[0].retain,
         keep=rows[0].keep,
+        width=cells[0].width,
         num_bytes=round(statistics.fmean(row.num_bytes for row in rows)),
         tasks={t: _estimated(s) for t, s in scores.items()},
         mean=_estimated(means) if complete else None,
@@ -182,6 +198,11 @@ def _names(cells: Sequence[Cell]) -> dict[str, str]:
     }
 
 
+def _shape_in(cell: Cell) -> str:
+    """The part of a label that says the shape of thinner experts."""
+    return cell.label.removeprefix(cell.variant)
+
+
 def _unique(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
@@ -199,16 +220,17 @@ def _found_on(name: str, about: dict[str, JsonValue], run: Run) -> ModelFindings
     full = [c for c in done if c.method == FULL]
     pruned = sorted((c for c in done if c.method != FULL), key=_main_first)
     called = _names(pruned)
+    main = called[pruned[0].id].removesuffix(_shape_in(pruned[0])) if pruned else ""
     series = []
     for label in _unique(called[c.id] for c in pruned):
         mine = [c for c in pruned if called[c.id] == label]
         budgets = sorted({c.retain for c in mine})
         points = [_point([c for c in mine if c.retain == r], run, tasks, texts) for r in budgets]
         series.append(Series(label, mine[0].method, tuple(points)))
-    shown: dict[float, Cell] = {}
+    shown: dict[tuple[float, int], Cell] = {}  # by budget, and channels of thinner experts
     for cell in pruned:
-        if cell.plan is not None and called[cell.id] == series[0].name:
-            shown.setdefault(cell.retain, cell)
+        if cell.plan is not None and called[cell.id].removesuffix(_shape_in(cell)) == main:
+            shown.setdefault((cell.retain, cell.width or 0), cell)
     return ModelFindings(
         name=name,
         about=about,

@@ -39,6 +39,7 @@ from moecover.reporting.tables import (
     size_table,
     usage_table,
 )
+from moecover.reporting.values import width_words
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -149,11 +150,11 @@ def experts(data: ModelData) -> Content:
         picture
         for retain, facts in data.explained
         for picture in data.album.add(
-            file_name("utility", data.anchor, percentage(retain)),
+            file_name("utility", data.anchor, percentage(retain), width_words(facts)),
             utility_picture(facts),
             f"Heat map of {data.model.name}: share of the layer's utility by layer and expert, one panel per corpus; "
             f"the {facts['keep']} experts that {short(facts['method'])} keeps of {facts['experts']} are outlined",
-            f"{percentage(retain)} of the experts",
+            f"{percentage(retain)} of the {data.model.kept_of}{width_words(facts)}",
             raster=True,
         )
     ]
@@ -284,9 +285,10 @@ def _kept_by_layer(model: ModelFindings, usage: Usage) -> Figure | None:
     if not budgets or not usage.plans or usage.experts is None:
         return None
     points = {s.name: p for s in model.series for p in s.points if p.retain == budgets[len(budgets) // 2]}
-    methods = {name: cells for name, p in points.items() if (cells := [c for c in p.cells if c in usage.plans])}
-    keep = next((p.keep for name, p in points.items() if name in methods), None)
+    keep = next((p.keep for p in points.values() if any(c in usage.plans for c in p.cells)), None)
     if keep is None:
         return None
+    alike = {name: [c for c in p.cells if c in usage.plans] for name, p in points.items() if p.keep == keep}
+    methods = {name: cells for name, cells in alike.items() if cells}
     tasks = list(usage.plans[next(iter(methods.values()))[0]])
     return kept_by_layer_picture({**usage.model_dump(), "tasks": tasks}, methods, keep)

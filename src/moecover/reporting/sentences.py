@@ -95,7 +95,8 @@ def _caveats(model: ModelFindings) -> list[str]:
 def _at_budget(model: ModelFindings, method: str, p: Point) -> str:
     """One budget in a sentence: what the main method reaches, and the best of the others."""
     others = [(s.name, q) for s in model.series[1:] for q in s.points if q.retain == p.retain]
-    head = f"With {percentage(p.retain)} of the experts ({p.keep} per layer) {method} reaches"
+    kept = f"{p.keep} per layer" if p.width is None else f"{p.keep} of {p.width} channels each per layer"
+    head = f"With {percentage(p.retain)} of the {model.kept_of} ({kept}) {method} reaches"
     if p.mean:
         rivals = [(name, q.mean) for name, q in others if q.mean]
         best = max(rivals, key=lambda r: r[1].value, default=None)
@@ -126,7 +127,7 @@ def _tiles(model: ModelFindings) -> list[Tile]:
         relative = _relative(model, p)
         if relative is not None:
             number, of = relative
-            words = f"{of} with {percentage(p.retain)} of the experts, {size(p.num_bytes)}"
+            words = f"{of} with {percentage(p.retain)} of the {model.kept_of}, {size(p.num_bytes)}"
             tiles.append(Tile(number, words))
     return tiles
 
@@ -191,8 +192,9 @@ def grid_in_words(cells: Sequence[Cell]) -> str:
     if not pruned:
         return "No pruned variant was requested."
     budgets = [percentage(r) for r in sorted({c.retain for c in pruned})]
-    labels, samples = {c.label for c in pruned}, {c.sample for c in pruned if c.calibration}
+    labels, samples = {c.variant for c in pruned}, {c.sample for c in pruned if c.calibration}
     corpora = list(dict.fromkeys(itertools.chain.from_iterable(c.calibration for c in pruned)))
-    text = f"{counted(len(labels), 'method')} at {listed(budgets)} of the experts"
+    thin = "' bytes" if any(c.width is not None for c in pruned) else ""
+    text = f"{counted(len(labels), 'method')} at {listed(budgets)} of the experts{thin}"
     text += f", calibrated on {listed(in_rows(corpora))}" if corpora else ""
     return f"{text}, {counted(len(samples), 'calibration sample')}." if len(samples) > 1 else f"{text}."

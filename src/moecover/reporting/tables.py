@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Sequence
 
 from moecover.corpora.sources import set_name
+from moecover.planning.shapes import shape_name
 from moecover.reporting.blocks import MISSING, Column, Table, Value, text_column
 from moecover.reporting.data import Run, Usage
 from moecover.reporting.figures.overlap import expected_overlap
@@ -17,10 +18,11 @@ from moecover.reporting.figures.style import Facts
 from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
 from moecover.reporting.numbers import percentage, points, size
 from moecover.reporting.values import (
-    COORDINATES,
     FULL_MODEL,
     best_rows,
+    coordinate_columns,
     coordinates,
+    kept_in,
     kl_value,
     method_rows,
     perplexity_value,
@@ -51,7 +53,7 @@ def accuracy_table(model: ModelFindings) -> Table | None:
     return Table(
         "tasks",
         f"Accuracy by task on {model.name}, %",
-        (*COORDINATES, *heads, Column(OF_FULL)),
+        (*coordinate_columns(model), *heads, Column(OF_FULL)),
         tuple(body),
         "± one standard error, over the questions and over runs that differ in seed or calibration sample. "
         "Bold: highest at its budget, which does not imply significance.",
@@ -74,7 +76,7 @@ def perplexity_table(model: ModelFindings) -> Table | None:
     return Table(
         "perplexity",
         f"Perplexity on {model.name}, lower is better",
-        (*COORDINATES, *(Column(text, first="ascending") for text in model.texts), *heads),
+        (*coordinate_columns(model), *(Column(text, first="ascending") for text in model.texts), *heads),
         tuple((*coordinates(name, p), *(v[i] for v in values), *losses[i]) for i, (name, p) in enumerate(rows)),
         "± one standard error over the runs, where there are several. Perplexities are averaged geometrically. "
         "Bold: lowest at its budget, which does not imply significance."
@@ -113,7 +115,7 @@ def distance_table(model: ModelFindings) -> Table | None:
     return Table(
         "distance",
         f"Distance of {model.name} from the full model after pruning",
-        (*COORDINATES, *columns),
+        (*coordinate_columns(model), *columns),
         body,
         "KL: mean Kullback-Leibler divergence of the pruned model's next-token probabilities from the full model's, "
         "in nats per token.",
@@ -128,7 +130,7 @@ def others_table(model: ModelFindings) -> Table | None:
         return None
     body = tuple((*coordinates(name, p), *(share_value(p.others.get(key)) for key in keys)) for name, p in rows)
     columns = tuple(Column(f"{task}: {metric}") for task, metric in keys)
-    return Table("others", f"Other metrics on {model.name}, %", (*COORDINATES, *columns), body)
+    return Table("others", f"Other metrics on {model.name}, %", (*coordinate_columns(model), *columns), body)
 
 
 def size_table(model: ModelFindings) -> Table | None:
@@ -136,19 +138,19 @@ def size_table(model: ModelFindings) -> Table | None:
     full = model.full
     before = full.num_bytes if full else _whole(model.about.get("num_bytes"))
     experts = full.keep if full else _whole(model.about.get("experts"))
-    sizes: dict[float, tuple[int | None, int]] = {1.0: (experts, before)} if before else {}
-    pruned = {p.retain: (p.keep, p.num_bytes) for s in model.series for p in s.points}
+    sizes: dict[tuple[float, int, int], int] = {(1.0, experts or 0, 0): before} if before else {}
+    pruned = {(p.retain, p.keep, p.width or 0): p.num_bytes for s in model.series for p in s.points}
     rows = [*sizes.items(), *sorted(pruned.items(), reverse=True)]
     if not rows:
         return None
     body = tuple(
         (
-            Value(FULL_MODEL if r == 1.0 else f"{percentage(r)} of the experts", r),
-            Value(f"{keep}" if keep else "–", keep),
+            Value(FULL_MODEL if r == 1.0 else f"{percentage(r)} of the {model.kept_of}", r),
+            Value(shape_name(keep, width or None) if keep else "–", keep or None),
             Value(size(b), b),
             Value(f"{b / before:.1%}", b / before) if before else MISSING,
         )
-        for r, (keep, b) in rows
+        for (r, keep, width), b in rows
     )
     what = Column("what is kept", number=False)
     columns = (what, Column("experts per layer"), Column("size of the weights"), Column(OF_FULL))
@@ -174,7 +176,7 @@ def usage_table(model: ModelFindings, usage: Usage) -> Table | None:
     return Table(
         "usage",
         f"The tasks' routing weight that goes to kept experts of {model.name}, %",
-        (*COORDINATES, *(Column(t) for t in tasks)),
+        (*coordinate_columns(model), *(Column(t) for t in tasks)),
         tuple(rows),
         "Mean over the MoE layers, measured with the full model's routing.",
     )
@@ -194,7 +196,7 @@ def overlap_table(model: ModelFindings, explained: Sequence[tuple[float, Facts]]
             name = pair.replace(" | ", " and ")
             numbers = (found["jaccard"], chance, found["spearman"], found["kendall"])
             values = [Value("–" if v is None else f"{v:.2f}", v) for v in numbers]
-            rows.append((Value(name, name.casefold()), Value(percentage(retain), retain, str(facts["keep"])), *values))
+            rows.append((Value(name, name.casefold()), Value(percentage(retain), retain, kept_in(facts)), *values))
     if not rows:
         return None
     return Table(
@@ -202,7 +204,7 @@ def overlap_table(model: ModelFindings, explained: Sequence[tuple[float, Facts]]
         f"How far the corpora agree on {model.name}",
         (
             text_column("corpora"),
-            Column("experts kept"),
+            Column(f"{model.kept_of} kept"),
             Column("overlap of the best"),
             Column("overlap by chance"),
             Column("Spearman, all experts"),
@@ -232,7 +234,7 @@ def failed_table(run: Run) -> Table | None:
     columns = (
         text_column("model"),
         text_column("method"),
-        Column("experts kept"),
+        Column("kept"),
         text_column("calibration"),
         text_column("reason"),
         text_column("cell"),

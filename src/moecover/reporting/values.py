@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from moecover.planning.shapes import shape_name
 from moecover.reporting.blocks import MISSING, Column, Value, text_column
+from moecover.reporting.figures.style import Facts
 from moecover.reporting.findings import Estimate, ModelFindings, Point
 from moecover.reporting.numbers import percentage, perplexity_text, points
 
 FULL_MODEL = "full model"
-COORDINATES = (text_column("method"), Column("experts kept"), Column("runs"))
+
+
+def coordinate_columns(model: ModelFindings) -> tuple[Column, ...]:
+    """The columns of `coordinates`."""
+    return text_column("method"), Column(f"{model.kept_of} kept"), Column("runs")
 
 
 def share_value(e: Estimate | None, mark: str = "") -> Value:
@@ -57,10 +63,20 @@ def best_rows(
     return found
 
 
+def kept_in(facts: Facts) -> str:
+    """The shape of an explained plan in short."""
+    return shape_name(facts["keep"], facts.get("channels", {}).get("width"))
+
+
+def width_words(facts: Facts) -> str:
+    """How wide the kept experts of an explained plan are; empty where they are whole."""
+    return f": {facts['keep']} experts, {facts['channels']['width']} channels of each" if "channels" in facts else ""
+
+
 def coordinates(name: str, p: Point) -> list[Value]:
-    """The cells of a row in the columns `COORDINATES`."""
+    """The cells of a row in the columns `coordinate_columns`."""
     return [
         Value(name, name.casefold()),
-        Value(percentage(p.retain), p.retain, f"{p.keep}"),
+        Value(percentage(p.retain), p.retain, shape_name(p.keep, p.width)),
         Value(f"{p.runs}", p.runs),
     ]

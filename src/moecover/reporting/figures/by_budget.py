@@ -22,8 +22,10 @@ def accuracy_picture(model: ModelFindings) -> Figure | None:
     reference = ("full model", model.full.mean.value) if model.full and model.full.mean else None
     number = len(model.tasks)
     ylabel = f"mean accuracy of {number} tasks, %" if number > 1 else "accuracy, %"
-    title = f"Accuracy by experts kept, {short(model.name, 48)}"
-    return lines_picture(lines, title=title, ylabel=ylabel, reference=reference, percent=True)
+    title = f"Accuracy by {model.kept_of} kept, {short(model.name, 48)}"
+    return lines_picture(
+        lines, title=title, xlabel=f"{model.kept_of} kept, %", ylabel=ylabel, reference=reference, percent=True
+    )
 
 
 def perplexity_picture(model: ModelFindings, text: str) -> Figure | None:
@@ -36,7 +38,9 @@ def perplexity_picture(model: ModelFindings, text: str) -> Figure | None:
     reference = ("full model", full.value) if full and math.isfinite(full.value) else None
     title = f"Perplexity on {short(text, 24)}, {short(model.name, 48)}"
     ylabel = "perplexity, lower is better"
-    return lines_picture(lines, title=title, ylabel=ylabel, reference=reference, may_be_log=True)
+    return lines_picture(
+        lines, title=title, xlabel=f"{model.kept_of} kept, %", ylabel=ylabel, reference=reference, may_be_log=True
+    )
 
 
 def kept_weight_picture(model: ModelFindings, usage: Usage) -> Figure | None:
@@ -51,4 +55,6 @@ def kept_weight_picture(model: ModelFindings, usage: Usage) -> Figure | None:
                 points.append((100 * p.retain, Estimate(float(np.mean(runs)), None, tuple(runs))))
         lines.append(Line(s.name, tuple(points)))
     title = f"The tasks' routing weight on kept experts, {short(model.name, 48)}"
-    return lines_picture(lines, title=title, ylabel="mean over tasks and layers, %", percent=True)
+    return lines_picture(
+        lines, title=title, xlabel=f"{model.kept_of} kept, %", ylabel="mean over tasks and layers, %", percent=True
+    )

@@ -48,7 +48,7 @@ def lines_picture(
     *,
     title: str,
     ylabel: str,
-    xlabel: str = "experts kept, %",
+    xlabel: str,
     reference: tuple[str, float] | None = None,
     may_be_log: bool = False,
     percent: bool = False,
@@ -56,7 +56,7 @@ def lines_picture(
     """Draw estimates over the budgets: a bar of one standard error up and down, single runs as dots.
 
     Args:
-        lines: x is the percentage of experts kept.
+        lines: x is the percentage that is kept.
         title: of the figure.
         ylabel: of the y axis.
         xlabel: of the x axis.
