@@ -43,8 +43,8 @@ VERBS = (
     "ls",
 )
 EPILOG = """examples:
+  moecover shrink  Qwen/Qwen1.5-MoE-A2.7B --budget 50% -o qwen-moe-half
   moecover inspect Qwen/Qwen1.5-MoE-A2.7B
-  moecover prune   Qwen/Qwen1.5-MoE-A2.7B --corpus wikitext2 --corpus c4 --retain 0.5 -o qwen-moe-half
   moecover profile ./model --corpus wikitext2 --corpus mine=notes.jsonl -o profile
   moecover plan    profile --retain 0.25 -o plan.json
   moecover verify  ./model ./pruned
