@@ -1,7 +1,7 @@
 """Generate the parts of the docs that follow from the code and from results.
 
-docs/cli.md, docs/tables.md, docs/methods.md with its figures, the import graph in docs/architecture.md and the table in
-the README.
+docs/cli.md, docs/tables.md, docs/methods.md with its figures, the import graph in docs/architecture.md, and the table and
+the chart in the README.
 
     python docs/generate.py            write them
     python docs/generate.py --check    exit 1 and name the pages that are out of date (the gate runs this)
@@ -15,6 +15,7 @@ import os
 import sys
 from pathlib import Path
 
+from demo_picture import draw_demo
 from methods_pages import MODELS, draw_methods, methods_page
 
 from moecover.checkpoints.server_needs import NEEDS
@@ -174,6 +175,7 @@ def main() -> int:
     if not check:
         for model in MODELS:
             draw_methods(model, ROOT / "docs" / f"methods-{model}.png")
+        draw_demo(ROOT / "docs" / "demo-results.json", ROOT / "docs" / "demo.png")
     if check and stale:
         print(f"stale: {', '.join(stale)}. Run `make docs`", file=sys.stderr)  # noqa: T201
     return 1 if check and stale else 0
