@@ -1,7 +1,7 @@
 """Generate the parts of the docs that follow from the code and from results.
 
-docs/cli.md, docs/tables.md, docs/methods.md with its figures, the import graph in docs/architecture.md, and the table and
-the chart in the README.
+docs/cli.md, docs/tables.md, docs/methods.md with its figures, the import graph in docs/architecture.md, and the table
+and the chart in the README.
 
     python docs/generate.py            write them
     python docs/generate.py --check    exit 1 and name the pages that are out of date (the gate runs this)

@@ -176,7 +176,7 @@ def shrunk_rows(structure: Structure, source: Path, corpora: Sequence[Corpus], f
         held_out = held_out_corpora(structure)
         with progress.bar("measuring perplexity", sum(c.num_tokens for c in held_out)) as advance:
             values = {corpus.name: [perplexity(model, corpus, advance=advance)] for corpus in held_out}
-        label = f"shrink, {plan.keep} experts" + ("" if plan.width is None else f" of {plan.width} channels")
+        label = f"shrink, {plan.keep} experts" + ("" if plan.width is None else f" x {plan.width}")
         rows.append(Row(label, retain, plan.keep, made.pruned.num_bytes, values))
     return rows
 
