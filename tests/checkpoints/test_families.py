@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from moecover.checkpoints.deepseek.registration import ALIASES, TYPE
 from moecover.checkpoints.derivation import derive
-from moecover.checkpoints.families import PROVEN_FAMILIES, UNSUPPORTED
+from moecover.checkpoints.families import PROVEN_FAMILIES, UNSUPPORTED, WHOLE_EXPERTS_ONLY
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.checkpoints.structure_cache import recall, remember
 from moecover.checkpoints.topology import Width
@@ -42,17 +42,6 @@ from moecover.verification.verify import verify
 from tests.conftest import random_corpus
 from tests.support import zoo
 from tests.support.thin import channels_zeroed, random_shape
-
-WHOLE_EXPERTS_ONLY = {  # their width cannot be changed: `Structure.width` says why
-    "hunyuan_v1_moe",
-    "inkling_mm_model",
-    "inkling_text",
-    "jamba",
-    "llama4",
-    "llama4_text",
-    "muse_spark",
-    "step3p7",
-}
 
 
 def naive_statistics(model: torch.nn.Module, structure: Structure, tokens: torch.Tensor) -> list[dict[str, np.ndarray]]:

@@ -22,6 +22,7 @@ from moecover.runtime.streaming import streamed
 from tests.conftest import random_corpus
 from tests.support import zoo
 from tests.support.tasks import random_plan
+from tests.support.thin import random_shape
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,17 @@ def texts() -> list[Corpus]:
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_plans_are_what_their_checkpoints_are(structure: Structure, tmp_path: Path, batch_size: int) -> None:
     """To the last bit, in memory and layer by layer, where all plans share one read."""
-    plans = {"six": random_plan(structure, 6), "four": random_plan(structure, 4, 1)}
+    plans = {
+        "six": random_plan(structure, 6),
+        "four": random_plan(structure, 4, 1),
+        "thin": random_shape(structure, 8, keep=6),
+    }
     model = load_model(structure)
     found = evaluate(structure, plans, model=model, texts=texts(), batch_size=batch_size)
-    assert [(r.name, r.keep) for r in found.rows] == [("full", structure.topology.num_experts), ("six", 6), ("four", 4)]
+    whole = structure.topology.num_experts
+    assert [(r.name, r.keep) for r in found.rows] == [("full", whole), ("six", 6), ("four", 4), ("thin", 6)]
+    assert [r["keep"] for r in found.rows_shown()] == [whole, 6, 4, "6x8"]
+    assert [r.plan["width"] for r in found.rows if r.plan and "width" in r.plan] == [8]
     with streamed(structure) as stream:
         loads: list[str] = []
         load = stream.weights.load
@@ -65,8 +73,9 @@ def test_plans_are_what_their_checkpoints_are(structure: Structure, tmp_path: Pa
         for text in ("a", "b"):
             np.testing.assert_array_equal(alone.windows["full"][text], found.windows[name][text])
     # The model is itself again, and nothing is nearer to it than it is.
-    whole = {"all": random_plan(structure, structure.topology.num_experts)}
-    again = evaluate(structure, whole, model=model, texts=texts(), batch_size=batch_size)
+    again = evaluate(
+        structure, {"all": random_plan(structure, whole)}, model=model, texts=texts(), batch_size=batch_size
+    )
     assert again.rows[0] == found.rows[0]
     assert again.rows[1].perplexity["a"].kl == pytest.approx(0, abs=1e-6)
     assert again.rows[1].perplexity["a"].top1 == 1

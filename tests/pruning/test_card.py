@@ -14,6 +14,7 @@ import yaml
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.planning.artifact import keep_all
 from moecover.pruning.card import model_card
+from tests.support.thin import random_shape
 
 PLAIN = {"library_name": "transformers", "tags": ["moe", "expert-pruning", "moecover"]}
 
@@ -61,6 +62,21 @@ def test_carried_entries_stay_entries(structure: Structure, header: str, carried
     card = card_of(structure, f"---\n{header}\n---\n# The original\n")
     assert header_of(card) == {**PLAIN, **carried}
     assert "README.original.md" in card
+
+
+def test_how_thin_the_experts_are(structure: Structure, checkpoints: Callable[..., Path]) -> None:
+    assert ", 8 of 8 experts\n" in card_of(structure)
+    thin = random_shape(structure, 8, keep=8)
+    card = model_card(structure, thin, repaired=None, command="", original_card="")
+    assert ", 8 of 8 experts, 8 of 16 channels each\n" in card
+    assert "with channels of its routed experts removed (8 stay in each) by moecover" in card
+    assert "| channels per expert | 16 | 8 |" in card
+    assert [row["channels of each"] for row in thin.rows_shown()] == [8, 8]
+    shared = read_structure(checkpoints("deepseek_v3", moe_intermediate_size=24))
+    card = model_card(shared, random_shape(shared, 16), repaired=None, command="", original_card="")
+    assert (
+        "(16 stay in each; shared experts, which config.json sizes alike, are padded with 8 channels of zeros)" in card
+    )
 
 
 def test_line_ends_of_other_systems_are_read(structure: Structure) -> None:

@@ -13,12 +13,15 @@ import pytest
 
 from moecover.checkpoints.structure import read_structure
 from moecover.errors import InputError, MoecoverError
+from moecover.planning.artifact import LayerPlan, Plan
+from moecover.planning.channel_sets import packed
 from moecover.pruning.job import prune as prune_job
 from moecover.pruning.writer import prune
 from moecover.verification.verify import verify
 from tests.conftest import hand_plan
 from tests.support.folders import contents, names_in
 from tests.support.proofs import edit_manifest
+from tests.support.thin import random_shape
 
 
 @pytest.fixture
@@ -201,6 +204,7 @@ def test_what_was_pruned_twice_leads_to_the_first_original(
         "fingerprint": read_structure(source).model_fingerprint,
         "num_experts": 6,
         "num_bytes": read_structure(source).checkpoint.num_bytes,
+        "channels": 24,
     }
     assert [row["old_to_new"] for row in manifest["experts"]] == [{"2": 0, "5": 1}, {"2": 0, "4": 1}]
     at_once = cut(source, tmp_path / "once", [[2, 5], [2, 4]])
@@ -211,6 +215,39 @@ def test_what_was_pruned_twice_leads_to_the_first_original(
     assert "in several steps, this time from `second`" in card
     assert "| routed experts per MoE layer | 6 | 3 | 2 |" in card
     assert f"moecover verify {second} ." in card
+
+
+def test_thinner_experts_pruned_again_lead_to_the_first_original(source: Path, tmp_path: Path) -> None:
+    """Channels first, then experts, then channels again; the bytes are those of the same choice in one step."""
+    structure = read_structure(source)
+    first = prune(structure, one := random_shape(structure, 16, keep=6), tmp_path / "first")
+    second = cut(first, tmp_path / "second", [[0, 2, 3], [1, 2, 3]])
+    structure = read_structure(second)
+    third = prune(structure, two := random_shape(structure, 8, keep=2, seed=1), tmp_path / "third")
+    assert verify(second, third).equal
+    manifest = json.loads((third / "moecover.json").read_text())
+    assert (manifest["original"]["channels"], manifest["source"]["channels"]) == (24, 16)
+    layers = []
+    for row, start, before, after in zip(
+        manifest["experts"], ([0, 2, 3], [1, 2, 3]), one.layers, two.layers, strict=True
+    ):
+        kept = [start[e] for e in after.kept]
+        sets = [[before.channels[e][j] for j in ids] for e, ids in zip(kept, after.channels, strict=True)]
+        assert row["old_to_new"] == {str(e): new for new, e in enumerate(kept)}
+        assert row["channels"] == [packed(ids) for ids in sets]
+        layers.append(LayerPlan(decoder_layer=after.decoder_layer, kept=kept, channels=sets))
+    at_once = prune(read_structure(source), Plan(schema=1, keep=2, width=8, layers=layers), tmp_path / "once")
+    assert (at_once / "model.safetensors").read_bytes() == (third / "model.safetensors").read_bytes()
+    card, between = ((folder / "README.md").read_text() for folder in (third, second))
+    assert "# m, 2 of 6 experts, 8 of 24 channels each" in card
+    assert "with whole routed experts and channels of the others removed (8 stay in each) by moecover" in card
+    assert "| channels per expert | 24 | 16 | 8 |" in card
+    assert "removed experts and channels masked" in card
+    assert "# m, 3 of 6 experts, 16 of 24 channels each" in between
+    assert "| channels per expert | 24 | 16 | 16 |" in between
+    edit_manifest(second, lambda m: m["experts"][0]["channels"].pop())
+    with pytest.raises(InputError, match="its channels are not those of the folder"):
+        cut(second, tmp_path / "again", [[0, 1]] * 2)
 
 
 def test_a_first_original_from_the_hub_is_the_base_model(source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which model types are proven, and which are refused: two tables. A type in neither runs with a warning."""
+"""Which model types are proven, in width too, and which are refused: tables. A type in neither runs with a warning."""
 
 # Types proven end to end by tests/checkpoints/test_families.py, with the routing of their class's default configuration
 # (as `planning.search.routing` recognises it; "its own": one that expert-sparsity cannot re-route).
@@ -77,6 +77,20 @@ PROVEN_FAMILIES = {
     "unlimited_ocr": "softmax",
 }
 PROVEN_WITH = "5.23.0"  # the version of transformers that the tests ran with
+
+# Proven types whose experts cannot be cut thinner, and why: what `Structure.width` says of their class.
+_STACKED = "its experts do not say how gate and up projection lie in one tensor"
+_SHARED = "its count of shared experts sizes more than these"
+WHOLE_EXPERTS_ONLY = {
+    "hunyuan_v1_moe": "its width sizes the shared expert too, and no other key can make up for it",
+    "inkling_mm_model": _SHARED,
+    "inkling_text": _SHARED,
+    "jamba": "its width sizes the dense layers too",
+    "llama4": _STACKED,
+    "llama4_text": _STACKED,
+    "muse_spark": "its width sizes projections around the experts too",
+    "step3p7": _STACKED,
+}
 
 # Why `inspect`, `profile` and `prune` refuse a type; completes "TYPE is not supported: ...".
 UNSUPPORTED: dict[str, str] = {

@@ -94,7 +94,7 @@ def table(found: Evaluation) -> str:
     headings += [f"{task} {metric}" for task, metric in metrics.items()] + (["mean"] if len(metrics) > 1 else [])
     rows = []
     for row in found.rows:
-        cells = [row.name, str(row.keep), f"{row.num_bytes / scale:.2f}"]
+        cells = [row.name, row.shape, f"{row.num_bytes / scale:.2f}"]
         cells += [f"{row.perplexity[text].perplexity:.2f}" for text in found.texts]
         rows.append(cells + (_closeness(row) if close else []) + _scores(row, metrics))
     return aligned(headings, rows, left=1, width=max(110, 14 * len(headings)))

@@ -42,10 +42,14 @@ def corpora() -> Rows:
 
 def families() -> Rows:
     """Model types, the proven ones first, then those that are refused."""
-    from moecover.checkpoints.families import PROVEN_FAMILIES, PROVEN_WITH, UNSUPPORTED
+    from moecover.checkpoints.families import PROVEN_FAMILIES, PROVEN_WITH, UNSUPPORTED, WHOLE_EXPERTS_ONLY
 
     source = f"proven with transformers {PROVEN_WITH}"
-    proven = [{"name": name, "summary": routing, "source": source} for name, routing in PROVEN_FAMILIES.items()]
+    whole = {name: f"; whole experts only: {reason}" for name, reason in WHOLE_EXPERTS_ONLY.items()}
+    proven = [
+        {"name": name, "summary": routing + whole.get(name, ""), "source": source}
+        for name, routing in PROVEN_FAMILIES.items()
+    ]
     return proven + [{"name": name, "summary": reason, "source": "refused"} for name, reason in UNSUPPORTED.items()]
 
 

@@ -16,6 +16,7 @@ from moecover.evaluation.tables import read_items, read_windows, write_items, wr
 from moecover.files.atomic import new_folder, write_text
 from moecover.files.hashing import HASH, file_hash, sealed, unsealed
 from moecover.files.reading import read_json
+from moecover.planning.shapes import shape_name
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ class Row:
     perplexity: dict[str, TextResult] = field(default_factory=dict)
     tasks: dict[str, dict[str, Score]] = field(default_factory=dict)
 
+    @property
+    def shape(self) -> str:
+        """The experts that remain, of thinner ones with their channels: ``30x32``."""
+        return shape_name(self.keep, self.plan.get("width") if self.plan else None)
+
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Shown):
@@ -111,7 +117,11 @@ class Evaluation(Shown):
         """One row a variant: experts kept, size in bytes, perplexity and closeness by text, score by task."""
         found = []
         for row in self.rows:
-            cells: dict[str, Cell] = {"row": row.name, "keep": row.keep, "bytes": row.num_bytes}
+            cells: dict[str, Cell] = {
+                "row": row.name,
+                "keep": row.keep if row.shape.isdecimal() else row.shape,
+                "bytes": row.num_bytes,
+            }
             for text in self.texts:
                 result = row.perplexity[text]
                 cells |= {

@@ -75,10 +75,15 @@ class TaskRecord(TypedDict):
 
 
 class PlanRecord(TypedDict):
-    """The plan of a row; ``fingerprint`` is `planning.artifact.kept_hash`, ``repair`` the kind of repair, if any."""
+    """The plan of a row.
+
+    ``width`` is the number of channels of thinner experts, ``fingerprint`` is `planning.artifact.kept_hash`, ``repair``
+    the kind of repair, if any.
+    """
 
     method: str
     options: dict[str, Any]
     keep: int
+    width: NotRequired[int]
     fingerprint: str
     repair: NotRequired[str]

@@ -188,7 +188,15 @@ def _row(
 
 
 def _plan_record(plan: Plan) -> PlanRecord:
-    return {"method": plan.method, "options": plan.options, "keep": plan.keep, "fingerprint": kept_hash(plan)}
+    found: PlanRecord = {
+        "method": plan.method,
+        "options": plan.options,
+        "keep": plan.keep,
+        "fingerprint": kept_hash(plan),
+    }
+    if plan.width is not None:
+        found["width"] = plan.width
+    return found
 
 
 def _text_record(text: Corpus, plans: Mapping[str, Plan], structure: Structure) -> TextRecord:

@@ -131,6 +131,7 @@ class Plan(Shown, BaseModel):
             {
                 "decoder layer": row.decoder_layer,
                 "kept": " ".join(map(str, row.kept)),
+                **({} if self.width is None else {"channels of each": self.width}),
                 "protected": sum(map(len, row.protected.values())),
                 "filled": len(row.filled),
                 "required": len(row.required),

@@ -14,13 +14,21 @@ def packed(ids: Sequence[int]) -> str:
     return np.packbits(bits).tobytes().hex()
 
 
+def as_ids(text: str) -> list[int]:
+    """The ids, ascending, that `packed` wrote.
+
+    Raises:
+        ValueError: it is something else.
+        TypeError: it is no text.
+    """
+    bits = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+    return [int(i) for i in np.flatnonzero(np.unpackbits(bits))]
+
+
 def unpacked(value: object) -> object:
     """The ids, ascending, that `packed` wrote; a list, as a plan by hand has it, is returned as it is.
 
     Raises:
         ValueError: a string of something else.
     """
-    if not isinstance(value, str):
-        return value
-    bits = np.frombuffer(bytes.fromhex(value), dtype=np.uint8)
-    return [int(i) for i in np.flatnonzero(np.unpackbits(bits))]
+    return as_ids(value) if isinstance(value, str) else value

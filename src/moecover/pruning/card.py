@@ -78,13 +78,19 @@ def _short_name(name: str) -> str:
 
 def _sizes(structure: Structure, plan: Plan, origin: Origin | None, mtp: str) -> str:
     """The table of sizes: the original, what was pruned if that is another, and what is left."""
-    topology = structure.topology
+    topology, width = structure.topology, plan.width
+    channels = "all" if isinstance(structure.width, str) else str(structure.width.channels)
     before, after = structure.checkpoint.num_bytes, structure.num_bytes(plan.kept, width=plan.width, mtp=mtp)
     if origin is not None:
         first = "" if origin.num_bytes is None else f"{origin.num_bytes / 1e6:.1f}"
+        thinner = width is not None or origin.channels
         return markdown_table(
             [
                 _row("routed experts per MoE layer", origin.num_experts, topology.num_experts, plan.keep),
+                *(
+                    [_row("channels per expert", origin.num_channels or "", channels, width or channels)]
+                    * bool(thinner)
+                ),
                 _row("experts per token", topology.top_k, topology.top_k, topology.top_k),
                 _row("tensors, MB", first, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}"),
             ],
@@ -92,6 +98,7 @@ def _sizes(structure: Structure, plan: Plan, origin: Origin | None, mtp: str) ->
         )
     rows = (
         ("routed experts per MoE layer", str(topology.num_experts), str(plan.keep)),
+        *([("channels per expert", channels, str(width))] if width is not None else []),
         ("experts per token", str(topology.top_k), str(topology.top_k)),
         ("tensors, MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}"),
     )
@@ -100,6 +107,26 @@ def _sizes(structure: Structure, plan: Plan, origin: Origin | None, mtp: str) ->
 
 def _row(label: str, *values: object) -> dict[str, str]:
     return {"": label, **dict(zip(("original", "before this step", "pruned"), map(str, values), strict=True))}
+
+
+def _thin_title(structure: Structure, plan: Plan, origin: Origin | None) -> str:
+    """The part of the title that says how thin the experts are; empty where all of their channels stayed."""
+    if isinstance(structure.width, str) or (plan.width is None and not (origin and origin.channels)):
+        return ""
+    of_all = (origin.num_channels if origin else None) or structure.width.channels
+    return f", {plan.width or structure.width.channels} of {of_all} channels each"
+
+
+def _removed(structure: Structure, plan: Plan) -> str:
+    """What was removed, in words."""
+    if plan.width is None:
+        return "whole routed experts removed"
+    what = "whole routed experts and channels of the others"
+    if plan.keep == structure.topology.num_experts:
+        what = "channels of its routed experts"
+    padding = 0 if isinstance(structure.width, str) else structure.width.padding(plan.width)
+    padded = f"; shared experts, which config.json sizes alike, are padded with {padding} channels of zeros"
+    return f"{what} removed ({plan.width} stay in each{padded if padding else ''})"
 
 
 def model_card(
@@ -130,12 +157,13 @@ def model_card(
     steps = f" in several steps, this time from {markdown_code(_short_name(checkpoint.name))}" if origin else ""
     options = ", ".join(f"{key} {value}" for key, value in plan.options.items()) or "none"
     revision = f" --revision {shlex.quote(checkpoint.revision)}" if checkpoint.revision else ""
+    parts = "experts" if plan.width is None else "experts and channels"
     lines = [
         *_header(structure, original_card, origin),
         "",
-        f"# {markdown_text(name)}, {plan.keep} of {experts} experts",
+        f"# {markdown_text(name)}, {plan.keep} of {experts} experts{_thin_title(structure, plan, origin)}",
         "",
-        f"This is {markdown_code(name)} ({markdown_text(topology.family)}) with whole routed experts removed by "
+        f"This is {markdown_code(name)} ({markdown_text(topology.family)}) with {_removed(structure, plan)} by "
         f"moecover{steps}. {_weights(repaired)}",
         "",
         _sizes(structure, plan, origin, mtp),
@@ -149,7 +177,7 @@ def model_card(
     if command:
         lines += ["Command:", "", markdown_block(command), ""]
     lines += [
-        "To check it against the original (its outputs equal those of the original with the removed experts masked"
+        f"To check it against the original (its outputs equal those of the original with the removed {parts} masked"
         f"{' and the refitted tensors in place' if repaired else ''}):",
         "",
         markdown_block(f"moecover verify {shlex.quote(checkpoint.name)} .{revision}"),

@@ -24,6 +24,7 @@ from moecover.files.atomic import explained
 from moecover.files.hashing import HASH, file_hash, sealed
 from moecover.files.reading import parse_json
 from moecover.planning.artifact import LayerPlan, Plan
+from moecover.planning.channel_sets import packed
 from moecover.pruning.card import model_card
 from moecover.pruning.copies import CARD, ORIGINAL_CARD, Copies
 from moecover.pruning.origin import Origin
@@ -185,7 +186,6 @@ def _manifest(cut: Cut, hashes: Mapping[str, str], left_out: Sequence[str]) -> d
     from moecover.version import VERSION
 
     structure, plan, checkpoint = cut.structure, cut.plan, cut.structure.checkpoint
-    first_ids = cut.origin.ids if cut.origin is not None else [None] * len(plan.layers)
     return {
         "schema": 1,
         "created_by": f"moecover {VERSION}",
@@ -196,15 +196,10 @@ def _manifest(cut: Cut, hashes: Mapping[str, str], left_out: Sequence[str]) -> d
             "fingerprint": structure.model_fingerprint,
             "topology": structure.topology.to_json(),
             "num_bytes": checkpoint.num_bytes,
+            **({} if isinstance(structure.width, str) else {"channels": structure.width.channels}),
         },
         **({"original": cut.origin.to_json()} if cut.origin is not None else {}),
-        "experts": [
-            {
-                "decoder_layer": layer.decoder_layer,
-                "old_to_new": {str(old if ids is None else ids[old]): new for new, old in enumerate(layer.kept)},
-            }
-            for layer, ids in zip(plan.layers, first_ids, strict=True)
-        ],
+        "experts": [_experts(cut, layer) for layer in range(len(plan.layers))],
         "plan": plan.to_dict(),
         **({"mtp": cut.mtp} if structure.mtp else {}),
         **({"repair": cut.repaired.manifest()} if cut.repaired is not None else {}),
@@ -212,6 +207,28 @@ def _manifest(cut: Cut, hashes: Mapping[str, str], left_out: Sequence[str]) -> d
         "hash": HASH,
         "files": dict(sorted(hashes.items())),
     }
+
+
+def _experts(cut: Cut, layer: int) -> dict[str, object]:
+    """What became of the experts of a MoE layer, by their ids in the first original.
+
+    ``channels`` has a set of ids there for every expert, by new id; it is missing where all channels stayed.
+    """
+    row, first = cut.plan.layers[layer], cut.origin
+    ids = first.ids[layer] if first is not None else range(cut.structure.topology.num_experts)
+    found: dict[str, object] = {
+        "decoder_layer": row.decoder_layer,
+        "old_to_new": {str(ids[old]): new for new, old in enumerate(row.kept)},
+    }
+    before = [first.channels[layer][old] for old in row.kept] if first is not None and first.channels else None
+    if row.channels:
+        sets = (
+            row.channels if before is None else [[b[j] for j in s] for b, s in zip(before, row.channels, strict=True)]
+        )
+        found["channels"] = [packed(s) for s in sets]
+    elif before is not None:
+        found["channels"] = [packed(s) for s in before]
+    return found
 
 
 def _edited_settings(text: str, how: Renumbering) -> str:

@@ -120,7 +120,11 @@ class Pruned(Shown):
 
     def rows_shown(self) -> list[dict[str, Cell]]:
         """See `Shown`: the source, and what was written."""
+        width = self.plan.width
+        whole: dict[str, Cell] = {} if width is None else {"channels of each": "all"}
+        thin: dict[str, Cell] = {} if width is None else {"channels of each": width}
+        experts, before, after = self.topology.num_experts, size_text(self.bytes_before), size_text(self.num_bytes)
         return [
-            {"": "source", "experts per layer": self.topology.num_experts, "size": size_text(self.bytes_before)},
-            {"": str(self.output), "experts per layer": self.plan.keep, "size": size_text(self.num_bytes)},
+            {"": "source", "experts per layer": experts, **whole, "size": before},
+            {"": str(self.output), "experts per layer": self.plan.keep, **thin, "size": after},
         ]

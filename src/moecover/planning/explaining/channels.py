@@ -23,7 +23,8 @@ def turns_of(plan: Plan, corpora: Sequence[str]) -> dict[str, int]:
     protect = plan.options.get("protect_channels", 0)
     if plan.width is None or not protect:
         return {}
-    weights = plan.options.get("weights") or {}
+    given = plan.options.get("weights")
+    weights = given if isinstance(given, Mapping) else {}
     cycle = [corpus for corpus in corpora for _ in range(int(weights.get(corpus, 1)))]
     turns = [cycle[turn % len(cycle)] for turn in range(int(protect * plan.width + 0.5))]
     return {corpus: turns.count(corpus) for corpus in corpora}
