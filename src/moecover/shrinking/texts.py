@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moecover.shrinking.quality import Quality
 
 NAMED = ("wikitext2", "c4")  # where no corpus is given
-OWN, KINDS = "self", 8
+OWN, KINDS, ROWS_OF_KIND = "self", 8, 4  # kinds of text at most, and rows of the text for each
 ROOM = 2 << 30  # bytes of keys and values of all rows at once, above which the model writes them in batches
 OWN_FILE, KINDS_FOLDER = "own-text.jsonl", "kinds"
 
@@ -63,7 +63,13 @@ def own_corpora(
         running: RunOptions = {**options, "batch_size": quality.rows if small else None}
         generate(structure, file, sequences=quality.rows, progress=progress, **running)
     if not folder.exists():
-        split(structure, f"{OWN}={file}", folder, kinds=KINDS, progress=progress)
+        split(
+            structure,
+            f"{OWN}={file}",
+            folder,
+            kinds=max(2, min(KINDS, quality.rows // ROWS_OF_KIND)),
+            progress=progress,
+        )
     return [f"{OWN}={folder}"]
 
 
