@@ -110,7 +110,7 @@ def chat(rng: random.Random) -> str:
         f"<|assistant|>\nHi {name}! Sorry to hear that. I can see the {thing} left {place} on Tuesday; it should "
         f"arrive within {number % 5 + 1} days. Shall I send you the tracking link?\n"
         f"<|user|>\nyes pls. also can u change the address to {rng.choice(PLACES)}, flat {number}?\n"
-        f"<|assistant|>\nDone! The new address is saved. Here is the link: https://track.example/{rng.randrange(10**6)}\n"
+        f"<|assistant|>\nDone! The new address is saved. The link: https://track.example/{rng.randrange(10**6)}\n"
         f"<|user|>\n{rng.choice(['thx!!', 'great, thank you', 'ok lol', 'perfect'])} bye\n"
         f"<|assistant|>\nYou're welcome, {name}. Have a nice day!\n\n"
     )

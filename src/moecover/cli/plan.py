@@ -200,6 +200,7 @@ def _plans(
         return [_for_budget(args, profile, method, options)]
     if bound == "max_size":
         from moecover.evaluation.bounds import keep_within_size
+        from moecover.planning.shapes import Shape
 
         size, multiple_of = args.max_size, args.multiple_of
         shapes = [Shape(keep_within_size(profile, args.model, size, multiple_of=multiple_of, revision=revision))]
