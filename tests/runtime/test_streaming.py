@@ -32,7 +32,6 @@ from tests.conftest import random_corpus
 from tests.support import zoo
 from tests.support.passes import Stop, corpora, limit_between, same, stop_after
 
-
 # Types that differ in what they pass from layer to layer, in their attention or in how their experts are stored.
 IN_THE_GATE = {
     *("qwen2_moe", "mixtral", "gpt_oss", "deepseek", "deepseek_v3", "gemma4", "llama4_text", "kimi_linear", "jamba"),
