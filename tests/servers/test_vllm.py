@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -26,13 +27,17 @@ PROMPTS, LENGTH, TOLERANCE = 20, 48, 1e-4
 pytestmark = pytest.mark.servers
 
 
-@pytest.fixture(scope="module", params=["qwen2-moe-tiny", "deepseek-moe-tiny"])
+THIN = ["--width", "40", "--repair", "ridge", "--repair-tokens", "2048"]  # deepseek's shared experts get padding
+
+
+@pytest.fixture(scope="module", params=itertools.product(["qwen2-moe-tiny", "deepseek-moe-tiny"], [[], THIN]))
 def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half of the experts of a shipped model."""
-    out = tmp_path_factory.mktemp("cut") / request.param
+    """Half of the experts of a shipped model; or thinner and repaired ones."""
+    name, thin = request.param
+    out = tmp_path_factory.mktemp("cut") / name
     text = ["--corpus", "encyclopedia", "--corpus", "web", "--sequences", "16", "--length", "128"]
-    model = str(shipped_model(request.param))
-    assert main(["prune", model, *text, "--retain", "0.5", "--dtype", "float32", "-o", str(out), "-q"]) == 0
+    model = str(shipped_model(name))
+    assert main(["prune", model, *text, "--retain", "0.5", *thin, "--dtype", "float32", "-o", str(out), "-q"]) == 0
     return out
 
 
