@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 NONE = "none"
 REPAIR = "repair"  # folder of the finished layers of a repair
-ROW = "shrunk"
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,8 @@ def shrink(
     )
     if dry_run:
         return steps
+    for number, step in enumerate(steps, 1):
+        shown.say(step.line(number, len(steps)))
     shown.say(total_line(steps))
     with locked(path.resolve()), locked(place.resolve()):
         structure = fetched(headers, revision=options.get("revision"), progress=shown)

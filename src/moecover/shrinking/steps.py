@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Seconds of a step over those of a plain pass over as much text, measured (docs/repair.md, docs/scale.md).
 WRITES, REPAIRS = 4.0, 11.0
+OF_LAYER = 0.02  # seconds of a layer for a token of every row, however small the layer is
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Step:
     def line(self, number: int, of: int) -> str:
         """The step in words."""
         tokens = f", {self.tokens:,} tokens" if self.tokens else ""
-        return f"step {number} of {of}: {self.name}{tokens}, {duration_text(self.seconds)}"
+        return f"step {number} of {of}: {self.name}{tokens}, about {duration_text(self.seconds)}"
 
 
 def steps_of(
@@ -64,7 +65,8 @@ def steps_of(
     own = quality.rows * length if kinds else 0
     text = corpora * quality.blocks * length + own
     held_out = (corpora + kinds) * quality.windows * length
-    found = [Step("the model writes text", own, own * a_token * WRITES)] if own else []
+    least = length * structure.topology.num_layers * OF_LAYER
+    found = [Step("the model writes text", own, max(own * a_token * WRITES, least))] if own else []
     found.append(Step("profile", text, text * a_token))
     if measured:
         found.append(Step("measure shapes", held_out, held_out * a_token * (1 + MOST)))
