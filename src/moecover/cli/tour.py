@@ -83,7 +83,7 @@ class Row:
 
 
 def runs() -> list[Run]:
-    """Every method that comparisons have by default, the baseline last; published names of a saliency are runs too."""
+    """Every method that comparisons have by default, the baseline last; a published one under its own name."""
     found = []
     for method in sorted(METHODS.values(), key=lambda one: one.baseline):
         if not method.compared:
@@ -91,8 +91,6 @@ def runs() -> list[Run]:
         if method.seeded:
             found.append(Run(f"{method.label}, mean of {len(SEEDS)}", method.name, {}, SEEDS))
         elif method.published:
-            default = next(option.default for option in method.options if option.name == "saliency")
-            found.append(Run(f"{method.label} {default}", method.name, {"saliency": default}))
             found += [Run(label, method.name, {"saliency": name}) for name, label in method.published.items()]
         else:
             found.append(Run(method.label, method.name, {}))
