@@ -146,6 +146,9 @@ def test_a_folder_of_something_else_is_left_alone(checkpoints: Callable[..., Pat
             work=tmp_path / "w",
             progress=False,
         )
+    for work in (tmp_path / "out", tmp_path / "out" / "in", tmp_path):
+        with pytest.raises(InputError, match="overlap"):
+            shrink(checkpoints("qwen2_moe"), tmp_path / "out", budget=0.5, corpora=corpora(), work=work, progress=False)
     one = [random_corpus("a", sequences=1)]
     with pytest.raises(InputError, match="one block of text, two are needed"):
         shrink(checkpoints("qwen2_moe"), tmp_path / "out", budget=0.5, corpora=one, own_text=False, progress=False)

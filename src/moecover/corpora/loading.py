@@ -27,6 +27,8 @@ def parsed(corpora: Corpora) -> dict[str, str | Corpus | None]:
         InputError: none, an unknown name, a file that does not exist or cannot be read, a name twice, or something else
             than a name or a corpus.
     """
+    if isinstance(corpora, str):
+        corpora = [corpora]  # one name; taken as a sequence, its letters would be names
     if not corpora:
         raise InputError(f"there is no calibration text. Give {arg('corpora')}, one or more")
     if isinstance(corpora, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable, Sequence
 
@@ -64,10 +65,10 @@ def curve(
     """
     keeps, found = allowed_keeps(topology, multiple_of), list[Shape]()
     for width in reversed(allowed_widths(channels, width_multiple_of)):
-        fitting = [keep for keep in keeps if fits(keep, width)]
+        fitting = bisect.bisect_left(keeps, True, key=lambda keep: not fits(keep, width))  # more experts, more bytes
         if fitting:
-            found.append(Shape(fitting[-1], None if width == channels else width))
-            if fitting[-1] == topology.num_experts:
+            found.append(Shape(keeps[fitting - 1], None if width == channels else width))
+            if keeps[fitting - 1] == topology.num_experts:
                 break
     if not found:
         raise InputError(

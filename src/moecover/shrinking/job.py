@@ -30,7 +30,7 @@ from moecover.shrinking.request import Asked, memory_needed, shapes_of
 from moecover.shrinking.stages import evaluation_of, plan_of, profile_of, repair_of, written
 from moecover.shrinking.steps import Step, steps_of, total_line
 from moecover.shrinking.texts import KINDS, Texts, divided, length_of, named_corpora, own_corpora
-from moecover.shrinking.work import claim
+from moecover.shrinking.work import check_folder, claim
 from moecover.verification.job import verify
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def shrink(
     place = path.with_name(f"{path.name}-work") if work is None else Path(work)
     asked = Asked(path, place, budget, max_size, shape, kind, amount, how, overwrite, command)
     check_target(headers, path, overwrite=overwrite)
+    check_folder(place, [path, *([headers.checkpoint.folder] if headers.checkpoint.folder is not None else [])])
     shapes = shapes_of(headers, asked)
     extra = memory_needed(headers, asked, shapes)
     named = len(parsed(corpora)) if corpora is not None else 2

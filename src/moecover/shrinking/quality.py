@@ -17,7 +17,7 @@ class Quality:
         rows: of text that the model writes; they are divided into kinds.
         repair_tokens: on which what stays is refitted.
         windows: of every text, held out to measure shapes and the result on.
-        cost: what it costs, against the default.
+        cost: how much text that is, against the default.
     """
 
     blocks: int
@@ -28,9 +28,9 @@ class Quality:
 
 
 QUALITIES = {
-    "fast": Quality(32, 48, 32_768, 4, "about a third of the default's time"),
-    "default": Quality(128, 128, 65_536, 8, "see --dry-run"),
-    "best": Quality(512, 512, 262_144, 32, "about four times the default's time"),
+    "fast": Quality(32, 48, 32_768, 4, "a quarter to a half of the default's text"),
+    "default": Quality(128, 128, 65_536, 8, "--dry-run says its time"),
+    "best": Quality(512, 512, 262_144, 32, "four times the default's text"),
 }
 DEFAULT = "default"
 

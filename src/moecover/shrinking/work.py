@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.errors import InputError, arg
-from moecover.files.atomic import write_text
+from moecover.files.atomic import resolved, write_text
 from moecover.files.hashing import sealed, unsealed
 from moecover.files.reading import read_json
 
@@ -15,6 +16,26 @@ if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
 
 FILE = "shrink.json"
+
+
+def check_folder(work: Path, others: Sequence[str | Path]) -> None:
+    """Refuse a folder that nothing may be written to, before any work is done.
+
+    Args:
+        work: the folder.
+        others: the output and the model, which it may not be, lie in, or hold.
+
+    Raises:
+        InputError: it overlaps one of them, is a file, or holds something else.
+    """
+    place = resolved(work)
+    for other in map(resolved, others):
+        if place == other or other in place.parents or place in other.parents:
+            raise InputError(f"{arg('work', work)} and {other} overlap. Choose another folder")
+    if work.exists() and not work.is_dir():
+        raise InputError(f"{work} is a file. Give another folder as {arg('work')}")
+    if work.is_dir() and not (work / FILE).is_file() and any(work.iterdir()):
+        raise InputError(f"{work} holds other files. Give another folder as {arg('work')}")
 
 
 def claim(work: Path, structure: Structure, quality: str, *, own_text: bool) -> None:
@@ -30,15 +51,11 @@ def claim(work: Path, structure: Structure, quality: str, *, own_text: bool) -> 
         own_text: whether the model writes text.
 
     Raises:
-        InputError: it is a file, holds something else, or belongs to another model or quality.
+        InputError: it belongs to another model or quality, or its note is damaged.
     """
     inputs = {"model": structure.model_fingerprint, "quality": quality, "own_text": own_text}
     file = work / FILE
-    if work.exists() and not work.is_dir():
-        raise InputError(f"{work} is a file. Give another folder as {arg('work')}")
     if not file.is_file():
-        if work.is_dir() and any(work.iterdir()):
-            raise InputError(f"{work} holds other files. Give another folder as {arg('work')}")
         work.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(sealed(inputs), indent=1) + "\n")
         return
