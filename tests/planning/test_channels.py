@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecover.errors import InputError
-from moecover.planning.artifact import Plan
+from moecover.planning.artifact import Plan, kept_hash, kept_sets
 from moecover.planning.channel_sets import packed, unpacked
 from moecover.planning.channels import choose_channels
 from moecover.planning.run import plan, plan_budgets
@@ -116,3 +116,17 @@ def test_a_profile_without_energies_plans_whole_experts_and_says_so_otherwise() 
         plan_budgets(profile, keeps=[3], widths=[8])
     with pytest.raises(InputError, match="protect_channels=0.5 has no use here"):
         plan(profile, keep=3, protect_channels=0.5)
+
+
+def test_plans_that_differ_in_channels_alone_are_different_checkpoints() -> None:
+    """What an interrupted `prune` resumes by, and what ties a measurement to a plan, know the channels."""
+    one = plan(made(), keep=3, width=8)
+    other, whole = one.model_copy(deep=True), one.model_copy(deep=True)
+    spare = next(c for c in range(WIDTH) if c not in one.layers[1].channels[2])
+    other.layers[1].channels[2] = sorted([spare, *one.layers[1].channels[2][1:]])
+    whole.width = None
+    for row in whole.layers:
+        row.channels = []
+    assert one.kept == other.kept == whole.kept
+    assert len({kept_hash(one), kept_hash(other), kept_hash(whole)}) == 3
+    assert kept_sets(one) != kept_sets(other)
