@@ -1,19 +1,21 @@
 """Thinner experts and `shrink` judged on text near, far, known, unseen and in another script, on the shipped models.
 
-    python -m benchmarks.thin RUN_DIR --data DIR [--models NAME ...] [--samples 5] [--windows 16]
+    python -m benchmarks.thin RUN_DIR --data DIR [--models NAME ...] [--samples 5] [--windows 4]
 
-DIR holds wikitext2/, c4/, gutenberg/, gsm8k/ and benchmarks/ (see `benchmarks.methods`). Calibrates on WikiText2 and C4
-("paper": 48 blocks of 512 tokens of each) and on these with what the model writes itself, by kind ("all": 10 blocks of
-each of ten corpora). At 25, 50 and 75 % of the routed bytes: every baseline at whole experts, experts only and width
-only with ridge, the shape that `--shape auto` finds on held-out blocks, with and without ridge. Every cell is a file in
+DIR holds wikitext2/, c4/, gutenberg/, gsm8k/ and benchmarks/ (see `benchmarks.methods`). Calibrates on WikiText2 and
+C4 ("paper": 48 blocks of 512 tokens of each), on these with what the model writes itself, by kind ("own": 10 blocks of
+each of the two, 5 of each of sixteen kinds), and on these and tokens that they hardly hold ("all": 10 blocks of such
+tokens). At 25, 50 and 75 % of the routed bytes: every baseline at whole experts, experts only and width only with
+ridge, the shape that `--shape auto` finds on held-out blocks, alone, with ridge and with refit. Every cell is a file in
 RUN_DIR: after an interruption the same command resumes. Prints for every model, budget and group of texts the gap in
 log perplexity to the full model as a share of TB-Coverage (reap)'s on the same sample, mean and standard deviation over
-samples, and the largest share of a single text.
+samples, and the texts that lose more than it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -31,7 +33,8 @@ from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.generation import write_generated
 from moecover.corpora.kinds import split, write_kinds
-from moecover.corpora.packing import Corpus, load_corpus, make_corpus
+from moecover.corpora.packing import Corpus, load_corpus
+from moecover.corpora.rare_tokens import rare_tokens
 from moecover.corpora.windows import load_windows
 from moecover.evaluation.budgets import measured_shape, shapes_within
 from moecover.evaluation.run import evaluate
@@ -43,7 +46,8 @@ from moecover.profiling.artifact import Profile
 from moecover.profiling.layer_inputs import sample_of
 from moecover.profiling.run import profile
 from moecover.progress import resolve
-from moecover.repairing.layers import LayerRepair, repair_layers
+from moecover.repairing.applied import LayerRepair
+from moecover.repairing.layers import repair_layers
 from moecover.runtime.loading import load_model
 from moecover.runtime.running import Running, running
 
@@ -56,7 +60,8 @@ GROUPS = {
     "unseen": tuple(kind for kind in UNSEEN if kind != "greek"),
     "script": ("greek",),
 }
-LENGTH, BLOCKS, OF_KIND, ROWS, HELD_OUT = 512, 48, 10, 320, 2
+LENGTH, BLOCKS, OF_NAMED, OF_KIND, KINDS, ROWS, HELD_OUT = 512, 48, 10, 5, 16, 320, 2
+LEAST = 0.02  # nats of the base's gap below which no share of it is stated
 BASE = "TB-Coverage (reap)"
 
 
@@ -70,11 +75,11 @@ class Way:
     saliency: str | None = "contribution"
     shape: str = "experts"
     repair: str | None = None
-    reserve: float = 0.0
+    first: bool = False  # measured on all samples before the other rows are begun
 
 
 WAYS = (
-    Way(BASE, "paper", saliency="reap"),
+    Way(BASE, "paper", saliency="reap", first=True),
     Way("TB-Coverage", "paper"),
     Way("REAP", "paper", "pooled", "reap"),
     Way("ExpertSparsity", "paper", "expert-sparsity", None),
@@ -84,9 +89,9 @@ WAYS = (
     Way("whole experts and ridge, all text", "all", repair="ridge"),
     Way("all experts thinner and ridge, all text", "all", shape="thinnest", repair="ridge"),
     Way("best shape, all text", "all", shape="auto"),
-    Way("shrink: best shape and ridge, all text", "all", shape="auto", repair="ridge"),
-    Way("shrink, a tenth reserved for reap's best", "all", shape="auto", repair="ridge", reserve=0.1),
-    Way("shrink, and a corpus of random tokens", "noise", shape="auto", repair="ridge"),
+    Way("best shape and ridge, all text", "all", shape="auto", repair="ridge", first=True),
+    Way("shrink: best shape and refit, all text", "all", shape="auto", repair="refit", first=True),
+    Way("best shape and ridge, all text but rare tokens", "own", shape="auto", repair="ridge"),
 )
 
 
@@ -103,6 +108,7 @@ class Bench:
         names = [text for group in GROUPS.values() for text in group]
         self.texts = [self._windows(one, files[one]) for one in names]
         self.kinds = self._written()
+        self._plans: dict[tuple[object, ...], Plan] = {}
 
     def _windows(self, name: str, path: Path | None) -> Corpus:
         return load_windows(name, path, structure=self.structure, length=LENGTH, windows=self.args.windows)
@@ -118,42 +124,42 @@ class Bench:
         if not folder.exists():
             corpus = load_corpus("self", file, structure=self.structure)
             ends = [int(self.structure.checkpoint.text_config["eos_token_id"])]
-            rows, typical = split(corpus, ends)
+            rows, typical = split(corpus, ends, kinds=KINDS)
             write_kinds(folder, corpus, rows, [list(map(str, ids)) for ids in typical], length=LENGTH, ends=ends)
         found = sorted(folder.glob("*.jsonl"), key=lambda path: int(path.stem))
         return [load_corpus(f"self-{path.stem}", path, structure=self.structure) for path in found]
 
     def corpora(self, calibration: str, sample: int) -> tuple[list[Corpus], list[Corpus]]:
         """Calibration text of a sample, and blocks of the same corpora that are not in it."""
-        blocks = BLOCKS if calibration == "paper" else OF_KIND
+        blocks = BLOCKS if calibration == "paper" else OF_NAMED
         used, unused = list[Corpus](), list[Corpus]()
         for name, path in self.named.items():
             both = load_corpus(name, path, structure=self.structure, length=LENGTH, sequences=blocks + 4, seed=sample)
             used.append(both[:blocks])
             unused.append(both[blocks:])
-        if calibration == "noise":
-            used.append(self._noise(sample))
         for corpus in self.kinds if calibration != "paper" else []:
             order = np.random.default_rng(sample).permutation(len(corpus.tokens))
             shuffled = type(corpus)(corpus.name, corpus.tokens[order], corpus.mask[order], corpus.record)
-            taken = min(blocks, len(order) - HELD_OUT)
+            taken = max(1, min(OF_KIND, len(order) - HELD_OUT))
             used.append(shuffled[:taken])
-            unused.append(shuffled[taken : taken + HELD_OUT])
+            if taken < len(order):
+                unused.append(shuffled[taken : taken + HELD_OUT])
+        if calibration == "all":
+            used.append(rare_tokens(self.structure, used, blocks=OF_NAMED, length=LENGTH, seed=sample))
         return used, unused
 
-    def _noise(self, sample: int) -> Corpus:
-        """Uniform random tokens, as many as of another corpus."""
-        rng, vocabulary = np.random.default_rng(sample), int(self.structure.checkpoint.text_config["vocab_size"])
-        tokens = rng.integers(vocabulary, size=(OF_KIND, LENGTH))
-        return make_corpus("noise", tokens, np.ones_like(tokens, dtype=bool), {"source": "uniform random tokens"})
-
     def plan(self, way: Way, budget: float, made: Profile, used: list[Corpus], unused: list[Corpus]) -> Plan:
-        """The plan of a row."""
+        """The plan of a row; rows that differ in the repair alone share it."""
+        key = made.fingerprint, way.method, way.saliency, way.shape, budget
+        if key not in self._plans:
+            self._plans[key] = self._planned(way, budget, made, used, unused)
+        return self._plans[key]
+
+    def _planned(self, way: Way, budget: float, made: Profile, used: list[Corpus], unused: list[Corpus]) -> Plan:
         assert not isinstance(self.structure.width, str)
         channels, topology = self.structure.width.channels, self.structure.topology
         shapes = shapes_within(topology, channels, budget=budget)
         options: dict[str, Any] = {} if way.saliency is None else {"saliency": way.saliency}
-        options |= {"reserve": way.reserve} if way.reserve else {}
         if way.shape == "auto":
             return measured_shape(
                 made, self.structure, shapes, unused, way.method, options, self.model, 8, resolve(False)
@@ -186,9 +192,10 @@ class Bench:
         if not (folder / "full.json").exists():
             found = evaluate(self.structure, {}, model=self.model, texts=self.texts, batch_size=8)
             write_text(folder / "full.json", json.dumps(losses(found)))
-        for sample in range(self.args.samples):
+        for first, sample in itertools.product((True, False), range(self.args.samples)):
             profiles: dict[str, Any] = {}
-            for way, budget in ((way, budget) for way in WAYS for budget in BUDGETS):
+            self._plans.clear()
+            for way, budget in ((way, budget) for way in WAYS if way.first == first for budget in BUDGETS):
                 file = folder / str(sample) / f"{WAYS.index(way)}-{budget}.json"
                 if file.exists():
                     continue
@@ -253,14 +260,16 @@ def rows_of(run: Path, model: str, budget: float, samples: int) -> Iterator[list
         cells = []
         for texts in GROUPS.values():
             mean = [statistics.fmean(g[t] for t in texts) for _, g in found]
-            share = [m / statistics.fmean(b[t] for t in texts) for m, (b, _) in zip(mean, found, strict=True)]
+            of_base = [statistics.fmean(b[t] for t in texts) for b, _ in found]
+            share = [m / b for m, b in zip(mean, of_base, strict=True)]
             spread = f" ± {statistics.stdev(share):.2f}" if len(share) > 1 else ""
-            cells.append(f"{statistics.fmean(share):.2f}{spread} ({statistics.fmean(mean):.3f})")
-        by_text = {t: statistics.fmean(g[t] / b[t] for b, g in found) for t in found[0][0]}
-        worst = max(by_text, key=lambda text: by_text[text])
+            stated = f"{statistics.fmean(share):.2f}{spread} " if min(of_base) > LEAST else ""
+            cells.append(f"{stated}({statistics.fmean(mean):.3f})")
+        more = {t: statistics.fmean(g[t] - b[t] for b, g in found) for t in found[0][0]}
+        above = [f"{t} +{d:.3f}" for t, d in sorted(more.items(), key=lambda one: -one[1]) if d > 0]
         files = [json.loads((run / model / str(s) / f"{number}-{budget}.json").read_text()) for s in range(len(found))]
         shapes = sorted({f"{one['keep']}" + (f"x{one['width']}" if one["width"] else "") for one in files})
-        yield [way.label, ", ".join(shapes), *cells, f"{worst} {by_text[worst]:.2f}"]
+        yield [way.label, ", ".join(shapes), *cells, ", ".join(above[:3]) + (", ..." if len(above) > 3 else "")]
 
 
 def table(run: Path, model: str, samples: int) -> str:
@@ -268,8 +277,8 @@ def table(run: Path, model: str, samples: int) -> str:
     lines = [
         f"### {model}",
         "",
-        f"| kept | method | shape | {' | '.join(GROUPS)} | worst text |",
-        "|---|---|---" + "|---:" * (len(GROUPS) + 1) + "|",
+        f"| kept | method | shape | {' | '.join(GROUPS)} | texts that lose more than the first row, nats |",
+        "|---|---|---" + "|---:" * len(GROUPS) + "|---|",
     ]
     for budget in BUDGETS:
         lines += [f"| {budget:.0%} | {' | '.join(cells)} |" for cells in rows_of(run, model, budget, samples)]
@@ -283,7 +292,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of third-party corpora, see above")
     parser.add_argument("--models", nargs="+", default=MODELS, help="shipped models (all)")
     parser.add_argument("--samples", type=int, default=5, help="calibration samples (%(default)s)")
-    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens per text (%(default)s)")
+    parser.add_argument("--windows", type=int, default=4, help="windows of 512 tokens per text (%(default)s)")
     parser.add_argument("--table", action="store_true", help="print what is there, and measure nothing")
     args = parser.parse_args()
     args.data, args.run = args.data.absolute(), args.run.absolute()

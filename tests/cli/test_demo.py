@@ -41,7 +41,7 @@ def demo_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         if request.param == "less text":
             for name, value in (("SEQUENCES", 8), ("SEARCH_TOKENS", 2048), ("SEEDS", (0, 1))):
                 patched.setattr(tour, name, value)
-            patched.setitem(QUALITIES, "fast", Quality(8, 8, 4096, 2, "little"))
+            patched.setitem(QUALITIES, "fast", Quality(8, 8, "ridge", 4096, 2, "little"))
         assert main(["demo", "-o", str(folder), "-q", "--dtype", quick_dtype()]) == 0
         yield folder
 

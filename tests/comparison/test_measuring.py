@@ -159,7 +159,7 @@ def test_layer_by_layer(
     )
     assert run(path, tmp_path / "whole") == 0
     structure = read_structure(model)
-    extra = needed_bytes(structure, places_on_disk(structure), keep=6, tokens=384, dtype="auto")
+    extra = needed_bytes(structure, places_on_disk(structure), kind="ridge", keep=6, tokens=384, dtype="auto")
     found = cost(structure, tokens=400, batch_tokens=128, limit=0, head=True, extra=extra)
     assert run(path, tmp_path / "layers", "--memory-limit", str((found.whole + found.streamed) // 2)) == 0
     (about,) = json.loads((tmp_path / "layers" / "models.json").read_text())

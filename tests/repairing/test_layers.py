@@ -12,7 +12,7 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.planning.masking import masked
-from moecover.repairing.layers import LayerRepair, repaired
+from moecover.repairing.applied import LayerRepair, repaired
 from moecover.repairing.layers import repair_layers as layer_after_layer
 from moecover.repairing.solver import KINDS
 from moecover.runtime.loading import load_model

@@ -24,7 +24,8 @@ from moecover.files.hashing import file_hash
 from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
 from moecover.pruning.writer import prune
-from moecover.repairing.layers import LayerRepair, repair_layers, repaired
+from moecover.repairing.applied import LayerRepair, repaired
+from moecover.repairing.layers import repair_layers
 from moecover.runtime import cost as fitting
 from moecover.runtime.loading import load_model
 from moecover.runtime.streaming import streamed
@@ -266,7 +267,7 @@ def test_what_contradicts_itself_is_refused(
         ),
         (
             ["--repair-tokens", "100"],
-            "--repair-tokens says what a repair runs on: give --repair scale or --repair ridge",
+            "--repair-tokens says what a repair runs on: give --repair scale, ridge or refit",
         ),
         (["--repair", "scale", "--corpus", text, "--keep", "4"], "--plan and --keep exclude each other"),
         (["--repair", "scale", "--corpus", text, "--repair-tokens", "0"], "--repair-tokens 0 is out of range"),

@@ -24,7 +24,7 @@ from tests.conftest import random_corpus, write_rows
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few blocks of everything."""
-    monkeypatch.setitem(quality.QUALITIES, "fast", Quality(6, 6, 200, 2, "little"))
+    monkeypatch.setitem(quality.QUALITIES, "fast", Quality(6, 6, "ridge", 200, 2, "little"))
 
 
 def corpora() -> list[Corpus]:
@@ -70,6 +70,7 @@ def test_the_best_shape_is_repaired_proven_and_measured(checkpoints: Callable[..
     assert not {record["sha256"] for records in plan.calibration.values() for record in records} & set(held.values())
     loaded = read_structure(tmp_path / "out")
     assert loaded.topology.num_experts == plan.keep
+    assert set(plan.calibration) == {"profile"} or "rare-tokens" in json.dumps(plan.calibration)
 
 
 def test_the_command_goes_on_where_it_stopped(
@@ -80,7 +81,10 @@ def test_the_command_goes_on_where_it_stopped(
     out = ["-o", str(tmp_path / "out")]
     assert main([*asked, "--budget", "50%", *out, "--dry-run", "--json"]) == 0
     steps = json.loads(capsys.readouterr().out)
-    assert [step["name"] for step in steps["steps"]][:2] == ["profile", "measure shapes"]
+    assert [step["name"] for step in steps["steps"]][:3] == ["profile", "measure shapes", "repair (ridge)"]
+    assert main([*asked[:-4], "--budget", "50%", *out, "--dry-run", "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)
+    assert "repair (refit)" in [step["name"] for step in steps["steps"]]
     assert not (tmp_path / "out-work").exists(), "a dry run makes nothing"
     assert main([*asked, "--budget", "50%", "--repair", "none", *out]) == 0
     first = capsys.readouterr()

@@ -66,7 +66,7 @@ FLAGS = (
         "repair",
         "repairs",
         "KIND,KIND",
-        "none, scale, ridge: every plan is also evaluated with each (default: none)",
+        "none, scale, ridge, refit: every plan is also evaluated with each (default: none)",
         several=True,
     ),
     Flag("repair-tokens", "repair_tokens", "N", "calibration tokens of a repair (default: 65536)", int),

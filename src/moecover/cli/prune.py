@@ -57,11 +57,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("repair")
     group.add_argument(
         "--repair",
-        choices=(NONE, "scale", "ridge"),
+        choices=(NONE, "scale", "ridge", "refit"),
         default=NONE,
-        help="refit the down projections of what stays, in closed form on the text of --corpus: a factor each "
-        "(scale) or "
-        "all weights (ridge) (default: none)",
+        help="refit what stays on the text of --corpus: the down projections in closed form, a factor each (scale) or "
+        "all weights (ridge); or then all parameters of the experts and the router by gradient steps (refit) "
+        "(default: none)",
     )
     group.add_argument(
         "--repair-tokens",
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> Outcome:
         tensors = len(made.repaired.hashes)
         result["repair"] = {"kind": repair, "tensors": tensors, "before": before, "after": after}
         text += (
-            f"\nrepaired ({repair}): {tensors} down projections; squared error of a layer's output on the "
+            f"\nrepaired ({repair}): {tensors} tensors; squared error of a layer's output on the "
             "calibration text "
             f"{before:.3f} -> {after:.3f} of its square"
         )
@@ -162,7 +162,7 @@ def check(args: argparse.Namespace) -> None:
     """
     repairs = args.repair != NONE
     if not repairs and args.repair_tokens is not None:
-        raise InputError("--repair-tokens says what a repair runs on: give --repair scale or --repair ridge")
+        raise InputError("--repair-tokens says what a repair runs on: give --repair scale, ridge or refit")
     if repairs and args.evaluation:
         raise InputError("--evaluation measured the plan without a repair: evaluate the repaired checkpoint itself")
     if args.plan is None:

@@ -46,9 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-own-text", action="store_true", help="do not have the model write calibration text")
     group.add_argument(
         "--repair",
-        choices=("none", "scale", "ridge"),
-        default="ridge",
-        help="refit the down projections of what stays (default: ridge)",
+        choices=("none", "scale", "ridge", "refit"),
+        help="refit what stays, as `prune --repair` does (default: refit, with --quality fast ridge)",
     )
     costs = "; ".join(f"{name}: {quality.cost}" for name, quality in QUALITIES.items())
     group.add_argument(

@@ -17,7 +17,7 @@ from moecover.corpora.windows import check_text
 from moecover.errors import InputError
 from moecover.progress import Progress
 from moecover.registry import load_plugin
-from moecover.repairing.targets import Place, check_dtype, places_on_disk
+from moecover.repairing.targets import Place, check_dtype, check_understood, places_on_disk
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.loading import check_device
 from moecover.runtime.memory import parse_size
@@ -108,6 +108,8 @@ def _repaired_places(request: Request, name: str, structure: Structure) -> list[
     try:
         found = places_on_disk(structure)
         check_dtype(structure, found, config.dtype)
+        for kind in config.repairs:
+            check_understood(structure, found, kind)
     except InputError as error:
         field = "methods" if config.repairs == [UNREPAIRED] else "repairs"
         raise request.error(f"{name}: {_with_fields(str(error))}", field) from error
@@ -116,4 +118,4 @@ def _repaired_places(request: Request, name: str, structure: Structure) -> list[
 
 def _with_fields(text: str) -> str:
     """A message on arguments, in the words of the configuration."""
-    return text.replace("repair=none", f"repair: {UNREPAIRED}").replace("dtype=", "dtype: ")
+    return text.replace("repair=", "repair: ").replace("dtype=", "dtype: ")

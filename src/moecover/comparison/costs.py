@@ -37,7 +37,11 @@ def setup_of(model: ComparedModel, config: Config, limit: int) -> ModelSetup:
     if model.places:
         keep = max(cell.keep for cell in model.cells if cell.repaired)
         tokens = max(sum(c.num_tokens for c in corpora) for corpora in model.repaired_on.values())
-        extra = max(extra, needed_bytes(model.structure, model.places, keep=keep, tokens=tokens, dtype=config.dtype))
+        for kind in {cell.repair for cell in model.cells if cell.repaired}:
+            beside = needed_bytes(
+                model.structure, model.places, kind=kind, keep=keep, tokens=tokens, dtype=config.dtype
+            )
+            extra = max(extra, beside)
     return ModelSetup(
         name=model.name,
         folder=model.structure.checkpoint.path,

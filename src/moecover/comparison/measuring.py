@@ -22,7 +22,7 @@ from moecover.evaluation.artifact import FULL as FULL_ROW
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import Plan
-from moecover.repairing.layers import LayerRepair
+from moecover.repairing.applied import LayerRepair
 from moecover.repairing.store import repair
 from moecover.runtime.pass_state import remove
 

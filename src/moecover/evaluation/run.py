@@ -23,7 +23,7 @@ from moecover.planning.artifact import Plan, kept_hash
 from moecover.planning.fitting import check_plan
 from moecover.planning.masking import masked_layers
 from moecover.progress import Bar
-from moecover.repairing.layers import LayerRepair, with_repairs
+from moecover.repairing.applied import LayerRepair, with_repairs
 from moecover.runtime.running import Running, Within, running, unmasked
 from moecover.verification.verify import plan_of
 from moecover.version import library_versions

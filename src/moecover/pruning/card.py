@@ -63,12 +63,19 @@ def _weights(repaired: Repaired | None) -> str:
         f"{record['tokens used']:,} tokens of {markdown_text(record['name'])}" for record in repaired.corpora
     )
     before, after = repaired.mean_errors()
+    moved = any("parameters" in row for row in repaired.layers)
+    how = (
+        f"{len(repaired.hashes)} tensors of the MoE blocks were refitted (repair: {repaired.kind}; down projections in "
+        "closed form, then experts and router by gradient steps on the error of their own layer)"
+        if moved
+        else f"{len(repaired.hashes)} tensors, down projections of experts, were refitted in closed form (repair: "
+        f"{repaired.kind})"
+    )
     return (
-        f"{len(repaired.hashes)} tensors, down projections of experts, were refitted in closed form (repair: "
-        f"{repaired.kind}) on {texts}, to compensate in part for the removed experts: the squared error of a layer's "
+        f"{how} on {texts}, to compensate in part for the removed experts: the squared error of a layer's "
         f"output, relative to its square, fell from {before:.3f} to {after:.3f} on that text (mean over layers). "
-        "All other weights are those of the original, byte for byte; nothing was trained. `moecover.json` names every "
-        "changed tensor, and gives the error before and after by layer and corpus."
+        f"All other weights are those of the original, byte for byte{'' if moved else '; nothing was trained'}. "
+        "`moecover.json` names every changed tensor, and gives the error before and after by layer and corpus."
     )
 
 

@@ -39,8 +39,9 @@ def memory_needed(headers: Structure, request: Request) -> int:
     """
     if not isinstance(request.repair, Repair) or request.how is None:
         return 0
-    choice, tokens = request.choice, request.repair.tokens
-    return memory_beside(headers, keep=choice.keep, width=choice.width, tokens=tokens, dtype=request.how.dtype)
+    choice, kind, tokens = request.choice, request.repair.kind, request.repair.tokens
+    dtype = request.how.dtype
+    return memory_beside(headers, kind=kind, keep=choice.keep, width=choice.width, tokens=tokens, dtype=dtype)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from moecover.checkpoints.pieces import Piece
 from moecover.checkpoints.structure import Structure
 from moecover.files.hashing import HASH
 from moecover.planning.artifact import Plan
-from moecover.repairing.layers import LayerRepair
+from moecover.repairing.applied import LayerRepair
 from moecover.repairing.targets import places_on_disk
 from moecover.repairing.tensors import LayerRow, layer_repair, stored_bytes
 from moecover.text import Cell, Shown
@@ -23,7 +23,7 @@ class Repaired(Shown):
     """The repair of a whole model.
 
     Attributes:
-        kind: ``scale`` or ``ridge``.
+        kind: see `solver.KINDS`.
         corpora: the records of the calibration text, with the number of tokens used.
         layers: the repair of every MoE layer.
         hashes: of every tensor of the output that is not the original's, by name.
@@ -45,7 +45,7 @@ class Repaired(Shown):
             assert path is not None
             return stored_bytes(path.parent, shards.setdefault(path, read_header(path)[0])[name])
 
-        return lambda layer: layer_repair(structure, where[layer], plan.layers[layer].kept, self.layers[layer], read)
+        return lambda layer: layer_repair(structure, where[layer], plan, layer, self.layers[layer], read)
 
     def mean_errors(self) -> tuple[float, float]:
         """Squared error as a share of the squared output before and after, mean over corpora and layers."""

@@ -22,9 +22,10 @@ from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress, resolve
 from moecover.repairing.artifact import Repaired
 from moecover.repairing.layers import TOKENS, needed_bytes
+from moecover.repairing.solver import KINDS
 from moecover.repairing.store import kept_for_later
 from moecover.repairing.store import repair as repair_to_files
-from moecover.repairing.targets import check_dtype, check_stored, places_on_disk
+from moecover.repairing.targets import check_dtype, check_stored, check_understood, places_on_disk
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import check_known, check_live
@@ -33,8 +34,6 @@ from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:
     import torch
-
-KINDS = ("scale", "ridge")
 
 
 def check_kind(kind: str) -> None:
@@ -47,11 +46,14 @@ def check_kind(kind: str) -> None:
         raise InputError(f"unknown {arg('kind', kind)}. Allowed: {', '.join(KINDS)}")
 
 
-def memory_beside(structure: Structure, *, keep: int, width: int | None, tokens: int | None, dtype: str) -> int:
+def memory_beside(
+    structure: Structure, *, kind: str, keep: int, width: int | None, tokens: int | None, dtype: str
+) -> int:
     """Bytes that the repair of the largest layer needs beside the model.
 
     Args:
         structure: the checkpoint; headers are enough.
+        kind: of the repair.
         keep: experts kept per layer.
         width: channels kept of each; None for all.
         tokens: calibration tokens; None for 65,536.
@@ -63,7 +65,8 @@ def memory_beside(structure: Structure, *, keep: int, width: int | None, tokens:
     check_stored(structure)
     where = places_on_disk(structure, width)
     check_dtype(structure, where, dtype)
-    return needed_bytes(structure, where, keep=keep, tokens=tokens or TOKENS, dtype=dtype)
+    check_understood(structure, where, kind)
+    return needed_bytes(structure, where, kind=kind, keep=keep, tokens=tokens or TOKENS, dtype=dtype)
 
 
 def _opened(
@@ -101,7 +104,7 @@ def repaired(
         plan: which experts stay.
         corpora: calibration text; the first sequences of each are used.
         how: see `Passes`.
-        kind: ``scale`` or ``ridge``.
+        kind: see `solver.KINDS`.
         tokens: of all corpora together; None for 65,536.
         folder: for the finished layers; the caller removes it.
         model: the model where it is open already.
@@ -112,7 +115,7 @@ def repaired(
         MoecoverError: the disk is full.
     """
     sample = sample_of(corpora, tokens or TOKENS, argument="repair_tokens")
-    extra = memory_beside(structure, keep=plan.keep, width=plan.width, tokens=tokens, dtype=how.dtype)
+    extra = memory_beside(structure, kind=kind, keep=plan.keep, width=plan.width, tokens=tokens, dtype=how.dtype)
     opening = contextlib.nullcontext(model) if model is not None else _opened(structure, sample, how, extra, progress)
     with progress.bar("repairing", len(plan.layers), unit="layers") as advance:
         return repair_to_files(
@@ -144,13 +147,14 @@ def repair(
     progress: bool | Progress = True,
     **options: Unpack[JobOptions],
 ) -> Repaired:
-    """Refit the down projections of the experts that stay, in closed form on calibration text.
+    """Refit the experts that stay on calibration text, layer by layer.
 
     Args:
         checkpoint: folder, hub id, or a structure from `read_structure`.
         plan: from `plan`, or its file.
         corpora: calibration text, as in `profile`.
-        kind: ``scale`` (a factor per expert) or ``ridge`` (all weights).
+        kind: ``scale`` (a factor per expert), ``ridge`` (all weights of the down projections) or ``refit`` (ridge, then
+            all parameters of the block by gradient steps on its own error).
         tokens: calibration tokens, shared by the corpora; None for 65,536.
         folder: where finished layers are kept, so that an interrupted repair resumes; None for a temporary folder that
             lasts as long as the result.

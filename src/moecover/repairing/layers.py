@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Unpack
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.batches import batches
@@ -21,14 +20,18 @@ from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
+from moecover.repairing.applied import LayerRepair, repaired_layer
 from moecover.repairing.blocks import SHARED, blocks_of, output_of
-from moecover.repairing.solver import Fit, FitOptions, fit, peak_bytes
-from moecover.repairing.targets import Place, check_dtype, places, refused, thinned
+from moecover.repairing.calibration import Calibration
+from moecover.repairing.moving import moved_block, restored
+from moecover.repairing.refit import needed_bytes as refit_bytes
+from moecover.repairing.solver import HELD_SHARE, REFIT, FitOptions, fit, peak_bytes
+from moecover.repairing.targets import Place, check_dtype, check_understood, places, refused, thinned
 from moecover.runtime.finite import is_finite, naming, not_finite, rows_text
 from moecover.runtime.loading import backbone_of, check_float64, routers
 from moecover.runtime.lockstep import Here, Passing
 from moecover.runtime.masking import masked_layer
-from moecover.runtime.running import Running, Within, running
+from moecover.runtime.running import Running, running
 
 if TYPE_CHECKING:
     import torch
@@ -43,83 +46,21 @@ class _ArrivedError(Exception):
         self.hidden = hidden
 
 
-@dataclass(frozen=True)
-class LayerRepair:
-    """The repair of one MoE layer.
-
-    Attributes:
-        decoder_layer: its index.
-        experts: new down projections ``[hidden, width]`` by the expert's id in the original.
-        shared: name of the shared expert's down projection in the model and its new weight; None where it is unchanged.
-        fit: errors and penalties.
-    """
-
-    decoder_layer: int
-    experts: dict[int, torch.Tensor]
-    shared: tuple[str, torch.Tensor] | None
-    fit: Fit
-
-
-@contextlib.contextmanager
-def repaired_layer(model: torch.nn.Module, structure: Structure, layer: int, repair: LayerRepair) -> Iterator[None]:
-    """Apply the repair of one MoE layer, whose weights are in memory; they are restored when the context exits."""
-    import torch
-
-    experts: Any = model.get_submodule(structure.experts_modules[layer])
-    places = [(experts.down_proj.data[expert], weight) for expert, weight in repair.experts.items()]
-    if repair.shared is not None:
-        places.append((model.get_parameter(repair.shared[0]).data, repair.shared[1]))
-    with torch.inference_mode():
-        originals = [place.clone() for place, _ in places]
-        for place, weight in places:
-            place.copy_(weight)
-    try:
-        yield
-    finally:
-        with torch.inference_mode():
-            for (place, _), original in zip(places, originals, strict=True):
-                place.copy_(original)
-
-
-def with_repairs(
-    model: torch.nn.Module, structure: Structure, within: Within, repair_of: Callable[[int], LayerRepair]
-) -> Within:
-    """Add the repair of each MoE layer to a context for decoder layers; it is read when the layer is entered."""
-    layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
-
-    @contextlib.contextmanager
-    def both(number: int) -> Iterator[None]:
-        with within(number), contextlib.ExitStack() as stack:
-            if number in layer_of:
-                layer = layer_of[number]
-                stack.enter_context(repaired_layer(model, structure, layer, repair_of(layer)))
-            yield
-
-    return both
-
-
-@contextlib.contextmanager
-def repaired(model: torch.nn.Module, structure: Structure, repairs: Sequence[LayerRepair]) -> Iterator[torch.nn.Module]:
-    """Apply all repairs to a model in memory; use it within `planning.masking.masked`."""
-    with contextlib.ExitStack() as stack:
-        for layer, repair in enumerate(repairs):
-            stack.enter_context(repaired_layer(model, structure, layer, repair))
-        yield model
-
-
-def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tokens: int, dtype: str) -> int:
+def needed_bytes(structure: Structure, where: Sequence[Place], *, kind: str, keep: int, tokens: int, dtype: str) -> int:
     """Bytes of memory that the repair of the largest layer takes beside the model, with hidden states of both passes.
 
     Args:
         structure: the checkpoint.
         where: from `places`.
+        kind: of the repair.
         keep: experts kept per layer.
         tokens: of all corpora.
         dtype: of the model, by torch's name, ``auto`` for the stored one.
     """
     import torch
 
-    hidden, slots = structure.topology.hidden_size, structure.topology.top_k
+    topology, refits = structure.topology, kind == REFIT
+    hidden, slots, experts = topology.hidden_size, topology.top_k, topology.num_experts
 
     def of_layer(place: Place) -> int:
         width, shared = place.widths
@@ -127,7 +68,12 @@ def needed_bytes(structure: Structure, where: Sequence[Place], *, keep: int, tok
         # Target, inputs of the experts, outputs of both blocks; hidden states of both passes, twice as in `memory`.
         held = 8 * tokens * hidden * int(getattr(torch, place.dtype if dtype == "auto" else dtype).itemsize)
         widths = [width] * keep + [shared] * (shared > 0)
-        return features + held + peak_bytes(tokens=tokens, hidden_size=hidden, widths=widths)
+        solving = features + peak_bytes(tokens=tokens, hidden_size=hidden, widths=widths)
+        of_width = 3 * hidden * width  # parameters of an expert
+        moved = keep * of_width + 3 * hidden * shared + experts * hidden
+        # The experts' parameters are spread over all experts' places at every step, with gradients.
+        moving = refit_bytes(moved, tokens=tokens, hidden_size=hidden) + 8 * experts * of_width if refits else 0
+        return held + max(solving, moving)
 
     return max(map(of_layer, where))
 
@@ -141,15 +87,24 @@ class _Passes:
     """
 
     def __init__(
-        self, runs: Running, structure: Structure, plan: Plan, corpora: Sequence[Corpus], batch_size: int
+        self,
+        runs: Running,
+        structure: Structure,
+        plan: Plan,
+        corpora: Sequence[Corpus],
+        batch_size: int,
+        kind: str,
+        options: FitOptions,
     ) -> None:
         import torch
 
         self._runs, self._structure, self._plan = runs, structure, plan
+        self._kind, self._options = kind, options
         self._model = runs.module
         self._places = thinned(structure, places(structure, self._model), plan.width)
         self._routers = routers(self._model, structure)
         check_dtype(structure, self._places, str(runs.dtype).removeprefix("torch."))
+        check_understood(structure, self._places, kind)
         said = plan.options.get("weights") or {}
         self.weights = [float(said.get(corpus.name, 1.0)) for corpus in corpora]
         if not sum(self.weights) > 0:
@@ -178,16 +133,13 @@ class _Passes:
         """Note whose layer runs next."""
         self._running = passing.call
 
-    def repair(
-        self, layer: int, waiting: Sequence[Passing], found: LayerRepair | None, solve: Callable[..., Fit]
-    ) -> LayerRepair:
+    def repair(self, layer: int, waiting: Sequence[Passing], found: LayerRepair | None) -> LayerRepair:
         """Repair the layer at which all passes wait, and set what its block gives to each of them.
 
         Args:
             layer: index of the MoE layer.
             waiting: the passes.
             found: the layer's repair from an earlier run.
-            solve: makes it where there is none, see `fit`.
         """
         forward, count = self._forwards[layer], len(self._masks)
         pruned = [self._arrived_at(layer, passing) for passing in waiting[count:]]
@@ -197,7 +149,7 @@ class _Passes:
         self._blocks[layer].forward = self._taken
         kept, channels = self._plan.layers[layer].kept, self._plan.layers[layer].channels or None
         with masked_layer(self._model, self._structure, self._routers[layer], layer, kept, channels):
-            repair = found if found is not None else self._fitted(layer, pruned, solve)
+            repair = found if found is not None else self._made(layer, pruned)
             if layer < len(self._blocks) - 1:
                 with repaired_layer(self._model, self._structure, layer, repair):
                     self._given.update((count + i, forward(batch)) for i, batch in enumerate(pruned))
@@ -208,18 +160,34 @@ class _Passes:
         for block in self._blocks:
             block.__dict__.pop("forward", None)
 
-    def _fitted(self, layer: int, pruned: Sequence[torch.Tensor], solve: Callable[..., Fit]) -> LayerRepair:
+    def _made(self, layer: int, pruned: Sequence[torch.Tensor]) -> LayerRepair:
+        """The repair of a masked layer."""
         import torch
 
-        structure, place, kept = self._structure, self._places[layer], self._plan.layers[layer].kept
+        structure = self._structure
         outputs = [output_of(structure, self._given[i])[mask] for i, mask in enumerate(self._masks)]
         for name, output in zip(self._names, outputs, strict=True):
             if not is_finite(output):
                 raise not_finite(name, "the output of the original's experts is")
         target = torch.cat(outputs)
+        del outputs
+        solved = self._solved(layer, pruned, target)
+        if self._kind != REFIT:
+            return solved
+        arrived = torch.cat([b.reshape(-1, b.shape[-1])[m] for b, m in zip(pruned, self._masks, strict=True)])
+        calibration = Calibration(target, self._corpus_of, self.weights, HELD_SHARE)
+        kept, where = self._plan.layers[layer].kept, self._places[layer].parameters
+        assert not isinstance(where, str)
+        own = restored(self._blocks[layer], self._forwards[layer])
+        with repaired_layer(self._model, structure, layer, solved), own:
+            return moved_block(self._model, structure, layer, kept, where, solved, arrived, target, calibration)
+
+    def _solved(self, layer: int, pruned: Sequence[torch.Tensor], target: torch.Tensor) -> LayerRepair:
+        """The repair in closed form."""
+        structure, place, kept = self._structure, self._places[layer], self._plan.layers[layer].kept
         forward = self._forwards[layer]
         parts = blocks_of(self._model, structure, layer, place, forward, pruned, self._masks, kept)
-        made = solve(parts, target, self._corpus_of, weights=self.weights)
+        made = fit(parts, target, self._corpus_of, kind=self._kind, weights=self.weights, **self._options)
         experts = {int(name): weight for name, weight in made.weights.items() if name != SHARED}
         shared = (place.shared[0], made.weights[SHARED]) if place.shared and SHARED in made.weights else None
         return LayerRepair(structure.topology.decoder_layers[layer], experts, shared, made)
@@ -260,7 +228,7 @@ def repair_layers(
         structure: its checkpoint.
         plan: which experts stay; corpora count by its weights, equally where it has none.
         corpora: calibration text.
-        kind: ``scale`` or ``ridge``, see `solver.fit`.
+        kind: see `solver.KINDS`.
         batch_size: sequences per forward pass.
         done: returns the repair of a MoE layer that an earlier run has made, which is not made again, or None.
         options: of `solver.fit`.
@@ -277,8 +245,7 @@ def repair_layers(
     check_plan(plan, structure, other_weights=True)
     runs = running(model, structure)
     check_float64(runs.device, "a repair")
-    passes = _Passes(runs, structure, plan, corpora, batch_size)
-    solve = functools.partial(fit, kind=kind, **options)
+    passes = _Passes(runs, structure, plan, corpora, batch_size, kind, options)
     layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
     try:
         with contextlib.closing(runs.at_layers(passes.calls, Here(before=passes.run))) as steps:
@@ -286,7 +253,7 @@ def repair_layers(
                 if (layer := layer_of.get(number)) is None:
                     continue
                 with torch.inference_mode(), naming(f"decoder layer {number}"):
-                    repair = passes.repair(layer, waiting, done(layer), solve)
+                    repair = passes.repair(layer, waiting, done(layer))
                 yield repair
                 if layer == len(layer_of) - 1:
                     break

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from moecover.registry import unknown_name
+from moecover.repairing.calibration import Calibration
 from moecover.repairing.factors import best_factors
 from moecover.repairing.ridge import TOLERANCE, ridge_changes
-from moecover.repairing.sums import CHUNK, Block, all_finite, residual_of, squares
+from moecover.repairing.sums import CHUNK, Block, all_finite, residual_of
 from moecover.runtime.finite import not_finite
-from moecover.runtime.segments import segment_sums
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 PENALTIES = (1.0, 0.25, 0.06, 0.015, 0.004, 0.001)  # strongest first; each fit starts where the one before ended
 HELD_SHARE = 0.2  # of every corpus's tokens, the last ones: what the penalty is chosen on
 SWEEPS = 4
-KINDS = ("scale", "ridge")  # a factor for every block; any weights
+REFIT = "refit"
+KINDS = ("scale", "ridge", REFIT)  # a factor for every block; any weights; and then all parameters (`refit`)
 # Why a layer keeps its weights.
 NOT_BETTER_HELD = "the held-out calibration text is not fitted better"
 NOT_BETTER = "some corpus of the calibration text is not fitted better in the dtype of the weights"
@@ -72,64 +73,6 @@ def peak_bytes(*, tokens: int, hidden_size: int, widths: Sequence[int]) -> int:
     return 8 * tokens * hidden_size + 12 * squared + 16 * hidden_size * total + of_block + rows
 
 
-class _Calibration:
-    """How the tokens of a layer count.
-
-    Attributes:
-        corpus: of every token, int64 ``[token]``.
-        held: which tokens are held out, the last ones of every corpus, bool ``[token]``.
-        inverse: 1 over the squared target of every corpus, 0 for a corpus without any; float64 ``[corpus]``.
-        of_corpus: weight of every corpus, they sum to 1; float64 ``[corpus]``.
-    """
-
-    def __init__(
-        self, target: torch.Tensor, corpus: torch.Tensor, weights: Sequence[float] | None, held_share: float
-    ) -> None:
-        import torch
-
-        self.corpus = corpus
-        counts = torch.bincount(corpus)
-        self._number = len(counts)
-        first = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
-        place = torch.empty_like(corpus)
-        place[torch.argsort(corpus, stable=True)] = torch.arange(len(corpus), device=corpus.device)
-        self.held = (place - first[corpus]) >= (counts - (counts * held_share).long())[corpus]
-        norms = self._by_corpus(squares(target))
-        self.inverse = torch.where(norms > 0, 1 / norms, 0.0)
-        given = [1.0] * self._number if weights is None else list(weights)
-        self.of_corpus = torch.tensor(given, device=corpus.device).double()
-        self.of_corpus /= self.of_corpus.sum()
-
-    def _by_corpus(self, values: torch.Tensor) -> torch.Tensor:
-        return segment_sums(values, self.corpus, self._number)
-
-    def losses(self, residual: torch.Tensor) -> torch.Tensor:
-        """Squared residual of every corpus as a share of its squared target, float64 ``[corpus]``."""
-        return self._by_corpus(squares(residual)) * self.inverse
-
-    def share(self) -> torch.Tensor:
-        """The weight of every token, float64 ``[token]``; mean 1, so that products stay in their dtype's range."""
-        share = (self.of_corpus * self.inverse)[self.corpus]
-        share /= share.mean()
-        return share
-
-    def too_few(self, blocks: Sequence[Block], kind: str) -> dict[str, str]:
-        """Blocks with fewer tokens to fit than unknowns, and why they keep their weights."""
-        fitted, found = ~self.held & (self.of_corpus > 0)[self.corpus], {}
-        for block in blocks:
-            rows, unknowns = int(fitted[block.tokens].sum()), block.weight.shape[1] if kind == "ridge" else 1
-            if rows < unknowns:
-                found[block.name] = f"{rows} tokens to fit, {unknowns} are needed"
-        return found
-
-    def improves(self, before: torch.Tensor, after: torch.Tensor) -> bool:
-        """Whether no corpus that counts has a larger error than before, and some have a smaller one."""
-        import torch
-
-        old, new = before[self.of_corpus > 0], after[self.of_corpus > 0]
-        return bool((new <= old).all()) and not torch.equal(new, old)
-
-
 def fit(
     blocks: Sequence[Block],
     target: torch.Tensor,
@@ -150,7 +93,7 @@ def fit(
         blocks: all that adds to the layer's output.
         target: the original's output, ``[token, hidden]``.
         corpus: index of every token's corpus, int64 ``[token]``; the tokens of a corpus in their order.
-        kind: a name in `KINDS`.
+        kind: a name in `KINDS`; ``refit`` begins with ``ridge``.
         weights: of every corpus; None weighs all the same. One of weight 0 is not fitted.
         penalties: strongest first; one of them is chosen on the last tokens of every corpus.
         held_share: share of the tokens that it is chosen on, 0 to take the last penalty as it is.
@@ -160,10 +103,12 @@ def fit(
     Raises:
         InputError: unknown kind; or a target, a weight or an activation that is not finite, with its block.
     """
+    if kind == REFIT:
+        kind = "ridge"  # where it begins
     if kind not in KINDS:
         raise unknown_name("repair", kind, KINDS)
     _check_finite(blocks, target)
-    calibration = _Calibration(target, corpus, weights, held_share)
+    calibration = Calibration(target, corpus, weights, held_share)
     residual = residual_of(blocks, [block.weight for block in blocks], target)
     before = calibration.losses(residual)
     kept = calibration.too_few(blocks, kind)

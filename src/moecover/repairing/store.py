@@ -25,8 +25,9 @@ from moecover.files.atomic import canonical_json, write_bytes
 from moecover.files.hashing import hash_of, sealed, unsealed
 from moecover.files.reading import parse_json
 from moecover.planning.artifact import Plan
+from moecover.repairing.applied import LayerRepair
 from moecover.repairing.artifact import Repaired
-from moecover.repairing.layers import LayerRepair, repair_layers
+from moecover.repairing.layers import repair_layers
 from moecover.repairing.targets import places_on_disk
 from moecover.repairing.tensors import (
     LayerRow,
@@ -88,12 +89,12 @@ class _Layers:
         """The repair of a layer that is finished."""
         if layer >= len(self.rows):
             return None
-        entries, kept = self._entries[layer], self._plan.layers[layer].kept
+        entries = self._entries[layer]
 
         def read(name: str) -> bytes:
             return stored_bytes(self._folder, entries[name])
 
-        return layer_repair(self._structure, self._places[layer], kept, self.rows[layer], read)
+        return layer_repair(self._structure, self._places[layer], self._plan, layer, self.rows[layer], read)
 
     def add(self, made: LayerRepair, corpora: Sequence[str]) -> None:
         """Write the repair of the next layer.

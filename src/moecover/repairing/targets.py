@@ -15,6 +15,8 @@ from moecover.checkpoints.model_class import build_on_meta
 from moecover.checkpoints.names import read_names
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
+from moecover.repairing.block_tensors import Parameters, block_parameters
+from moecover.repairing.solver import REFIT
 from moecover.runtime.shards import TORCH_NAMES
 
 if TYPE_CHECKING:
@@ -30,12 +32,14 @@ class Place:
         shared: the shared expert's, its name in the model and the one on disk; None where there is no such expert.
         widths: of an expert and of the shared one (0 where there is none).
         dtype: in which they are stored, by torch's name.
+        parameters: where all parameters of the block are stored; in words, why that is not known.
     """
 
     experts: tuple[str, ...]
     shared: tuple[str, str] | None
     widths: tuple[int, int]
     dtype: str
+    parameters: Parameters | str
 
 
 def refused(structure: Structure, reason: str) -> InputError:
@@ -85,6 +89,20 @@ def check_dtype(structure: Structure, where: Sequence[Place], dtype: str) -> Non
             )
 
 
+def check_understood(structure: Structure, where: Sequence[Place], kind: str) -> None:
+    """Refuse a kind of repair that a family's blocks do not allow.
+
+    Raises:
+        InputError: ``refit``, of parameters that are not understood.
+    """
+    for place in where if kind == REFIT else ():
+        if isinstance(place.parameters, str):
+            raise InputError(
+                f"{arg('repair', REFIT)} does not run on {structure.topology.family}: {place.parameters}. "
+                f"Use {arg('repair', 'ridge')}"
+            )
+
+
 def places(structure: Structure, model: torch.nn.Module) -> list[Place]:
     """Where the down projections of every MoE layer are stored.
 
@@ -131,6 +149,10 @@ class _Stored:
         for key, destination in self._destinations.items():
             self._keys.setdefault(destination.parameter, []).append(key)
 
+    def of_block(self, model: torch.nn.Module, module: str) -> Parameters | str:
+        """Where all parameters of a block are stored; see `block_parameters`."""
+        return block_parameters(self._structure, model, module, self._keys, self._destinations)
+
     def tensors(self, parameter: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """The tensors that fill a parameter as they are: one, or one for every index of its first axis.
 
@@ -168,7 +190,7 @@ def _place(structure: Structure, model: torch.nn.Module, module: str, stored: _S
     dtypes = {structure.checkpoint.tensors[key].dtype for key in (*disk, *(shared or ())[1:])}
     if len(dtypes) > 1:
         raise refused(structure, f"the down projections of a layer are stored as {' and '.join(sorted(dtypes))}")
-    return Place(disk, shared, (int(down.shape[2]), width), TORCH_NAMES[dtypes.pop()])
+    return Place(disk, shared, (int(down.shape[2]), width), TORCH_NAMES[dtypes.pop()], stored.of_block(model, module))
 
 
 def _shared(structure: Structure, model: torch.nn.Module, module: str, hidden_size: int) -> str | None:

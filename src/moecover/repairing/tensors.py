@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.pieces import piece, thinning
 from moecover.checkpoints.structure import Structure
 from moecover.files.gathering import contents
 from moecover.planning.artifact import Plan
-from moecover.repairing.layers import LayerRepair
+from moecover.repairing.applied import LayerRepair
+from moecover.repairing.block_tensors import Stored, from_disk, names_in, to_disk
 from moecover.repairing.solver import Fit
 from moecover.repairing.targets import Place
 
@@ -30,6 +31,9 @@ class LayerRow(TypedDict):
         before: squared error as a share of the squared output without repair, by corpus.
         after: the same with repair.
         kept: why other experts were not refitted, by name.
+        parameters: names in the model of all parameters that were refitted beyond down projections; left out where
+            none was.
+        held: see `refit.Refitted`; with ``parameters``.
     """
 
     decoder_layer: int
@@ -39,6 +43,8 @@ class LayerRow(TypedDict):
     before: dict[str, float]
     after: dict[str, float]
     kept: dict[str, str]
+    parameters: NotRequired[list[str]]
+    held: NotRequired[list[float]]
 
 
 def layer_row(repair: LayerRepair, corpora: Sequence[str]) -> LayerRow:
@@ -48,7 +54,7 @@ def layer_row(repair: LayerRepair, corpora: Sequence[str]) -> LayerRow:
         repair: of the layer.
         corpora: names of the calibration corpora.
     """
-    return {
+    row: LayerRow = {
         "decoder_layer": repair.decoder_layer,
         "experts": sorted(repair.experts),
         "shared": repair.shared is not None,
@@ -57,6 +63,9 @@ def layer_row(repair: LayerRepair, corpora: Sequence[str]) -> LayerRow:
         "after": dict(zip(corpora, repair.fit.after, strict=True)),
         "kept": repair.fit.kept,
     }
+    if repair.held is not None:
+        row["parameters"], row["held"] = sorted(repair.parameters), list(repair.held)
+    return row
 
 
 def stored_bytes(folder: Path, entry: TensorEntry) -> bytes:
@@ -89,10 +98,10 @@ def names_of(structure: Structure, place: Place, kept: Sequence[int], row: Layer
         row: what was repaired.
 
     Returns:
-        By name, the refitted experts that are in the tensor; none for the shared expert's.
+        By name, the refitted experts that are in the tensor; none where no down projections of experts alone are.
 
     Raises:
-        KeyError: a refitted expert is not kept.
+        KeyError: a refitted expert is not kept, or a refitted parameter is not the block's.
     """
     found: dict[str, list[int]] = {}
     for expert in row["experts"]:
@@ -103,24 +112,47 @@ def names_of(structure: Structure, place: Place, kept: Sequence[int], row: Layer
         found.setdefault(there.name, []).append(expert)
     if row["shared"] and place.shared is not None:
         found[place.shared[1]] = []
+    for parameter in row.get("parameters", []):
+        found.update((name, []) for name in names_in(structure, kept, _rows(place, parameter)))
     return found
 
 
+def _rows(place: Place, parameter: str) -> Sequence[Stored]:
+    """The tensors on disk of a parameter of the block.
+
+    Raises:
+        KeyError: it is none of the block's.
+    """
+    if isinstance(place.parameters, str):
+        raise KeyError(place.parameters)
+    return place.parameters[parameter]
+
+
 def layer_repair(
-    structure: Structure, place: Place, kept: Sequence[int], row: LayerRow, read: Callable[[str], bytes]
+    structure: Structure, place: Place, plan: Plan, layer: int, row: LayerRow, read: Callable[[str], bytes]
 ) -> LayerRepair:
     """The repair of a layer from tensors of the output.
 
     Args:
         structure: the original.
         place: of the layer.
-        kept: ids of its kept experts, ascending.
+        plan: what is kept.
+        layer: its index among the MoE layers.
         row: what was repaired.
         read: returns the bytes of a tensor of the output by its name.
     """
+    kept = plan.layers[layer].kept
     hidden, stacked = structure.topology.hidden_size, len(place.experts) == 1
     experts, shared = {}, None
-    for name, ids in names_of(structure, place, kept, row).items():
+
+    def tensor(name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return _tensor(read(name), dtype, shape)
+
+    parameters = {
+        parameter: from_disk(structure, plan, layer, _rows(place, parameter), tensor)
+        for parameter in row.get("parameters", [])
+    }
+    for name, ids in names_of(structure, place, kept, row).items() if not parameters else ():
         if not ids and place.shared is not None:
             shared = place.shared[0], _tensor(read(name), place.dtype, (hidden, place.widths[1]))
         elif stacked:
@@ -129,14 +161,20 @@ def layer_repair(
         else:
             experts[ids[0]] = _tensor(read(name), place.dtype, (hidden, place.widths[0]))
     before, after = list(row["before"].values()), list(row["after"].values())
-    return LayerRepair(row["decoder_layer"], experts, shared, Fit({}, before, after, row["penalties"], row["kept"]))
+    fit = Fit({}, before, after, row["penalties"], row["kept"])
+    held = (row["held"][0], row["held"][1]) if "held" in row else None
+    return LayerRepair(row["decoder_layer"], experts, shared, fit, parameters, kept, held)
 
 
 def written_tensors(
     structure: Structure, place: Place, plan: Plan, layer: int, repair: LayerRepair, row: LayerRow
 ) -> dict[str, torch.Tensor]:
     """The tensors of the output that a layer's repair changes, as they are written; arguments as in `layer_repair`."""
-    found, kept = {}, plan.layers[layer].kept
+    found, kept = dict[str, "torch.Tensor"](), plan.layers[layer].kept
+    for parameter, values in repair.parameters.items():
+        found |= to_disk(structure, plan, layer, _rows(place, parameter), values)
+    if repair.parameters:
+        return found
     for name, ids in names_of(structure, place, kept, row).items():
         if not ids:
             assert repair.shared is not None

@@ -68,7 +68,7 @@ def shrink(
     shape: str = AUTO,
     corpora: Corpora | None = None,
     own_text: bool = True,
-    repair: str = "ridge",
+    repair: str | None = None,
     quality: str = DEFAULT,
     work: str | Path | None = None,
     dry_run: bool = False,
@@ -91,7 +91,7 @@ def shrink(
         shape: ``auto``, ``experts`` (whole ones) or ``KxW``.
         corpora: calibration text; None for WikiText2 and C4 from the hub, where that can be reached.
         own_text: also have the model write text; skipped where it only runs layer by layer.
-        repair: ``ridge``, ``scale`` or ``none``.
+        repair: ``refit``, ``ridge``, ``scale`` or ``none``, see `repair`; None for the one of ``quality``.
         quality: ``fast``, ``default`` or ``best``: how much text is read.
         work: folder for what is made on the way; None for one beside the output.
         dry_run: return the steps with their estimates, and make nothing.
@@ -107,7 +107,7 @@ def shrink(
     shown, path = resolve(progress), Path(output)
     check_known(options, RunOptions)
     how, amount = passes(options), quality_of(quality)
-    kind = None if repair == NONE else repair
+    kind = amount.repair if repair is None else None if repair == NONE else repair
     if kind is not None:
         check_kind(kind)
     if corpora is not None:

@@ -15,6 +15,7 @@ class Quality:
     Attributes:
         blocks: of a calibration corpus at most.
         rows: of text that the model writes; they are divided into kinds.
+        repair: kind of the repair.
         repair_tokens: on which what stays is refitted.
         windows: of every text, held out to measure shapes and the result on.
         cost: how much text that is, against the default.
@@ -22,15 +23,16 @@ class Quality:
 
     blocks: int
     rows: int
+    repair: str
     repair_tokens: int
     windows: int
     cost: str
 
 
 QUALITIES = {
-    "fast": Quality(32, 48, 32_768, 4, "a quarter to a half of the default's text"),
-    "default": Quality(128, 128, 65_536, 8, "--dry-run says its time"),
-    "best": Quality(512, 512, 262_144, 32, "four times the default's text"),
+    "fast": Quality(32, 48, "ridge", 32_768, 4, "a quarter to a half of the default's text, repaired in closed form only"),
+    "default": Quality(128, 128, "refit", 65_536, 8, "--dry-run says its time"),
+    "best": Quality(512, 512, "refit", 262_144, 32, "four times the default's text"),
 }
 DEFAULT = "default"
 

@@ -1,6 +1,7 @@
 """The text of `shrink`: corpora as users give them, or WikiText2 and C4, and what the model writes, by kind.
 
-Every corpus is divided: the first part calibrates, the rest is held out for what is measured.
+Every corpus is divided: the first part calibrates, the rest is held out for what is measured. Tokens that the text
+hardly holds are one more corpus, see `corpora.rare_tokens`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from moecover.corpora.generation import cache_bytes
 from moecover.corpora.loading import Corpora, parsed
 from moecover.corpora.own_text import generate
 from moecover.corpora.packing import LENGTH, Corpus, load_corpus
+from moecover.corpora.rare_tokens import NAME as RARE
+from moecover.corpora.rare_tokens import rare_tokens
 from moecover.corpora.splitting import split
 from moecover.errors import InputError, MoecoverError, arg
 from moecover.progress import Progress
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from moecover.shrinking.quality import Quality
 
 NAMED = ("wikitext2", "c4")  # where no corpus is given
-OWN, KINDS, ROWS_OF_KIND = "self", 8, 4  # kinds of text at most, and rows of the text for each
+OWN, KINDS, ROWS_OF_KIND = "self", 16, 4  # kinds of text at most, and rows of the text for each
 ROOM = 2 << 30  # bytes of keys and values of all rows at once, above which the model writes them in batches
 OWN_FILE, KINDS_FOLDER = "own-text.jsonl", "kinds"
 
@@ -93,7 +96,7 @@ def named_corpora(corpora: Corpora | None, *, progress: Progress, structure: Str
 
 
 def divided(corpora: Sequence[str | Corpus], structure: Structure, quality: Quality, *, progress: Progress) -> Texts:
-    """All corpora, each divided into calibration text and held-out text.
+    """All corpora, each divided into calibration text and held-out text; and rare tokens, to calibrate on only.
 
     Args:
         corpora: names, ``NAME=PATH``, or loaded ones.
@@ -122,6 +125,10 @@ def divided(corpora: Sequence[str | Corpus], structure: Structure, quality: Qual
             f"{arg('corpora', next(iter(parsed(corpora))))} is one block of text, two are needed: one to calibrate on, "
             "one to measure on"
         )
+    if RARE not in (corpus.name for corpus in calibration):
+        blocks = max(1, quality.rows // KINDS)
+        calibration.append(rare_tokens(structure, calibration, blocks=blocks, length=length_of(structure)))
+        progress.say(f"corpus {RARE}: {calibration[-1].record['source']}")
     return Texts(calibration, held_out)
 
 

@@ -15,7 +15,7 @@ from moecover.errors import InputError
 from moecover.files.gathering import Range, contents
 from moecover.files.hashing import HASH, hash_of
 from moecover.planning.artifact import Plan
-from moecover.repairing.layers import LayerRepair
+from moecover.repairing.applied import LayerRepair
 from moecover.repairing.targets import places_on_disk
 from moecover.repairing.tensors import layer_repair, names_of, stored_bytes
 
@@ -60,7 +60,7 @@ def read_repairs(original: Structure, plan: Plan, cut: Checkpoint, manifest: dic
         return stored_bytes(cut.path, cut.tensors[name])
 
     def of_layer(layer: int) -> LayerRepair:
-        return layer_repair(original, where[layer], kept[layer], repair["layers"][layer], read)
+        return layer_repair(original, where[layer], plan, layer, repair["layers"][layer], read)
 
     hashes: dict[str, str] = repair["tensors"]
     return Repairs(of_layer, hashes, changed_tensors(original, plan, cut, hashes, mtp=manifest.get("mtp", "drop")))

@@ -24,7 +24,7 @@ from moecover.errors import InputError
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
 from moecover.planning.masking import masked_layers
-from moecover.repairing.layers import with_repairs
+from moecover.repairing.applied import with_repairs
 from moecover.runtime.memory import opened
 from moecover.runtime.running import Running, unmasked
 from moecover.text import Cell, Shown
