@@ -110,3 +110,19 @@ MTP = {
     "deepseek_v3": ("model.layers.3", {"num_nextn_predict_layers": 1}),
     "qwen2_moe": ("mtp.layers.0", {"mtp_num_hidden_layers": 1, "mtp_layer_types": ["full_attention"], "use_mtp": True}),
 }
+
+
+def with_mtp_run(source: Path, target: Path, root: str) -> Path:
+    """The same checkpoint with its multi-token-prediction layer as one more decoder layer: the model runs it."""
+    shutil.copytree(source, target)
+    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    tensors: Tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.startswith(root) and re.search(r"\.(enorm|shared_head)\.", name):
+            continue
+        tensors[name.replace(f"{root}.", f"model.layers.{layers}.")] = tensor
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config = {k: v for k, v in config.items() if not re.search("mtp|nextn|layer_types", k)}
+    (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers + 1}))
+    return target

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Never
 
 from moecover.checkpoints.header import TensorEntry
-from moecover.checkpoints.names import kind_of
+from moecover.checkpoints.names import kind_of, suffix_of, twin_of
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import ChannelAxis, ExpertTensor, Width
 from moecover.files.gathering import ZEROS, Gather, Range, num_bytes
@@ -52,6 +52,22 @@ def thinning(structure: Structure, channels: Channels | None) -> Thin | None:
     if channels is None or isinstance(structure.width, str):
         return None
     return Thin(structure.width, channels)
+
+
+def uncut_mtp(structure: Structure) -> str | None:
+    """A tensor of multi-token-prediction layers whose channels are not stored as in other layers; None if none is."""
+    width = structure.width
+    assert not isinstance(width, str)
+    known = {suffix_of(kind_of(name)) for name, row in structure.tensors.items() if row.routed}
+    for name, row in structure.mtp.items():
+        kind, shape = kind_of(name), structure.checkpoint.tensors[name].shape
+        if row is not None and row.routed and twin_of(name, known) is None:
+            return name
+        for axes, length in (width.tensors, width.channels), (width.shared_tensors, width.shared * width.channels):
+            axis = axes.get(kind)
+            if axis is not None and shape[axis.axis : axis.axis + 1] != (axis.parts * length,):
+                return name
+    return None
 
 
 @dataclass(frozen=True)

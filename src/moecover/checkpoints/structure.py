@@ -95,24 +95,28 @@ class Structure(Shown):
         """
         layers = [list(of_layer) for of_layer in self._sizes_of(self.tensors, width)]
         twins = {name: row for name, row in self.mtp.items() if row} if mtp == "prune" else {}
-        for layer, of_layer in zip(layers, self._sizes_of(twins), strict=True):
+        for layer, of_layer in zip(layers, self._sizes_of(twins, width), strict=True):
             layer[:] = [a + b for a, b in zip(layer, of_layer, strict=True)]
         total = self.checkpoint.num_bytes
         if mtp == "drop":
             total -= sum(self.checkpoint.tensors[name].num_bytes for name in self.mtp)
         total -= sum(map(sum, self._sizes_of(self.tensors)))
         total -= sum(map(sum, self._sizes_of(twins)))
-        total += self._padding_bytes(width)
+        total += self._padding_bytes(width, mtp)
         if isinstance(kept, int):
             return total + sum(self._largest(of_layer, kept) for of_layer in layers)
         return total + sum(of_layer[e] for of_layer, ids in zip(layers, kept, strict=True) for e in ids)
 
-    def _padding_bytes(self, width: int | None) -> int:
+    def _padding_bytes(self, width: int | None, mtp: str) -> int:
         """Bytes of the zeros that shared experts get where routed ones have some width."""
         if width is None or isinstance(self.width, str) or not (padding := self.width.padding(width)):
             return 0
-        kinds = self.width.shared_tensors
-        found = [(entry, axis) for name, entry in self.checkpoint.tensors.items() if (axis := kinds.get(kind_of(name)))]
+        kinds, gone = self.width.shared_tensors, self.mtp if mtp == "drop" else ()
+        found = [
+            (entry, axis)
+            for name, entry in self.checkpoint.tensors.items()
+            if name not in gone and (axis := kinds.get(kind_of(name)))
+        ]
         return sum(entry.num_bytes // entry.shape[axis.axis] * padding for entry, axis in found)
 
     def _sizes_of(self, tensors: Mapping[str, ExpertTensor], width: int | None = None) -> list[list[int]]:

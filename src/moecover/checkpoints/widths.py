@@ -7,7 +7,7 @@ doubled, and every tensor whose shape changes has an axis of channels. What cann
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.config_edit import (
@@ -17,7 +17,7 @@ from moecover.checkpoints.config_edit import (
     with_expert_count,
 )
 from moecover.checkpoints.model_class import build_on_meta
-from moecover.checkpoints.names import kind_of, read_names
+from moecover.checkpoints.names import kind_of, read_names, suffix_of, twin_of
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.topology import ChannelAxis, ExpertTensors, Width
 from moecover.errors import InputError
@@ -66,6 +66,8 @@ def derive_width(
         live = _by_kind(parameters)
         on_disk = _tensors(checkpoint, model, tensors, parameters, axes, channels)
         around_on_disk = _shared_tensors(checkpoint, model, around)
+        on_disk |= _of_twins(tensors.mtp, on_disk)
+        around_on_disk |= _of_twins(tensors.mtp, around_on_disk)
     except _NoWidthError as reason:
         return str(reason)
     return Width(channels, (path,), on_disk, live, keys, shared, around_on_disk, _by_kind(around))
@@ -242,3 +244,10 @@ def _shared_tensors(
                 raise _NoWidthError(f"{name} of the shared expert is not stored as it is used")
             found[kind_of(name)] = around[destination.parameter]
     return found
+
+
+def _of_twins(mtp: Iterable[str], found: Mapping[str, ChannelAxis]) -> dict[str, ChannelAxis]:
+    """The channel axis of multi-token-prediction layers' tensors on disk, by kind: that of the same of other layers."""
+    by_suffix = {suffix_of(kind): axis for kind, axis in found.items()}
+    twins = {name: twin for name in mtp if (twin := twin_of(name, by_suffix)) is not None}
+    return {kind_of(name): by_suffix[twin] for name, twin in twins.items()}

@@ -85,8 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("drop", "prune"),
         default="drop",
         help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of "
-        "the last "
-        "MoE layer in them (default: drop)",
+        "the last MoE layer, of experts and channels, in them (default: drop)",
     )
 
 

@@ -22,7 +22,7 @@ from moecover.planning.shapes import resolve_shape
 from moecover.progress import Progress, resolve
 from moecover.pruning.other_files import check_settings
 from moecover.pruning.request import Choice, Pruned, Repair, Request, WriteOptions
-from moecover.pruning.writer import check_target
+from moecover.pruning.writer import check_mtp, check_target
 from moecover.pruning.writer import prune as write_checkpoint
 from moecover.registry import unknown_name
 from moecover.runtime.options import check_known
@@ -153,7 +153,9 @@ def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pr
 
     extra = memory_needed(headers, request)
     with _fetched(headers, request, progress) as structure:
-        check_settings(structure, request.choice, mtp=request.writing.get("mtp", "drop"))
+        mtp = request.writing.get("mtp", "drop")
+        check_mtp(structure, request.choice.width, mtp)
+        check_settings(structure, request.choice, mtp=mtp)
         with made_from_text(structure, request, extra=extra, progress=progress) as (plan, made):
             return _written(structure, plan, request, made, progress)
 
