@@ -117,7 +117,7 @@ class Structure(Shown):
             for name, entry in self.checkpoint.tensors.items()
             if name not in gone and (axis := kinds.get(kind_of(name)))
         ]
-        return sum(entry.num_bytes // entry.shape[axis.axis] * padding for entry, axis in found)
+        return sum(entry.num_bytes // entry.shape[axis.axis] * padding // axis.group for entry, axis in found)
 
     def _sizes_of(self, tensors: Mapping[str, ExpertTensor], width: int | None = None) -> list[list[int]]:
         """Bytes of every expert in some of the tensors, ``[layer][expert]``, at full width or a smaller one."""
@@ -129,7 +129,7 @@ class Structure(Shown):
             places = 1 if row.axis is None else entry.shape[row.axis]
             each = entry.num_bytes // places
             if width is not None and thin is not None and row.routed and kind_of(name) in thin.tensors:
-                each = each // thin.channels * width
+                each = each * width // thin.channels
             if row.expert is not None:
                 sizes[row.layer][row.expert] += each
                 continue

@@ -33,6 +33,7 @@ ONE_SHOT = (
     "retain_width",
     "width_multiple_of",
     "protect_channels",
+    "channel_groups",
     "method",
     "protect_super_experts",
     "option",

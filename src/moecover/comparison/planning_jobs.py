@@ -157,6 +157,7 @@ def _plans(
         widths=[shape.width for shape in shapes],
         protect_super_experts=protect,
         protect_channels=0.0,
+        channel_groups=1,
         **options,
     )
 
