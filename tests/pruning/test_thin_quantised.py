@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,10 +157,16 @@ def test_parts_of_blocks_are_refused(checkpoints: Callable[..., Path], tmp_path:
     structure = read_structure(quantise(source, tmp_path / "m", "fp8", weight_block_size=[16, 16], **FP8))
     with pytest.raises(InputError, match=r"blocks of 16 channels. Make the plan with .*channel.groups.16"):
         prune(structure, random_shape(structure, 32), tmp_path / "out")
-    odd = read_structure(quantise(source, tmp_path / "odd", "fp8", weight_block_size=[48, 48], **FP8))
-    assert isinstance(odd.width, str)
-    assert "64 channels in unequal blocks" in odd.width
-    assert math.prod(odd.checkpoint.tensors["model.layers.1.mlp.experts.0.down_proj.weight_scale_inv"].shape) == 2
+    odd = quantise(source, tmp_path / "odd", "fp8", weight_block_size=[48, 48], **FP8)
+    for settings, says in (
+        ({"weight_block_size": [48, 48]}, "64 channels in unequal blocks"),
+        ({}, "64 channels in unequal blocks"),  # two scales, of 32 or of 48 and 16: nothing tells
+        ({"weight_block_size": [[48], 48]}, "are not square"),
+    ):
+        set_config(odd, quantization_config={"quant_method": "fp8", **settings})
+        width = read_structure(odd).width
+        assert isinstance(width, str)
+        assert says in width
 
 
 def test_from_the_original_s_profile_to_the_quantised_sibling(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from moecover.checkpoints.config_edit import QUANTISATION_KEYS
+from moecover.checkpoints.config_edit import quantisation_settings
 from moecover.checkpoints.header import DTYPE_BITS, TensorEntry
 from moecover.checkpoints.names import Destination, kind_of
 from moecover.checkpoints.source import Checkpoint
@@ -50,11 +50,10 @@ class Blocks:
             raise NoWidthError(
                 f"its experts are quantised ({how}), which keeps channels in an order of its own: {WAY_OUT}"
             )
-        settings = next((checkpoint.config[key] for key in QUANTISATION_KEYS if key in checkpoint.config), None)
-        size = settings.get("weight_block_size") if isinstance(settings, dict) else None
+        size = (quantisation_settings(checkpoint.config) or {}).get("weight_block_size")
         self._size: int | None = None  # rows and columns of a block, where the settings name them
         if isinstance(size, list) and size:
-            if len(set(size)) > 1 or type(size[0]) is not int or size[0] < 1:
+            if size != [size[0]] * len(size) or type(size[0]) is not int or size[0] < 1:
                 raise NoWidthError(f"its blocks of {size} are not square: {WAY_OUT}")
             self._size = size[0]
 
@@ -81,7 +80,7 @@ class Blocks:
         if count == 1 and not data and self._method == ONE_SCALE and channels <= (self._size or channels):
             return None
         group = length // count if count else 0
-        expected = 1 if data or count == length else self._size or group
+        expected = 1 if data or count == length else self._size  # rows of fp8 blocks may not fill the last one
         fits = group and count * group == length and channels % group == 0
         if not fits or (group != expected and self._method == ONE_SCALE) or (group > 1 and live.interleaved):
             raise NoWidthError(
