@@ -1,13 +1,15 @@
 """Time and memory of `prune` against `cp` of the bytes that it writes, on one disk, in alternation.
 
-    python -m benchmarks.prune [--gb 2] [--model FOLDER] [--retain 0.5] [--rounds 5] [--cold] [--folder .]
+    python -m benchmarks.prune [--gb 2] [--model FOLDER] [--retain 0.5] [--width W] [--rounds 5] [--cold]
+                              [--folder .]
 
 Without ``--model``, writes a checkpoint of random bytes in the shape of Qwen1.5-MoE-A2.7B, with as many layers as fit
-into ``--gb`` (27.2 for all 24; the vocabulary stays small). Before every round, the files to be read are brought into
-the page cache, or with ``--cold`` dropped from it; use ``--cold`` for more than fits into memory. With ``--cold``, all
-free memory is also touched before every run: a virtual machine may have to ask its host for memory that was free for
-long, which would slow down whichever runs first. Every `prune` runs in its own process. Prints the median over the
-rounds and the minimum of:
+into ``--gb`` (27.2 for all 24; the vocabulary stays small). With ``--width``, W channels at random stay of every kept
+expert: rows of gate and up projection, and strided columns of the down projection. Before every round, the files to be
+read are brought into the page cache, or with ``--cold`` dropped from it; use ``--cold`` for more than fits into memory.
+With ``--cold``, all free memory is also touched before every run: a virtual machine may have to ask its host for memory
+that was free for long, which would slow down whichever runs first. Every `prune` runs in its own process. Prints the
+median over the rounds and the minimum of:
 
 - ``cp``: cp of the output folder, and the same with its files flushed to the disk as `prune` flushes them;
 - ``cp of the source``: cp of as many of the source's shards as hold the output's bytes, scaled to those bytes. With
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint to make")
     parser.add_argument("--model", type=Path, help="an existing checkpoint to use instead")
     parser.add_argument("--retain", type=float, default=0.5)
+    parser.add_argument("--width", type=int, help="channels that stay of every kept expert (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")
     parser.add_argument("--folder", type=Path, default=Path(), help="scratch folder; twice the size is needed")
@@ -158,18 +161,24 @@ def size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def plan_at_random(source: Path, retain: float, path: Path) -> None:
-    """Write a plan that keeps a random share of the experts of every layer."""
+def plan_at_random(source: Path, retain: float, width: int | None, path: Path) -> None:
+    """Write a plan that keeps a random share of the experts of every layer, and random channels of each."""
     from moecover.checkpoints.structure import read_structure
+    from moecover.checkpoints.topology import Width
     from moecover.planning.artifact import LayerPlan, Plan
     from moecover.planning.keep import resolve_keep
 
-    topology = read_structure(source).topology
+    structure, chance = read_structure(source), np.random.default_rng(0)
+    topology, channels = structure.topology, structure.width.channels if isinstance(structure.width, Width) else 0
     keep = resolve_keep(topology, keep=None, retain=retain)
-    chance = np.random.default_rng(0)
-    kept = [sorted(map(int, chance.choice(topology.num_experts, keep, replace=False))) for _ in topology.decoder_layers]
-    layers = [LayerPlan(decoder_layer=d, kept=k) for d, k in zip(topology.decoder_layers, kept, strict=True)]
-    Plan(schema=1, keep=keep, layers=layers).save(path)
+
+    def some(number: int, count: int) -> list[int]:
+        return sorted(map(int, chance.choice(number, count, replace=False)))
+
+    layers = [LayerPlan(decoder_layer=d, kept=some(topology.num_experts, keep)) for d in topology.decoder_layers]
+    for layer in layers if width is not None else ():
+        layer.channels = [some(channels, width or 0) for _ in layer.kept]
+    Plan(schema=1, keep=keep, width=width, layers=layers).save(path)
 
 
 class Rounds:
@@ -237,7 +246,7 @@ RATIOS = [
 def measure(work: Path, args: argparse.Namespace) -> None:
     """Run everything in alternation in a scratch folder, and print."""
     source = args.model or make_checkpoint(work / "model", max(1, round(args.gb / 1.134)))
-    plan_at_random(source, args.retain, work / "plan.json")
+    plan_at_random(source, args.retain, args.width, work / "plan.json")
     rounds = Rounds(source, work, cold=args.cold)
     for _ in range(args.rounds):
         rounds.prune()
@@ -246,7 +255,8 @@ def measure(work: Path, args: argparse.Namespace) -> None:
     gb, cache = size(rounds.output) / 1e9, "cold" if args.cold else "warm"
     command = [sys.executable, "-c", IMPORTS + "print(peak())"]
     imports = subprocess.run(command, check=True, capture_output=True, text=True)
-    print(f"{gb:.2f} GB written, {cache}, {args.rounds} rounds; seconds: median, least")
+    thin = f", {args.width} channels of every expert" if args.width is not None else ""
+    print(f"{gb:.2f} GB written{thin}, {cache}, {args.rounds} rounds; seconds: median, least")
     times = rounds.times
     for name, seconds in times.items():
         print(f"  {name:30}{statistics.median(seconds):8.2f}{min(seconds):8.2f}")

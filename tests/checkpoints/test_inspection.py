@@ -11,6 +11,7 @@ import pytest
 from moecover.checkpoints.inspection import inspect
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import read_structure
+from moecover.cli.main import main
 from moecover.pruning.writer import prune
 from tests.support.quantised import quantise
 from tests.support.thin import random_shape
@@ -71,10 +72,23 @@ def test_sizes_of_thinner_experts_are_those_of_their_files(
 
 
 def test_why_experts_cannot_be_thinner(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    facts = inspect(quantise(checkpoints("mixtral"), tmp_path / "fp8", "fp8"))
+    facts = inspect(quantise(checkpoints("mixtral"), tmp_path / "gptq", "gptq"))
     assert facts["channels"] is None
     assert facts["all_channels_because"].startswith("its experts are quantised")
     assert not {"widths", "thin_sizes"} & facts.keys()
+
+
+def test_blocks_in_which_channels_are_quantised(
+    checkpoints: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoints("mixtral", intermediate_size=64)
+    folder = quantise(source, tmp_path / "m", "fp8", weight_block_size=[16, 16])
+    facts = inspect(folder)
+    assert facts["channel_groups"] == 16
+    assert [row["width"] for row in facts["widths"]] == [16, 32, 48]
+    assert main(["inspect", str(folder)]) == 0
+    assert "plan thinner experts with --channel-groups 16" in capsys.readouterr().out
+    assert inspect(source)["channel_groups"] == 1
 
 
 def test_an_inspection_of_a_refused_model_says_why(model: Path, tmp_path: Path) -> None:

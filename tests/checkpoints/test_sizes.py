@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moecover.checkpoints.header import read_header
 from moecover.checkpoints.inspection import inspect
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
@@ -20,6 +21,7 @@ from moecover.pruning.card import model_card
 from moecover.pruning.writer import prune
 from tests.conftest import hand_plan
 from tests.support.quantised import MTP, gptq, set_config, with_mtp
+from tests.support.thin import random_shape
 
 
 def mixed(source: Path, target: Path, packed: Callable[[int, int], bool]) -> Path:
@@ -95,3 +97,23 @@ def test_multi_token_prediction_layers_count(checkpoints: Callable[..., Path], t
         out = prune(structure, hand_plan(structure, [kept] * layers), tmp_path / f"{mtp}{kept[1]}{kept[0]}", mtp=mtp)
         assert open_checkpoint(out).num_bytes == structure.num_bytes([kept] * layers, mtp=mtp)
         assert open_checkpoint(out).num_bytes <= structure.num_bytes(6, mtp=mtp)
+
+
+def header_bytes(folder: Path) -> int:
+    """Bytes of all tensors by their headers."""
+    return sum(entry.num_bytes for file in folder.glob("*.safetensors") for entry in read_header(file)[0].values())
+
+
+@pytest.mark.parametrize("mtp", ["drop", "prune"])
+def test_every_shape_is_the_sum_over_its_headers(checkpoints: Callable[..., Path], tmp_path: Path, mtp: str) -> None:
+    """Also where shared experts are padded; only the first shape looks at the tensors."""
+    source = checkpoints("deepseek_v3", moe_intermediate_size=40, n_shared_experts=3)
+    root, config = MTP["deepseek_v3"]
+    structure = read_structure(with_mtp(source, tmp_path / "m", root, **config))
+    structure.num_bytes(6)
+    structure.checkpoint.tensors.clear()
+    found = {(keep, width): structure.num_bytes(keep, width=width, mtp=mtp) for keep in (6, 9) for width in (16, 32)}
+    structure = read_structure(tmp_path / "m")
+    for (keep, width), size in found.items():
+        out = prune(structure, random_shape(structure, width, keep=keep), tmp_path / f"{keep}x{width}", mtp=mtp)
+        assert header_bytes(out) == size

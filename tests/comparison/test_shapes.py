@@ -22,6 +22,8 @@ from moecover.errors import InputError
 from moecover.evaluation.perplexity import perplexity
 from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
+from moecover.planning.run import plan_budgets
+from moecover.profiling.artifact import Profile
 from moecover.runtime.loading import load_model
 from tests.support.grids import rows, run, written
 
@@ -68,6 +70,31 @@ def test_the_channels_of_random_experts_are_calibrated() -> None:
 def test_shapes_that_cannot_be(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         expanded(**fields)
+
+
+def test_turns_of_channels_are_an_option_of_a_row(grid: Callable[..., Path], tmp_path: Path) -> None:
+    methods = [{"method": "tb-coverage", "protect_channels": 0.5}, "tb-coverage"]
+    found = expanded(shapes=["30x32", "15"], methods=methods)
+    assert [c.label for c in found[1:]] == [
+        "TB-Coverage (contribution, protect channels 0.5), 30x32",
+        "TB-Coverage (contribution), 30x32",
+        "TB-Coverage (contribution, protect channels 0.5)",
+        "TB-Coverage (contribution)",
+    ]
+    for wrong, says in (1.5, "less than or equal to 1"), (-1, "greater than or equal to 0"):
+        with pytest.raises(InputError, match=says):
+            expanded(shapes=["30x32"], methods=[{"method": "pooled", "protect_channels": wrong}])
+    with pytest.raises(InputError, match="protect_channels has no use here: no entry of `shapes` has channels"):
+        expanded(retain=[0.5], methods=methods[:1])
+    turns = {"method": "tb-coverage", "protect_channels": 1}
+    assert run(grid(shapes=["12x8", "50%"], retain=None, methods=[turns]), tmp_path / "r") == 0
+    plans = [Plan.load(path) for path in sorted((tmp_path / "r" / "plans").rglob("*.json"))]
+    thin, profile = (
+        next(p for p in plans if p.width == 8),
+        Profile.load(next((tmp_path / "r").rglob("profile.safetensors")).parent),
+    )
+    expected, without = (plan_budgets(profile, keeps=[12], widths=[8], protect_channels=p)[0] for p in (1.0, 0.0))
+    assert thin.channels == expected.channels != without.channels
 
 
 def test_methods_are_compared_in_a_shape_and_shapes_of_the_method_at_equal_bytes() -> None:

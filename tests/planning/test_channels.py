@@ -130,3 +130,36 @@ def test_plans_that_differ_in_channels_alone_are_different_checkpoints() -> None
     assert one.kept == other.kept == whole.kept
     assert len({kept_hash(one), kept_hash(other), kept_hash(whole)}) == 3
     assert kept_sets(one) != kept_sets(other)
+
+
+def test_groups_stay_or_go_by_the_sum_of_their_energies() -> None:
+    profile = made(tokens={"a": 100, "b": 900})
+    found = plan(profile, keep=3, width=16, channel_groups=8)
+    for layer, row in enumerate(found.layers):
+        for expert, ids in zip(row.kept, row.channels, strict=True):
+            mean = profile.channels["a"][layer, expert] / 100 + profile.channels["b"][layer, expert] / 900
+            first, second = sorted(sorted(range(3), key=lambda g: -mean[8 * g : 8 * g + 8].sum())[:2])
+            assert ids == [*range(8 * first, 8 * first + 8), *range(8 * second, 8 * second + 8)]
+    assert found.options["channel_groups"] == 8
+    turns = choose_channels(profile, 0, [0], 16, protect=1.0, group=8)[0]
+    assert {profile.channels[c][0, 0].reshape(3, 8).sum(1).argmax() for c in "ab"} <= {i // 8 for i in turns}
+
+
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        ({"width": 8, "channel_groups": 16}, "width=8 of 24 channels are no whole groups of 16"),
+        ({"width": 16, "channel_groups": 0}, "out of range: 1 or more"),
+        ({"channel_groups": 8}, "no use here: all channels are kept"),
+    ],
+)
+def test_groups_that_cannot_be(asked: dict[str, int], says: str) -> None:
+    width = asked.get("width")
+    with pytest.raises(InputError, match=says):
+        plan_budgets(made(), keeps=[3], widths=[width], channel_groups=asked["channel_groups"])
+
+
+def test_widths_are_rounded_to_whole_groups() -> None:
+    topology = made().topology
+    assert resolve_shape(topology, 96, keep=3, width=40, channel_groups=32).width == 32
+    assert resolve_shape(topology, 96, keep=3, retain_width=0.6, channel_groups=32).width == 64

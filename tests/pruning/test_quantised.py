@@ -22,7 +22,7 @@ from moecover.errors import InputError
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.pruning.writer import prune
 from moecover.verification.verify import verify
-from tests.support.quantised import EXPERT, LAYOUTS, MTP, Tensors, quantise, set_config, some_bytes, with_mtp
+from tests.support.quantised import EXPERT, LAYOUTS, MTP, Tensors, mxfp4, quantise, set_config, some_bytes, with_mtp
 
 KEPT = {  # by experts of a layer; as many of every third, for routers with three groups
     6: ([0, 2, 5], [1, 2, 4]),
@@ -81,18 +81,8 @@ def test_quantised_experts_are_copied_byte_for_byte(
 
 @pytest.mark.parametrize("quantised_names", [True, False])
 def test_mxfp4(checkpoints: Callable[..., Path], tmp_path: Path, quantised_names: bool) -> None:
-    """gpt_oss on the hub: blocks and scales of all experts in one tensor, biases plain."""
-    source, folder = checkpoints("gpt_oss"), tmp_path / "m"
-    shutil.copytree(source, folder)
-    tensors: Tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            experts, columns, rows = tensor.shape
-            tensors[f"{name}_blocks"] = some_bytes(experts, rows, columns // 16, 8)
-            tensors[f"{name}_scales"] = some_bytes(experts, rows, columns // 16)
-        else:
-            tensors[name] = tensor
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    folder = mxfp4(checkpoints("gpt_oss", intermediate_size=32), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
     if quantised_names:
         settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}
         set_config(folder, quantization_config=settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
 from moecover.planning.artifact import Plan
+from moecover.profiling.artifact import Profile
+from moecover.progress import resolve
 from moecover.shrinking import quality
 from moecover.shrinking.quality import Quality
+from moecover.shrinking.texts import divided
 from tests.conftest import random_corpus, write_rows
 
 
@@ -108,6 +112,54 @@ def test_the_command_goes_on_where_it_stopped(
         main([*asked[:-4], "--budget", "50%", "-o", str(tmp_path / "two"), "--work", str(tmp_path / "out-work")]) == 2
     )
     assert "was made with another quality" in capsys.readouterr().err
+
+
+def test_a_plan_of_another_profile_is_made_again(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    """The work folder keeps its plan when its profile was removed and other text is given."""
+    source = checkpoints("qwen2_moe", moe_intermediate_size=32)
+
+    def made(text: list[Corpus]) -> Plan:
+        found = shrink(
+            source,
+            tmp_path / "out",
+            budget="50%",
+            shape="12x16",
+            corpora=text,
+            own_text=False,
+            repair="none",
+            quality="fast",
+            dtype="float32",
+            overwrite=True,
+            progress=False,
+        )
+        assert isinstance(found, Shrunk)
+        return Plan.load(found.work / "plan.json")
+
+    first = made(corpora())
+    shutil.rmtree(tmp_path / "out-work" / "profile")
+    second = made([random_corpus(name, seed=seed, sequences=12) for name, seed in (("a", 3), ("b", 4))])
+    assert second.profile_fingerprint == Profile.load(tmp_path / "out-work" / "profile").fingerprint
+    assert second.profile_fingerprint != first.profile_fingerprint
+    assert second.layers != first.layers
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("blocks", [2, 3, 5, 6, 11, 12, 13, 40])
+def test_no_block_is_calibrated_on_and_held_out(
+    checkpoints: Callable[..., Path], tmp_path: Path, blocks: int, from_file: bool
+) -> None:
+    structure = read_structure(checkpoints("qwen2_moe"))
+    corpus = random_corpus("a", sequences=blocks)
+    rows = [{"input_ids": row} for row in corpus.tokens.tolist()]
+    source = f"a={write_rows(tmp_path / 'a.jsonl', rows)}" if from_file else corpus
+    wanted = Quality(blocks=8, rows=0, repair_tokens=0, windows=3, cost="")
+    found = divided([source], structure, wanted, progress=resolve(False))
+    (calibration,), (held_out,) = found.calibration, found.held_out
+    one, two = ({tuple(row) for row in text.tokens.tolist()} for text in (calibration, held_out))
+    assert not one & two
+    assert one | two <= {tuple(row) for row in corpus.tokens.tolist()}
+    assert 1 <= len(one) <= 8
+    assert 1 <= len(two) <= 3
 
 
 @pytest.mark.parametrize(

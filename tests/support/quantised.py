@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -23,8 +24,9 @@ def some_bytes(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     return raw.view(dtype)
 
 
-def fp8(stem: str, w: torch.Tensor) -> Tensors:
-    return {f"{stem}.weight": w.to(torch.float8_e4m3fn), f"{stem}.weight_scale_inv": torch.rand(1, 1)}
+def fp8(stem: str, w: torch.Tensor, block: int = 128) -> Tensors:
+    scales = torch.rand(*(-(-size // block) for size in w.shape))
+    return {f"{stem}.weight": w.to(torch.float8_e4m3fn), f"{stem}.weight_scale_inv": scales}
 
 
 def compressed(stem: str, w: torch.Tensor) -> Tensors:
@@ -76,15 +78,38 @@ LAYOUTS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
 
 
 def quantise(source: Path, target: Path, method: str, **settings: Any) -> Path:
-    """A sibling of a checkpoint whose experts (and one attention matrix, one router left alone) are stored packed."""
+    """A sibling of a checkpoint whose experts (and one attention matrix, one router left alone) are stored packed.
+
+    With ``weight_block_size`` in the settings, shared experts are stored in these blocks, too.
+    """
+    torch.manual_seed(1)
+    layout, blocks = LAYOUTS[method], settings.get("weight_block_size")
+    if blocks:
+        layout = functools.partial(fp8, block=blocks[0])
+    shutil.copytree(source, target)
+    tensors: Tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        inside = EXPERT.search(name) or (blocks and "shared_experts" in name)
+        packed = tensor.dim() == 2 and (inside or name.endswith("o_proj.weight"))
+        tensors |= layout(name.removesuffix(".weight"), tensor.float()) if packed else {name: tensor}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors", metadata={"format": "pt"})
+    set_config(target, quantization_config={"quant_method": method, **settings})
+    return target
+
+
+def mxfp4(source: Path, target: Path) -> Path:
+    """gpt_oss as on the hub: blocks and scales of all experts in one tensor, biases plain; no settings."""
     torch.manual_seed(1)
     shutil.copytree(source, target)
     tensors: Tensors = {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        packed = tensor.dim() == 2 and (EXPERT.search(name) or name.endswith("o_proj.weight"))
-        tensors |= LAYOUTS[method](name.removesuffix(".weight"), tensor.float()) if packed else {name: tensor}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors", metadata={"format": "pt"})
-    set_config(target, quantization_config={"quant_method": method, **settings})
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, columns, rows = tensor.shape
+            tensors[f"{name}_blocks"] = some_bytes(experts, rows, columns // 32, 16)
+            tensors[f"{name}_scales"] = some_bytes(experts, rows, columns // 32)
+        else:
+            tensors[name] = tensor
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
 
@@ -110,3 +135,19 @@ MTP = {
     "deepseek_v3": ("model.layers.3", {"num_nextn_predict_layers": 1}),
     "qwen2_moe": ("mtp.layers.0", {"mtp_num_hidden_layers": 1, "mtp_layer_types": ["full_attention"], "use_mtp": True}),
 }
+
+
+def with_mtp_run(source: Path, target: Path, root: str) -> Path:
+    """The same checkpoint with its multi-token-prediction layer as one more decoder layer: the model runs it."""
+    shutil.copytree(source, target)
+    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    tensors: Tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.startswith(root) and re.search(r"\.(enorm|shared_head)\.", name):
+            continue
+        tensors[name.replace(f"{root}.", f"model.layers.{layers}.")] = tensor
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config = {k: v for k, v in config.items() if not re.search("mtp|nextn|layer_types", k)}
+    (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers + 1}))
+    return target

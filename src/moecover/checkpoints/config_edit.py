@@ -126,13 +126,18 @@ def first_number(config: Config, keys: tuple[str, ...]) -> int | None:
     return None
 
 
+def quantisation_settings(config: Config) -> Config | None:
+    """The quantisation settings of a raw config, or of one nested in it; None if there are none."""
+    found = (part.get(key) for _, part in _parts(config) for key in QUANTISATION_KEYS)
+    return next((settings for settings in found if isinstance(settings, dict)), None)
+
+
 def quantisation(config: Config) -> str | None:
     """The quantisation that a raw config declares (``fp8``, ``gptq``, ...); None if it declares none."""
-    for _, part in _parts(config):
-        for key in QUANTISATION_KEYS:
-            if isinstance(found := part.get(key), dict):
-                return str(found.get("quant_method") or found.get("format") or "a method that it does not name")
-    return None
+    found = quantisation_settings(config)
+    if found is None:
+        return None
+    return str(found.get("quant_method") or found.get("format") or "a method that it does not name")
 
 
 def without_mtp(config: Config) -> Config:

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 
 from moecover.checkpoints.formats import packed_router
 from moecover.checkpoints.header import TensorEntry
-from moecover.checkpoints.names import OTHER_PARTS, any_expert, expert_number, layer_number, mtp_root, read_names
+from moecover.checkpoints.names import (
+    OTHER_PARTS,
+    expert_number,
+    kind_of,
+    layer_number,
+    mtp_root,
+    read_names,
+    suffix_of,
+    twin_of,
+)
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.tensor_checks import FLOAT_TYPES, check_filled, check_rows, wrong_shape
 from moecover.checkpoints.topology import ExpertTensor, ExpertTensors
@@ -120,20 +129,15 @@ def _mtp_names(outside: Mapping[str, str], num_layers: int) -> set[str]:
     return {key for keys in roots.values() if any(".experts." in k for k in keys) for key in keys}
 
 
-def _suffix(name: str) -> str:
-    """The part of a name that is the same in every layer and for every expert."""
-    return any_expert(name).partition(f".{layer_number(name)}.")[2]
-
-
 def _mtp_rows(
     checkpoint: Checkpoint, names: set[str], found: Mapping[str, ExpertTensor], layer: int, experts: int
 ) -> dict[str, ExpertTensor | None]:
     """The rows of multi-token-prediction layers: their tensors depend on experts as their twins in other layers do."""
-    twins = {_suffix(key): row for key, row in found.items()} if names else {}
+    twins = {suffix_of(kind_of(key)): row for key, row in found.items()} if names else {}
     rows: dict[str, ExpertTensor | None] = {}
     for key in sorted(names):
-        parts = any_expert(key).split(".")
-        twin = next((twins[s] for i in range(len(parts)) if (s := ".".join(parts[i:])) in twins), None)
+        suffix = twin_of(key, twins)
+        twin = twins[suffix] if suffix is not None else None
         one, shape = expert_number(key), checkpoint.tensors[key].shape
         if one is not None:
             rows[key] = ExpertTensor(layer, one, None, routed=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from moecover.checkpoints.config_edit import SHARED_KEYS, Config, first_number
@@ -27,7 +28,8 @@ class Inspection(Shown, dict[str, Any]):
     refuse the model, empty if it would not) and ``warnings``; unless the model is refused also ``family_proven``,
     ``decoder_layers``, ``moe_layers``, ``experts``, ``top_k``, ``shared_experts``, ``hidden_size``, ``expert_bytes``,
     ``routed_bytes``, ``sizes``, ``quantised``, ``mtp_bytes`` and ``channels`` (of an expert; None where their number
-    cannot be changed, for ``all_channels_because`` of a reason), with channels also ``widths`` and ``thin_sizes``.
+    cannot be changed, for ``all_channels_because`` of a reason), with channels also ``widths``, ``thin_sizes``
+    and ``channel_groups`` (neighbouring channels that stay or go together, as blocks of quantised weights).
     Sizes are in bytes: ``sizes`` of fewer whole experts, ``thin_sizes`` of experts of every width of ``widths``.
     """
 
@@ -122,8 +124,9 @@ def _widths(structure: Structure, server: str | None) -> dict[str, object]:
     if isinstance(structure.width, str):
         return {"channels": None, "all_channels_because": structure.width}
     channels, topology, widths = structure.width.channels, structure.topology, list[dict[str, object]]()
+    step = math.lcm(WIDTH_STEP, structure.width.group)
     for percent in PERCENTAGES:
-        width = max(WIDTH_STEP, int(channels * percent / 100 / WIDTH_STEP + 0.5) * WIDTH_STEP)
+        width = max(step, int(channels * percent / 100 / step + 0.5) * step)
         if width < channels and width not in [row["width"] for row in widths]:
             unmet_by = {"unmet": unmet_width(width, server)} if server else {}
             widths.append({"percent": percent, "width": width, **unmet_by})
@@ -133,7 +136,7 @@ def _widths(structure: Structure, server: str | None) -> dict[str, object]:
         for keep in keeps
         for row in widths
     ]
-    return {"channels": channels, "widths": widths, "thin_sizes": sizes}
+    return {"channels": channels, "channel_groups": structure.width.group, "widths": widths, "thin_sizes": sizes}
 
 
 def _shared_experts(config: Config) -> int:

@@ -6,6 +6,7 @@ Reads names on disk and the library's own conversion mapping, which takes them t
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,22 @@ def any_expert(name: str) -> str:
 def kind_of(name: str) -> str:
     """A tensor's name with placeholders for its layer and its expert: the same for all layers and experts."""
     return any_expert(NUMBER.sub(".#.", name, count=1))
+
+
+def suffix_of(kind: str) -> str:
+    """The part of a kind of name (`kind_of`) behind its layer."""
+    return kind.partition(".#.")[2]
+
+
+def twin_of(name: str, suffixes: Container[str]) -> str | None:
+    """The suffix of a kind of name with which another layer's name ends, whatever that layer is called; None if none.
+
+    Args:
+        name: of a tensor of a multi-token-prediction layer.
+        suffixes: from `suffix_of`, of tensors of decoder layers.
+    """
+    parts = any_expert(name).split(".")
+    return next((s for i in range(len(parts)) if (s := ".".join(parts[i:])) in suffixes), None)
 
 
 def mtp_root(name: str, num_layers: int) -> str | None:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Never
 
 from moecover.checkpoints.header import TensorEntry
-from moecover.checkpoints.names import kind_of
+from moecover.checkpoints.names import kind_of, suffix_of, twin_of
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import ChannelAxis, ExpertTensor, Width
 from moecover.files.gathering import ZEROS, Gather, Range, num_bytes
@@ -52,6 +52,22 @@ def thinning(structure: Structure, channels: Channels | None) -> Thin | None:
     if channels is None or isinstance(structure.width, str):
         return None
     return Thin(structure.width, channels)
+
+
+def uncut_mtp(structure: Structure) -> str | None:
+    """A tensor of multi-token-prediction layers whose channels are not stored as in other layers; None if none is."""
+    width = structure.width
+    assert not isinstance(width, str)
+    known = {suffix_of(kind_of(name)) for name, row in structure.tensors.items() if row.routed}
+    for name, row in structure.mtp.items():
+        kind, shape = kind_of(name), structure.checkpoint.tensors[name].shape
+        if row is not None and row.routed and twin_of(name, known) is None:
+            return name
+        for axes, length in (width.tensors, width.channels), (width.shared_tensors, width.shared * width.channels):
+            axis = axes.get(kind)
+            if axis is not None and shape[axis.axis : axis.axis + 1] != (axis.parts * length // axis.group,):
+                return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,9 @@ def _slices(entry: TensorEntry, axis: int, kept: list[int]) -> tuple[tuple[int, 
 
 
 def channel_positions(ids: Sequence[int], axis: ChannelAxis, channels: int) -> tuple[int, ...]:
-    """Positions of channels along their axis, those of all parts."""
+    """Positions of channels along their axis, those of all parts; of blocks of channels where these share an entry."""
+    if axis.group > 1:
+        ids, channels = [channel // axis.group for channel in ids[:: axis.group]], channels // axis.group
     if axis.interleaved:
         return tuple(channel * axis.parts + part for channel in ids for part in range(axis.parts))
     return tuple(part * channels + channel for part in range(axis.parts) for channel in ids)
@@ -135,7 +153,7 @@ def piece(
     if tensor is None:
         if thin is None or axis is None:
             return Piece(entry.name, entry.dtype, entry.shape, whole)
-        ids = (*range(entry.shape[axis.axis]), *[ZEROS] * thin.padding)
+        ids = (*range(entry.shape[axis.axis]), *[ZEROS] * (thin.padding // axis.group))
         return _thinned(entry, entry.name, axis.axis, _thin(entry, axis.axis, [(0, ids)], 1), len(ids))
     if tensor.axis is None:
         if tensor.expert not in kept:

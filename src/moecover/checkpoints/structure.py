@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moecover.checkpoints.config_edit import expert_count_keys
 from moecover.checkpoints.derivation import derive
 from moecover.checkpoints.families import PROVEN_FAMILIES
-from moecover.checkpoints.names import kind_of
+from moecover.checkpoints.sizes import Sizes
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure_cache import place_of, recall, remember
 from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, Topology, Width
@@ -93,51 +93,11 @@ class Structure(Shown):
             width: channels that are kept of every expert; None for all.
             mtp: how multi-token-prediction layers with experts are treated, as in `prune`.
         """
-        layers = [list(of_layer) for of_layer in self._sizes_of(self.tensors, width)]
-        twins = {name: row for name, row in self.mtp.items() if row} if mtp == "prune" else {}
-        for layer, of_layer in zip(layers, self._sizes_of(twins), strict=True):
-            layer[:] = [a + b for a, b in zip(layer, of_layer, strict=True)]
-        total = self.checkpoint.num_bytes
-        if mtp == "drop":
-            total -= sum(self.checkpoint.tensors[name].num_bytes for name in self.mtp)
-        total -= sum(map(sum, self._sizes_of(self.tensors)))
-        total -= sum(map(sum, self._sizes_of(twins)))
-        total += self._padding_bytes(width)
-        if isinstance(kept, int):
-            return total + sum(self._largest(of_layer, kept) for of_layer in layers)
-        return total + sum(of_layer[e] for of_layer, ids in zip(layers, kept, strict=True) for e in ids)
+        return self._sizes.num_bytes(kept, width=width, mtp=mtp == "prune")
 
-    def _padding_bytes(self, width: int | None) -> int:
-        """Bytes of the zeros that shared experts get where routed ones have some width."""
-        if width is None or isinstance(self.width, str) or not (padding := self.width.padding(width)):
-            return 0
-        kinds = self.width.shared_tensors
-        found = [(entry, axis) for name, entry in self.checkpoint.tensors.items() if (axis := kinds.get(kind_of(name)))]
-        return sum(entry.num_bytes // entry.shape[axis.axis] * padding for entry, axis in found)
-
-    def _sizes_of(self, tensors: Mapping[str, ExpertTensor], width: int | None = None) -> list[list[int]]:
-        """Bytes of every expert in some of the tensors, ``[layer][expert]``, at full width or a smaller one."""
-        experts = self.topology.num_experts
-        sizes = [[0] * experts for _ in self.topology.decoder_layers]
-        thin = None if isinstance(self.width, str) else self.width
-        for name, row in tensors.items():
-            entry = self.checkpoint.tensors[name]
-            places = 1 if row.axis is None else entry.shape[row.axis]
-            each = entry.num_bytes // places
-            if width is not None and thin is not None and row.routed and kind_of(name) in thin.tensors:
-                each = each // thin.channels * width
-            if row.expert is not None:
-                sizes[row.layer][row.expert] += each
-                continue
-            sizes[row.layer][:] = [size + each for size in sizes[row.layer]]
-        return sizes
-
-    def _largest(self, sizes: Sequence[int], keep: int) -> int:
-        """Bytes of the largest ``keep`` experts of a layer, as many in every group of its router."""
-        groups = self.topology.num_groups if keep % self.topology.num_groups == 0 else 1
-        width = len(sizes) // groups
-        by_group = [sorted(sizes[g * width : (g + 1) * width], reverse=True) for g in range(groups)]
-        return sum(sum(group[: keep // groups]) for group in by_group)
+    @functools.cached_property
+    def _sizes(self) -> Sizes:
+        return Sizes(self.checkpoint, self.topology, self.tensors, self.mtp, self.width)
 
     @functools.cached_property
     def model_fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -94,11 +95,13 @@ class ChannelAxis:
         axis: the axis, the expert axis of a stacked tensor counted.
         parts: how many blocks of channels lie along it: 2 where gate and up projection are one tensor.
         interleaved: whether the parts alternate channel by channel instead of following each other.
+        group: consecutive channels that share an entry, as in blocks of a quantised tensor.
     """
 
     axis: int
     parts: int = 1
     interleaved: bool = False
+    group: int = 1
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,11 @@ class Width:
         }
         keys = {name: tuple(tuple(key) for key in value[name]) for name in ("keys", "shared_keys")}
         return cls(**{**value, **axes, **keys})
+
+    @property
+    def group(self) -> int:
+        """Consecutive channels that stay or go together: 1 where weights are not stored in blocks."""
+        return math.lcm(*(axis.group for axis in (*self.tensors.values(), *self.shared_tensors.values())))
 
     def shared_at(self, width: int) -> int:
         """The number of shared experts of some width that hold the channels of all, the rest being padding."""

@@ -7,7 +7,7 @@ doubled, and every tensor whose shape changes has an axis of channels. What cann
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.config_edit import (
@@ -17,7 +17,8 @@ from moecover.checkpoints.config_edit import (
     with_expert_count,
 )
 from moecover.checkpoints.model_class import build_on_meta
-from moecover.checkpoints.names import kind_of, read_names
+from moecover.checkpoints.names import kind_of, read_names, suffix_of, twin_of
+from moecover.checkpoints.packed_channels import NoWidthError, packed_shared, packed_tensors
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.topology import ChannelAxis, ExpertTensors, Width
 from moecover.errors import InputError
@@ -30,10 +31,6 @@ INTERLEAVE = "Interleave"
 KNOWN_STEPS = {"MergeModulelist", "Concatenate", "Transpose", INTERLEAVE}  # of the library's conversion mapping
 Path = tuple[str, ...]
 Changes = dict[str, tuple[int, int]]  # by parameter: the axis that changed, and its length before
-
-
-class _NoWidthError(Exception):
-    """The experts' width cannot be changed; the message says why."""
 
 
 def derive_width(
@@ -54,8 +51,6 @@ def derive_width(
         modules: names of the experts modules.
         tensors: the expert-dependent tensors on disk.
     """
-    if tensors.quantised:
-        return "its experts are quantised: cut the original that it was made from"
     try:
         path, changes = _sized_by(checkpoint, config, model, modules)
         channels = number_paths(config)[path]
@@ -64,9 +59,16 @@ def derive_width(
         keys, shared, around = _shared(config, modules, beside, channels, path)
         _check_shared_alone(checkpoint, config, model, keys, shared, beside)
         live = _by_kind(parameters)
-        on_disk = _tensors(checkpoint, model, tensors, parameters, axes, channels)
-        around_on_disk = _shared_tensors(checkpoint, model, around)
-    except _NoWidthError as reason:
+        if tensors.quantised:
+            state, names = model.state_dict(), read_names(checkpoint, model).destinations
+            on_disk = packed_tensors(checkpoint, tensors.experts, names, state, parameters, channels)
+            around_on_disk = packed_shared(checkpoint, names, state, around, shared * channels)
+        else:
+            on_disk = _tensors(checkpoint, model, tensors, parameters, axes, channels)
+            around_on_disk = _shared_tensors(checkpoint, model, around)
+        on_disk |= _of_twins(tensors.mtp, on_disk)
+        around_on_disk |= _of_twins(tensors.mtp, around_on_disk)
+    except NoWidthError as reason:
         return str(reason)
     return Width(channels, (path,), on_disk, live, keys, shared, around_on_disk, _by_kind(around))
 
@@ -75,13 +77,13 @@ def _changes(one: torch.nn.Module, two: torch.nn.Module) -> Changes:
     """The parameters whose shape differs between two models.
 
     Raises:
-        _NoWidthError: one differs along several axes.
+        NoWidthError: one differs along several axes.
     """
     wide, found = dict(two.state_dict()), dict[str, tuple[int, int]]()
     for name, tensor in one.state_dict().items():
         changed = [i for i, (a, b) in enumerate(zip(tensor.shape, wide[name].shape, strict=True)) if a != b]
         if len(changed) > 1 or (changed and wide[name].shape[changed[0]] != 2 * tensor.shape[changed[0]]):
-            raise _NoWidthError(f"{name} depends on the width of the experts in an unsupported way")
+            raise NoWidthError(f"{name} depends on the width of the experts in an unsupported way")
         if changed:
             found[name] = changed[0], tensor.shape[changed[0]]
     return found
@@ -100,11 +102,11 @@ def _sized_by(
             continue
         try:
             changes = _changes(model, build_on_meta(with_expert_count(config, (path,), 2 * value), checkpoint.name))
-        except (InputError, _NoWidthError):
+        except (InputError, NoWidthError):
             continue
         if all(any(name.startswith(f"{module}.") for name in changes) for module in modules):
             return path, changes
-    raise _NoWidthError("no key of config.json sizes its experts alone")
+    raise NoWidthError("no key of config.json sizes its experts alone")
 
 
 def _parameters(
@@ -122,10 +124,10 @@ def _parameters(
             continue
         parts, experts = length // channels, model.get_submodule(module)
         if axes.get(name) != 0 or axis == 0 or length % channels or parts not in (1, 2):
-            raise _NoWidthError(f"{leaf} of its experts depends on their width in an unsupported way")
+            raise NoWidthError(f"{leaf} of its experts depends on their width in an unsupported way")
         apart = getattr(experts, "is_concatenated", None)
         if parts == 2 and apart is None:
-            raise _NoWidthError("its experts do not say how gate and up projection lie in one tensor")
+            raise NoWidthError("its experts do not say how gate and up projection lie in one tensor")
         found[name] = ChannelAxis(axis, parts, interleaved=parts == 2 and not apart)
     return found
 
@@ -136,7 +138,7 @@ def _shared(
     """What the same key sizes beside the experts: keys of the number of shared experts, the number, their axes.
 
     Raises:
-        _NoWidthError: something that is no shared expert, or one whose number no key holds.
+        NoWidthError: something that is no shared expert, or one whose number no key holds.
     """
     if not beside:
         return (), 0, {}
@@ -144,11 +146,11 @@ def _shared(
     key = ".".join(path)
     for name in beside:
         if not name.startswith(blocks) or "shared" not in name:
-            raise _NoWidthError(f"config.json's {key} also sizes {name}")
+            raise NoWidthError(f"config.json's {key} also sizes {name}")
     lengths = {length for _, length in beside.values()}
     counts = {p: n for p, n in number_paths(config).items() if p[-1] in SHARED_KEYS}
     if len(lengths) > 1 or len(set(counts.values())) != 1 or lengths != {n * channels for n in counts.values()}:
-        raise _NoWidthError(f"config.json's {key} also sizes its shared expert, and no other key can make up for it")
+        raise NoWidthError(f"config.json's {key} also sizes its shared expert, and no other key can make up for it")
     axes = {name: ChannelAxis(axis) for name, (axis, _) in beside.items()}
     return tuple(counts), next(iter(counts.values())), axes
 
@@ -166,10 +168,10 @@ def _check_shared_alone(
         return
     try:
         changes = _changes(model, build_on_meta(with_expert_count(config, keys, 2 * shared), checkpoint.name))
-    except (InputError, _NoWidthError) as error:
-        raise _NoWidthError("the number of its shared experts sizes more than these") from error
+    except (InputError, NoWidthError) as error:
+        raise NoWidthError("the number of its shared experts sizes more than these") from error
     if more := sorted(changes.keys() ^ beside.keys()):
-        raise _NoWidthError(f"the number of its shared experts also sizes {more[0]}")
+        raise NoWidthError(f"the number of its shared experts also sizes {more[0]}")
 
 
 def _by_kind(parameters: Mapping[str, ChannelAxis]) -> dict[str, ChannelAxis]:
@@ -177,7 +179,7 @@ def _by_kind(parameters: Mapping[str, ChannelAxis]) -> dict[str, ChannelAxis]:
     found: dict[str, ChannelAxis] = {}
     for name, axis in parameters.items():
         if found.setdefault(kind_of(name), axis) != axis:
-            raise _NoWidthError(f"{name} differs from the same parameter in other layers")
+            raise NoWidthError(f"{name} differs from the same parameter in other layers")
     return found
 
 
@@ -199,9 +201,9 @@ def _tensors(
         shape, live = checkpoint.tensors[name].shape, parameters[target]
         steps = _steps(destinations[name].converter)
         if unknown := steps - KNOWN_STEPS:
-            raise _NoWidthError(f"{name} is stored in another form than it is used in ({min(unknown)})")
+            raise NoWidthError(f"{name} is stored in another form than it is used in ({min(unknown)})")
         if row.axis not in (None, 0):
-            raise _NoWidthError(f"{name} does not have its experts first")
+            raise NoWidthError(f"{name} does not have its experts first")
         first = 0 if row.axis is None else 1  # axes of one expert begin here
         own, of_target = shape[first:], tuple(state[target].shape)[1:]
         places = [i for i, size in enumerate(own) if size in (channels, live.parts * channels)]
@@ -214,13 +216,13 @@ def _tensors(
         elif len(places) == 1:
             place = places[0]
         else:
-            raise _NoWidthError(f"the channels of {name} cannot be told from its shape {list(shape)}")
+            raise NoWidthError(f"the channels of {name} cannot be told from its shape {list(shape)}")
         parts = own[place] // channels
         axis = ChannelAxis(first + place, parts, (live.interleaved != (INTERLEAVE in steps)) and parts == 2)
         if found.setdefault(kind_of(name), axis) != axis:
-            raise _NoWidthError(f"{name} is stored in another way than in other layers")
+            raise NoWidthError(f"{name} is stored in another way than in other layers")
     if not found:
-        raise _NoWidthError("nothing in the files holds its experts' channels")
+        raise NoWidthError("nothing in the files holds its experts' channels")
     return found
 
 
@@ -239,6 +241,13 @@ def _shared_tensors(
     for name, destination in read_names(checkpoint, model).destinations.items():
         if destination.parameter in around:
             if checkpoint.tensors[name].shape != tuple(state[destination.parameter].shape):
-                raise _NoWidthError(f"{name} of the shared expert is not stored as it is used")
+                raise NoWidthError(f"{name} of the shared expert is not stored as it is used")
             found[kind_of(name)] = around[destination.parameter]
     return found
+
+
+def _of_twins(mtp: Iterable[str], found: Mapping[str, ChannelAxis]) -> dict[str, ChannelAxis]:
+    """The channel axis of multi-token-prediction layers' tensors on disk, by kind: that of the same of other layers."""
+    by_suffix = {suffix_of(kind): axis for kind, axis in found.items()}
+    twins = {name: twin for name in mtp if (twin := twin_of(name, by_suffix)) is not None}
+    return {kind_of(name): by_suffix[twin] for name, twin in twins.items()}

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> Outcome:
         lines.append(
             line("quantised", f"{facts['quantised']}: cut as stored; profile the original that it was made from")
         )
+        if (group := facts.get("channel_groups", 1)) > 1:
+            lines.append(line("", f"in blocks of {group} channels: plan thinner experts with --channel-groups {group}"))
     lines += [line("note", warning) for warning in facts["warnings"]]
     lines += [line("refused", reason) for reason in facts["refused"]] or [line("refused", "nothing, it can be pruned")]
     problem = f"{args.model} cannot be pruned: {facts['refused'][0]}" if facts["refused"] else ""

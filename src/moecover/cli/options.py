@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from moecover.cli.widths import add_widths, numbers, width_arguments
 from moecover.corpora.bos import BOS
 from moecover.errors import InputError, flag
 from moecover.registry import load_plugin
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from moecover.runtime.options import RunOptions
 
 Group = argparse._ActionsContainer  # a parser or a group of options
-Number = TypeVar("Number", int, float)
 
 
 # --------------------------------------------------------------------------------------------------------- declaration
@@ -148,31 +148,7 @@ def add_method(parser: argparse.ArgumentParser, *, several: bool, has_seed: bool
         help="round the experts kept to the nearest multiple of N that the router allows: servers run best with "
         "multiples of 8",
     )
-    group.add_argument(
-        "--width",
-        type=numbers(int, several),
-        metavar="W",
-        help="channels kept of each expert, a multiple of 8; alone it keeps all experts (default: all channels)"
-        + ("; with commas, a plan for every number of experts and every width" if several else ""),
-    )
-    group.add_argument(
-        "--retain-width",
-        type=numbers(float, several),
-        metavar="R",
-        help=f"fraction of an expert's channels kept, in (0, 1], to the nearest multiple of 8{more}",
-    )
-    group.add_argument(
-        "--width-multiple-of",
-        type=int,
-        metavar="N",
-        help="round the channels kept to the nearest multiple of N: servers run best with multiples of 64 or 128",
-    )
-    group.add_argument(
-        "--protect-channels",
-        type=float,
-        metavar="P",
-        help="share of the kept channels that corpora protect in turn, 0 to 1 (default: 0, the highest mean energy)",
-    )
+    add_widths(group, several=several)
     add_plugin(group)
 
 
@@ -205,19 +181,6 @@ def add_plugin(parser: Group) -> None:
         metavar="FILE.py",
         help="your own methods, saliencies, corpora and page sections: a Python file, which is run; repeat it",
     )
-
-
-def numbers(kind: Callable[[str], Number], several: bool) -> Callable[[str], Number | list[Number]]:
-    """Parser of one number, or of several with commas between them."""
-
-    def parse(text: str) -> Number | list[Number]:
-        found = [kind(part) for part in text.split(",")]
-        if len(found) > 1 and not several:
-            raise ValueError
-        return found if several else found[0]
-
-    parse.__name__ = f"{kind.__name__}s with commas" if several else kind.__name__
-    return parse
 
 
 # ------------------------------------------------------------------------------------------------------ what is meant
@@ -294,6 +257,5 @@ def method_arguments(args: argparse.Namespace, *, shared_seed: bool) -> tuple[st
     method.complete(given)
     if args.protect_super_experts:
         given["protect_super_experts"] = True
-    if args.protect_channels is not None:
-        given["protect_channels"] = args.protect_channels
+    given |= width_arguments(args)
     return method.name, given

@@ -256,13 +256,14 @@ def _shapes(args: argparse.Namespace, profile: Profile) -> list[Shape]:
 
     experts = [*({"keep": n} for n in args.keep or ()), *({"retain": r} for r in args.retain or ())] or [{}]
     channels = [*({"width": n} for n in args.width or ()), *({"retain_width": r} for r in args.retain_width or ())]
-    multiples = {"multiple_of": args.multiple_of, "width_multiple_of": args.width_multiple_of}
+    names = ("multiple_of", "width_multiple_of", "channel_groups")
+    multiples = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     found = []
     for asked in [{**one, **two} for one in experts for two in channels or [{}]]:
         shape = resolve_shape(profile.topology, profile.width, **asked, **multiples)
-        if any(multiples.values()) and asked not in ({"keep": shape.keep}, {"keep": shape.keep, "width": shape.width}):
+        if multiples and asked not in ({"keep": shape.keep}, {"keep": shape.keep, "width": shape.width}):
             given = " ".join(f"{flag(name)} {value}" for name, value in asked.items())
-            rounded = " ".join(f"{flag(name)} {value}" for name, value in multiples.items() if value is not None)
+            rounded = " ".join(f"{flag(name)} {value}" for name, value in multiples.items())
             progress.say(f"{given} with {rounded}: {shape}")
         found.append(shape)
     if len(set(found)) < len(found):

@@ -33,6 +33,7 @@ ONE_SHOT = (
     "retain_width",
     "width_multiple_of",
     "protect_channels",
+    "channel_groups",
     "method",
     "protect_super_experts",
     "option",
@@ -85,8 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("drop", "prune"),
         default="drop",
         help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of "
-        "the last "
-        "MoE layer in them (default: drop)",
+        "the last MoE layer, of experts and channels, in them (default: drop)",
     )
 
 

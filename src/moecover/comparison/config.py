@@ -92,6 +92,7 @@ class MethodEntry(BaseModel):
     repair: Repairs | None = None
     label: str | None = None
     protect_super_experts: bool = False
+    protect_channels: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 def default_methods() -> list[MethodEntry]:

@@ -18,7 +18,7 @@ from moecover.checkpoints.structure import Structure
 from moecover.comparison.cells import Cell
 from moecover.comparison.config import Config
 from moecover.comparison.models import ComparedModel
-from moecover.comparison.variants import SUPER_EXPERTS
+from moecover.comparison.variants import OF_EVERY_METHOD
 from moecover.files.atomic import canonical_json, digest, write_text
 from moecover.files.hashing import file_hash, sealed, unsealed
 from moecover.files.reading import read_json
@@ -139,7 +139,7 @@ def _plan_inputs(config: Config, model: ComparedModel, cell: Cell) -> list[objec
     if variant is None:
         return None
     options = variant.plan_options(cell.seed)
-    complete = METHODS[variant.method].complete({k: v for k, v in options.items() if k != SUPER_EXPERTS})
+    complete = METHODS[variant.method].complete({k: v for k, v in options.items() if k not in OF_EVERY_METHOD})
     known = {k: v for k, v in complete.items() if isinstance(v, (str, int, float, bool, dict, type(None)))}
     found = [variant.method, known | options, cell.keep, config.search_tokens if variant.searches else None]
     if cell.width is not None:

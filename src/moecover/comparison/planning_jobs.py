@@ -16,7 +16,7 @@ from moecover.comparison.cell_files import plan_path
 from moecover.comparison.cells import Cell
 from moecover.comparison.jobs import CellFailed, Note, PlanJob, Report, TaskProfileJob, why
 from moecover.comparison.open_model import OpenModel
-from moecover.comparison.variants import SUPER_EXPERTS, Variant
+from moecover.comparison.variants import CHANNELS, OF_EVERY_METHOD, SUPER_EXPERTS, Variant
 from moecover.corpora.packing import Corpus
 from moecover.corpora.sources import set_name
 from moecover.errors import InputError
@@ -149,14 +149,16 @@ def _plans(
 ) -> list[Plan]:
     """Plans of a variant, one per budget; ``live`` is what a search needs: the model and its structure."""
     options = {**variant.plan_options(seed), **(live or {})}
-    protect = bool(options.pop(SUPER_EXPERTS, False))
+    protect, turns = bool(options.pop(SUPER_EXPERTS, False)), options.pop(CHANNELS, 0.0)
+    assert isinstance(turns, float)
     return plan_budgets(
         found,
         method=variant.method,
         keeps=[shape.keep for shape in shapes],
         widths=[shape.width for shape in shapes],
         protect_super_experts=protect,
-        protect_channels=0.0,
+        protect_channels=turns if any(shape.width is not None for shape in shapes) else 0.0,
+        channel_groups=1,
         **options,
     )
 
@@ -172,13 +174,14 @@ def _is_searched(path: Path, cell: Cell, found: Profile) -> bool:
     except InputError:
         return False
     options = variant.plan_options(cell.seed)
-    protect = options.pop(SUPER_EXPERTS, False)
+    protect, turns = options.pop(SUPER_EXPERTS, False), options.pop(CHANNELS, 0.0)
     complete = METHODS[variant.method].complete(options)
     wanted = {k: v for k, v in complete.items() if k in plan.options or k in options}
     return (
         plan.profile_fingerprint == found.fingerprint
         and (plan.method, plan.keep, plan.width) == (variant.method, cell.keep, cell.width)
-        and {k: v for k, v in plan.options.items() if k != SUPER_EXPERTS} == wanted
+        and {k: v for k, v in plan.options.items() if k not in OF_EVERY_METHOD} == wanted
         and plan.options.get(SUPER_EXPERTS, False) == protect
+        and (plan.width is None or plan.options.get(CHANNELS, 0.0) == turns)
         and all(layer.tokens == inputs.num_tokens for layer in plan.layers)
     )

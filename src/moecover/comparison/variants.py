@@ -11,7 +11,8 @@ from moecover.comparison.reading import Request
 from moecover.errors import InputError
 from moecover.planning.methods import METHODS
 
-SUPER_EXPERTS = "protect_super_experts"  # an option of every method, so none of a method's own
+SUPER_EXPERTS, CHANNELS = "protect_super_experts", "protect_channels"
+OF_EVERY_METHOD = (SUPER_EXPERTS, CHANNELS)  # options of plans, none of a method's own
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Variant:
     Attributes:
         method: name in `METHODS`.
         saliency: its saliency, None for a method that takes none.
-        options: the method's other options, and ``protect_super_experts``.
+        options: the method's other options, and `OF_EVERY_METHOD`.
         seeds: one plan each; empty for a deterministic method.
         label: name in tables and figures.
         blind: it uses no statistics and no repair, so it needs no calibration text.
@@ -85,12 +86,16 @@ def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
         raise InputError(f"method {entry.method} has no saliency")
     if entry.seeds and not method.seeded:
         raise InputError(f"method {entry.method} is deterministic: it has no seeds")
+    shapes = config.shapes or ()
+    if entry.protect_channels and not any(re.fullmatch(r"\d+x\d+", shape) for shape in shapes):
+        raise InputError("protect_channels has no use here: no entry of `shapes` has channels (30x704)")
     saliencies: list[str | None] = [*(entry.saliency or config.saliencies)] if takes_saliency else [None]
     blind = method.blind and not entry.protect_super_experts
     seeds = tuple(entry.seeds or config.seeds) if method.seeded else ()
     for saliency in saliencies:
         method.complete(given | ({"saliency": saliency} if takes_saliency else {}))
         options = given | ({SUPER_EXPERTS: True} if entry.protect_super_experts else {})
+        options |= {CHANNELS: entry.protect_channels} if entry.protect_channels else {}
         label = entry.label or label_of(entry.method, saliency, options)
         if entry.label and len(entry.saliency or [0]) > 1:
             label = f"{label} ({saliency})"

@@ -6,6 +6,7 @@ and the opened model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,6 +25,7 @@ from moecover.evaluation.job import Texts
 from moecover.evaluation.shape_search import best_shape
 from moecover.planning.artifact import Plan
 from moecover.planning.curve import AUTO, EXPERTS, Fits, curve, parse_shape, parse_share, within_share
+from moecover.planning.fitting import channel_groups
 from moecover.planning.job import ROUND_OPTIONS
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
@@ -79,7 +81,7 @@ def shapes_within(
         channels: of an expert; None where they are not known.
         budget: share of the routed bytes, as a fraction or a percentage.
         max_size: of the checkpoint, in bytes or as text (``"12GB"``).
-        structure: of the model, for ``max_size``.
+        structure: of the model, for ``max_size``; where it is quantised in blocks, widths are whole blocks.
         multiple_of: only multiples of this number of experts.
         width_multiple_of: only multiples of this number of channels.
 
@@ -93,9 +95,20 @@ def shapes_within(
         channels or 1,
         fits,
         multiple_of=multiple_of,
-        width_multiple_of=width_multiple_of if channels is not None else None,
+        width_multiple_of=multiple(width_multiple_of, channel_groups(structure)) if channels is not None else None,
     )
     return found if channels is not None and thin else [shape for shape in found if shape.width is None][:1]
+
+
+def multiple(asked: int | None, group: int) -> int | None:
+    """What widths are multiples of, where channels stay or go in groups; None for any."""
+    return asked if group == 1 else math.lcm(asked or 1, group)
+
+
+def of_shapes(shapes: list[Shape], options: Mapping[str, Any], structure: Structure | None) -> dict[str, Any]:
+    """Options of plans of some shapes, with the groups in which a quantised model's channels stay or go."""
+    thin, group = any(shape.width for shape in shapes), channel_groups(structure, options.get("channel_groups", 1))
+    return {**options, "channel_groups": group} if thin and group > 1 else {**options}
 
 
 def plan_for_budget(
@@ -131,7 +144,7 @@ def plan_for_budget(
         multiple_of: only multiples of this number of experts.
         width_multiple_of: only multiples of this number of channels.
         method: name in `METHODS`; None for the default.
-        method_options: of the method, ``protect_super_experts`` and ``protect_channels``.
+        method_options: of the method, ``protect_super_experts``, ``protect_channels`` and ``channel_groups``.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions`; batch size 1 and the profile's dtype by default.
 
@@ -148,6 +161,7 @@ def plan_for_budget(
     check_bos(bos or "auto")
     made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     headers = None if model is None else described(model, revision=options.get("revision"), progress=shown)
+    group = method_options.get("channel_groups", 1)
     shapes = shapes_within(
         made.topology,
         made.width,
@@ -155,7 +169,7 @@ def plan_for_budget(
         max_size=max_size,
         structure=headers,
         multiple_of=multiple_of,
-        width_multiple_of=width_multiple_of,
+        width_multiple_of=multiple(width_multiple_of, group),
     )
     wanted = parse_shape(shape, made.topology, made.width)
     if wanted == AUTO and len(shapes) > 1:
@@ -168,7 +182,8 @@ def plan_for_budget(
         return _measured(made, structure, shapes, loaded, name, method_options, how, shown)
     one = wanted if isinstance(wanted, Shape) else whole_experts(shapes)
     check_within(one, made.width, fits_budget(made.topology, made.width, headers, budget, max_size))
-    return plan_budgets(made, method=name, keeps=[one.keep], widths=[one.width], **method_options)[0]
+    given = of_shapes([one], method_options, headers)
+    return plan_budgets(made, method=name, keeps=[one.keep], widths=[one.width], **given)[0]
 
 
 def whole_experts(shapes: list[Shape]) -> Shape:
@@ -221,8 +236,12 @@ def measured_shape(
     more: dict[str, Any] = {"model": model, "structure": structure} if METHODS[method].runs_experts else {}
 
     def make(asked: list[Shape]) -> list[Plan]:
-        keeps, widths = [one.keep for one in asked], [one.width for one in asked]
-        return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **more, **options)
+        keeps, widths, given = (
+            [one.keep for one in asked],
+            [one.width for one in asked],
+            of_shapes(asked, options, structure),
+        )
+        return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **more, **given)
 
     return best_shape(
         structure,

@@ -48,13 +48,14 @@ def choose_channels(
     *,
     protect: float = 0.0,
     weights: Mapping[str, int] | None = None,
+    group: int = 1,
 ) -> list[list[int]]:
     """The channels that stay of every kept expert of a MoE layer, ids ascending.
 
     The best channels by their mean energy a token over the corpora stay. With ``protect`` the corpora first take turns
     for that share of the places, as they do for experts (`selection.cover`): a corpus that had t turns keeps its t
     best channels of every kept expert (of a corpus with fewer channels of energy above 0, those). Ties go to the lower
-    id.
+    id. Channels that stay or go together, as blocks of a quantised weight do, count as one with the sum of energies.
 
     Args:
         profile: with channel energies.
@@ -63,6 +64,7 @@ def choose_channels(
         width: channels that stay of each.
         protect: share of these that corpora protect in turn, 0 to 1.
         weights: turns of a corpus per round, and its weight in the mean; 1 for a corpus that is not named.
+        group: consecutive channels that stay or go together; divides ``width`` and the number of channels.
     """
     corpora = list(profile.statistics)
     counts = [int((weights or {}).get(corpus, 1)) for corpus in corpora]
@@ -70,12 +72,14 @@ def choose_channels(
     energy: NDArray[np.float64] = np.stack(
         [profile.channels[c][layer, list(kept)] / t for c, t in zip(corpora, tokens, strict=True)], axis=1
     )  # [expert, corpus, channel]
+    energy = energy.reshape(*energy.shape[:2], -1, group).sum(axis=3)  # [expert, corpus, group of channels]
     mean = np.average(energy, axis=1, weights=counts)
-    turns = int(protect * width + 0.5)
+    places = width // group
+    turns = int(protect * places + 0.5)
     found = []
     for of_expert, order in zip(energy, ranked(mean), strict=True):
-        room = Room(width, len(order))
+        room = Room(places, len(order))
         take_turns(of_expert, room, turns, counts)
         room.fill(order.tolist())
-        found.append(sorted(room.chosen))
+        found.append([group * chosen + i for chosen in sorted(room.chosen) for i in range(group)])
     return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 from moecover.checkpoints.structure import Structure
@@ -97,6 +100,23 @@ def _check_channels(plan: Plan, structure: Structure) -> None:
             )
         if (last := max(ids[-1] for ids in layer.channels)) >= channels:
             raise InputError(f"{where} keeps channel {last}. Allowed: 0 to {channels - 1}")
+        if (group := structure.width.group) > 1 and not all(in_groups(ids, group) for ids in layer.channels):
+            raise InputError(
+                f"{where} keeps parts of blocks: {name} is quantised in blocks of {group} channels. Make the plan "
+                f"with {arg('channel_groups', group)}"
+            )
+
+
+def channel_groups(structure: Structure | None, asked: int = 1) -> int:
+    """Consecutive channels that stay or go together: as many as asked for, and as a block of a quantised model has."""
+    width = None if structure is None else structure.width
+    return math.lcm(asked, 1 if width is None or isinstance(width, str) else width.group)
+
+
+def in_groups(ids: Sequence[int], group: int) -> bool:
+    """Whether ids, ascending, are whole groups of consecutive ones."""
+    firsts = ids[::group]
+    return all(first % group == 0 for first in firsts) and [*ids] == [f + i for f in firsts for i in range(group)]
 
 
 def _short(values: tuple[int, ...]) -> str:

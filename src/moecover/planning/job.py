@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moecover.runtime.running import Running
 
 SEARCH_TOKENS = 8192  # calibration tokens that a search runs on by default
-ROUND_OPTIONS = ("protect_super_experts", "protect_channels")  # of `plan_budgets` itself
+ROUND_OPTIONS = ("protect_super_experts", "protect_channels", "channel_groups")  # of `plan_budgets` itself
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def plans(
         keeps: experts kept per layer, one number a plan.
         widths: channels kept of each of them, one number a plan, None for all.
         method: name in `METHODS`.
-        options: of the method, ``protect_super_experts`` and ``protect_channels``.
+        options: of the method, and `ROUND_OPTIONS`.
         model: folder, hub id, structure, or a live model (then with ``structure``).
         structure: of a live model.
         dtype: torch dtype by name; None for the profile's.
@@ -221,7 +221,7 @@ def plan(
         revision: branch, tag or commit of a hub model.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: the method's options (``saliency``, ``protect``, ``weights``, ``seed``, ...) and
-            ``protect_super_experts`` and ``protect_channels``.
+            ``protect_super_experts``, ``protect_channels`` and ``channel_groups`` (see `plan_budgets`).
 
     Raises:
         InputError: an unknown method or saliency, an option that the method does not have, or a budget out of range.
@@ -242,8 +242,8 @@ def plan(
         width=width,
         retain_width=retain_width,
         width_multiple_of=width_multiple_of,
+        channel_groups=options.get("channel_groups", 1),
     )
-    shown = resolve(progress)
     return plans(
         made,
         [shape.keep],
@@ -256,7 +256,7 @@ def plan(
         device=device,
         memory_limit=memory_limit,
         revision=revision,
-        progress=shown,
+        progress=resolve(progress),
     )[0]
 
 

@@ -19,7 +19,7 @@ from moecover.planning.keep import resolve_keep, resolve_width
 from moecover.planning.method import RESOURCES, Method
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.selection import Budget
-from moecover.planning.shapes import resolve_shape
+from moecover.planning.shapes import check_groups, resolve_shape
 from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import Profile
 from moecover.profiling.unused import unused_experts
@@ -50,6 +50,7 @@ def plan_budgets(
     widths: Sequence[int | None] | None = None,
     protect_super_experts: bool = False,
     protect_channels: float = 0.0,
+    channel_groups: int = 1,
     **options: object,
 ) -> list[Plan]:
     """Plans from a profile, one per budget.
@@ -61,6 +62,7 @@ def plan_budgets(
         widths: channels to keep of each of them, one number per plan, None for all; see `choose_channels`.
         protect_super_experts: keep the `super_experts` whatever the method says.
         protect_channels: share of the kept channels that corpora protect in turn, 0 to 1.
+        channel_groups: consecutive channels that stay or go together, for a model that is quantised in such blocks.
         **options: options of the method (``saliency``, ``protect``, ``seed``, ...); the defaults are filled in.
 
     Raises:
@@ -73,7 +75,7 @@ def plan_budgets(
         raise InputError(f"{method} runs the experts: give {needed} of the profile's model")
     _check_corpora(chosen, complete, profile)
     widths = [None] * len(keeps) if widths is None else list(widths)
-    _check_widths(profile, widths, protect_channels)
+    _check_widths(profile, widths, protect_channels, channel_groups)
     topology = profile.topology
     required = super_experts(profile) if protect_super_experts else ()
     budgets = [
@@ -86,6 +88,8 @@ def plan_budgets(
         recorded["protect_super_experts"] = True
     if protect_channels:
         recorded["protect_channels"] = protect_channels
+    if channel_groups > 1:
+        recorded["channel_groups"] = channel_groups
     made = [
         Plan(
             schema=1,
@@ -114,6 +118,7 @@ def plan_budgets(
                 one.width,
                 protect=protect_channels,
                 weights=weights if isinstance(weights, Mapping) else None,
+                group=channel_groups,
             )
     for one in made:
         for row, ids in zip(one.layers, unused, strict=False):
@@ -121,7 +126,7 @@ def plan_budgets(
     return made
 
 
-def _check_widths(profile: Profile, widths: Sequence[int | None], protect: float) -> None:
+def _check_widths(profile: Profile, widths: Sequence[int | None], protect: float, group: int) -> None:
     """Refuse widths that the profile knows nothing of, or that no expert can have."""
     if not isinstance(protect, (int, float)) or not 0 <= protect <= 1:
         raise InputError(f"{arg('protect_channels', protect)} is out of range: a share of the kept channels, 0 to 1")
@@ -130,8 +135,15 @@ def _check_widths(profile: Profile, widths: Sequence[int | None], protect: float
         raise InputError(
             f"{arg('protect_channels', protect)} has no use here: all channels are kept. Give {arg('width')}"
         )
+    check_groups(group, thin=bool(asked))
     for width in asked:
-        resolve_width(check_channels(profile, width), width=width, retain=None)
+        channels = check_channels(profile, width)
+        resolve_width(channels, width=width, retain=None)
+        if width % group or channels % group:
+            raise InputError(
+                f"{arg('width', width)} of {channels} channels are no whole groups of {group} "
+                f"({arg('channel_groups')}). Give a multiple of it"
+            )
 
 
 def _check_corpora(method: Method, options: Mapping[str, object], profile: Profile) -> None:
@@ -194,6 +206,7 @@ def plan(
     retain_width: float | None = None,
     protect_super_experts: bool = False,
     protect_channels: float = 0.0,
+    channel_groups: int = 1,
     **options: object,
 ) -> Plan:
     """A plan from a profile.
@@ -207,6 +220,7 @@ def plan(
         retain_width: fraction of the channels, in (0, 1].
         protect_super_experts: keep the `super_experts` whatever the method says.
         protect_channels: share of the kept channels that corpora protect in turn, 0 to 1.
+        channel_groups: consecutive channels that stay or go together, for a model that is quantised in such blocks.
         **options: options of the method, as in `plan_budgets`.
 
     Raises:
@@ -214,7 +228,13 @@ def plan(
     """
     check_options(method, options)
     shape = resolve_shape(
-        profile.topology, profile.width, keep=keep, retain=retain, width=width, retain_width=retain_width
+        profile.topology,
+        profile.width,
+        keep=keep,
+        retain=retain,
+        width=width,
+        retain_width=retain_width,
+        channel_groups=channel_groups,
     )
     return plan_budgets(
         profile,
@@ -223,5 +243,6 @@ def plan(
         widths=[shape.width],
         protect_super_experts=protect_super_experts,
         protect_channels=protect_channels,
+        channel_groups=channel_groups,
         **options,
     )[0]

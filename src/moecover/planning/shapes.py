@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moecover.checkpoints.topology import Topology
@@ -25,6 +26,22 @@ def shape_name(keep: int, width: int | None) -> str:
     return str(keep) if width is None else f"{keep}x{width}"
 
 
+def check_groups(group: int, *, thin: bool) -> None:
+    """Refuse groups of channels that cannot be, or that nothing would look at.
+
+    Args:
+        group: consecutive channels that stay or go together.
+        thin: whether experts are to become thinner.
+
+    Raises:
+        InputError: no whole number from 1, or more than one where all channels are kept.
+    """
+    if type(group) is not int or group < 1:
+        raise InputError(f"{arg('channel_groups', group)} is out of range: 1 or more")
+    if group > 1 and not thin:
+        raise InputError(f"{arg('channel_groups', group)} has no use here: all channels are kept. Give {arg('width')}")
+
+
 def resolve_shape(
     topology: Topology,
     channels: int | None,
@@ -35,6 +52,7 @@ def resolve_shape(
     width: int | None = None,
     retain_width: float | None = None,
     width_multiple_of: int | None = None,
+    channel_groups: int = 1,
 ) -> Shape:
     """A shape from counts or fractions; either axis alone leaves the other whole.
 
@@ -47,6 +65,7 @@ def resolve_shape(
         width: channels of an expert.
         retain_width: fraction of them.
         width_multiple_of: see `resolve_width`.
+        channel_groups: consecutive channels that stay or go together; the width is rounded to whole groups.
 
     Raises:
         InputError: see `resolve_keep` and `resolve_width`; or a width of a model whose channels are not known.
@@ -55,6 +74,9 @@ def resolve_shape(
     if width_multiple_of is not None and not thin:
         name = arg("width_multiple_of", width_multiple_of)
         raise InputError(f"{name} has no use here: all channels are kept. Give {arg('width')} or {arg('retain_width')}")
+    check_groups(channel_groups, thin=thin)
+    if channel_groups > 1:
+        width_multiple_of = math.lcm(width_multiple_of or 1, channel_groups)
     if thin and keep is None and retain is None:
         keep = topology.num_experts
     count = resolve_keep(topology, keep=keep, retain=retain, multiple_of=multiple_of)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.pieces import NOTHING
@@ -18,11 +18,11 @@ from moecover.files.locks import locked
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
 from moecover.planning.methods import default_method
-from moecover.planning.shapes import resolve_shape
 from moecover.progress import Progress, resolve
+from moecover.pruning.choosing import ChoiceOptions, choice_of
 from moecover.pruning.other_files import check_settings
-from moecover.pruning.request import Choice, Pruned, Repair, Request, WriteOptions
-from moecover.pruning.writer import check_target
+from moecover.pruning.request import Pruned, Repair, Request, WriteOptions
+from moecover.pruning.writer import check_mtp, check_target
 from moecover.pruning.writer import prune as write_checkpoint
 from moecover.registry import unknown_name
 from moecover.runtime.options import check_known
@@ -31,34 +31,6 @@ if TYPE_CHECKING:
     from moecover.corpora.loading import Corpora
     from moecover.repairing.artifact import Repaired
     from moecover.runtime.passes import Passes
-
-
-class ChoiceOptions(TypedDict, total=False):
-    """Keyword arguments of one shot: how the experts are chosen from the corpora.
-
-    Attributes:
-        keep: experts kept per layer; give this or ``retain``.
-        retain: fraction of the experts kept per layer, in (0, 1].
-        multiple_of: round the count to the nearest multiple of this that the router allows.
-        width: channels kept of each expert; give this or ``retain_width``, or neither for all.
-        retain_width: fraction of the channels kept, in (0, 1].
-        width_multiple_of: round the channels to the nearest multiple of this.
-        method: name in `METHODS`; None for the default.
-        method_options: of the method (``saliency``, ``protect``, ...), and ``protect_super_experts``.
-        save_profile: folder for the profile, for other budgets.
-        keep_inputs: calibration tokens that a search runs on; None for 8,192.
-    """
-
-    keep: int | None
-    retain: float | None
-    multiple_of: int | None
-    width: int | None
-    retain_width: float | None
-    width_multiple_of: int | None
-    method: str | None
-    method_options: Mapping[str, Any]
-    save_profile: str | Path | None
-    keep_inputs: int | None
 
 
 class PruneOptions(JobOptions, ChoiceOptions, WriteOptions, total=False):
@@ -117,7 +89,7 @@ def prune(
         from moecover.runtime.loadable import check_loadable
 
         check_loadable(headers, how.dtype)
-    choice = _choice(headers, options) if given is None else given
+    choice = choice_of(headers, options, say=shown.say) if given is None else given
     mending = repaired if repair is None else Repair(repair, repair_tokens)
     writing = cast("WriteOptions", {k: v for k, v in options.items() if k in WriteOptions.__annotations__})
     request = Request(Path(output), choice, corpora if how is not None else None, options, mending, how, writing)
@@ -153,7 +125,9 @@ def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pr
 
     extra = memory_needed(headers, request)
     with _fetched(headers, request, progress) as structure:
-        check_settings(structure, request.choice, mtp=request.writing.get("mtp", "drop"))
+        mtp = request.writing.get("mtp", "drop")
+        check_mtp(structure, request.choice.width, mtp)
+        check_settings(structure, request.choice, mtp=mtp)
         with made_from_text(structure, request, extra=extra, progress=progress) as (plan, made):
             return _written(structure, plan, request, made, progress)
 
@@ -218,42 +192,6 @@ def _check_repair(repair: str | None, repaired: Repaired | None, corpora: Corpor
         raise InputError(f"give {arg('repair')} or {arg('repaired')}, not both")
     if corpora is None:
         raise InputError(f"{arg('repair', repair)} fits weights on calibration text: give {arg('corpora')}")
-
-
-def width_of(headers: Structure, options: ChoiceOptions | PruneOptions) -> int | None:
-    """The channels of an expert, where a width is asked for.
-
-    Raises:
-        InputError: the checkpoint can keep all channels only; says why.
-    """
-    asked = {name: options.get(name) for name in ("width", "retain_width") if options.get(name) is not None}
-    if asked and isinstance(headers.width, str):
-        name, value = next(iter(asked.items()))
-        raise InputError(f"{arg(name, value)}: {headers.checkpoint.name} can keep all channels only: {headers.width}")
-    return None if isinstance(headers.width, str) else headers.width.channels
-
-
-def _choice(headers: Structure, options: PruneOptions) -> Choice:
-    """How one shot chooses, once the router is known."""
-    shape = resolve_shape(
-        headers.topology,
-        width_of(headers, options),
-        keep=options.get("keep"),
-        retain=options.get("retain"),
-        multiple_of=options.get("multiple_of"),
-        width=options.get("width"),
-        retain_width=options.get("retain_width"),
-        width_multiple_of=options.get("width_multiple_of"),
-    )
-    folder = options.get("save_profile")
-    return Choice(
-        options.get("method") or default_method().name,
-        options.get("method_options", NOTHING),
-        shape.keep,
-        shape.width,
-        None if folder is None else Path(folder),
-        options.get("keep_inputs"),
-    )
 
 
 def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOptions | PruneOptions) -> None:

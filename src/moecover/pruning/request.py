@@ -26,7 +26,7 @@ class WriteOptions(TypedDict, total=False):
         overwrite: replace a folder that moecover wrote.
         other_weights: accept a plan made on other weights of the same shape.
         mtp: multi-token-prediction layers with experts of their own: ``drop`` (default), or ``prune`` them by the ids
-            of the last MoE layer.
+            of the last MoE layer, of experts and channels.
         evaluations: by a name for messages, evaluations of the plan whose numbers go on the model card.
         command: what the user typed, for the model card.
     """

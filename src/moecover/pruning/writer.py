@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.manifest import MANIFEST
-from moecover.checkpoints.pieces import NOTHING, Piece, pieces_by_shard
+from moecover.checkpoints.pieces import NOTHING, Piece, pieces_by_shard, uncut_mtp
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, MoecoverError, arg
 from moecover.files.atomic import check_output, digest, explained, resolved, stamp
@@ -54,6 +54,26 @@ def check_target(structure: Structure, output: str | Path, *, overwrite: bool = 
     if overwrite and (path / MANIFEST).is_file():
         check_replaceable(path)
     return path
+
+
+def check_mtp(structure: Structure, width: int | None, mtp: str) -> None:
+    """Refuse what cannot be done with multi-token-prediction layers.
+
+    Args:
+        structure: the source.
+        width: channels of an expert that stay; None for all.
+        mtp: see `prune`.
+
+    Raises:
+        InputError: an unknown choice, or layers that cannot be cut to this width.
+    """
+    if mtp not in MTP_CHOICES:
+        raise unknown_name(arg("mtp"), mtp, MTP_CHOICES)
+    if mtp == "prune" and width is not None and (name := uncut_mtp(structure)):
+        raise InputError(
+            f"{arg('mtp', mtp)} cannot keep {width} channels of {name}, which is not stored as in other layers: "
+            f"give {arg('mtp', 'drop')}"
+        )
 
 
 def inputs_of(structure: Structure, plan: Plan, config: str, *, mtp: str) -> dict[str, object]:
@@ -184,8 +204,8 @@ def prune(
         overwrite: replace a folder that this program wrote.
         other_weights: accept a plan made on other weights of the same shape (a fine-tuned sibling).
         mtp: what happens to multi-token-prediction layers with experts of their own, which the model's forward pass
-            does not run: ``drop`` removes them (and says so in config.json), ``prune`` keeps the expert ids of the
-            last MoE layer.
+            does not run: ``drop`` removes them (and says so in config.json), ``prune`` keeps the ids of the last MoE
+            layer's experts, and of their channels.
         repaired: refitted down projections that replace the source's, from `repairing.store.repair` with the same plan.
         command: the command line that the user typed, for the model card.
         evaluations: evaluations of the plan, by the name used in messages; their numbers go on the model card.
@@ -202,13 +222,7 @@ def prune(
     """
     path = check_target(structure, output, overwrite=overwrite)
     check_plan(plan, structure, other_weights=other_weights)
-    if mtp not in MTP_CHOICES:
-        raise unknown_name(arg("mtp"), mtp, MTP_CHOICES)
-    if mtp == "prune" and structure.mtp and plan.width is not None:
-        raise InputError(
-            f"{arg('mtp', mtp)} keeps experts of the full width, the plan's have {plan.width} channels: give "
-            f"{arg('mtp', 'drop')}"
-        )
+    check_mtp(structure, plan.width, mtp)
     kind = repaired.kind if repaired is not None else None
     figures = measured(structure, plan, evaluations, kind) if evaluations else ""
     with locked(path):

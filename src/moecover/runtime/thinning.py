@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from moecover.checkpoints.names import kind_of
 from moecover.checkpoints.pieces import channel_positions
 from moecover.checkpoints.structure import Structure
+from moecover.errors import InputError, arg
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,9 @@ def thinned_layer(
         layer: index of the MoE layer.
         kept: ids of the kept experts, ascending.
         channels: of each of these, ids of the kept channels, ascending; as many of each.
+
+    Raises:
+        InputError: the weights are 8-bit in memory, with scales beside them.
     """
     width = structure.width
     assert not isinstance(width, str)
@@ -44,6 +48,11 @@ def thinned_layer(
         for name, parameter in model.get_submodule(module).named_parameters():
             axis = width.parameters.get(kind_of(f"{module}.{name}"))
             if axis is not None:
+                if parameter.element_size() == 1:
+                    raise InputError(
+                        f"{structure.checkpoint.name} runs in 8 bits on this device, where its experts cannot be made "
+                        f"thinner in memory. Give {arg('device', 'cpu')}"
+                    )
                 cut = _cut(parameter, axis, kept, channels, width.channels)
                 undo.enter_context(_replaced(model, f"{module}.{name}", cut))
         for name, parameter in model.get_submodule(block[:-1]).named_parameters():

@@ -30,7 +30,9 @@ class Quality:
 
 
 QUALITIES = {
-    "fast": Quality(32, 48, "ridge", 32_768, 4, "a quarter to a half of the default's text, repaired in closed form only"),
+    "fast": Quality(
+        32, 48, "ridge", 32_768, 4, "a quarter to a half of the default's text, repaired in closed form only"
+    ),
     "default": Quality(128, 128, "refit", 65_536, 8, "--dry-run says its time"),
     "best": Quality(512, 512, "refit", 262_144, 32, "four times the default's text"),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.evaluation.artifact import Evaluation
-from moecover.evaluation.budgets import measured_shape
+from moecover.evaluation.budgets import measured_shape, of_shapes
 from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import Plan
 from moecover.planning.methods import default_method
@@ -66,7 +66,8 @@ def plan_of(
         plan = measured_shape(profile, structure, shapes, texts.held_out, method, {}, model, size, progress)
     else:
         one = shapes[0]
-        (plan,) = plan_budgets(profile, method=method, keeps=[one.keep], widths=[one.width])
+        given = of_shapes(shapes, {}, structure)
+        (plan,) = plan_budgets(profile, method=method, keeps=[one.keep], widths=[one.width], **given)
     plan.save(file)
     return plan
 

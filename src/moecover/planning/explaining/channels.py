@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def turns_of(plan: Plan, corpora: Sequence[str]) -> dict[str, int]:
     """By corpus, the turns that ``protect_channels`` gave it in every kept expert, see `choose_channels`."""
     protect = plan.options.get("protect_channels", 0)
-    if plan.width is None or not protect:
+    if plan.width is None or not protect or "channel_groups" in plan.options:  # turns of groups promise no channel
         return {}
     given = plan.options.get("weights")
     weights = given if isinstance(given, Mapping) else {}

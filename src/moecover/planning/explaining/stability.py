@@ -38,7 +38,7 @@ def stability(plan: Plan, profile: Profile, *, change: float = CHANGE) -> Stabil
         return None
 
     def again(stage: Profile) -> Plan:
-        options = {key: value for key, value in plan.options.items() if key != "protect_channels"}  # experts alone
+        options = {k: v for k, v in plan.options.items() if k not in ("protect_channels", "channel_groups")}
         return plan_budgets(stage, method=plan.method, keeps=[plan.keep], **options)[0]
 
     curve: list[Point] = [
