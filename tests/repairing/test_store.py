@@ -211,7 +211,7 @@ def test_prune_repairs_from_a_plan_and_in_one_shot(
         str(tmp_path / "planned"),
     )
     assert status == 0, err
-    assert f"repaired (ridge): {result['repair']['tensors']} down projections" in out
+    assert f"repaired (ridge): {result['repair']['tensors']} tensors" in out
     assert manifest_of(shot) == manifest_of(tmp_path / "planned")
     assert manifest_of(shot)["corpora"][0]["tokens used"] == 992  # whole sequences
     for shard in shot.glob("*.safetensors"):
