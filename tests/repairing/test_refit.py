@@ -32,6 +32,7 @@ from tests.support.proofs import logits_of
 from tests.support.repairs import half, manifest_of, written
 
 TOKENS, HIDDEN = 60, 5
+ANY = [math.inf, math.inf]
 MORE = [random_corpus("a", seed=1, sequences=60), random_corpus("b", seed=2, sequences=40)]
 
 
@@ -55,7 +56,7 @@ def test_steps_are_adams_on_the_weighted_error() -> None:
     """By hand: gradients by differences, moments and steps written out, tokens in the stated order."""
     start, inputs, target, calibration = problem()
     dtypes = dict.fromkeys(start, torch.float32)
-    found = refit(block, start, inputs, target, calibration, dtypes, epochs=2, step=0.05, tokens=16)
+    found = refit(block, start, inputs, target, calibration, dtypes, ANY, epochs=2, step=0.05, tokens=16)
     assert found is not None
 
     held = np.array([False] * 32 + [True] * 8 + [False] * 16 + [True] * 4)
@@ -112,12 +113,13 @@ def test_what_does_not_hold_on_other_tokens_is_not_taken() -> None:
     ]
     wanted[calibration.held] *= 1.001  # the held-out tokens are fitted as well as can be
     other = Calibration(wanted, calibration.corpus, [1.0, 3.0], 0.2)
-    assert refit(block, start, inputs, wanted, other, dtypes, step=5.0) is None
+    assert refit(block, start, inputs, wanted, other, dtypes, ANY, step=5.0) is None
     # A corpus of weight 0 has no say: only its own tokens would be fitted better.
     alone = Calibration(target, calibration.corpus, [0.0, 1.0], 0.2)
-    found = refit(block, start, inputs, target, alone, dtypes)
+    found = refit(block, start, inputs, target, alone, dtypes, [0.0, math.inf])
     assert found is not None
-    exact = refit(block, start, inputs, block(start, inputs), calibration, dtypes)
+    assert refit(block, start, inputs, target, calibration, dtypes, [0.0, math.inf]) is None  # the first corpus counts
+    exact = refit(block, start, inputs, block(start, inputs), calibration, dtypes, ANY)
     assert exact is None  # nothing is left to gain
 
 

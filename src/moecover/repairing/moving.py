@@ -83,7 +83,7 @@ def moved_block(
         return output.reshape(hidden.shape)
 
     dtypes = {key: getattr(torch, rows[0].dtype) for key, rows in where.items()}
-    found = refit(run, start, inputs, target, calibration, dtypes)
+    found = refit(run, start, inputs, target, calibration, dtypes, solved.fit.before)
     if found is None:
         return solved
     fit = replace(solved.fit, weights={}, after=found.errors, kept={})

@@ -9,7 +9,7 @@ takes part, and no gradient leaves it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ def refit(
     target: torch.Tensor,
     calibration: Calibration,
     dtypes: Mapping[str, torch.dtype],
+    most: Sequence[float],
     *,
     epochs: int = EPOCHS,
     step: float = STEP,
@@ -69,12 +70,13 @@ def refit(
         target: the original's output, ``[token, hidden]``.
         calibration: how the tokens count.
         dtypes: in which the parameters are stored, by name.
+        most: error of every corpus, as in `Refitted.errors`, that may not be exceeded where the corpus counts.
         epochs: turns over the tokens.
         step: see `STEP`.
         tokens: of a step.
 
     Returns:
-        The new parameters; None where they do not fit the held-out tokens better than ``start``, or some corpus worse.
+        The new parameters; None where they do not fit the held-out tokens better than ``start``, or exceed ``most``.
     """
     import torch
 
@@ -90,7 +92,7 @@ def refit(
 
         whole = float((squares(wanted) * share * calibration.held).sum())
         first = {name: value.float().clone() for name, value in start.items()}
-        before, held_before = losses(first)
+        held_before = losses(first)[1]
         if not (whole > 0 and held_before > 0):
             return None
         scale = step * math.sqrt(held_before / whole)
@@ -98,7 +100,8 @@ def refit(
         moved = _moved(run, first, given, wanted, share.float(), rows, scale, epochs=epochs, tokens=tokens)
         values = {name: value.to(dtypes[name]) for name, value in moved.items()}
         after, held_after = losses({name: value.float() for name, value in values.items()})
-    if not (held_after < held_before and calibration.improves(before, after)):
+        within = (after <= torch.tensor(most, device=after.device)) | (calibration.of_corpus == 0)
+    if not (held_after < held_before and bool(within.all())):
         return None
     return Refitted(values, after.tolist(), (held_before / whole, held_after / whole))
 
