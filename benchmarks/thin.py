@@ -20,7 +20,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,6 @@ class Bench:
         names = [text for group in GROUPS.values() for text in group]
         self.texts = [self._windows(one, files[one]) for one in names]
         self.kinds = self._written()
-        self._plans: dict[tuple[object, ...], Plan] = {}
 
     def _windows(self, name: str, path: Path | None) -> Corpus:
         return load_windows(name, path, structure=self.structure, length=LENGTH, windows=self.args.windows)
@@ -148,26 +147,37 @@ class Bench:
             used.append(rare_tokens(self.structure, used, blocks=OF_NAMED, length=LENGTH, seed=sample))
         return used, unused
 
-    def plan(self, way: Way, budget: float, made: Profile, used: list[Corpus], unused: list[Corpus]) -> Plan:
-        """The plan of a row; rows that differ in the repair alone share it."""
-        key = made.fingerprint, way.method, way.saliency, way.shape, budget
-        if key not in self._plans:
-            self._plans[key] = self._planned(way, budget, made, used, unused)
-        return self._plans[key]
+    def _known(self, folder: Path, way: Way, budget: float) -> Shape | None:
+        """The shape of a measured row that differs in the repair alone."""
+        for number, other in enumerate(WAYS):
+            file = folder / f"{number}-{budget}.json"
+            if file.exists() and replace(other, label=way.label, repair=way.repair, first=way.first) == way:
+                cell = json.loads(file.read_text())
+                return Shape(cell["keep"], cell["width"])
+        return None
 
-    def _planned(self, way: Way, budget: float, made: Profile, used: list[Corpus], unused: list[Corpus]) -> Plan:
+    def plan(
+        self,
+        way: Way,
+        budget: float,
+        made: Profile,
+        used: list[Corpus],
+        unused: list[Corpus],
+        known: Shape | None = None,
+    ) -> Plan:
+        """The plan of a row, in a shape that is known or to be found."""
         assert not isinstance(self.structure.width, str)
         channels, topology = self.structure.width.channels, self.structure.topology
         shapes = shapes_within(topology, channels, budget=budget)
         options: dict[str, Any] = {} if way.saliency is None else {"saliency": way.saliency}
-        if way.shape == "auto":
+        if way.shape == "auto" and known is None:
             return measured_shape(
                 made, self.structure, shapes, unused, way.method, options, self.model, 8, resolve(False)
             )
         full = [
             one for one in shapes if one.keep * (one.width or channels) > 0.9 * budget * topology.num_experts * channels
         ]
-        shape: Shape = shapes[0] if way.shape == "experts" else full[-1]
+        shape: Shape = known or (shapes[0] if way.shape == "experts" else full[-1])
         more: dict[str, Any] = {}
         if way.method == "expert-sparsity":
             more = {"model": self.model, "structure": self.structure, "sample": sample_of(used, 8192)}
@@ -192,10 +202,11 @@ class Bench:
         if not (folder / "full.json").exists():
             found = evaluate(self.structure, {}, model=self.model, texts=self.texts, batch_size=8)
             write_text(folder / "full.json", json.dumps(losses(found)))
-        for first, sample in itertools.product((True, False), range(self.args.samples)):
+        for first, budgets, sample in itertools.product(
+            (True, False), (BUDGETS[:2], BUDGETS[2:]), range(self.args.samples)
+        ):
             profiles: dict[str, Any] = {}
-            self._plans.clear()
-            for way, budget in ((way, budget) for way in WAYS if way.first == first for budget in BUDGETS):
+            for way, budget in ((way, budget) for way in WAYS if way.first == first for budget in budgets):
                 file = folder / str(sample) / f"{WAYS.index(way)}-{budget}.json"
                 if file.exists():
                     continue
@@ -204,7 +215,8 @@ class Bench:
                     made = profile(self.structure, used, model=self.model, batch_size=16)
                     profiles[way.calibration] = made, used, unused
                 made, used, unused = profiles[way.calibration]
-                chosen = self.plan(way, budget, made, used, unused)
+                known = self._known(folder / str(sample), way, budget)
+                chosen = self.plan(way, budget, made, used, unused, known)
                 write_text(file, json.dumps(self.cell(chosen, way, used)))
                 print(
                     f"{self.name}, sample {sample}, {budget:.0%}, {way.label}: {chosen.keep} x {chosen.width}",

@@ -55,75 +55,77 @@ def problem(noise: float = 0.0) -> tuple[dict[str, torch.Tensor], torch.Tensor, 
 def test_steps_are_adams_on_the_weighted_error() -> None:
     """By hand: gradients by differences, moments and steps written out, tokens in the stated order."""
     start, inputs, target, calibration = problem()
+    trial = {name: 1.1 * value for name, value in start.items()}
     dtypes = dict.fromkeys(start, torch.float32)
-    found = refit(block, start, inputs, target, calibration, dtypes, ANY, epochs=2, step=0.05, tokens=16)
+    found = refit(block, trial, start, inputs, target, calibration, dtypes, ANY, epochs=2, step=0.05, tokens=16)
     assert found is not None
 
     held = np.array([False] * 32 + [True] * 8 + [False] * 16 + [True] * 4)
     x, y = inputs.double().numpy(), target.double().numpy()
     share = np.where(np.arange(TOKENS) < 40, 0.25 / (y[:40] ** 2).sum(), 0.75 / (y[40:] ** 2).sum())
     share /= share.mean()
-    values = {name: value.double().numpy().copy() for name, value in start.items()}
+    every = np.arange(TOKENS)
 
     def error(given: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
         return ((np.tanh(x[rows] @ given["up"]) @ given["down"] - y[rows]) ** 2).sum(1) * share[rows]
 
-    relative = math.sqrt(error(values, np.flatnonzero(held)).sum() / ((y**2).sum(1) * share)[held].sum())
-    rate = {name: 0.05 * relative * math.sqrt((value**2).mean()) for name, value in values.items()}
-    first = {name: np.zeros_like(value) for name, value in values.items()}
-    second = {name: np.zeros_like(value) for name, value in values.items()}
-    rows, at, generator = np.flatnonzero(~held), 0, torch.Generator().manual_seed(0)
-    for _ in range(2):
-        order = rows[torch.randperm(len(rows), generator=generator).numpy()]
-        for some in (order[:16], order[16:32], order[32:]):
-            slopes = {}
-            for name, value in values.items():
-                slopes[name] = np.zeros_like(value)
-                for index in np.ndindex(value.shape):
-                    moved = {key: one.copy() for key, one in values.items()}
-                    moved[name][index] += 1e-6
-                    ahead = error(moved, some).mean()
-                    moved[name][index] -= 2e-6
-                    slopes[name][index] = (ahead - error(moved, some).mean()) / 2e-6
-            size = min(1.0, (at + 1) / 10) * 0.5 * (1 + math.cos(math.pi * at / 6))
-            at += 1
-            for name, slope in slopes.items():
-                first[name] = 0.9 * first[name] + 0.1 * slope
-                second[name] = 0.99 * second[name] + 0.01 * slope**2
-                mean, spread = first[name] / (1 - 0.9**at), second[name] / (1 - 0.99**at)
-                values[name] -= rate[name] * size * mean / (np.sqrt(spread) + 1e-8)
-    for name, value in values.items():
+    def stepped(begin: Mapping[str, torch.Tensor], rows: np.ndarray, epochs: int) -> dict[str, np.ndarray]:
+        values = {name: value.double().numpy().copy() for name, value in begin.items()}
+        rate = {name: 0.05 * relative * math.sqrt((value**2).mean()) for name, value in values.items()}
+        first = {name: np.zeros_like(value) for name, value in values.items()}
+        second = {name: np.zeros_like(value) for name, value in values.items()}
+        at, generator, count = 0, torch.Generator().manual_seed(0), -(-len(rows) // 16)
+        for _ in range(epochs):
+            order = rows[torch.randperm(len(rows), generator=generator).numpy()]
+            for some in (order[n : n + 16] for n in range(0, len(rows), 16)):
+                slopes = {name: np.zeros_like(value) for name, value in values.items()}
+                for name, value in values.items():
+                    for index in np.ndindex(value.shape):
+                        moved = {key: one.copy() for key, one in values.items()}
+                        moved[name][index] += 1e-6
+                        ahead = error(moved, some).mean()
+                        moved[name][index] -= 2e-6
+                        slopes[name][index] = (ahead - error(moved, some).mean()) / 2e-6
+                size = min(1.0, (at + 1) / 10) * 0.5 * (1 + math.cos(math.pi * at / (epochs * count)))
+                at += 1
+                for name, slope in slopes.items():
+                    first[name] = 0.9 * first[name] + 0.1 * slope
+                    second[name] = 0.99 * second[name] + 0.01 * slope**2
+                    mean, spread = first[name] / (1 - 0.9**at), second[name] / (1 - 0.99**at)
+                    values[name] -= rate[name] * size * mean / (np.sqrt(spread) + 1e-8)
+        return values
+
+    begin = {name: value.double().numpy() for name, value in trial.items()}
+    whole = ((y**2).sum(1) * share)[held].sum()
+    relative = math.sqrt(error(begin, every[held]).sum() / whole)
+    tried = stepped(trial, every[~held], 1)
+    assert found.held == pytest.approx((relative**2, error(tried, every[held]).sum() / whole), rel=1e-4)
+    for name, value in stepped(start, every, 2).items():
         assert np.allclose(found.values[name].numpy(), value, atol=1e-5), name
-    every = np.arange(TOKENS)
     given = {name: value.double().numpy() for name, value in found.values.items()}
-    expected = [
-        error(given, part).sum() / (share[part] * (y[part] ** 2).sum(1)).sum() for part in (every[:40], every[40:])
-    ]
+    parts = every[:40], every[40:]
+    expected = [error(given, part).sum() / (share[part] * (y[part] ** 2).sum(1)).sum() for part in parts]
     assert found.errors == pytest.approx(expected, rel=1e-4)
-    assert found.held[1] < found.held[0] == pytest.approx(relative**2, rel=1e-4)
 
 
 def test_what_does_not_hold_on_other_tokens_is_not_taken() -> None:
     start, inputs, target, calibration = problem()
     dtypes = dict.fromkeys(start, torch.float32)
-    true = {name: value.clone() for name, value in start.items()}
-    wanted = block(true, inputs)
-    wanted[~calibration.held] += torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))[
-        ~calibration.held
-    ]
+    wanted = block(start, inputs)
+    noise = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
+    wanted[~calibration.held] += noise[~calibration.held]
     wanted[calibration.held] *= 1.001  # the held-out tokens are fitted as well as can be
     other = Calibration(wanted, calibration.corpus, [1.0, 3.0], 0.2)
-    assert refit(block, start, inputs, wanted, other, dtypes, ANY, step=5.0) is None
-    # A corpus of weight 0 has no say: only its own tokens would be fitted better.
+    assert refit(block, start, start, inputs, wanted, other, dtypes, ANY, step=5.0) is None
+    # A corpus of weight 0 has no say; one that counts may not lose.
     alone = Calibration(target, calibration.corpus, [0.0, 1.0], 0.2)
-    found = refit(block, start, inputs, target, alone, dtypes, [0.0, math.inf])
-    assert found is not None
-    assert refit(block, start, inputs, target, calibration, dtypes, [0.0, math.inf]) is None  # the first corpus counts
-    exact = refit(block, start, inputs, block(start, inputs), calibration, dtypes, ANY)
-    assert exact is None  # nothing is left to gain
+    assert refit(block, start, start, inputs, target, alone, dtypes, [0.0, math.inf]) is not None
+    assert refit(block, start, start, inputs, target, calibration, dtypes, [0.0, math.inf]) is None
+    exact = block(start, inputs)  # nothing is left to gain
+    assert refit(block, start, start, inputs, exact, calibration, dtypes, ANY) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_the_refitted_checkpoint_equals_the_refitted_model(
     checkpoints: Callable[..., Path], family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -220,5 +222,5 @@ def test_memory_counts_values_gradients_and_moments(checkpoints: Callable[..., P
     hidden, (width, shared) = structure.topology.hidden_size, where[0].widths
     experts = structure.topology.num_experts
     parameters = 3 * hidden * (6 * width + shared) + experts * hidden
-    assert most["refit"] >= 20 * parameters + 8 * experts * 3 * hidden * width
+    assert most["refit"] >= 24 * parameters + 8 * experts * 3 * hidden * width
     assert most["refit"] > most["ridge"]

@@ -17,6 +17,8 @@ def best_factors(
     share: torch.Tensor,
     held: torch.Tensor,
     penalties: Sequence[float],
+    *,
+    everything: bool = True,
 ) -> tuple[torch.Tensor, float] | None:
     """Solve for the factors that the blocks' outputs are multiplied by.
 
@@ -29,6 +31,7 @@ def best_factors(
         share: the tokens' weight, float64 ``[token]``.
         held: which tokens are held out, bool ``[token]``; none to take the last penalty.
         penalties: strongest first.
+        everything: whether the held-out tokens are solved on too, with the penalty that they chose.
 
     Returns:
         Factors minus 1, float64 ``[block]``, and the penalty; None where no penalty is better on the held-out tokens
@@ -48,7 +51,10 @@ def best_factors(
             best, chosen = loss, penalty
         elif chosen is not None:
             break  # beyond the best one
-    return None if chosen is None else (_solved(products.sum(0), right.sum(0), chosen), chosen)
+    if chosen is None:
+        return None
+    part = slice(None) if everything else slice(1)
+    return _solved(products[part].sum(0), right[part].sum(0), chosen), chosen
 
 
 def _solved(products: torch.Tensor, right: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -26,6 +26,7 @@ from moecover.repairing.calibration import Calibration
 from moecover.repairing.moving import moved_block, restored
 from moecover.repairing.refit import needed_bytes as refit_bytes
 from moecover.repairing.solver import HELD_SHARE, REFIT, FitOptions, fit, peak_bytes
+from moecover.repairing.sums import Block
 from moecover.repairing.targets import Place, check_dtype, check_understood, places, refused, thinned
 from moecover.runtime.finite import is_finite, naming, not_finite, rows_text
 from moecover.runtime.loading import backbone_of, check_float64, routers
@@ -171,23 +172,34 @@ class _Passes:
                 raise not_finite(name, "the output of the original's experts is")
         target = torch.cat(outputs)
         del outputs
-        solved = self._solved(layer, pruned, target)
+        place, kept = self._places[layer], self._plan.layers[layer].kept
+        parts = blocks_of(self._model, structure, layer, place, self._forwards[layer], pruned, self._masks, kept)
+        solved = self._solved(layer, parts, target)
         if self._kind != REFIT:
             return solved
+        trial = self._solved(layer, parts, target, everything=False)
+        del parts
         arrived = torch.cat([b.reshape(-1, b.shape[-1])[m] for b, m in zip(pruned, self._masks, strict=True)])
         calibration = Calibration(target, self._corpus_of, self.weights, HELD_SHARE)
-        kept, where = self._plan.layers[layer].kept, self._places[layer].parameters
-        assert not isinstance(where, str)
-        own = restored(self._blocks[layer], self._forwards[layer])
-        with repaired_layer(self._model, structure, layer, solved), own:
-            return moved_block(self._model, structure, layer, kept, where, solved, arrived, target, calibration)
+        with restored(self._blocks[layer], self._forwards[layer]):
+            return moved_block(
+                self._model, structure, layer, place, kept, (trial, solved), arrived, target, calibration
+            )
 
-    def _solved(self, layer: int, pruned: Sequence[torch.Tensor], target: torch.Tensor) -> LayerRepair:
-        """The repair in closed form."""
-        structure, place, kept = self._structure, self._places[layer], self._plan.layers[layer].kept
-        forward = self._forwards[layer]
-        parts = blocks_of(self._model, structure, layer, place, forward, pruned, self._masks, kept)
-        made = fit(parts, target, self._corpus_of, kind=self._kind, weights=self.weights, **self._options)
+    def _solved(
+        self, layer: int, parts: Sequence[Block], target: torch.Tensor, *, everything: bool = True
+    ) -> LayerRepair:
+        """The repair in closed form; ``everything``: also on the tokens that are held out."""
+        structure, place = self._structure, self._places[layer]
+        made = fit(
+            parts,
+            target,
+            self._corpus_of,
+            kind=self._kind,
+            weights=self.weights,
+            everything=everything,
+            **self._options,
+        )
         experts = {int(name): weight for name, weight in made.weights.items() if name != SHARED}
         shared = (place.shared[0], made.weights[SHARED]) if place.shared and SHARED in made.weights else None
         return LayerRepair(structure.topology.decoder_layers[layer], experts, shared, made)

@@ -36,7 +36,7 @@ class Refitted:
     Attributes:
         values: by name, in the dtypes in which they are stored.
         errors: squared error of every corpus as a share of its squared target.
-        held: weighted squared error on the held-out tokens, with the weights before and with these, as shares of the
+        held: weighted squared error of the trial on the held-out tokens, before and after its steps, as shares of the
             squared target there.
     """
 
@@ -47,6 +47,7 @@ class Refitted:
 
 def refit(
     run: Run,
+    trial: Mapping[str, torch.Tensor],
     start: Mapping[str, torch.Tensor],
     inputs: torch.Tensor,
     target: torch.Tensor,
@@ -60,67 +61,71 @@ def refit(
 ) -> Refitted | None:
     """Move all parameters of a block towards the wanted output.
 
-    Tokens that are held out take no part; they decide, with the parameters in their stored dtypes, whether the result
-    is taken. Steps are small where little is left to gain: they follow the root of the relative error.
+    Whether steps help on other text is tried first, on tokens that neither the solved parameters nor the steps of the
+    trial have seen. The steps that count then begin with parameters that were solved on all tokens, and run over all.
+    Steps are small where little is left to gain: they follow the root of the relative error.
 
     Args:
         run: the block's output ``[token, hidden]`` for parameters by name and inputs ``[token, hidden]``.
-        start: parameters to begin with.
+        trial: parameters that the trial begins with, solved without the held-out tokens.
+        start: parameters to begin with, solved on all tokens.
         inputs: of all calibration tokens, ``[token, hidden]``.
         target: the original's output, ``[token, hidden]``.
         calibration: how the tokens count.
         dtypes: in which the parameters are stored, by name.
         most: error of every corpus, as in `Refitted.errors`, that may not be exceeded where the corpus counts.
-        epochs: turns over the tokens.
+        epochs: turns over the tokens; a third as many in the trial.
         step: see `STEP`.
         tokens: of a step.
 
     Returns:
-        The new parameters; None where they do not fit the held-out tokens better than ``start``, or exceed ``most``.
+        The new parameters; None where the trial does not fit the held-out tokens better, or ``most`` is exceeded.
     """
     import torch
 
     with torch.inference_mode(False), torch.no_grad():
-        wanted, share = target.float(), calibration.share()  # copies: tensors of inference mode take no gradients
-        given = inputs.to(torch.float32, copy=True)
-        wanted = wanted.clone()
+        # Copies: tensors of inference mode take no gradients.
+        given, wanted = inputs.to(torch.float32, copy=True), target.to(torch.float32, copy=True)
+        share, held = calibration.share(), calibration.held
 
-        def losses(values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        def errors(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
             parts = zip(torch.split(given, CHUNK), torch.split(wanted, CHUNK), strict=True)
-            errors = torch.cat([squares(y - run(values, x)) for x, y in parts])
-            return calibration.by_corpus(errors) * calibration.inverse, float((errors * share * calibration.held).sum())
+            return torch.cat([squares(y - run(values, x)) for x, y in parts])
 
-        whole = float((squares(wanted) * share * calibration.held).sum())
-        first = {name: value.float().clone() for name, value in start.items()}
-        held_before = losses(first)[1]
-        if not (whole > 0 and held_before > 0):
+        def on_held(each: torch.Tensor) -> float:
+            return float((each * share * held).sum())
+
+        whole, before = on_held(squares(wanted)), on_held(errors(trial))
+        if not (whole > 0 and before > 0):
             return None
-        scale = step * math.sqrt(held_before / whole)
-        rows = (~calibration.held & (share > 0)).nonzero()[:, 0]
-        moved = _moved(run, first, given, wanted, share.float(), rows, scale, epochs=epochs, tokens=tokens)
+        scale = step * math.sqrt(before / whole)
+        rows = [part.nonzero()[:, 0] for part in (~held & (share > 0), share > 0)]
+        text = given, wanted, share.float()
+        tried = _moved(run, trial, text, rows[0], scale, epochs=-(-epochs // 3), tokens=tokens)
+        if not (after := on_held(errors(tried))) < before:
+            return None
+        moved = _moved(run, start, text, rows[1], scale, epochs=epochs, tokens=tokens)
         values = {name: value.to(dtypes[name]) for name, value in moved.items()}
-        after, held_after = losses({name: value.float() for name, value in values.items()})
-        within = (after <= torch.tensor(most, device=after.device)) | (calibration.of_corpus == 0)
-    if not (held_after < held_before and bool(within.all())):
-        return None
-    return Refitted(values, after.tolist(), (held_before / whole, held_after / whole))
+        each = errors({name: value.float() for name, value in values.items()})
+        found = calibration.by_corpus(each) * calibration.inverse
+        within = (found <= torch.tensor(most, device=found.device)) | (calibration.of_corpus == 0)
+    return Refitted(values, found.tolist(), (before / whole, after / whole)) if bool(within.all()) else None
 
 
 def _moved(
     run: Run,
     start: Mapping[str, torch.Tensor],
-    inputs: torch.Tensor,
-    target: torch.Tensor,
-    share: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     rows: torch.Tensor,
     scale: float,
     *,
     epochs: int,
     tokens: int,
 ) -> dict[str, torch.Tensor]:
-    """The parameters after all steps; see `refit`."""
+    """The parameters after all steps over some tokens; ``text``: inputs, target and share of every token."""
     import torch
 
+    inputs, target, share = text
     moved = {name: value.clone().requires_grad_() for name, value in start.items()}
     sizes = {name: float(value.square().mean().sqrt()) for name, value in start.items()}
     groups = [{"params": [value], "lr": scale * sizes[name]} for name, value in moved.items()]
@@ -144,5 +149,5 @@ def _moved(
 
 
 def needed_bytes(parameters: int, *, tokens: int, hidden_size: int) -> int:
-    """Bytes that `refit` takes beside its arguments: float32 values, start, gradients, two moments; inputs, target."""
-    return 20 * parameters + 8 * tokens * hidden_size
+    """Bytes that `refit` takes: float32 values, two starts, gradients and two moments; copies of inputs and target."""
+    return 24 * parameters + 8 * tokens * hidden_size

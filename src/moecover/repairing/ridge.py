@@ -76,6 +76,7 @@ def ridge_changes(
     *,
     sweeps: int,
     tolerance: float,
+    everything: bool = True,
 ) -> tuple[list[torch.Tensor], float | None]:
     """Solve for the changes of the blocks' weights, with a penalty that is chosen on held-out tokens.
 
@@ -87,6 +88,7 @@ def ridge_changes(
         penalties: strongest first.
         sweeps: at most this many turns of all blocks.
         tolerance: see `TOLERANCE`.
+        everything: whether the held-out tokens are solved on too, with the penalty that they chose.
 
     Returns:
         Changes, float64 ``[width, hidden]`` each, and the penalty; no changes and None where no penalty is better on
@@ -99,7 +101,9 @@ def ridge_changes(
     penalty = _best_penalty(blocks, grams, share, held, residual, penalties) if some_held else penalties[-1]
     if penalty is None:
         return [], None
-    if some_held:
+    if not everything:
+        share = share * ~held
+    elif some_held:
         for matrix, block in zip(grams, blocks, strict=True):
             matrix += gram(block, share, held)
     solvers = [_solver(matrix, penalty, residual.dtype) for matrix in grams]

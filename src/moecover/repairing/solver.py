@@ -84,6 +84,7 @@ def fit(
     held_share: float = HELD_SHARE,
     sweeps: int = SWEEPS,
     tolerance: float = TOLERANCE,
+    everything: bool = True,
 ) -> Fit:
     """Refit the down projections of one layer's kept experts and of the shared one.
 
@@ -99,6 +100,7 @@ def fit(
         held_share: share of the tokens that it is chosen on, 0 to take the last penalty as it is.
         sweeps: at most this many turns of all blocks for a penalty.
         tolerance: stop after a sweep that lowers the objective by a smaller share.
+        everything: whether the tokens that penalties are chosen on are fitted too, once they are.
 
     Raises:
         InputError: unknown kind; or a target, a weight or an activation that is not finite, with its block.
@@ -117,13 +119,15 @@ def fit(
         return _unchanged(before, blocks, "the target is zero", kept)
     share, held = calibration.share(), calibration.held
     used, factor_of, changes = dict[str, float](), dict[str, float](), list["torch.Tensor"]()
-    if (factors := best_factors(solved, residual, share, held, penalties)) is not None:
+    if (factors := best_factors(solved, residual, share, held, penalties, everything=everything)) is not None:
         used["scale"] = factors[1]
         factor_of = dict(zip((block.name for block in solved), factors[0].tolist(), strict=True))
         scaled = (b.weight.to(residual.dtype) * (1 + factor_of.get(b.name, 0.0)) for b in blocks)
         residual = residual_of(blocks, scaled, target)
     if kind == "ridge":
-        changes, penalty = ridge_changes(solved, share, held, residual, penalties, sweeps=sweeps, tolerance=tolerance)
+        changes, penalty = ridge_changes(
+            solved, share, held, residual, penalties, sweeps=sweeps, tolerance=tolerance, everything=everything
+        )
         used |= {} if penalty is None else {"ridge": penalty}
     if not used:
         return _unchanged(before, blocks, NOT_BETTER_HELD)
