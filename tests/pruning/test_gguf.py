@@ -296,10 +296,67 @@ def test_a_run_killed_between_two_renames_goes_on(tmp_path: Path) -> None:
     assert not partial_folder(made).exists()
 
 
-def test_a_plan_with_a_width_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    model, value = write_gguf(tmp_path / "m.gguf", "qwen3moe"), plan_for(KEPT).to_dict()
+def thin_plan(blocks: Sequence[int], block: int) -> Plan:
+    """The plan that keeps `KEPT` with some blocks of channels, the second expert's one further."""
+    value = plan_for(KEPT).to_dict()
     for row in value["layers"]:
-        row["channels"] = [list(range(8))] * 3
-    plan = Plan.model_validate({**value, "width": 8})
-    with pytest.raises(InputError, match="prune the original that the file was made from, then convert and quantise"):
-        prune(model, plan, tmp_path / "half.gguf", progress=False)
+        row["channels"] = [[(b + n) * block + i for b in blocks for i in range(block)] for n in (0, 1, 0)]
+    return Plan.model_validate({**value, "width": len(blocks) * block})
+
+
+def thin_by_hand(before: Tensors, plan: Plan, block: int) -> Tensors:
+    """Rows of gate and up, blocks of columns of down, by numpy."""
+    after = cut_by_hand(before)
+    assert plan.channels is not None
+    for layer, of_layer in zip(LAYERS, plan.channels, strict=True):
+        for part in ("gate_exps.weight", "up_exps.weight", "gate_up_exps.weight", "gate_exps.bias", "up_exps.bias"):
+            if (name := f"blk.{layer}.ffn_{part}") in after:
+                kind, shape, raw = after[name]
+                parts = 2 if "gate_up" in part else 1
+                rows = np.frombuffer(raw, np.uint8).reshape(3, parts, shape[1] // parts, -1)
+                cut = b"".join(rows[e][:, ids].tobytes() for e, ids in enumerate(of_layer))
+                after[name] = (kind, (3, parts * len(of_layer[0]), *shape[2:]), cut)
+        name = f"blk.{layer}.ffn_down_exps.weight"
+        kind, shape, raw = after[name]
+        cells = np.frombuffer(raw, np.uint8).reshape(3, shape[1], shape[2] // block, -1)
+        cut = b"".join(cells[e][:, [i // block for i in ids[::block]]].tobytes() for e, ids in enumerate(of_layer))
+        after[name] = (kind, (3, shape[1], len(of_layer[0])), cut)
+    return after
+
+
+@pytest.mark.parametrize(
+    "arch, types, blocks, block",
+    [
+        ("qwen3moe", {"exps": "BF16"}, [0, 3, 9, 12, 20, 21, 30, 50], 1),
+        ("qwen3moe", {"down_exps": "Q8_0", "exps": "Q4_0"}, [0], 32),
+        ("qwen3moe", {"1.ffn_down_exps": "Q8_0", "2.ffn_down_exps": "BF16"}, [0], 32),
+        ("gpt-oss", {"exps.weight": "MXFP4"}, [0], 32),
+        ("qwen35moe", {}, list(range(8)), 1),
+    ],
+)
+def test_thin_experts(tmp_path: Path, arch: str, types: dict[str, str], blocks: list[int], block: int) -> None:
+    shapes = {name: shape for name, shape in shapes_of(arch).items() if "shexp" not in name}
+    if arch == "gpt-oss":
+        shapes |= {f"blk.{n}.{name}": shape for n in LAYERS for name, shape in BIASES.items()}
+    model, plan = write_gguf(tmp_path / "m.gguf", arch, shapes, types=types), thin_plan(blocks, block)
+    out = prune(model, plan, tmp_path / "thin.gguf", progress=False).output
+    assert tensors_of(out) == thin_by_hand(tensors_of(model), plan, block)
+    fields = fields_of(out)
+    assert (fields[f"{arch}.expert_count"], fields[f"{arch}.expert_feed_forward_length"]) == (3, len(blocks) * block)
+    assert verify(model, out, progress=False).equal
+
+
+@pytest.mark.parametrize(
+    "arch, types, message",
+    [
+        ("qwen3moe", {"exps": "Q8_0"}, "quantised in blocks of 32 channels. Make the plan with channel_groups=32"),
+        ("deepseek2", {}, "the shared expert is sized by the width of the routed ones: prune the original"),
+    ],
+)
+def test_a_width_that_cannot_be_cut_is_refused_with_the_way_out(
+    tmp_path: Path, arch: str, types: dict[str, str], message: str
+) -> None:
+    model = write_gguf(tmp_path / "m.gguf", arch, types=types)
+    with pytest.raises(InputError, match=message):
+        prune(model, thin_plan(range(8), 1), tmp_path / "half.gguf", progress=False)
+    assert not list(tmp_path.glob("*half*"))

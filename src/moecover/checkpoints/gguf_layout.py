@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from moecover.checkpoints.gguf_width import gguf_width
 from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, ExpertTensors, Topology
@@ -69,7 +70,6 @@ SUSPECT = re.compile(r".*(?:exp|moe|rout|eid)")
 DENSE = re.compile(r"ffn_(?:gate|up|down)\.(?:weight|bias|scale|input_scale)")
 ONE_EXPERT = re.compile(r"ffn_(?:gate|up|down)\.\d+\.")
 INTEGERS = ("I8", "I16", "I32", "I64")
-WIDTH_REFUSED = "prune the original that the file was made from, then convert and quantise"
 
 
 def gguf_layout(checkpoint: Checkpoint) -> ExpertLayout:
@@ -112,7 +112,8 @@ def gguf_layout(checkpoint: Checkpoint) -> ExpertLayout:
                 )
         tensors |= found
     topology = _topology(checkpoint, layers, experts, num_layers)
-    return ExpertLayout(topology, ExpertTensors(tensors, {}, True), {}, (), WIDTH_REFUSED)
+    width = gguf_width(checkpoint, tensors, set(with_experts) <= set(layers))
+    return ExpertLayout(topology, ExpertTensors(tensors, {}, True), {}, (), width)
 
 
 def notes_on(checkpoint: Checkpoint, layout: ExpertLayout) -> tuple[str, ...]:

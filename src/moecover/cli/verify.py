@@ -16,7 +16,7 @@ HELP = "prove a pruned checkpoint against the masked original on real text"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    add_model(parser)
+    add_model(parser, note=", or a .gguf file (of a split one the first part)")
     parser.add_argument("pruned", metavar="OUT", help="folder, or first GGUF file, that `moecover prune` wrote")
     parser.add_argument(
         "--corpus",

@@ -93,6 +93,14 @@ def _is_ours(file: Path, first: Path) -> bool:
     return file in read and any(KEPT in header.fields for header in read.values())
 
 
+def new_numbers(structure: Structure, plan: Plan) -> dict[str, int]:
+    """The integers of the header that a plan changes, by key."""
+    numbers = {f"{structure.topology.family}.expert_count": plan.keep}
+    if plan.width is not None and not isinstance(structure.width, str):
+        numbers |= {key: plan.width for path in structure.width.keys for key in path}
+    return numbers
+
+
 @dataclass(frozen=True)
 class Expected:
     """The files that a plan leaves, before any is written.
@@ -109,13 +117,13 @@ class Expected:
 def expected_files(structure: Structure, files: GgufFiles, plan: Plan) -> Expected:
     """What the files of a pruned model are made of."""
     pieces = pieces_by_shard(structure, plan.kept, channels=plan.channels)
-    count = {f"{structure.topology.family}.expert_count": plan.keep}
+    changed = new_numbers(structure, plan)
     heads, shards = dict[str, bytes](), dict[str, list[Piece]]()
     for part in files.parts:
         remaining = _in_order(part, pieces.get(part.path.name, []))
         about = provenance(structure, plan) if part is files.first else {}
         tensors = [(p.name, p.dtype, p.shape, p.num_bytes) for p in remaining]
-        numbers = {key: value for key, value in count.items() if key in part.fields}
+        numbers = {key: value for key, value in changed.items() if key in part.fields}
         heads[part.path.name] = head_bytes(part, tensors, numbers=numbers, added=about)
         shards[part.path.name] = [_padded(p, part.alignment) for p in remaining]
     return Expected(shards, heads)

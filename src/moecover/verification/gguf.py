@@ -14,7 +14,7 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import InputError
 from moecover.gguf.header import Header
 from moecover.planning.fitting import check_plan
-from moecover.pruning.gguf_writer import plan_in
+from moecover.pruning.gguf_writer import new_numbers, plan_in
 from moecover.text import Cell
 from moecover.verification.repaired import changed_tensors
 from moecover.verification.verify import Verification
@@ -77,7 +77,7 @@ def verify_gguf(model: str | Path | Structure, pruned: str | Path) -> GgufVerifi
         raise InputError(f"{pruned} was not pruned from {original.checkpoint.name}: {error}") from error
     changed = changed_tensors(original, plan, cut.checkpoint, {}, mtp="prune")
     lines, wrong = list[str](), list[str]()
-    counts = {f"{original.topology.family}.expert_count": plan.keep}
+    counts = new_numbers(original, plan)
     parts, others = original.checkpoint.gguf.parts, cut.checkpoint.gguf.parts
     if len(parts) != len(others):
         raise InputError(f"{pruned} has {len(others)} parts, {original.checkpoint.name} has {len(parts)}")
