@@ -610,7 +610,7 @@ def test_a_signal_while_writing_keeps_what_is_finished(
 ) -> None:
     """The writer stands still in the middle of a shard, so that the signal surely comes there."""
     code = (
-        "import json, sys, time\nfrom pathlib import Path\nfrom moecover.pruning import writer as checkpoint\n"
+        "import json, sys, time\nfrom pathlib import Path\nfrom moecover.pruning import shards as checkpoint\n"
         "real, calls = checkpoint.write_shard, []\n"
         "def slow(source, target, *a):\n"
         "    calls.append(target); journal = target.parent.parent / 'journal.json'\n"

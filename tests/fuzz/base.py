@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from moecover.cli.main import main
+from tests.support.gguf_files import plan_for, write_gguf
 from tests.support.grids import write_text_file
 from tests.support.runs import make_run
 from tests.support.tiny import make_checkpoint
@@ -28,6 +29,9 @@ def made_base(base: Path) -> Path:
     _run("evaluate", model, "--plan", base / "plan.json", *held_out, "-o", base / "evaluation")
     make_run(base / "run", models=(("tiny", 2, 8),), budgets=(0.5,), tasks=("boolq",), texts=("t",), corpora=("a",))
     (base / "plugin.py").write_text("")
+    gguf = write_gguf(base / "m.gguf", "qwen3moe")
+    plan_for([[0, 2, 5], [1, 3, 4]]).save(base / "gguf-plan.json")
+    _run("prune", gguf, "--plan", base / "gguf-plan.json", "-o", base / "cut.gguf")
     grid = {
         "models": ["model"],
         "calibration": [["a=a.jsonl"]],

@@ -78,6 +78,12 @@ def _ls(at: Path) -> Command:
     return Command(["ls", "methods", "--plugin", at / "plugin.py"])
 
 
+def _gguf(at: Path) -> Commands:
+    out, plan = at / "out.gguf", at / "gguf-plan.json"
+    prune = Command(["prune", at / "m.gguf", "--plan", plan, "-o", out], out)
+    return [Command(["inspect", at / "m.gguf"]), prune, Command(["verify", at / "m.gguf", at / "cut.gguf"])]
+
+
 def json_value(content: bytes) -> st.SearchStrategy[bytes]:
     return files(json.loads(content))
 
@@ -102,6 +108,14 @@ def shard(content: bytes) -> st.SearchStrategy[bytes]:
         damaged(content[: 8 + length]).map(lambda text: text + data),
         lengths.map(lambda n: struct.pack("<Q", n) + content[8:]),
     )
+
+
+def gguf_head(content: bytes) -> st.SearchStrategy[bytes]:
+    """A GGUF file with damaged bytes of the header, or a number of 8 bytes in it that is wrong."""
+    size = 4000  # bytes that hold most of the header of the base folder's file
+    numbers = st.sampled_from([0, 1, 2**31, 2**40, 2**63, 2**64 - 1]).map(lambda n: struct.pack("<Q", n))
+    lies = st.tuples(st.integers(8, size), numbers).map(lambda lie: content[: lie[0]] + lie[1] + content[lie[0] + 8 :])
+    return st.one_of(lies, damaged(content[:size]).map(lambda head: head + content[size:]))
 
 
 PLUGIN = (
@@ -141,6 +155,8 @@ TARGETS: dict[str, Target] = {
     "evaluation": Target(
         "evaluation/evaluation.json", json_value, lambda at: [_prune(at, "--evaluation", at / "evaluation")]
     ),
+    "gguf": Target("m.gguf", gguf_head, _gguf),
+    "pruned gguf": Target("cut.gguf", gguf_head, lambda at: _gguf(at)[2:]),
     "results": Target("run/results.json", unsealed_json, lambda at: [_report(at)]),
     "usage": Target("run/usage.json", json_value, lambda at: [_report(at)]),
     "jsonl": Target("a.jsonl", damaged, lambda at: [_profile(at)]),

@@ -22,7 +22,7 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.cli.main import main
 from moecover.errors import InputError, MoecoverError
 from moecover.files.resumable import partial_folder
-from moecover.pruning import writer as checkpoint_module
+from moecover.pruning import shards as checkpoint_module
 from moecover.pruning.writer import prune
 from tests.conftest import hand_plan
 from tests.support.folders import contents, names_in

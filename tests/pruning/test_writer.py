@@ -28,7 +28,7 @@ from moecover.checkpoints.topology import ExpertTensor
 from moecover.errors import InputError, MoecoverError
 from moecover.planning.run import plan
 from moecover.profiling.run import profile
-from moecover.pruning import writer as checkpoint_module
+from moecover.pruning import shards as checkpoint_module
 from moecover.pruning.writer import prune
 from moecover.verification.verify import verify
 from tests.conftest import hand_plan, random_corpus

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 from moecover.checkpoints.config_edit import SHARED_KEYS, Config, first_number
-from moecover.checkpoints.families import PROVEN_FAMILIES
 from moecover.checkpoints.opening import Model
 from moecover.checkpoints.server_needs import lacking
 from moecover.checkpoints.servers import unmet, unmet_width
@@ -82,7 +81,7 @@ def inspect(model: Model, *, revision: str | None = None, server: str | None = N
     return Inspection(
         {
             **facts,
-            "family_proven": topology.family in PROVEN_FAMILIES,
+            "family_proven": structure.proven,
             "decoder_layers": topology.num_layers,
             "moe_layers": list(topology.decoder_layers),
             "experts": topology.num_experts,

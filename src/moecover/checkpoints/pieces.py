@@ -119,7 +119,9 @@ def channel_positions(ids: Sequence[int], axis: ChannelAxis, channels: int) -> t
     return tuple(part * channels + channel for part in range(axis.parts) for channel in ids)
 
 
-def _thin(entry: TensorEntry, axis: int, blocks: Sequence[tuple[int, tuple[int, ...]]], count: int) -> list[Gather]:
+def _thin(
+    entry: TensorEntry, axis: int, blocks: Sequence[tuple[int, tuple[int, ...]]], count: int, together: int = 1
+) -> list[Gather]:
     """Entries along an axis of a tensor that consists of equal blocks, one an expert, or of one.
 
     Args:
@@ -127,9 +129,10 @@ def _thin(entry: TensorEntry, axis: int, blocks: Sequence[tuple[int, tuple[int, 
         axis: along which entries are taken.
         blocks: index of a block, and the entries that are taken of it.
         count: number of blocks in the tensor.
+        together: places of the axis that are one entry.
     """
-    size, places = entry.num_bytes // count, entry.shape[axis]
-    unit = entry.num_bytes // math.prod(entry.shape[: axis + 1])
+    size, places = entry.num_bytes // count, entry.shape[axis] // together
+    unit = entry.num_bytes // (math.prod(entry.shape[:axis]) * places)
     return [Gather(entry.start + i * size, entry.start + (i + 1) * size, places, unit, ids) for i, ids in blocks]
 
 
@@ -173,8 +176,10 @@ def piece(
         (expert, channel_positions(ids, axis, thin.width.channels))
         for expert, ids in zip(kept, thin.channels[tensor.layer], strict=True)
     ]
-    gathers = _thin(entry, axis.axis, blocks, places)
-    cut = _thinned(entry, entry.name, axis.axis, gathers, len(blocks[0][1]))
+    # GGUF gives shapes in numbers even where several are stored together, safetensors in what is stored.
+    together = entry.shape[axis.axis] * axis.group // (axis.parts * thin.width.channels)
+    gathers = _thin(entry, axis.axis, blocks, places, together)
+    cut = _thinned(entry, entry.name, axis.axis, gathers, len(blocks[0][1]) * together)
     return replace(cut, shape=(len(kept), *cut.shape[1:]))
 
 

@@ -1,6 +1,6 @@
-"""Where a model comes from: reads a local folder or a hub id, gives its configuration and the headers of its shards.
+"""Where a model comes from: a local folder, a hub id or a GGUF file; gives its configuration and its shards' headers.
 
-Only JSON is parsed and only the headers of safetensors files are read; no weight is loaded and no code of the
+Only JSON is parsed and only the headers of safetensors and GGUF files are read; no weight is loaded and no code of the
 checkpoint runs. File names that the checkpoint itself gives (in its index) are checked before use.
 """
 
@@ -26,7 +26,10 @@ from moecover.checkpoints.weight_files import (
 )
 from moecover.errors import InputError, arg
 from moecover.files.reading import read_json
+from moecover.gguf.parts import GgufFiles, is_gguf, open_gguf
 from moecover.text import Cell, Shown, size_text
+
+SHARED_WIDTH = "expert_shared_feed_forward_length"
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,6 +46,8 @@ class Checkpoint(Shown):
         index: parsed index file, None for a checkpoint of one file.
         index_name: its name, None for a checkpoint of one file.
         notes: what the user should know of how the files were read.
+        gguf: the headers of GGUF files; None for safetensors. The configuration then holds what these say in the words
+            of config.json, as far as it is shown to the user.
     """
 
     folder: Path | None
@@ -54,6 +59,7 @@ class Checkpoint(Shown):
     index: Config | None
     index_name: str | None = None
     notes: tuple[str, ...] = ()
+    gguf: GgufFiles | None = None
 
     def summary(self) -> str:
         """Name, family, number of tensors and size."""
@@ -108,7 +114,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     """Open the checkpoint in a local folder or on the hub.
 
     Args:
-        model: folder with config.json and safetensors files, or ``owner/name`` on the hub.
+        model: folder with config.json and safetensors files, a GGUF file (of a split one the first part), or
+            ``owner/name`` on the hub.
         revision: branch, tag or commit of a hub model.
         headers_only: read the headers of a hub model over the network, without downloading its weights.
 
@@ -124,8 +131,14 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
         if revision is not None:
             raise InputError(f"{arg('revision')} is for hub models, {text} is a folder")
         return open_folder(folder, name=text)
+    if is_gguf(folder):
+        if revision is not None:
+            raise InputError(f"{arg('revision')} is for hub models, {text} is a file")
+        return _open_gguf(folder, name=text)
     if folder.exists():
-        raise InputError(f"{text} is a file. Give the folder that holds config.json and the safetensors files")
+        raise InputError(
+            f"{text} is a file. Give a .gguf file, or the folder that holds config.json and the safetensors files"
+        )
     if not is_hub_id(text):
         raise InputError(f"no folder {text}. Give an existing folder or a hub id in the form owner/name")
     if headers_only:
@@ -134,6 +147,26 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     opened = open_folder(local, name=text)
     commit = local.name if re.fullmatch(r"[0-9a-f]{40}", local.name) else revision
     return replace(opened, revision=commit)
+
+
+# -------------------------------------------------------------------------------------------------------------- GGUF
+def _open_gguf(path: Path, *, name: str) -> Checkpoint:
+    """Open a GGUF file with all its parts."""
+    files = open_gguf(path)
+    family = files.first.text("general.architecture")
+    if not family:
+        raise InputError(f"{name} has no general.architecture: it holds no model")
+    tensors = {
+        info.name: TensorEntry(info.name, info.kind.name, info.shape, part.path.name, info.start, info.end)
+        for part in files.parts
+        for info in part.tensors.values()
+    }
+    config: Config = {"model_type": family}
+    for key, shown in (("expert_shared_count", "n_shared_experts"), (SHARED_WIDTH, "shared_expert_intermediate_size")):
+        if (value := files.first.number(f"{family}.{key}")) is not None:
+            config[shown] = value
+    metadata = dict.fromkeys(part.path.name for part in files.parts)
+    return Checkpoint(path.parent, name, None, config, tensors, metadata, None, gguf=files)
 
 
 # --------------------------------------------------------------------------------------------------------------- hub

@@ -22,6 +22,8 @@ def changed_since(structure: Structure, before: Mapping[str, Sequence[int]]) -> 
         before: its `stamps` when it was profiled; empty where unknown.
     """
     now = stamps(structure)
+    if structure.checkpoint.gguf is not None and not now.keys() & before.keys():
+        return None  # the plan of another checkpoint, which is what these files are cut by
     changed = [shard for shard, found in now.items() if list(before.get(shard, ())) != found] if before else []
     if not changed:
         return None

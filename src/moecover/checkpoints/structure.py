@@ -6,12 +6,13 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moecover.checkpoints.config_edit import expert_count_keys
 from moecover.checkpoints.derivation import derive
 from moecover.checkpoints.families import PROVEN_FAMILIES
+from moecover.checkpoints.gguf_layout import ARCHITECTURES, gguf_layout, notes_on
 from moecover.checkpoints.sizes import Sizes
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure_cache import place_of, recall, remember
@@ -99,6 +100,19 @@ class Structure(Shown):
     def _sizes(self) -> Sizes:
         return Sizes(self.checkpoint, self.topology, self.tensors, self.mtp, self.width)
 
+    @property
+    def proven(self) -> bool:
+        """Whether a test holds the layout that is derived for the family, or the architecture of a GGUF file."""
+        return self.topology.family in (PROVEN_FAMILIES if self.checkpoint.gguf is None else ARCHITECTURES)
+
+    def has_topology(self, fingerprint: str) -> bool:
+        """Whether the routed part has the shape with some fingerprint.
+
+        llama.cpp has names of its own for the families, so that for a GGUF file any name with the same shape will do.
+        """
+        families = [self.topology.family, *(PROVEN_FAMILIES if self.checkpoint.gguf is not None else ())]
+        return any(replace(self.topology, family=name).fingerprint == fingerprint for name in families)
+
     @functools.cached_property
     def model_fingerprint(self) -> str:
         """Hash of the topology and of the routers' bytes: the same for every copy of a model, whatever its sharding."""
@@ -124,6 +138,8 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
         InputError: no routed experts, an architecture that is unknown or does not fit, or tensors that do not match it.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision=revision)
+    if checkpoint.gguf is not None:
+        return assembled_gguf(checkpoint, gguf_layout(checkpoint))
     place = place_of(checkpoint)
     layout = recall(checkpoint, place) if place else None
     if layout is None:
@@ -131,6 +147,24 @@ def read_structure(model: str | Path | Checkpoint, *, revision: str | None = Non
         if place:
             remember(checkpoint, layout, place)
     return assembled(checkpoint, layout)
+
+
+def assembled_gguf(checkpoint: Checkpoint, layout: ExpertLayout) -> Structure:
+    """The structure of a GGUF file: quantised or converted, so that it is cut by the plan of another checkpoint."""
+    tensors = layout.tensors.experts
+    types = sorted({checkpoint.tensors[name].dtype for name, row in tensors.items() if row.routed})
+    return Structure(
+        checkpoint=checkpoint,
+        topology=layout.topology,
+        tensors=tensors,
+        parameters={},
+        experts_modules=(),
+        count_keys=(),
+        mtp={},
+        quantised=f"GGUF, experts of {', '.join(types)}",
+        width=layout.width,
+        warnings=notes_on(checkpoint, layout),
+    )
 
 
 def assembled(checkpoint: Checkpoint, layout: ExpertLayout) -> Structure:

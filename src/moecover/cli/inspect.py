@@ -16,7 +16,7 @@ HELP = "show a model's routed experts, their size, and whether it can be pruned"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    add_model(parser)
+    add_model(parser, note=", or a .gguf file (of a split one the first part)")
     parser.add_argument(
         "--for",
         dest="server",

@@ -44,13 +44,13 @@ ONE_SHOT = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    add_model(parser)
+    add_model(parser, note=", or a .gguf file (of a split one the first part)")
     parser.add_argument(
         "--plan", type=Path, metavar="PLAN", help="plan.json; without it, give --corpus and --keep or --retain"
     )
     add_corpora(parser, required=False)
     add_method(parser, several=False, has_seed=True)
-    add_output(parser, "OUT", "folder to write", replaced="OUT if moecover wrote it")
+    add_output(parser, "OUT", "folder, or .gguf file, to write", replaced="OUT if moecover wrote it")
     parser.add_argument(
         "--save-profile", type=Path, metavar="PROFILE_DIR", help="one shot: save the profile, for other budgets"
     )

@@ -16,8 +16,8 @@ HELP = "prove a pruned checkpoint against the masked original on real text"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    add_model(parser)
-    parser.add_argument("pruned", metavar="OUT", help="folder that `moecover prune` wrote")
+    add_model(parser, note=", or a .gguf file (of a split one the first part)")
+    parser.add_argument("pruned", metavar="OUT", help="folder, or first GGUF file, that `moecover prune` wrote")
     parser.add_argument(
         "--corpus",
         action="append",
@@ -57,6 +57,10 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def verdict(found: Verification, pruned: str) -> str:
     """The result in a sentence."""
+    from moecover.verification.gguf import GgufVerification
+
+    if isinstance(found, GgufVerification):
+        return found.summary()
     on = f"{found.tokens:,} tokens of {', '.join(found.corpora)}"
     largest = f"{found.max_abs_difference:g}"
     if found.equal:

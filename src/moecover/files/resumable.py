@@ -1,4 +1,4 @@
-"""A folder that can be filled in several runs: finished files are recorded, checked and used again.
+"""A folder, or some files, made in several runs: finished files are recorded, checked and used again.
 
 Until the output OUT is complete, ``.OUT.partial`` lies beside it: ``files``, which is renamed to OUT at the end;
 ``journal.json``, which records what the files are made from and which of them are finished, with size and hash; and,
@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeGuard
+from typing import Any, NoReturn, TypedDict, TypeGuard
 
 from moecover.errors import InputError, MoecoverError
-from moecover.files.atomic import PARTIAL, put_in_place, reason
+from moecover.files.atomic import PARTIAL, put_in_place, reason, sync
 from moecover.files.hashing import HASH, file_hash
 from moecover.files.reading import read_json
 
@@ -164,6 +164,17 @@ def _leave(folder: Path, path: Path) -> str:
     return f"Progress is saved in {folder}; rerun the same command to resume"
 
 
+def _reraise(error: BaseException, folder: Path, path: Path) -> NoReturn:
+    """Raise what ended a run, extended by what stays of it."""
+    left = _leave(folder, path)
+    if isinstance(error, OSError):
+        raise MoecoverError(f"{reason(f'writing {path}', error)}. {left}") from error
+    if isinstance(error, MoecoverError):
+        raise error.extended(left) from error
+    error.add_note(left)
+    raise error
+
+
 @contextlib.contextmanager
 def resumable_folder(
     path: Path, inputs: Inputs, *, say: Callable[[str], None] = lambda line: None
@@ -190,11 +201,57 @@ def resumable_folder(
         yield partial
         put_in_place(partial.files, path, replaced=folder / REPLACED)
     except BaseException as error:
-        left = _leave(folder, path)
-        if isinstance(error, OSError):
-            raise MoecoverError(f"{reason(f'writing {path}', error)}. {left}") from error
-        if isinstance(error, MoecoverError):
-            raise error.extended(left) from error
-        error.add_note(left)
-        raise
+        _reraise(error, folder, path)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def returned(path: Path, names: Sequence[str]) -> None:
+    """Take back the files that a killed run of `resumable_files` had renamed before it could rename all.
+
+    Args:
+        path: the output.
+        names: of all its files.
+
+    Raises:
+        MoecoverError: one cannot be renamed.
+    """
+    files, (_, recorded) = partial_folder(path) / FILES, _read_journal(partial_folder(path))
+    for name in names:
+        file = path.with_name(name)
+        if name in recorded and not (files / name).exists() and _intact(recorded[name], file):
+            try:
+                file.replace(files / name)
+            except OSError as error:
+                raise MoecoverError(reason(f"restoring {path}", error)) from error
+
+
+@contextlib.contextmanager
+def resumable_files(
+    path: Path, names: Sequence[str], inputs: Inputs, *, say: Callable[[str], None] = lambda line: None
+) -> Iterator[Partial]:
+    """Create files that take their names beside each other only when the block ends without an error.
+
+    What was at these names is replaced. What happens on an error is what `resumable_folder` does.
+
+    Args:
+        path: the output, one of the files: the one that is renamed last, so that the output is complete where it is.
+        names: of all files, in the folder of ``path``.
+        inputs: see `resumable_folder`.
+        say: see `resumable_folder`.
+
+    Raises:
+        InputError: see `resumable_folder`.
+        MoecoverError: see `resumable_folder`.
+    """
+    folder = partial_folder(path)
+    _check_ours(folder)
+    try:
+        partial = _open(folder, inputs, say)
+        yield partial
+        for name in sorted(names, key=lambda name: name == path.name):
+            sync(partial.files / name)
+            (partial.files / name).replace(path.with_name(name))
+        sync(path.parent)
+    except BaseException as error:
+        _reraise(error, folder, path)
     shutil.rmtree(folder, ignore_errors=True)

@@ -28,7 +28,7 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False)
         InputError: other layers, ids out of range, unequal counts, fewer than top-k, or made for another model.
     """
     topology, name = structure.topology, structure.checkpoint.name
-    if plan.topology_fingerprint not in (None, topology.fingerprint):
+    if plan.topology_fingerprint is not None and not structure.has_topology(plan.topology_fingerprint):
         raise InputError(
             f"the plan was made for another model ({plan.model}), not for {name}: their topologies differ. Make a "
             "profile and a plan of this one"

@@ -20,10 +20,10 @@ from moecover.planning.fitting import check_plan
 from moecover.planning.methods import default_method
 from moecover.progress import Progress, resolve
 from moecover.pruning.choosing import ChoiceOptions, choice_of
+from moecover.pruning.formats import output_of, write
 from moecover.pruning.other_files import check_settings
 from moecover.pruning.request import Pruned, Repair, Request, WriteOptions
-from moecover.pruning.writer import check_mtp, check_target
-from moecover.pruning.writer import prune as write_checkpoint
+from moecover.pruning.writer import check_mtp
 from moecover.registry import unknown_name
 from moecover.runtime.options import check_known
 
@@ -55,9 +55,9 @@ def prune(
     The folder appears only when it is complete. After an error or an interrupt, the same call resumes.
 
     Args:
-        checkpoint: folder, hub id, or a structure from `read_structure`.
+        checkpoint: folder, hub id, GGUF file, or a structure from `read_structure`.
         plan: from `plan`, or its file; None for one shot.
-        output: folder to write.
+        output: folder to write; of a GGUF file the file, of a split one its first part.
         corpora: calibration text, as in `profile`: for one shot, and for ``repair``.
         repair: ``scale`` or ``ridge``: refit the down projections of what stays on ``corpora``; None for none.
         repair_tokens: calibration tokens of the repair; None for 65,536.
@@ -76,7 +76,7 @@ def prune(
     shown = resolve(progress)
     given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if output is None:
-        raise InputError(f"give {arg('output')}, the folder to write")
+        raise InputError(f"give {arg('output')}, the folder or file to write")
     _check_repair(repair, repaired, corpora)
     _check_used(given, corpora, repair, repair_tokens, options)
     if given is None and corpora is None:
@@ -135,7 +135,7 @@ def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pr
 @contextlib.contextmanager
 def _fetched(headers: Structure, request: Request, progress: Progress) -> Iterator[Structure]:
     """The checkpoint's files on this machine, which a plan fits, while the output is locked."""
-    with locked(check_target(headers, request.output, overwrite=request.writing.get("overwrite", False))):
+    with locked(output_of(headers, request.output, overwrite=request.writing.get("overwrite", False))):
         structure = fetched(headers, revision=request.text.get("revision"), progress=progress)
         if isinstance(request.choice, Plan):
             check_plan(request.choice, structure, other_weights=request.writing.get("other_weights", False))
@@ -153,7 +153,7 @@ def _written(structure: Structure, plan: Plan, request: Request, made: Repaired 
     before = structure.checkpoint.num_bytes
     after = structure.num_bytes(plan.kept, width=plan.width, mtp=request.writing.get("mtp", "drop"))
     with progress.bar("writing", after, unit="bytes") as advance:
-        path = write_checkpoint(
+        path = write(
             structure, plan, request.output, repaired=made, advance=advance, say=progress.say, **request.writing
         )
     return Pruned(path, plan, structure.topology, before, after, made)

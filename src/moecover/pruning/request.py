@@ -63,7 +63,7 @@ class Request:
     """What one call of `prune` asks for.
 
     Attributes:
-        output: folder to write.
+        output: folder or file to write.
         choice: a plan, or how one is made from the corpora.
         corpora: calibration text, where something is made from it.
         text: how much of it.
@@ -83,10 +83,10 @@ class Request:
 
 @dataclass(frozen=True, repr=False)
 class Pruned(Shown):
-    """What was written; stands for its folder wherever a path is expected.
+    """What was written; stands for its path wherever one is expected.
 
     Attributes:
-        output: folder of the checkpoint.
+        output: folder of the checkpoint, or its first GGUF file.
         plan: which experts stayed.
         topology: of the source.
         bytes_before: of all tensors of the source.

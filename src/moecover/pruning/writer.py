@@ -6,20 +6,18 @@ The model is not loaded: the byte ranges of the remaining tensors are copied fro
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.manifest import MANIFEST
-from moecover.checkpoints.pieces import NOTHING, Piece, pieces_by_shard, uncut_mtp
+from moecover.checkpoints.pieces import NOTHING, pieces_by_shard, uncut_mtp
 from moecover.checkpoints.structure import Structure
-from moecover.errors import InputError, MoecoverError, arg
+from moecover.errors import InputError, arg
 from moecover.files.atomic import check_output, digest, explained, resolved, stamp
-from moecover.files.copying import followed
 from moecover.files.locks import locked
-from moecover.files.resumable import Partial, restore, resumable_folder
+from moecover.files.resumable import restore, resumable_folder
 from moecover.planning.artifact import Plan, kept_sets
 from moecover.planning.fitting import check_plan
 from moecover.pruning.card_numbers import Measurement, measured
@@ -27,7 +25,7 @@ from moecover.pruning.copies import copies_of, notes_on
 from moecover.pruning.origin import origin_of
 from moecover.pruning.other_files import Cut, edited_files, write_other_files
 from moecover.pruning.overwriting import check_replaceable
-from moecover.pruning.shards import write_shard
+from moecover.pruning.shards import check_space, safetensors_head, write_shards
 from moecover.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -114,47 +112,6 @@ def inputs_of(structure: Structure, plan: Plan, config: str, *, mtp: str) -> dic
     return inputs
 
 
-def _changed(shard: Path, partial: Partial) -> bool:
-    try:
-        return bool(stamp(shard) != partial.inputs[shard.name][:2])
-    except OSError:
-        return False  # missing, but it may come back
-
-
-def _write_shards(
-    structure: Structure, shards: dict[str, list[Piece]], partial: Partial, advance: Callable[[int], None]
-) -> None:
-    """Write the unfinished shards, in order."""
-    checkpoint = structure.checkpoint
-    try:
-        with followed(partial.finish) as tell:
-            for shard, pieces in shards.items():
-                if shard in partial.finished:
-                    advance(sum(p.num_bytes for p in pieces))
-                    continue
-                source = checkpoint.path / shard
-                write_shard(source, partial.files / shard, pieces, checkpoint.shard_metadata[shard], tell, advance)
-                if stamp(source) != partial.inputs[shard][:2]:
-                    raise MoecoverError(
-                        f"{source} changed while it was read. Run again when no other program writes to it"
-                    )
-                tell(None)
-    except MoecoverError:
-        if any(_changed(checkpoint.path / shard, partial) for shard in checkpoint.shard_metadata):
-            partial.forget()  # the next run will find other inputs
-        raise
-
-
-def _check_space(shards: dict[str, list[Piece]], partial: Partial, output: str | Path, disk: Path) -> None:
-    """Refuse a disk that has no space for the unfinished shards."""
-    needed = sum(p.num_bytes for shard, pieces in shards.items() if shard not in partial.finished for p in pieces)
-    if (free := shutil.disk_usage(partial.folder).free) < needed:
-        raise MoecoverError(
-            f"{output} needs {needed / 1e9:.2f} GB, {disk} has {free / 1e9:.2f} GB free. "
-            "Free some space or choose another folder"
-        )
-
-
 def _write(
     cut: Cut, path: Path, output: str | Path, *, advance: Callable[[int], None], say: Callable[[str], None]
 ) -> None:
@@ -173,8 +130,9 @@ def _write(
     with resumable_folder(path, inputs, say=say) as partial:
         if partial.finished:
             say(f"resuming: {len(partial.finished)} of {len(shards)} shards are there")
-        _check_space(shards, partial, output, path.parent)
-        _write_shards(structure, shards, partial, advance)
+        check_space(shards, partial, output, path.parent)
+        heads = {s: safetensors_head(pieces, checkpoint.shard_metadata[s]) for s, pieces in shards.items()}
+        write_shards(checkpoint, shards, heads, partial, advance)
         write_other_files(cut, partial, edited, copies)
 
 

@@ -75,6 +75,8 @@ def check_loadable(structure: Structure, dtype: str = "auto") -> None:
         InputError: it is quantised by a method that is unknown or whose package is missing (says which), or it would
             run in a dtype that the experts' kernel does not have.
     """
+    if structure.checkpoint.gguf is not None:
+        raise not_loaded(structure, "it is a GGUF file, which transformers does not run")
     _check_dtype(structure, dtype)
     if not (settings := settings_of(structure.checkpoint)):
         return

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from moecover.checkpoints.opening import Model
+from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.loading import Corpora, parsed
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
+from moecover.gguf.parts import is_gguf
 from moecover.progress import Progress, resolve
 from moecover.runtime.memory import parse_size
+from moecover.verification.gguf import verify_gguf
 from moecover.verification.verify import Verification
 from moecover.verification.verify import verify as run_verification
 
@@ -30,9 +34,11 @@ def verify(
 ) -> Verification:
     """Prove a pruned checkpoint: same outputs as the masked original, decoder layer by decoder layer, on real text.
 
+    Of GGUF files the bytes are compared instead, see `verification.gguf`: no model runs, and what says how has no use.
+
     Args:
-        checkpoint: the original: folder, hub id, or a structure.
-        pruned: folder that `prune` wrote.
+        checkpoint: the original: folder, hub id, GGUF file, or a structure.
+        pruned: folder, or first GGUF file, that `prune` wrote.
         corpora: text to run: names or ``"NAME=PATH"``; by default the shipped held-out text.
         tolerance: largest difference allowed, as a share of the layer's largest value; 0 for bit equality.
         dtype: torch dtype by name for both; None for the checkpoint's.
@@ -46,10 +52,15 @@ def verify(
     """
     if tolerance < 0:
         raise InputError(f"{arg('tolerance', tolerance)} is out of range: 0 or more")
+    original = checkpoint.checkpoint if isinstance(checkpoint, Structure) else checkpoint
+    if is_gguf(pruned) or is_gguf(original.name if isinstance(original, Checkpoint) else original):
+        given = {"corpora": corpora, "tolerance": tolerance, "dtype": dtype, "device": device}
+        _check_unused({**given, "memory_limit": memory_limit, "revision": revision})
+        with resolve(progress).spinner("comparing the files"):
+            return verify_gguf(checkpoint, pruned)
     named = parsed(corpora) if corpora else {}
     texts = [source if isinstance(source, Corpus) else (name, source or "") for name, source in named.items()]
     limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
-    original = checkpoint.checkpoint if isinstance(checkpoint, Structure) else checkpoint
     with resolve(progress).spinner("reading both checkpoints") as advance:
         return run_verification(
             original,
@@ -62,3 +73,13 @@ def verify(
             memory_limit=limit,
             advance=advance,
         )
+
+
+def _check_unused(options: Mapping[str, object]) -> None:
+    """Refuse what says how a model runs.
+
+    Raises:
+        InputError: names the argument.
+    """
+    if given := [name for name, value in options.items() if value]:
+        raise InputError(f"{arg(given[0])} has no use here: of GGUF files the bytes are compared, no model runs")

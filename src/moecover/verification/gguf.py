@@ -1,0 +1,124 @@
+"""The structural proof of a pruned GGUF model: compares its files with the original's, byte by byte; runs no model.
+
+Every tensor must be what the kept experts' bytes make it, every other one the original's, and in the header nothing
+may differ but the number of experts and the ``moecover.*`` keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moecover.checkpoints.structure import Structure, read_structure
+from moecover.errors import InputError
+from moecover.gguf.header import Header
+from moecover.planning.fitting import check_plan
+from moecover.pruning.gguf_writer import new_numbers, plan_in
+from moecover.text import Cell
+from moecover.verification.repaired import changed_tensors
+from moecover.verification.verify import Verification
+
+OWN = "moecover."  # what keys of ours begin with
+
+
+@dataclass(frozen=True, repr=False)
+class GgufVerification(Verification):
+    """The outcome for GGUF files; no text was run, so that ``tokens`` is 0 and ``layers`` is empty.
+
+    Attributes:
+        tensors: number of tensors that were compared.
+        header: what differs in the headers, and whether it may: a line for each key.
+        wrong_keys: of these, the keys that may not differ.
+    """
+
+    tensors: int = 0
+    header: tuple[str, ...] = ()
+    wrong_keys: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        if self.equal:
+            return (
+                f"equal: the bytes of {self.tensors} tensors are those of the original's kept experts and of all "
+                f"else; in the header differ {'; '.join(self.header)}"
+            )
+        reasons = []
+        if self.changed_tensors:
+            reasons.append(
+                f"{len(self.changed_tensors)} of {self.tensors} tensors, the first {self.changed_tensors[0]}"
+            )
+        if self.wrong_keys:
+            reasons.append(f"in the header {', '.join(self.wrong_keys[:5])}")
+        return f"NOT equal: {'; '.join(reasons)}"
+
+    def rows_shown(self) -> list[dict[str, Cell]]:
+        wrong = set(self.wrong_keys)
+        return [{"header": line, "may differ": line.split(" ", 1)[0] not in wrong} for line in self.header]
+
+
+def verify_gguf(model: str | Path | Structure, pruned: str | Path) -> GgufVerification:
+    """Compare a pruned GGUF model with the original, in bytes.
+
+    Args:
+        model: the original, a GGUF file or its structure.
+        pruned: its first file, which `prune` wrote.
+
+    Raises:
+        InputError: a file cannot be read, or they do not belong together.
+    """
+    original = model if isinstance(model, Structure) else read_structure(model)
+    cut = read_structure(pruned)
+    if original.checkpoint.gguf is None or cut.checkpoint.gguf is None:
+        raise InputError(f"{original.checkpoint.name} and {pruned}: both must be GGUF files, or both folders")
+    plan = plan_in(cut.checkpoint.gguf)
+    try:
+        check_plan(plan, original)
+    except InputError as error:
+        raise InputError(f"{pruned} was not pruned from {original.checkpoint.name}: {error}") from error
+    changed = changed_tensors(original, plan, cut.checkpoint, {}, mtp="prune")
+    lines, wrong = list[str](), list[str]()
+    counts = new_numbers(original, plan)
+    parts, others = original.checkpoint.gguf.parts, cut.checkpoint.gguf.parts
+    if len(parts) != len(others):
+        raise InputError(f"{pruned} has {len(others)} parts, {original.checkpoint.name} has {len(parts)}")
+    for before, after in zip(parts, others, strict=True):
+        for key, line, may in _differences(before, after, counts):
+            lines.append(line)
+            wrong += [] if may else [key]
+        if list(before.tensors) != list(after.tensors):
+            changed.append(f"(the order in {after.path.name})")
+    return GgufVerification(
+        equal=not changed and not wrong,
+        first_difference=changed[0] if changed else wrong[0] if wrong else None,
+        max_abs_difference=0.0,
+        changed_files=[],
+        tokens=0,
+        corpora=[],
+        layers={},
+        repaired=0,
+        changed_tensors=changed,
+        tensors=len(original.checkpoint.tensors),
+        header=tuple(lines),
+        wrong_keys=tuple(wrong),
+    )
+
+
+def _differences(before: Header, after: Header, numbers: dict[str, int]) -> Iterator[tuple[str, str, bool]]:
+    """Keys that differ, each with a line that begins with it and whether it may."""
+    if before.version != after.version or before.alignment != after.alignment:
+        yield "version", f"version {before.version} -> {after.version}, alignment {after.alignment}", False
+    for key in {**before.fields, **after.fields}:
+        if key not in after.fields:
+            yield key, f"{key} is missing", False
+        elif key not in before.fields:
+            yield key, f"{key} is new", key.startswith(OWN)
+        elif before.raw(key) != after.raw(key):
+            old, new = before.values.get(key), after.values.get(key)
+            same_kind = before.fields[key].kind == after.fields[key].kind
+            may = key.startswith(OWN) or (key in numbers and numbers[key] == new and same_kind)
+            yield key, f"{key} {_short(old)} -> {_short(new)}", may
+
+
+def _short(value: object) -> str:
+    text = "(an array)" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
