@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from moecover.cli.corpus_options import add_reading, corpus_arguments
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError
 
@@ -124,9 +125,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         action="append",
         default=None,
-        metavar="NAME[=PATH]",
-        help="calibration corpus (moecover ls corpora); repeat it: they are one calibration set",
+        metavar="NAME[=SOURCE]",
+        help="calibration corpus, as in `profile`; repeat it: they are one calibration set",
     )
+    add_reading(group)
     for one in FLAGS:
         if one.repeated:
             group.add_argument(f"--{one.name}", action="append", default=None, metavar=one.metavar, help=one.help)
@@ -151,7 +153,7 @@ def run(args: argparse.Namespace) -> Outcome:
         one.field: value for one in FLAGS if (value := getattr(args, one.name.replace("-", "_"))) is not None
     }
     if args.corpus is not None:
-        flags["calibration"] = [args.corpus]
+        flags["calibration"] = [corpus_arguments(args)]
     path: Path | None = None
     if any(what.endswith(YAML) for what in args.what):
         if len(args.what) > 1:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
+from moecover.cli.corpus_options import add_corpora, corpus_arguments, text_arguments
 from moecover.cli.options import (
-    add_corpora,
     add_keep_inputs,
     add_model,
     add_output,
@@ -14,7 +14,6 @@ from moecover.cli.options import (
     load_plugins,
     pass_arguments,
     searching_methods,
-    text_arguments,
 )
 from moecover.cli.verb import Outcome
 
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> Outcome:
     load_plugins(args)
     made = profile(
         args.model,
-        args.corpus,
+        corpus_arguments(args),
         output=args.output,
         overwrite=args.overwrite,
         keep_inputs=args.keep_inputs,

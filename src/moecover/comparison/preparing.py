@@ -18,9 +18,10 @@ from moecover.comparison.fingerprints import (
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.open_model import tasks_of
 from moecover.comparison.reading import Request
+from moecover.corpora.arguments import parse_corpora
 from moecover.corpora.overlap import WORTH_SAYING, overlap
 from moecover.corpora.packing import load_corpus
-from moecover.corpora.sources import parse_corpora, set_name
+from moecover.corpora.sources import set_name
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
 from moecover.profiling.layer_inputs import sample_of
