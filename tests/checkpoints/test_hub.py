@@ -19,7 +19,7 @@ def hub(checkpoints: Callable[..., Path], tmp_path: Path) -> Iterator[Hub]:
     folder = tmp_path / "repo"
     shutil.copytree(checkpoints("qwen3_moe", shards=True), folder)
     (folder / "pytorch_model.bin").write_bytes(b"never fetched")
-    with served(folder, REPO) as server:
+    with served({REPO: folder}) as server:
         yield server
 
 

@@ -21,7 +21,7 @@ WORDS = [
     "kind",
     "end",
 ]
-WORDS += ["tools", "user"]
+WORDS += ["end", "tools", "user"]
 MARKS = ["<unk>", "<s>", "<end>", "<system>", "<user>", "<assistant>", "<tool>", "<tools>"]
 # Begins with BOS, refuses a chat that an assistant begins, ends the assistant's turns.
 TEMPLATE = """{{- bos_token }}

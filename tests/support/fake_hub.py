@@ -1,6 +1,6 @@
-"""A hub of one repository, a model or a data set, over HTTP on this machine; and commands in processes that know where.
+"""A hub over HTTP on this machine, of models or of data sets; and processes that know where it is.
 
-What it answers is what the real clients ask: facts of the repository, its tree, its files and ranges of them.
+What it answers is what the real clients ask: facts of a repository, its tree, its files and ranges of them.
 """
 
 from __future__ import annotations
@@ -14,49 +14,59 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = f"main|v1|{COMMIT}"
+TOKEN = "let-me-in"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves one folder as one repository.
+    """Serves folders as repositories.
 
     Attributes:
+        repos: folder by id.
+        kind: ``models`` or ``datasets``.
+        gated: ids whose files need `TOKEN`.
         sent: bytes of every file that were sent.
-        asked: paths of all requests.
-        gated: whether files and terms need a token.
     """
 
-    def __init__(self, folder: Path, repo: str, kind: str) -> None:
+    def __init__(self, repos: Mapping[str, Path], kind: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.repo, self.kind = folder, repo, kind
+        self.repos, self.kind = dict(repos), kind
+        self.gated: set[str] = set()
         self.sent: dict[str, int] = {}
-        self.asked: list[str] = []
-        self.gated = False
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def files(self) -> list[str]:
-        return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+    @property
+    def folder(self) -> Path:
+        (folder,) = self.repos.values()
+        return folder
 
-    def entry(self, path: str) -> dict[str, object]:
-        size, oid = (self.folder / path).stat().st_size, hashlib.sha1(path.encode()).hexdigest()
-        return {"type": "file", "path": path, "rfilename": path, "size": size, "oid": oid}
 
-    def tree(self, folder: str, *, whole: bool) -> list[dict[str, object]]:
-        start = f"{folder}/" if folder else ""
-        inside = [name for name in self.files() if name.startswith(start)]
-        if whole:
-            return [self.entry(name) for name in inside]
-        here = [self.entry(name) for name in inside if "/" not in name[len(start) :]]
-        below = dict.fromkeys(name[len(start) :].partition("/")[0] for name in inside if "/" in name[len(start) :])
-        return [*({"type": "directory", "path": start + name, "oid": COMMIT} for name in below), *here]
+def files_of(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def entry(folder: Path, path: str) -> dict[str, object]:
+    size, oid = (folder / path).stat().st_size, hashlib.sha1(path.encode()).hexdigest()
+    return {"type": "file", "path": path, "rfilename": path, "size": size, "oid": oid}
+
+
+def tree(folder: Path, inside: str, *, whole: bool) -> list[dict[str, object]]:
+    start = f"{inside}/" if inside else ""
+    names = [name for name in files_of(folder) if name.startswith(start)]
+    if whole:
+        return [entry(folder, name) for name in names]
+    here = [entry(folder, name) for name in names if "/" not in name[len(start) :]]
+    below = dict.fromkeys(name[len(start) :].partition("/")[0] for name in names if "/" in name[len(start) :])
+    return [*({"type": "directory", "path": start + name, "oid": COMMIT} for name in below), *here]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -79,46 +89,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, path = self.server, unquote(self.path.partition("?")[0])
-        hub.asked.append(f"{self.command} {path}")
-        api = f"/api/{hub.kind}/{hub.repo}"
-        prefix = "" if hub.kind == "models" else f"/{hub.kind}"
-        if re.fullmatch(rf"{api}(/revision/({REVISIONS}))?", path):
-            about = {"_id": "1", "id": hub.repo, "modelId": hub.repo, "sha": COMMIT, "private": False, "tags": []}
-            about |= {"downloads": 0, "gated": "auto" if hub.gated else False}
-            return self.as_json(about | {"siblings": [hub.entry(name) for name in hub.files()]})
-        if path == f"{api}/auth-check":
-            return self.refused() if self.is_refused() else self.as_json({})
-        if found := re.fullmatch(rf"{api}/tree/({REVISIONS})/?(.*)", path):
-            return self.as_json(hub.tree(found[2], whole="recursive=true" in self.path.lower()))
-        found = re.fullmatch(rf"{prefix}/{hub.repo}/resolve/({REVISIONS})/(.+)", path)
-        file = hub.folder / found[2] if found else None
-        if file is None or not file.is_file():
-            known = path.startswith((api, f"{prefix}/{hub.repo}/resolve"))
-            missing = "RevisionNotFound" if known and not re.search(rf"/({REVISIONS})(/|$)", path) else "EntryNotFound"
-            return self.reply(404, b"", X_Error_Code=missing if known else "RepoNotFound")
-        if self.is_refused():
-            return self.refused()
-        return self.send_file(file)
+        kind = "" if hub.kind == "models" else f"{hub.kind}/"
+        for repo, folder in hub.repos.items():
+            if path.startswith((f"/api/{hub.kind}/{repo}/", f"/{kind}{repo}/")) or path == f"/api/{hub.kind}/{repo}":
+                return self.answer(path.partition(repo)[2], repo, folder)
+        return self.reply(404, b"", X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
 
-    def do_POST(self) -> None:
-        """Facts of the paths that are asked for."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.append(f"POST {self.path}")
-        try:
-            wanted = json.loads(body)["paths"]
-        except ValueError:
-            from urllib.parse import parse_qs
-
-            wanted = parse_qs(body.decode())["paths"]
-        self.as_json([self.server.entry(name) for name in self.server.files() if name in wanted])
-
-    def is_refused(self) -> bool:
-        return self.server.gated and "Bearer let-me-in" not in self.headers.get("Authorization", "")
-
-    def refused(self) -> None:
-        self.reply(403, b"", X_Error_Code="GatedRepo", X_Error_Message="Access is restricted.")
+    def answer(self, path: str, repo: str, folder: Path) -> None:
+        """Answer what is asked of a repository."""
+        refused = repo in self.server.gated and f"Bearer {TOKEN}" not in self.headers.get("Authorization", "")
+        if re.fullmatch(rf"(/revision/({REVISIONS}))?", path):
+            about = {"_id": "1", "id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": []}
+            about |= {"downloads": 0, "gated": "auto" if repo in self.server.gated else False}
+            return self.as_json(about | {"siblings": [entry(folder, name) for name in files_of(folder)]})
+        if found := re.fullmatch(rf"/tree/({REVISIONS})/?(.*)", path):
+            return self.as_json(tree(folder, found[2], whole="recursive=true" in self.path.lower()))
+        if refused:
+            return self.reply(403, b"", X_Error_Code="GatedRepo", X_Error_Message="Access is restricted.")
+        if path == "/auth-check":
+            return self.as_json({})
+        found = re.fullmatch(rf"/resolve/({REVISIONS})/(.+)", path)
+        if found and (folder / found[2]).is_file():
+            return self.send_file(folder / found[2])
+        return self.reply(404, b"", X_Error_Code="EntryNotFound" if found else "RevisionNotFound")
 
     def send_file(self, file: Path) -> None:
         content = file.read_bytes()
@@ -134,15 +129,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def served(folder: Path, repo: str, kind: str = "models") -> Iterator[Hub]:
+def served(repos: Mapping[str, Path], kind: str = "models") -> Iterator[Hub]:
     """A hub that answers until the block ends."""
-    server = Hub(folder, repo, kind)
+    server = Hub(repos, kind)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
     finally:
         server.shutdown()
         server.server_close()
+
+
+def in_process(url: str, cache: Path, code: str, given: object, **environment: str) -> list[Any]:
+    """What a program prints as lines of JSON, in a process that has the hub at a URL; it gets a value as JSON."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    variables |= {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **environment,
+    }
+    command = [sys.executable, "-c", code, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 # Runs one command after the other, as a process each would: they share nothing but what they have imported.
@@ -158,18 +169,7 @@ for arguments in json.loads(sys.argv[1]):
 Done = tuple[int, str, str]  # exit status, stdout, stderr
 
 
-def moecover(url: str, cache: Path, *commands: Sequence[object], **environment: str) -> list[Done]:
+def moecover(url: str, cache: Path, *commands: Sequence[object]) -> list[Done]:
     """What each of these commands does, with the hub at a URL."""
-    given = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    given |= {
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(cache),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        **environment,
-    }
-    arguments = json.dumps([list(map(str, one)) for one in commands])
-    command = [sys.executable, "-c", COMMANDS, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=given, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [(status, out, err) for status, out, err in map(json.loads, done.stdout.splitlines())]
+    given = [list(map(str, one)) for one in commands]
+    return [(status, out, err) for status, out, err in in_process(url, cache, COMMANDS, given)]

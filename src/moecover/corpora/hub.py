@@ -75,7 +75,7 @@ class HubCorpus(NamedCorpus):
             folder = _cached(self)
             return self if folder is None else replace(self, revision=folder.name)
         with _explained(self):
-            return replace(self, revision=_within(SECONDS, lambda: _commit(self), self))
+            return replace(self, revision=_within(SECONDS, lambda: _commit(self), f"corpus {self.path}", LOCAL))
 
     def rows(self, seed: int) -> Iterator[Row]:
         return self._rows(self.split, seed)
@@ -160,7 +160,29 @@ def _commit(corpus: HubCorpus) -> str:
     return str(found.sha)
 
 
-def _within(seconds: float, call: Callable[[], T], corpus: HubCorpus) -> T:
+def check_answers(what: str, remedy: str) -> None:
+    """Refuse a job that needs the hub where that does not answer; offline, nothing is asked.
+
+    Args:
+        what: needs it.
+        remedy: another way.
+
+    Raises:
+        InputError: no answer within `SECONDS`.
+    """
+    from huggingface_hub import constants, get_session
+
+    if _offline():
+        return
+    try:
+        _within(SECONDS, lambda: get_session().head(constants.ENDPOINT, timeout=SECONDS), what, remedy)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: the hub cannot be reached: {error}. Check the connection, {remedy}") from error
+
+
+def _within(seconds: float, call: Callable[[], T], what: str, remedy: str) -> T:
     """What a call gives, if it does so in time: a look-up of a name, for one, has no limit of its own.
 
     Raises:
@@ -181,8 +203,8 @@ def _within(seconds: float, call: Callable[[], T], corpus: HubCorpus) -> T:
         raise raised[0]
     if not given:
         raise InputError(
-            f"corpus {corpus.path}: the hub has not answered within {seconds:g} seconds. Check the connection, set "
-            f"HF_HUB_OFFLINE=1 to use what is on this machine, {LOCAL}"
+            f"{what}: the hub has not answered within {seconds:g} seconds. Check the connection, set HF_HUB_OFFLINE=1 "
+            f"to use what is on this machine, {remedy}"
         )
     return given[0]
 
