@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moecover.checkpoints.structure import read_structure
 from moecover.corpora.encoding import Encoder
 from moecover.corpora.forms import FORMS, Chat, documents
 from moecover.corpora.loading import refused_text
 from moecover.corpora.packing import load_corpus, load_unused
+from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
 from tests.conftest import write_rows
 from tests.support.chats import OF_PARTS, TEMPLATE, word_tokenizer, words
+from tests.support.tiny import make_tokenizer
 
 PLAIN = word_tokenizer()
 ASK = [{"role": "user", "content": "what is two"}, {"role": "assistant", "content": "four"}]
@@ -167,11 +171,25 @@ def test_bad_rows_are_named_with_file_row_and_key(message: str, tmp_path: Path) 
         load_corpus("r", f"{path}{options}", tokenizer=PLAIN, length=2)
 
 
+def test_windows_of_chats(checkpoints: Any, tmp_path: Path) -> None:
+    """Held-out text has the same forms: the chats one after the other, in the order of the file."""
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoints("qwen2_moe"), folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<end>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    rows: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": f"{i} " * 9}]} for i in range(20)]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    expected = [i for row in rows for i in tokenizer.apply_chat_template(row["messages"], tokenize=True)["input_ids"]]
+    made = load_windows("r", f"{path}?n=15", structure=read_structure(folder), length=16, windows=4)
+    assert made.tokens.reshape(-1).tolist() == expected[:64]
+    assert {"n": 15, "source": "r.jsonl"}.items() <= made.record.items()
+    assert "chat_template" in made.record
+
+
 def test_how_rows_are_read_is_recorded_and_blocks_that_are_left_are_read_alike(
     checkpoints: Any, tmp_path: Path
 ) -> None:
-    from moecover.checkpoints.structure import read_structure
-
     structure = read_structure(checkpoints("qwen2_moe"))
     path = write_rows(tmp_path / "r.jsonl", [{"raw": f"{i} some text <end> and more"} for i in range(40)])
     source = f"{path}?text=raw&n=30&sequences=3&seed=7&weight=2&parse_special=yes"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from moecover.cli.corpus_options import add_reading, corpus_arguments
+from moecover.cli.corpus_options import add_mix, add_reading, corpus_arguments
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError
 
@@ -128,6 +128,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[=SOURCE]",
         help="calibration corpus, as in `profile`; repeat it: they are one calibration set",
     )
+    add_mix(group)
     add_reading(group)
     for one in FLAGS:
         if one.repeated:
@@ -162,7 +163,7 @@ def run(args: argparse.Namespace) -> Outcome:
     else:
         flags["models"] = args.what
         if args.corpus is None:
-            raise InputError("give calibration corpora with --corpus NAME or NAME=PATH, or a configuration CONFIG.yaml")
+            raise InputError("give calibration corpora with --corpus NAME[=SOURCE], or a configuration CONFIG.yaml")
     made = compare(read(path, flags), args.output, jobs=args.jobs, command=shlex.join(["moecover", *args.argv]))
     lines = [(args.output / MARKDOWN).read_text(encoding="utf-8").rstrip(), ""]
     lines += [f"FAILED {name}: {reason}" for name, reason in made.failures.items()]

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from moecover.cli.options import Group, add_device
 from moecover.corpora.bos import BOS
+from moecover.corpora.grammar import MIX_ENDINGS
 
 if TYPE_CHECKING:
     from moecover.corpora.options import TextOptions
 
 
-def add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def add_corpora(parser: argparse.ArgumentParser) -> None:
     """Calibration corpora, and the forward passes over them."""
     group = parser.add_argument_group("corpora and the forward pass over them")
     group.add_argument(
@@ -20,11 +21,11 @@ def add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
         action="append",
         default=[],
         metavar="NAME[=SOURCE]",
-        required=required,
         help="a named corpus (moecover ls corpora), or NAME=SOURCE: a file, a folder of files, each a corpus, a "
         "data set of the hub (hf:OWNER/NAME[CONFIG]/SPLIT) or - for standard input, with ?KEY=VALUE&... "
         "for how it is read (docs/calibration.md); repeat it: corpora are kept apart",
     )
+    add_mix(group)
     add_reading(group)
     group.add_argument(
         "--sequences",
@@ -42,6 +43,25 @@ def add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group.add_argument("--seed", type=int, help="of the sample of blocks, and of seeded methods (default: 0)")
     add_bos(group, "a block of text")
     add_device(group)
+
+
+def add_mix(parser: Group) -> None:
+    """Corpora in a file, beside or instead of ``--corpus``."""
+    parser.add_argument(
+        "--corpora",
+        dest="corpus",
+        action="append",
+        type=_mix,
+        metavar="MIX.yaml",
+        help="corpora in a file: a list of name, source, weight, sequences, seed",
+    )
+
+
+def _mix(text: str) -> str:
+    if not text.endswith(MIX_ENDINGS):
+        endings = " or ".join(MIX_ENDINGS)
+        raise argparse.ArgumentTypeError(f"{text}: a mix ends in {endings}. A corpus is given as --corpus")
+    return text
 
 
 def add_reading(parser: Group) -> None:

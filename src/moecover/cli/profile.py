@@ -23,7 +23,7 @@ HELP = "run corpora through a model and record the statistics of every expert"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_model(parser)
-    add_corpora(parser, required=True)
+    add_corpora(parser)
     add_output(parser, "PROFILE_DIR", "folder for profile.safetensors", replaced="a profile that is there")
     add_keep_inputs(parser, f"for methods {searching_methods()}")
     add_plugin(parser)

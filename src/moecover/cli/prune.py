@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", type=Path, metavar="PLAN", help="plan.json; without it, give --corpus and --keep or --retain"
     )
-    add_corpora(parser, required=False)
+    add_corpora(parser)
     add_method(parser, several=False, has_seed=True)
     add_output(parser, "OUT", "folder to write", replaced="OUT if moecover wrote it")
     parser.add_argument(

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecover.cli.corpus_options import add_reading
+from moecover.cli.corpus_options import add_mix, add_reading
 from moecover.cli.options import add_device, add_model, add_output
 from moecover.cli.plan_tables import shapes_table
 from moecover.cli.verb import Outcome
@@ -44,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[=SOURCE]",
         help="calibration corpus, as in `profile`; repeat it (default: wikitext2 and c4 from the hub)",
     )
+    add_mix(group)
     add_reading(group)
     group.add_argument("--no-own-text", action="store_true", help="do not have the model write calibration text")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""Corpora that arguments name: reads ``NAME`` and ``NAME=SOURCE``, finds where each one's text comes from.
+"""Corpora that arguments name: reads ``NAME``, ``NAME=SOURCE`` and MIX.yaml, finds where each one's text comes from.
 
 A source is written as `moecover.corpora.grammar` has it: a file, a data set of the hub, a folder, a named corpus. A
 folder with 1.jsonl, 2.jsonl and so on holds the corpora NAME-1, NAME-2 and so on.
@@ -17,8 +17,18 @@ from moecover.corpora.documents import FileCorpus, FolderCorpus, NamedCorpus
 from moecover.corpora.encoding import Encoder
 from moecover.corpora.formats import ALLOWED, FORMATS, IN_FOLDERS, suffix_of
 from moecover.corpora.forms import Row
-from moecover.corpora.grammar import HUB, STANDARD_INPUT, Source, SourceOptions, hub_place, parse_source, with_options
+from moecover.corpora.grammar import (
+    HUB,
+    MIX_ENDINGS,
+    STANDARD_INPUT,
+    Source,
+    SourceOptions,
+    hub_place,
+    parse_source,
+    with_options,
+)
 from moecover.corpora.hub import HubCorpus
+from moecover.corpora.mixes import read_mix
 from moecover.corpora.sources import CORPORA, check_name
 from moecover.errors import InputError
 from moecover.registry import unknown_name
@@ -144,7 +154,7 @@ def _found(what: str, place: str, options: SourceOptions) -> tuple[NamedCorpus, 
 
 
 def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
-    """Names and sources from ``NAME`` and ``NAME=SOURCE`` arguments; a folder stands for all of its files.
+    """Names and sources from ``NAME``, ``NAME=SOURCE`` and MIX.yaml arguments; a folder stands for all of its files.
 
     Returns:
         Source by name, empty for a named corpus.
@@ -185,12 +195,14 @@ def with_reading(arguments: Sequence[str], options: Mapping[str, object]) -> lis
 
 
 def expanded(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and source of every corpus of ``NAME`` and ``NAME=SOURCE`` arguments, folders replaced by their files.
+    """Name and source of every corpus of ``NAME``, ``NAME=SOURCE`` and MIX.yaml arguments, folders by their files.
 
     Raises:
         InputError: an argument of another form, or a folder without files.
     """
-    return [pair for one in arguments for pair in each_file(*_name_and_source(one)).items()]
+    of_mixes = [read_mix(Path(one)) if one.endswith(MIX_ENDINGS) and "=" not in one else [one] for one in arguments]
+    given = itertools.chain.from_iterable(of_mixes)
+    return [pair for one in given for pair in each_file(*_name_and_source(one)).items()]
 
 
 def _name_and_source(argument: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from moecover.errors import InputError
 from moecover.registry import unknown_name
 
 HUB, STANDARD_INPUT = "hf:", "-"
+MIX_ENDINGS = (".yaml", ".yml")  # of a file of corpora, see `moecover.corpora.mixes`
 _HUB = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(\[(?P<config>[^\]/]+)\])?(/(?P<split>[\w.-]+))?")
 
 

@@ -6,6 +6,7 @@ the blocks is drawn. Rows of token ids are taken as they are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 POOL = 4  # documents are tokenized until there are this many times the blocks wanted, then the sample is drawn
+ROWS = 64  # rows of token ids are read until there are this many times the rows wanted
 LEAST_CHARS = 1 << 24  # that are read for a small pool too
 WHOLE_NUMBERS = "`input_ids` must be a list of whole numbers, `attention_mask` likewise"
 
@@ -162,7 +164,7 @@ def sample_rows(
     Args:
         name: of the corpus, for messages.
         rows: each with ``input_ids`` and perhaps an ``attention_mask``.
-        sequences: rows wanted; None takes all.
+        sequences: rows wanted, of the first `ROWS` times as many; None takes all.
         seed: of the choice.
         length: of every row; None for any.
         vocab_size: ids at or above it are refused.
@@ -172,7 +174,7 @@ def sample_rows(
         InputError: a row is malformed or out of range, or there are too few.
     """
     pairs = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(itertools.islice(rows, sequences and ROWS * sequences), 1):
         where = f"corpus {name}, row {number}"
         ids, mask = _checked_row(where, row)
         if ids.min() < 0 or (vocab_size is not None and ids.max() >= vocab_size):
