@@ -107,4 +107,6 @@ def test_profile_and_plan_take_it_and_record_it(
     assert run(capsys, "shrink", model, "--budget", "50%", *given[:2], "-o", folder / "s", "--dry-run")[0] == 0
     status, _, err = run(capsys, "profile", model, "--corpora", folder / "texts.jsonl", "-o", folder / "q")
     assert (status, "a mix ends in .yaml or .yml. A corpus is given as --corpus" in err) == (2, True)
+    status, _, err = run(capsys, "shrink", model, "--budget", "50%", "--parse-special", "-o", folder / "s")
+    assert (status, "--parse-special says how corpora are read, and none is given" in err) == (2, True)
     assert list(moecover.profile(model, str(mix), progress=False, sequences=2, length=16).corpora) == list(records)

@@ -153,8 +153,8 @@ def run(args: argparse.Namespace) -> Outcome:
     flags: dict[str, object] = {
         one.field: value for one in FLAGS if (value := getattr(args, one.name.replace("-", "_"))) is not None
     }
-    if args.corpus is not None:
-        flags["calibration"] = [corpus_arguments(args)]
+    if corpora := corpus_arguments(args):
+        flags["calibration"] = [corpora]
     path: Path | None = None
     if any(what.endswith(YAML) for what in args.what):
         if len(args.what) > 1:

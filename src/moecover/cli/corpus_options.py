@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from moecover.cli.options import Group, add_device
 from moecover.corpora.bos import BOS
 from moecover.corpora.grammar import MIX_ENDINGS
+from moecover.errors import InputError, flag
 
 if TYPE_CHECKING:
     from moecover.corpora.options import TextOptions
@@ -89,10 +90,19 @@ def add_bos(parser: Group, what: str) -> None:
 
 
 def corpus_arguments(args: argparse.Namespace) -> list[str]:
-    """The corpora that are given, with how all of them are read."""
+    """The corpora that are given, with how all of them are read.
+
+    Raises:
+        InputError: how corpora are read, and no corpus; or what `with_reading` raises.
+    """
     from moecover.corpora.arguments import with_reading
 
     how = {"text": args.text_field, "chat_template": args.chat_template, "parse_special": args.parse_special}
+    given = [name for name in ("text_field", "chat_template", "parse_special") if getattr(args, name) is not None]
+    if given and not args.corpus:
+        raise InputError(
+            f"{flag(given[0])} says how corpora are read, and none is given. Give --corpus, or leave it out"
+        )
     return with_reading(args.corpus or (), how)
 
 

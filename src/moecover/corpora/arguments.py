@@ -163,7 +163,7 @@ def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
         InputError: what `source_of` raises, a name given twice, or one that cannot be part of a tensor's name.
     """
     sources: dict[str, str] = {}
-    for name, text in expanded(arguments):
+    for name, text in expanded(_checked(arguments)):
         check_name(name)
         if name in sources:
             raise InputError(f"corpus {name} is given twice. Corpora are kept apart by name: give each its own")
@@ -185,12 +185,12 @@ def with_reading(arguments: Sequence[str], options: Mapping[str, object]) -> lis
         options: see `moecover.corpora.grammar.OPTIONS`; those that are None are left out.
 
     Raises:
-        InputError: see `expanded`.
+        InputError: see `parse_corpora`.
     """
     given = {key: value for key, value in options.items() if value is not None}
     if not given:
         return list(arguments)
-    pairs = expanded(arguments)
+    pairs = expanded(_checked(arguments))
     return [f"{name}={with_options(text or name, given, f'corpus {name}')}" for name, text in pairs]
 
 
@@ -198,14 +198,26 @@ def expanded(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """Name and source of every corpus of ``NAME``, ``NAME=SOURCE`` and MIX.yaml arguments, folders by their files.
 
     Raises:
-        InputError: an argument of another form, or a folder without files.
+        InputError: a file that is no mix, or a folder without files.
     """
-    of_mixes = [read_mix(Path(one)) if one.endswith(MIX_ENDINGS) and "=" not in one else [one] for one in arguments]
-    given = itertools.chain.from_iterable(of_mixes)
-    return [pair for one in given for pair in each_file(*_name_and_source(one)).items()]
+    return [pair for one in _singly(arguments) for pair in each_file(*one.partition("=")[::2]).items()]
 
 
-def _name_and_source(argument: str) -> tuple[str, str]:
+def _singly(arguments: Sequence[str]) -> list[str]:
+    """Arguments of one corpus or folder each: a mix is replaced by its own."""
+    of_mixes = (read_mix(Path(one)) if one.endswith(MIX_ENDINGS) and "=" not in one else [one] for one in arguments)
+    return list(itertools.chain.from_iterable(of_mixes))
+
+
+def _checked(arguments: Sequence[str]) -> list[str]:
+    """Arguments of one corpus or folder each, refused where they are neither ``NAME=SOURCE`` nor a known name."""
+    given = _singly(arguments)
+    for one in given:
+        _check_argument(one)
+    return given
+
+
+def _check_argument(argument: str) -> None:
     name, equals, text = argument.partition("=")
     if not name or ("/" in name and equals):
         raise InputError(f"corpus {argument}: give NAME=PATH for a file, or one of {', '.join(CORPORA)}")
@@ -217,7 +229,6 @@ def _name_and_source(argument: str) -> tuple[str, str]:
             short = (stem[1] if name.startswith(HUB) and len(stem) > 1 else Path(name).name).partition(".")[0]
             raise InputError(f"corpus {name}: give the file a name, as --corpus {short}={name}")
         raise unknown_name("corpus", name, CORPORA)
-    return name, text
 
 
 def each_file(name: str, text: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ Nothing of a data set is run: a set that is a script is refused. With ``HF_HUB_O
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -101,18 +102,15 @@ class HubCorpus(NamedCorpus):
                 yield from map(without_nulls, data)
 
 
-class _explained:
-    """Turns what the clients of the hub raise into one line with the next step."""
-
-    def __init__(self, corpus: HubCorpus) -> None:
-        self._corpus = corpus
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            raise InputError(_explanation(self._corpus, error)) from error
+@contextlib.contextmanager
+def _explained(corpus: HubCorpus) -> Iterator[None]:
+    """Turns what the clients of the hub raise within the block into one line with the next step."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(_explanation(corpus, error)) from error
 
 
 def _explanation(corpus: HubCorpus, error: Exception) -> str:
