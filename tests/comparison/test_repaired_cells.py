@@ -15,7 +15,7 @@ from moecover.cli.main import main
 from moecover.comparison import measuring
 from moecover.comparison.reading import read
 from moecover.comparison.run import compare
-from moecover.corpora.sources import parse_corpora
+from moecover.corpora.arguments import parse_corpora
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation

@@ -17,9 +17,10 @@ import pytest
 from moecover.checkpoints.shipped import shipped_model
 from moecover.cli.main import main
 from moecover.comparison.config import corpora_of
+from moecover.corpora.arguments import each_file, parse_corpora
 from moecover.corpora.kinds import PIECE, Piece, described, grouped, pieces_of, rows_of, split, tf_idf, write_kinds
 from moecover.corpora.packing import Corpus, load_corpus, make_corpus
-from moecover.corpora.sources import each_file, in_rows, parse_corpora, set_folder, set_name
+from moecover.corpora.sources import in_rows, set_folder, set_name
 from moecover.errors import InputError
 
 END = 0
@@ -143,9 +144,9 @@ def test_names_of_many_corpora() -> None:
 def test_a_folder_is_a_corpus_a_file(tmp_path: Path) -> None:
     for name in ("10.jsonl", "2.jsonl", "1.txt", "rest.jsonl.gz", "kinds.json", "notes.md"):
         (tmp_path / name).write_text("")
-    assert list(parse_corpora([f"x={tmp_path}", "c4"])) == ["x-1", "x-2", "x-10", "x-rest", "c4"]
+    assert list(parse_corpora([f"x={tmp_path}", "c4"])) == ["x-1", "x-2", "x-10", "x-notes", "x-rest", "c4"]
     assert each_file("x", str(tmp_path))["x-2"] == str(tmp_path / "2.jsonl")
-    assert corpora_of([f"x={tmp_path}", "c4"]) == ["x-1", "x-2", "x-10", "x-rest", "c4"]
+    assert corpora_of([f"x={tmp_path}", "c4"]) == ["x-1", "x-2", "x-10", "x-notes", "x-rest", "c4"]
     (tmp_path / "2.txt").write_text("")
     with pytest.raises(InputError, match="holds 2.jsonl and 2.txt, which would both be corpus x-2. Rename one"):
         parse_corpora([f"x={tmp_path}"])

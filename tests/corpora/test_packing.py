@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from moecover.corpora.arguments import parse_corpora
 from moecover.corpora.packing import load_corpus
-from moecover.corpora.sources import parse_corpora
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from tests.conftest import SHARED, needs_shared, write_rows
@@ -121,7 +121,7 @@ def test_input_ids_are_taken_as_they_are(tmp_path: Path) -> None:
         ([{"input_ids": [1, 2], "attention_mask": [0.6, 1]}], "must be a list of whole numbers"),
         ([{"input_ids": [[1, 2]]}], "two equal lists"),
         ([{"input_ids": list(range(9)) * 9}], "81 tokens, the model takes at most 64"),
-        ([{"title": "x"}], "line 1: a row must hold `text` or `input_ids`"),
+        ([{"title": "x"}], "row 1: no known form has its keys .title.. Name the one that holds the text"),
         ([{"text": "x"}, {"input_ids": [1]}], "rows with and without it do not mix"),
     ],
 )
@@ -151,9 +151,9 @@ def test_empty_corpus(tmp_path: Path, tokenizer, content: str) -> None:
 
 
 def test_unknown_ending_and_broken_files(tmp_path: Path, tokenizer) -> None:
-    (tmp_path / "x.csv").write_text("a")
+    (tmp_path / "x.xml").write_text("a")
     with pytest.raises(InputError, match=r"unknown file type. Allowed: .txt"):
-        parse_corpora([f"x={tmp_path / 'x.csv'}"])
+        parse_corpora([f"x={tmp_path / 'x.xml'}"])
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{oops\n')
     with pytest.raises(InputError, match="line 2: not JSON"):
         load_corpus("x", tmp_path / "x.jsonl", tokenizer=tokenizer)
@@ -161,7 +161,7 @@ def test_unknown_ending_and_broken_files(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(InputError, match="could not be read"):
         load_corpus("x", tmp_path / "x.jsonl.gz", tokenizer=tokenizer)
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="could not be read"):
+    with pytest.raises(InputError, match="x.txt is UTF-16 by its first bytes, UTF-8 is read. Convert it"):
         load_corpus("x", tmp_path / "x.txt", tokenizer=tokenizer)
 
 

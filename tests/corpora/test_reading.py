@@ -14,9 +14,10 @@ import pyarrow.parquet
 import pytest
 
 from moecover.checkpoints.structure import read_structure
-from moecover.corpora import rows, windows
+from moecover.corpora import streams, windows
+from moecover.corpora.formats import file_rows
 from moecover.corpora.packing import load_corpus
-from moecover.corpora.rows import file_rows, pieces
+from moecover.corpora.pieces import pieces
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.corpora.windows import load_windows
 from tests.support.tiny import TEXT, make_tokenizer
@@ -39,7 +40,7 @@ def test_pieces_do_not_depend_on_how_the_text_arrives(text: str, size: int) -> N
 
 def test_a_text_file_is_read_as_far_as_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond lies what could not be read; and a short file gives the blocks that it always gave."""
-    monkeypatch.setattr(rows, "CHUNK_CHARS", 1 << 12)
+    monkeypatch.setattr(streams, "CHUNK_CHARS", 1 << 12)
     path = tmp_path / "t.txt"
     path.write_bytes(LINES.encode() * 3 + b"\xff")
     wanted = {"tokenizer": make_tokenizer(), "sequences": 2, "length": 16}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from moecover.cli.corpus_options import add_mix, add_reading, corpus_arguments
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError
 
@@ -124,9 +125,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         action="append",
         default=None,
-        metavar="NAME[=PATH]",
-        help="calibration corpus (moecover ls corpora); repeat it: they are one calibration set",
+        metavar="NAME[=SOURCE]",
+        help="calibration corpus, as in `profile`; repeat it: they are one calibration set",
     )
+    add_mix(group)
+    add_reading(group)
     for one in FLAGS:
         if one.repeated:
             group.add_argument(f"--{one.name}", action="append", default=None, metavar=one.metavar, help=one.help)
@@ -150,8 +153,8 @@ def run(args: argparse.Namespace) -> Outcome:
     flags: dict[str, object] = {
         one.field: value for one in FLAGS if (value := getattr(args, one.name.replace("-", "_"))) is not None
     }
-    if args.corpus is not None:
-        flags["calibration"] = [args.corpus]
+    if corpora := corpus_arguments(args):
+        flags["calibration"] = [corpora]
     path: Path | None = None
     if any(what.endswith(YAML) for what in args.what):
         if len(args.what) > 1:
@@ -160,7 +163,7 @@ def run(args: argparse.Namespace) -> Outcome:
     else:
         flags["models"] = args.what
         if args.corpus is None:
-            raise InputError("give calibration corpora with --corpus NAME or NAME=PATH, or a configuration CONFIG.yaml")
+            raise InputError("give calibration corpora with --corpus NAME[=SOURCE], or a configuration CONFIG.yaml")
     made = compare(read(path, flags), args.output, jobs=args.jobs, command=shlex.join(["moecover", *args.argv]))
     lines = [(args.output / MARKDOWN).read_text(encoding="utf-8").rstrip(), ""]
     lines += [f"FAILED {name}: {reason}" for name, reason in made.failures.items()]

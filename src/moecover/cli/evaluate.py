@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecover.cli.options import add_bos, add_device, add_model, add_output, add_plugin, load_plugins, pass_arguments
+from moecover.cli.corpus_options import add_bos
+from moecover.cli.options import add_device, add_model, add_output, add_plugin, load_plugins, pass_arguments
 from moecover.cli.verb import Outcome
 from moecover.text import aligned
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from moecover.cli.options import add_bos, add_device, add_model, add_output, pass_arguments
+from moecover.cli.corpus_options import add_bos
+from moecover.cli.options import add_device, add_model, add_output, pass_arguments
 from moecover.cli.verb import Outcome
 
 HELP = "have a model write its own calibration text, for text that no named corpus has"

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.cli.widths import add_widths, numbers, width_arguments
-from moecover.corpora.bos import BOS
 from moecover.errors import InputError, flag
 from moecover.registry import load_plugin
 
 if TYPE_CHECKING:
-    from moecover.corpora.options import TextOptions
     from moecover.planning.options import Option
     from moecover.runtime.options import RunOptions
 
@@ -37,47 +35,6 @@ def add_output(parser: Group, metavar: str, text: str, *, replaced: str = "") ->
     parser.add_argument("-o", "--output", type=Path, required=True, metavar=metavar, help=text)
     if replaced:
         parser.add_argument("--overwrite", action="store_true", help=f"replace {replaced}")
-
-
-def add_corpora(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Calibration corpora, and the forward passes over them."""
-    group = parser.add_argument_group("corpora and the forward pass over them")
-    group.add_argument(
-        "--corpus",
-        action="append",
-        default=[],
-        metavar="NAME[=PATH]",
-        required=required,
-        help="a named corpus (moecover ls corpora), or NAME=PATH of a .txt, .jsonl, .jsonl.gz or .parquet file, "
-        "or of a "
-        "folder of them, each a corpus; repeat it: corpora are kept apart",
-    )
-    group.add_argument(
-        "--sequences",
-        type=int,
-        metavar="N",
-        help="blocks per corpus (default: up to 128; all rows of input_ids); fewer than N is an error",
-    )
-    group.add_argument(
-        "--length",
-        type=int,
-        metavar="N",
-        help="tokens per block of text (default: 2048, or the model's positions if fewer)",
-    )
-    group.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 4)")
-    group.add_argument("--seed", type=int, help="of the sample of blocks, and of seeded methods (default: 0)")
-    add_bos(group, "a block of text")
-    add_device(group)
-
-
-def add_bos(parser: Group, what: str) -> None:
-    """What sequences of text begin with."""
-    parser.add_argument(
-        "--bos",
-        choices=BOS,
-        help=f"what {what} begins with: auto, what the tokenizer adds by itself; always, its BOS token; never, nothing "
-        "(default: auto)",
-    )
 
 
 def add_device(parser: Group) -> None:
@@ -199,12 +156,6 @@ def pass_arguments(args: argparse.Namespace) -> RunOptions:
         "memory_limit": args.memory_limit,
         "revision": args.revision,
     }
-
-
-def text_arguments(args: argparse.Namespace) -> TextOptions:
-    """How much of the corpora is read."""
-    given: TextOptions = {"sequences": args.sequences, "length": args.length, "bos": args.bos}
-    return given if args.seed is None else {**given, "seed": args.seed}
 
 
 def pairs(arguments: list[str], name: str, parse: Callable[[str], object]) -> dict[str, object]:

@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecover.cli.options import add_bos, add_device, add_method, add_output, add_revision, method_arguments
+from moecover.cli.corpus_options import add_bos
+from moecover.cli.options import add_device, add_method, add_output, add_revision, method_arguments
 from moecover.cli.plan_tables import curve_table, shapes_table
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
+from moecover.cli.corpus_options import add_corpora, corpus_arguments, text_arguments
 from moecover.cli.options import (
-    add_corpora,
     add_keep_inputs,
     add_model,
     add_output,
@@ -14,7 +14,6 @@ from moecover.cli.options import (
     load_plugins,
     pass_arguments,
     searching_methods,
-    text_arguments,
 )
 from moecover.cli.verb import Outcome
 
@@ -24,7 +23,7 @@ HELP = "run corpora through a model and record the statistics of every expert"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_model(parser)
-    add_corpora(parser, required=True)
+    add_corpora(parser)
     add_output(parser, "PROFILE_DIR", "folder for profile.safetensors", replaced="a profile that is there")
     add_keep_inputs(parser, f"for methods {searching_methods()}")
     add_plugin(parser)
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> Outcome:
     load_plugins(args)
     made = profile(
         args.model,
-        args.corpus,
+        corpus_arguments(args),
         output=args.output,
         overwrite=args.overwrite,
         keep_inputs=args.keep_inputs,

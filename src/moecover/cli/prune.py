@@ -6,8 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from moecover.cli.corpus_options import add_corpora, corpus_arguments, text_arguments
 from moecover.cli.options import (
-    add_corpora,
     add_keep_inputs,
     add_method,
     add_model,
@@ -16,14 +16,27 @@ from moecover.cli.options import (
     method_arguments,
     pass_arguments,
     searching_methods,
-    text_arguments,
 )
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
 
 HELP = "write the pruned checkpoint, from a plan or in one shot from corpora"
 NONE = "none"
-OF_PASS = ("corpus", "sequences", "length", "batch_size", "seed", "bos", "dtype", "device", "memory_limit", "plugin")
+OF_PASS = (
+    "corpus",
+    "text_field",
+    "chat_template",
+    "parse_special",
+    "sequences",
+    "length",
+    "batch_size",
+    "seed",
+    "bos",
+    "dtype",
+    "device",
+    "memory_limit",
+    "plugin",
+)
 ONE_SHOT = (
     *OF_PASS,
     "keep",
@@ -48,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", type=Path, metavar="PLAN", help="plan.json; without it, give --corpus and --keep or --retain"
     )
-    add_corpora(parser, required=False)
+    add_corpora(parser)
     add_method(parser, several=False, has_seed=True)
     add_output(parser, "OUT", "folder, or .gguf file, to write", replaced="OUT if moecover wrote it")
     parser.add_argument(
@@ -107,7 +120,7 @@ def run(args: argparse.Namespace) -> Outcome:
         args.model,
         args.plan,
         args.output,
-        corpora=args.corpus or None,
+        corpora=corpus_arguments(args) or None,
         keep=args.keep,
         retain=args.retain,
         multiple_of=args.multiple_of,

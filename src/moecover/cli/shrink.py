@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecover.cli.corpus_options import add_mix, add_reading
 from moecover.cli.options import add_device, add_model, add_output
 from moecover.cli.plan_tables import shapes_table
 from moecover.cli.verb import Outcome
@@ -40,9 +41,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         action="append",
         default=[],
-        metavar="NAME[=PATH]",
+        metavar="NAME[=SOURCE]",
         help="calibration corpus, as in `profile`; repeat it (default: wikitext2 and c4 from the hub)",
     )
+    add_mix(group)
+    add_reading(group)
     group.add_argument("--no-own-text", action="store_true", help="do not have the model write calibration text")
     group.add_argument(
         "--repair",
@@ -67,6 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Write the checkpoint; print the shapes that were measured, and what the result loses on held-out text."""
+    from moecover.cli.corpus_options import corpus_arguments
     from moecover.cli.options import pass_arguments
     from moecover.shrinking.job import shrink
 
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> Outcome:
         budget=args.budget,
         max_size=args.max_size,
         shape=args.shape,
-        corpora=args.corpus or None,
+        corpora=corpus_arguments(args) or None,
         own_text=not args.no_own_text,
         repair=args.repair,
         quality=args.quality,

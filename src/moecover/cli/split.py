@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from moecover.cli.options import add_bos, add_output, add_plugin, add_revision, load_plugins
+from moecover.cli.corpus_options import add_bos
+from moecover.cli.options import add_output, add_plugin, add_revision, load_plugins
 from moecover.cli.verb import Outcome
 
 HELP = "split a corpus of mixed text into its kinds of text, each a corpus of its own"

@@ -12,7 +12,7 @@ from moecover.comparison.cells import cells
 from moecover.comparison.config import SHIPPED, UNREPAIRED
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
-from moecover.corpora.sources import parse_corpora
+from moecover.corpora.arguments import parse_corpora
 from moecover.corpora.windows import check_text
 from moecover.errors import InputError
 from moecover.progress import Progress

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from moecover.corpora.sources import each_file, set_name
+from moecover.corpora.arguments import expanded
+from moecover.corpora.sources import set_name
 from moecover.corpora.windows import WINDOWS
 from moecover.errors import InputError
 from moecover.planning.methods import METHODS
@@ -173,5 +174,5 @@ class Config(BaseModel):
 
 
 def corpora_of(arguments: Sequence[str]) -> list[str]:
-    """Names of ``NAME`` and ``NAME=PATH`` arguments; a folder gives one for each of its files."""
-    return [name for argument in arguments for name in each_file(*argument.partition("=")[::2])]
+    """Names of ``NAME`` and ``NAME=SOURCE`` arguments; a folder gives one for each of its files."""
+    return [name for name, _ in expanded(arguments)]

@@ -18,9 +18,11 @@ from moecover.comparison.fingerprints import (
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.open_model import tasks_of
 from moecover.comparison.reading import Request
+from moecover.corpora.arguments import parse_corpora
+from moecover.corpora.loading import refused_text
 from moecover.corpora.overlap import WORTH_SAYING, overlap
 from moecover.corpora.packing import load_corpus
-from moecover.corpora.sources import parse_corpora, set_name
+from moecover.corpora.sources import set_name
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
 from moecover.profiling.layer_inputs import sample_of
@@ -96,6 +98,8 @@ def _read_samples(request: Request, model: ComparedModel, progress: Progress) ->
                 )
         except InputError as error:
             raise request.error(f"{model.name}: {error}", "calibration", number) from error
+        for line in filter(None, map(refused_text, model.samples[names, seed])):
+            progress.say(line)
     try:
         for sample in dict.fromkeys(c.calibrated_on for c in model.cells if c.repaired):
             taken = sample_of(model.samples[sample], config.repair_tokens, argument="repair_tokens")

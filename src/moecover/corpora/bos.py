@@ -6,6 +6,7 @@ something else without it; their tokenizers add it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moecover.errors import InputError, arg
@@ -69,6 +70,26 @@ def body_length(length: int, prefix: tuple[int, ...]) -> int:
             f"with. Give {arg('length', len(prefix) + 1)} or more"
         )
     return length - len(prefix)
+
+
+def cut(ids: Sequence[int], length: int, prefix: tuple[int, ...]) -> Iterator[list[int]]:
+    """Cut token ids into sequences that begin with the prefix.
+
+    Args:
+        ids: of all documents, one after the other. Chats may have the prefix in themselves: where a sequence begins
+            with it already, it is not put there a second time.
+        length: ids per sequence, those of the prefix included.
+        prefix: see `prefix_of`.
+
+    Yields:
+        ``length`` ids; the last sequence may be shorter.
+    """
+    at = 0
+    while at < len(ids):
+        begin = [] if tuple(ids[at : at + len(prefix)]) == prefix else list(prefix)
+        end = at + length - len(begin)
+        yield [*begin, *ids[at:end]]
+        at = end
 
 
 def prefix_record(prefix: tuple[int, ...]) -> dict[str, list[int]]:

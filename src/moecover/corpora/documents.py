@@ -1,4 +1,4 @@
-"""Where the documents of a named corpus come from: the hub, the package, the standard library, a file.
+"""Where the documents of a corpus come from: the package, the standard library, a file, a folder (`hub`: the hub).
 
 Each class here is one kind of entry of `moecover.corpora.sources.CORPORA`. A kind of your own is a subclass of
 `NamedCorpus` with a ``summary``, a ``licence`` and `NamedCorpus.documents`.
@@ -7,7 +7,7 @@ Each class here is one kind of entry of `moecover.corpora.sources.CORPORA`. A ki
 from __future__ import annotations
 
 import hashlib
-import sys
+import itertools
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from moecover.corpora.rows import Row, file_rows, jsonl_rows, texts, whole_texts
+from moecover.corpora.formats import file_rows, first_text, is_text, where_of
+from moecover.corpora.forms import Row, documents
 from moecover.errors import InputError
 
 
@@ -46,6 +47,10 @@ class NamedCorpus(ABC):
         """What the record of a sample calls the text, which is entered as ``name``."""
         return name
 
+    def resolved(self) -> NamedCorpus:
+        """The same text, at a state that its record can name."""
+        return self
+
     @abstractmethod
     def documents(self, seed: int) -> Iterator[str]:
         """Yield the documents to calibrate on.
@@ -55,79 +60,25 @@ class NamedCorpus(ABC):
         """
 
     def rows(self, seed: int) -> Iterator[Row]:
-        """Yield the documents as rows, see `moecover.corpora.rows`."""
+        """Yield the documents as rows, see `moecover.corpora.forms`."""
         return ({"text": document} for document in self.documents(seed))
 
     def held_out_documents(self) -> Iterator[str]:
         """Yield the documents that perplexity is measured on, in a fixed order."""
         return self.documents(0)
 
+    def held_out_rows(self, longest: int) -> Iterator[Row]:
+        """Yield these documents as rows.
+
+        Args:
+            longest: characters of a document that are looked at; no more need be read.
+        """
+        del longest
+        return ({"text": document} for document in self.held_out_documents())
+
     def held_out_record(self, name: str) -> dict[str, str]:
         """The origin of the held-out text, for the record of its windows."""
         return {"source": self.source(name)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubCorpus(NamedCorpus):
-    """A data set on the hub at a pinned revision.
-
-    Attributes:
-        path: the data set's id.
-        config: the data set's configuration.
-        split: read for calibration.
-        held_out: the split that perplexity is measured on.
-        revision: commit hash.
-        streaming: download only the documents that are used.
-        rows_are_lines: whether the rows are lines of one text instead of documents.
-    """
-
-    summary: str
-    path: str
-    config: str
-    split: str
-    held_out: str
-    revision: str
-    licence: str
-    streaming: bool = False
-    rows_are_lines: bool = False
-
-    @property
-    def has_held_out(self) -> bool:
-        return True
-
-    @property
-    def address(self) -> str:
-        return self.path
-
-    def source(self, name: str) -> str:
-        return f"{self.path}@{self.revision}"
-
-    def documents(self, seed: int) -> Iterator[str]:
-        return self._documents(self.split, seed)
-
-    def held_out_documents(self) -> Iterator[str]:
-        return self._documents(self.held_out, None)
-
-    def held_out_record(self, name: str) -> dict[str, str]:
-        return {"source": self.source(name), "split": self.held_out}
-
-    def _documents(self, split: str, seed: int | None) -> Iterator[str]:
-        from datasets import load_dataset
-
-        try:
-            data = load_dataset(self.path, self.config, split=split, revision=self.revision, streaming=self.streaming)
-            if self.streaming and seed is not None:
-                data = data.shuffle(seed=seed, buffer_size=10_000)
-            rows = (row["text"] for row in data)
-            if self.rows_are_lines:
-                yield "\n\n".join(rows)
-            else:
-                yield from rows
-        except Exception as error:  # the clients below raise many unrelated types
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(
-                f"corpus {self.path} could not be read from the hub: {reason}. Give a local copy as NAME=PATH"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -151,7 +102,7 @@ class ShippedCorpus(NamedCorpus):
     def documents(self, seed: int) -> Iterator[str]:
         del seed
         with resources.as_file(resources.files("moecover") / "assets" / "corpora" / self.file) as path:
-            yield from texts(jsonl_rows(path), self.file)
+            yield from (str(row["text"]) for row in file_rows(path))
 
 
 @dataclass(frozen=True)
@@ -173,17 +124,21 @@ class StdlibCorpus(NamedCorpus):
 
 @dataclass(frozen=True)
 class FileCorpus(NamedCorpus):
-    """A file of documents or token ids, see `moecover.corpora.rows`.
+    """A file of documents, chats or token ids, see `moecover.corpora.formats`.
 
     Attributes:
-        path: .txt, .jsonl, .jsonl.gz or .parquet file.
+        path: its ending is one of `moecover.corpora.formats.SUFFIXES`; ``-`` is standard input.
         held_out: another file, that perplexity may be measured on.
+        file_format: a key of `moecover.corpora.formats.FORMATS`, whatever the ending.
+        columns: keys that are read beside those of the known forms.
     """
 
     path: str | Path
     summary: str = "a file"
     licence: str = ""
     held_out: str | Path | None = None
+    file_format: str | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def has_held_out(self) -> bool:
@@ -194,20 +149,80 @@ class FileCorpus(NamedCorpus):
         return str(self.path)
 
     def source(self, name: str) -> str:
-        return Path(self.path).name
+        return "standard input" if str(self.path) == "-" else Path(self.path).name
 
     def rows(self, seed: int) -> Iterator[Row]:
         del seed
-        return file_rows(Path(self.path))
+        return file_rows(Path(self.path), file_format=self.file_format, columns=self.columns)
 
     def documents(self, seed: int) -> Iterator[str]:
-        return texts(self.rows(seed), f"corpus file {self.path}")
+        where = where_of(Path(self.path))
+        return (one for one in documents(self.rows(seed), where) if isinstance(one, str))
 
-    def held_out_documents(self, longest: int = sys.maxsize) -> Iterator[str]:
-        return whole_texts(Path(self.path if self.held_out is None else self.held_out), longest=longest)
+    def held_out_rows(self, longest: int) -> Iterator[Row]:
+        path = Path(self.path if self.held_out is None else self.held_out)
+        if is_text(path, self.file_format):
+            return iter([{"text": first_text(path, longest)}])
+        return file_rows(path, file_format=self.file_format, columns=self.columns)
 
     def held_out_record(self, name: str) -> dict[str, str]:
-        return {"source": Path(self.path if self.held_out is None else self.held_out).name}
+        return {"source": self.source(name) if self.held_out is None else Path(self.held_out).name}
+
+
+@dataclass(frozen=True)
+class FolderCorpus(NamedCorpus):
+    """The files of a folder as one corpus, in the order of their names; hidden ones are left out.
+
+    Attributes:
+        path: of the folder.
+        pattern: of the files, as ``**/*.py``.
+        columns: keys that are read beside those of the known forms.
+    """
+
+    path: Path
+    pattern: str
+    summary: str = "a folder"
+    licence: str = ""
+    columns: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str:
+        return str(self.path)
+
+    def source(self, name: str) -> str:
+        return f"{self.path.resolve().name}/{self.pattern}"
+
+    def files(self) -> Iterator[Path]:
+        """Yield the files, sorted within every folder.
+
+        Raises:
+            InputError: there is none, or the pattern cannot be used.
+        """
+        try:
+            found = sorted(path for path in self.path.glob(self.pattern) if path.is_file() and self._shown(path))
+        except (ValueError, NotImplementedError, OSError) as error:
+            raise InputError(f"corpus folder {self.path}: the glob {self.pattern!r} cannot be used: {error}") from error
+        if not found:
+            raise InputError(f"corpus folder {self.path} holds no file of the glob {self.pattern!r}")
+        return iter(found)
+
+    def _shown(self, path: Path) -> bool:
+        return not any(part.startswith(".") for part in path.relative_to(self.path).parts)
+
+    def rows(self, seed: int) -> Iterator[Row]:
+        del seed
+        return itertools.chain.from_iterable(file_rows(path, columns=self.columns) for path in self.files())
+
+    def documents(self, seed: int) -> Iterator[str]:
+        where = f"corpus folder {self.path}"
+        return (one for one in documents(self.rows(seed), where) if isinstance(one, str))
+
+    def held_out_rows(self, longest: int) -> Iterator[Row]:
+        for path in self.files():
+            if is_text(path):
+                yield {"text": first_text(path, longest)}
+            else:
+                yield from file_rows(path, columns=self.columns)
 
 
 def stdlib_documents(*, held_out: bool) -> Iterator[str]:

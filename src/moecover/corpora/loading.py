@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.arguments import parse_corpora
 from moecover.corpora.bos import check_bos
 from moecover.corpora.options import JobOptions, TextOptions
 from moecover.corpora.packing import SEQUENCES, Corpus, load_corpus
-from moecover.corpora.sources import parse_corpora
 from moecover.errors import InputError, arg
 from moecover.progress import Progress
 
@@ -20,7 +20,7 @@ def parsed(corpora: Corpora) -> dict[str, str | Corpus | None]:
     """Corpora by name: the file of each, None for a named one, or the corpus itself.
 
     Args:
-        corpora: names (``"c4"``), ``"NAME=PATH"``, loaded corpora, or a mapping from names to files
+        corpora: names (``"c4"``), ``"NAME=SOURCE"``, loaded corpora, or a mapping from names to files
             (None: a named corpus).
 
     Raises:
@@ -84,5 +84,19 @@ def load_corpora(
                 f"corpus {name}: only {record['blocks_available']} blocks of {record['length']} tokens available, "
                 f"{SEQUENCES} are usual"
             )
+        if line := refused_text(corpus):
+            progress.say(line)
         loaded.append(corpus)
     return loaded
+
+
+def refused_text(corpus: Corpus) -> str:
+    """What to say of the chats that the template refused; empty where there are none."""
+    refused = corpus.record.get("refused")
+    if not refused:
+        return ""
+    rows = ", ".join(map(str, refused["rows"])) + (" ..." if refused["count"] > len(refused["rows"]) else "")
+    return (
+        f"note: corpus {corpus.name}: the chat template refuses {refused['count']} of {refused['of']} chats, which are "
+        f"left out (row {rows}): {refused['reason']}"
+    )

@@ -13,12 +13,12 @@ import numpy as np
 
 from moecover.checkpoints.opening import Model
 from moecover.checkpoints.structure import Structure, read_structure
+from moecover.corpora.arguments import GivenCorpus, source_of
 from moecover.corpora.bos import prefix_of
-from moecover.corpora.documents import FileCorpus, NamedCorpus
+from moecover.corpora.forms import Row, documents
 from moecover.corpora.overlap import sketch
-from moecover.corpora.rows import texts
 from moecover.corpora.sampling import Sample, sample_rows, sample_text
-from moecover.corpora.sources import CORPORA, check_name
+from moecover.corpora.sources import check_name
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.text import Cell, Shown
@@ -101,15 +101,17 @@ def load_corpus(
     vocab_size: int | None = None,
     max_length: int | None = None,
 ) -> Corpus:
-    """Load a named corpus or a file as sequences of token ids of a model.
+    """Load a named corpus, a file or a data set of the hub as sequences of token ids of a model.
 
     Text is put in seeded order, tokenized with an end-of-text token after every document (long ones are cut in pieces
     of 20,000 characters), packed into blocks of ``length`` tokens, and a seeded sample of ``sequences`` blocks is
-    drawn. Rows with ``input_ids`` are taken as they are.
+    drawn. Chats are packed likewise, in the tokens of the model's chat template. Rows with ``input_ids`` are taken as
+    they are.
 
     Args:
         name: of the corpus, in profiles and plans; a key of `CORPORA` when there is no path.
-        path: .txt, .jsonl, .jsonl.gz or .parquet file.
+        path: a file, or another source as `moecover.corpora.grammar` has it: ``"hf:owner/name/train?text=content"``.
+            Its own ``sequences`` and ``seed`` go before those given here.
         structure: the model as folder, hub id or structure; default tokenizer, vocabulary and longest sequence.
         tokenizer: instead of the model's; loaded only when there is text.
         sequences: sequences wanted, an error when there are fewer; None takes up to 128 blocks (all rows of
@@ -132,20 +134,21 @@ def load_corpus(
     if structure is not None:
         text = structure.checkpoint.text_config
         vocab_size, max_length = vocab_size or text.get("vocab_size"), max_length or text.get("max_position_embeddings")
-    source = _source(name, path)
+    given = source_of(name, path).resolved()
+    options, seed = given.options, given.options.get("seed", seed)
     sample = _drawn(
         name,
-        source,
+        given,
         structure=structure,
         tokenizer=tokenizer,
-        sequences=sequences,
+        sequences=options.get("sequences", sequences),
         length=length,
         seed=seed,
         begin=lambda tokenizer: prefix_of(tokenizer, bos),
         vocab_size=vocab_size,
         max_length=max_length,
     )
-    return _corpus_of(name, source, sample, seed)
+    return _corpus_of(name, given, sample, seed)
 
 
 def load_unused(
@@ -168,10 +171,10 @@ def load_unused(
         InputError: the sample took all blocks, is not what the record says, or what `load_corpus` raises.
     """
     text = structure.checkpoint.text_config
-    source, seed = _source(name, path), record["seed"]
+    given, seed = source_of(name, path).resolved(), record["seed"]
     sample = _drawn(
         name,
-        source,
+        given,
         structure=structure,
         tokenizer=None,
         sequences=record["sequences"],
@@ -182,7 +185,7 @@ def load_unused(
         max_length=text.get("max_position_embeddings"),
     )
     remedy = "Give held-out text as --perplexity NAME=PATH"
-    if _corpus_of(name, source, sample, seed).record["sha256"] != record["sha256"]:
+    if _corpus_of(name, given, sample, seed).record["sha256"] != record["sha256"]:
         raise InputError(
             f"corpus {name} is not what the profile read: drawn again, its sample has another hash "
             f"(other text, tokenizer or version). {remedy}"
@@ -202,20 +205,21 @@ def load_unused(
 
 def holds_rows(name: str, path: str | Path | None) -> bool:
     """Whether a corpus holds rows of ``input_ids`` instead of text, by its first row."""
-    return (next(_source(name, path).rows(0), None) or {}).get("input_ids") is not None
+    given = source_of(name, path).resolved()
+    return _are_ids(given, next(given.rows(0), {}))
 
 
-def _source(name: str, path: str | Path | None) -> NamedCorpus:
-    return CORPORA[name] if path is None else FileCorpus(path)
+def _are_ids(given: GivenCorpus, first: Row) -> bool:
+    return first.get("input_ids") is not None and "text" not in given.options
 
 
-def _corpus_of(name: str, source: NamedCorpus, sample: Sample, seed: int) -> Corpus:
-    return make_corpus(name, *sample.drawn, {"source": source.source(name), "seed": seed, **sample.facts})
+def _corpus_of(name: str, given: GivenCorpus, sample: Sample, seed: int) -> Corpus:
+    return make_corpus(name, *sample.drawn, {**given.record(name), "seed": seed, **sample.facts})
 
 
 def _drawn(
     name: str,
-    source: NamedCorpus,
+    given: GivenCorpus,
     *,
     structure: Structure | None,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -227,12 +231,12 @@ def _drawn(
     max_length: int | None,
 ) -> Sample:
     """The sample that `load_corpus` returns, and what it leaves."""
-    rows = source.rows(seed)
+    rows, where = given.rows(seed), given.where(name)
     first = next(rows, None)
     if first is None:
-        raise InputError(f"corpus {name}: {source.address or source.source(name)} is empty, it holds no text")
+        raise InputError(f"{where} is empty, it holds no text")
     rows = itertools.chain([first], rows)
-    if first.get("input_ids") is not None:
+    if _are_ids(given, first):
         sizes = {"sequences": sequences, "length": length, "vocab_size": vocab_size, "max_length": max_length}
         return sample_rows(name, rows, seed=seed, **sizes)
     if tokenizer is None and structure is not None:
@@ -241,13 +245,13 @@ def _drawn(
         raise InputError(f"corpus {name} holds text, but the model has no tokenizer. Give rows of `input_ids`")
     sample = sample_text(
         name,
-        texts(rows, f"corpus {name}, {source.address}" if source.address else f"corpus {name}"),
-        tokenizer,
+        documents(rows, where, given.options.get("text")),
+        given.encoder(tokenizer, where),
         sequences=sequences or SEQUENCES,
         or_fewer=sequences is None,
         length=block_length(length, max_length),
         seed=seed,
-        streaming=source.streaming,
+        streaming=given.corpus.streaming,
         prefix=begin(tokenizer),
     )
     largest = sample.drawn.tokens.max()

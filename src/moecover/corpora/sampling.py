@@ -1,26 +1,30 @@
 """The calibration sample of a corpus: reads documents or rows, returns token ids, and those that were not drawn.
 
-Text is put in seeded order, tokenized, concatenated and cut into blocks of equal length, and a seeded sample of the
-blocks is drawn. Rows of token ids are taken as they are.
+Documents are put in seeded order, tokenized, concatenated and cut into blocks of equal length, and a seeded sample of
+the blocks is drawn. Rows of token ids are taken as they are.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moecover.corpora.bos import body_length, prefix_record
-from moecover.corpora.rows import Row, pieces
+from moecover.corpora.bos import body_length, cut, prefix_record
+from moecover.corpora.encoding import Encoder
+from moecover.corpora.forms import Chat, Document, Row
+from moecover.corpora.pieces import pieces
 from moecover.errors import InputError, arg
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
 
 POOL = 4  # documents are tokenized until there are this many times the blocks wanted, then the sample is drawn
+ROWS = 64  # rows of token ids are read until there are this many times the rows wanted
+LEAST_CHARS = 1 << 24  # that are read for a small pool too
 WHOLE_NUMBERS = "`input_ids` must be a list of whole numbers, `attention_mask` likewise"
 
 
@@ -49,8 +53,8 @@ class Sample:
 
 def sample_text(
     name: str,
-    documents: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    encoder: Encoder,
     *,
     sequences: int,
     length: int,
@@ -59,12 +63,12 @@ def sample_text(
     streaming: bool = False,
     prefix: tuple[int, ...] = (),
 ) -> Sample:
-    """Draw blocks of a text.
+    """Draw blocks of documents.
 
     Args:
         name: of the corpus, for messages.
-        documents: the text.
-        tokenizer: of the model.
+        documents: texts or chats.
+        encoder: gives their token ids.
         sequences: blocks wanted.
         length: tokens per block.
         seed: of the order of the documents and of the choice of blocks.
@@ -73,17 +77,18 @@ def sample_text(
         prefix: ids that every block begins with; they count in ``length``.
 
     Raises:
-        InputError: no text, or too few blocks.
+        InputError: no text, too few blocks, or chats of which the template takes none.
     """
-    body = body_length(length, prefix)
+    body_length(length, prefix)
     rng = np.random.default_rng(seed)
-    # A file is read up to a generous limit (300 MB of text at the default size) and shuffled here.
-    texts = _read(documents, limit=(4 if streaming else 256) * POOL * sequences * length)
-    if not texts:
+    found = _read(documents, limit=_limit(POOL * sequences * length, streaming=streaming))
+    if not found:
         raise InputError(f"corpus {name} holds no text")
-    order = rng.permutation(len(texts))
-    ids = _tokenized([texts[i] for i in order], tokenizer, limit=POOL * sequences * length)
-    blocks = len(ids) // body
+    order = rng.permutation(len(found))
+    ids = _tokenized([found[i] for i in order], encoder, limit=POOL * sequences * length)
+    encoder.check()
+    whole = [block for block in cut(ids, length, prefix) if len(block) == length]
+    every, blocks = np.array(whole, dtype=np.int64).reshape(-1, length), len(whole)
     if blocks == 0:
         raise InputError(
             f"corpus {name} holds {len(ids)} tokens, less than one block of {length}. "
@@ -95,39 +100,52 @@ def sample_text(
             f"Give {arg('sequences', blocks)}, a shorter {arg('length')} or more text"
         )
     chosen = np.sort(rng.choice(blocks, size=min(blocks, sequences), replace=False))
-    every = np.asarray(ids[: blocks * body], dtype=np.int64).reshape(blocks, body)
-    every = np.concatenate([np.tile(np.array(prefix, dtype=np.int64), (blocks, 1)), every], axis=1)
     drawn, rest = every[chosen], np.delete(every, chosen, axis=0)
     return Sample(
         Blocks(drawn, np.ones_like(drawn, dtype=bool)),
         Blocks(rest, np.ones_like(rest, dtype=bool)),
-        {"length": length, "blocks_available": blocks, "documents": len(texts), **prefix_record(prefix)},
+        {
+            "length": length,
+            "blocks_available": blocks,
+            "documents": len(found),
+            **prefix_record(prefix),
+            **encoder.record(),
+        },
     )
 
 
-def _read(documents: Iterable[str], *, limit: int) -> list[str]:
-    """Pieces of documents, until there are more than ``limit`` characters."""
-    texts, chars = list[str](), 0
+def _limit(tokens: int, *, streaming: bool) -> int:
+    """Characters that are read for a pool of so many tokens: far more than needed, so that a file is sampled all over.
+
+    For the default pool of a million tokens these are 34 million, however large the file is.
+    """
+    return 4 * tokens if streaming else min(256 * tokens, max(32 * tokens, LEAST_CHARS))
+
+
+def _read(documents: Iterable[Document], *, limit: int) -> list[Document]:
+    """Documents, texts in pieces, until there are more than ``limit`` characters."""
+    found, chars = list[Document](), 0
     for document in documents:
-        for piece in pieces([document.encode("utf-8", "replace").decode()]):  # lone surrogates have no bytes
-            if piece.strip():
-                texts.append(piece)
-                chars += len(piece)
+        if isinstance(document, Chat):
+            found.append(document)
+            chars += document.size()
+        else:
+            parts = [piece for piece in pieces([document]) if piece.strip()]
+            found += parts
+            chars += sum(map(len, parts))
         if chars > limit:
             break
-    return texts
+    return found
 
 
-def _tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, limit: int) -> list[int]:
-    """Token ids of texts with an end-of-text token after each, until there are at least ``limit``."""
-    end = tokenizer.eos_token_id
+def _tokenized(documents: Sequence[Document], encoder: Encoder, *, limit: int) -> list[int]:
+    """Token ids of documents one after the other, until there are at least ``limit``."""
     ids: list[int] = []
-    for start in range(0, len(texts), 64):
+    for start in range(0, len(documents), 64):
         if len(ids) >= limit:
             break
-        batch = list(texts[start : start + 64])
-        for encoded in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            ids.extend(encoded if end is None else [*encoded, end])
+        for one in encoder.ids(documents[start : start + 64]):
+            ids.extend(one)
     return ids
 
 
@@ -146,7 +164,7 @@ def sample_rows(
     Args:
         name: of the corpus, for messages.
         rows: each with ``input_ids`` and perhaps an ``attention_mask``.
-        sequences: rows wanted; None takes all.
+        sequences: rows wanted, of the first `ROWS` times as many; None takes all.
         seed: of the choice.
         length: of every row; None for any.
         vocab_size: ids at or above it are refused.
@@ -156,7 +174,7 @@ def sample_rows(
         InputError: a row is malformed or out of range, or there are too few.
     """
     pairs = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(itertools.islice(rows, sequences and ROWS * sequences), 1):
         where = f"corpus {name}, row {number}"
         ids, mask = _checked_row(where, row)
         if ids.min() < 0 or (vocab_size is not None and ids.max() >= vocab_size):

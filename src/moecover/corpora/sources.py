@@ -1,4 +1,4 @@
-"""Which corpora there are: the named ones (`CORPORA`), and those that arguments name by a path.
+"""Which corpora have a name of their own (`CORPORA`), and what the names of corpora are for.
 
 A named corpus is one entry of `CORPORA`, built in or added by a plugin::
 
@@ -7,8 +7,7 @@ A named corpus is one entry of `CORPORA`, built in or added by a plugin::
 
     CORPORA.add("tickets", FileCorpus("/data/tickets.jsonl", summary="support tickets"))
 
-All that lists or reads named corpora looks them up there. A path is a file (.txt, .jsonl, .jsonl.gz or .parquet) or a
-folder of files; a folder with 1.jsonl, 2.jsonl and so on holds the corpora NAME-1, NAME-2 and so on.
+All that lists or reads named corpora looks them up there.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
-from moecover.corpora.documents import HubCorpus, NamedCorpus, ShippedCorpus, StdlibCorpus
-from moecover.corpora.rows import SUFFIXES
+from moecover.corpora.documents import NamedCorpus, ShippedCorpus, StdlibCorpus
+from moecover.corpora.hub import HubCorpus
 from moecover.errors import InputError
 from moecover.registry import unknown_name
 
@@ -111,71 +109,6 @@ CORPORA = Corpora(
         "python-heldout": StdlibCorpus("the same, modules that the shipped model was not trained on", held_out=True),
     }
 )
-
-
-def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
-    """Names and paths from ``NAME`` and ``NAME=PATH`` arguments; a folder stands for all of its files.
-
-    Returns:
-        Path by name, empty for a named corpus.
-
-    Raises:
-        InputError: unknown name, name given twice, name that cannot be part of a tensor's name, or no such file.
-    """
-    sources: dict[str, str] = {}
-    for argument in arguments:
-        for name, path in each_file(*_name_and_path(argument)).items():
-            check_name(name)
-            if name in sources:
-                raise InputError(f"corpus {name} is given twice. Corpora are kept apart by name: give each its own")
-            sources[name] = path
-    if not sources:
-        raise InputError(f"no corpus. Give at least one as NAME or NAME=PATH; known names: {', '.join(CORPORA)}")
-    for path in filter(None, sources.values()):
-        if not Path(path).is_file():
-            raise InputError(f"corpus file {path} does not exist")
-        if not path.endswith(SUFFIXES):
-            raise InputError(f"corpus file {path}: unknown file type. Allowed: {', '.join(SUFFIXES)}")
-    return sources
-
-
-def _name_and_path(argument: str) -> tuple[str, str]:
-    name, equals, path = argument.partition("=")
-    if not name or ("/" in name and equals):
-        raise InputError(f"corpus {argument}: give NAME=PATH for a file, or one of {', '.join(CORPORA)}")
-    if equals and not path:
-        raise InputError(f"corpus {argument}: there is no path after the equals sign")
-    if not equals and name not in CORPORA:
-        if name.endswith(SUFFIXES):
-            stem = Path(name).name.partition(".")[0]
-            raise InputError(f"corpus {name}: give the file a name, as --corpus {stem}={name}")
-        raise unknown_name("corpus", name, CORPORA)
-    return name, path
-
-
-def each_file(name: str, path: str) -> dict[str, str]:
-    """The files of a folder as the corpora NAME-FILE, numbers in order; a file or a named corpus as it is.
-
-    Raises:
-        InputError: the folder has no file that can be read, or two of one name.
-    """
-    if not (path and Path(path).is_dir()):
-        return {name: path}
-    files: dict[str, Path] = {}
-    for file in sorted(Path(path).iterdir()):
-        stem = next((file.name[: -len(suffix)] for suffix in SUFFIXES if file.name.endswith(suffix)), None)
-        if stem is None or not file.is_file():
-            continue
-        if stem in files:
-            raise InputError(
-                f"corpus folder {path} holds {files[stem].name} and {file.name}, which would both be corpus "
-                f"{name}-{stem}. Rename one"
-            )
-        files[stem] = file
-    if not files:
-        raise InputError(f"corpus folder {path} holds no corpus file. Allowed: {', '.join(SUFFIXES)}")
-    order = sorted(files, key=lambda stem: (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, stem))
-    return {f"{name}-{stem}": str(files[stem]) for stem in order}
 
 
 def in_rows(corpora: Sequence[str]) -> list[str]:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from moecover.checkpoints.opening import Model, described
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.arguments import parse_corpora
 from moecover.corpora.bos import check_bos, prefix_of
 from moecover.corpora.kinds import FILE, KINDS, KindFacts, write_kinds
 from moecover.corpora.kinds import split as split_corpus
 from moecover.corpora.options import TextOptions
 from moecover.corpora.packing import Corpus, holds_rows, load_corpus
-from moecover.corpora.sources import parse_corpora
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.files.atomic import check_output

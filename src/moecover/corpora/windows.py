@@ -6,13 +6,16 @@ A corpus that has a held-out part is read only there: perplexity on calibration 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.corpora.bos import body_length, prefix_of, prefix_record
-from moecover.corpora.documents import FileCorpus, NamedCorpus
+from moecover.corpora.arguments import GivenCorpus, source_of
+from moecover.corpora.bos import body_length, cut, prefix_of, prefix_record
+from moecover.corpora.encoding import Encoder
+from moecover.corpora.forms import documents
 from moecover.corpora.packing import Corpus, beyond_vocabulary, block_length, make_corpus
 from moecover.corpora.sources import CORPORA
 from moecover.corpora.tokenizer import load_tokenizer
@@ -69,7 +72,7 @@ def load_windows(
 
     Args:
         name: of the text in results; a corpus with a held-out part when there is no path.
-        path: .txt, .jsonl, .jsonl.gz or .parquet file.
+        path: a file, or another source as `moecover.corpora.grammar` has it.
         structure: the model; gives the tokenizer and the longest window.
         length: tokens per window; None takes 2048, or the model's positions if fewer.
         windows: at most this many.
@@ -80,59 +83,63 @@ def load_windows(
     """
     text = structure.checkpoint.text_config
     length = block_length(length, text.get("max_position_embeddings"))
-    source = _held_out(name, path)
-    origin = source.held_out_record(name)
+    given = _held_out(name, path)
+    origin: dict[str, Any] = given.corpus.held_out_record(name)
     tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
         raise InputError(f"held-out text {name} needs the model's tokenizer, {structure.checkpoint.name} has none")
     prefix = prefix_of(tokenizer, bos)
-    body = body_length(length, prefix)
-    found = _beginning(source, tokenizer, windows * body)
-    if len(prefix) + len(found) < 2 or not found:
+    body_length(length, prefix)
+    where = given.where(name).replace("corpus", "held-out text", 1)
+    encoder = given.encoder(tokenizer, where)
+    found = _beginning(given, where, encoder, windows * length)
+    encoder.check()
+    rows = list(itertools.islice(cut(found, length, prefix), windows))
+    if rows and len(rows[-1]) < 2:
+        del rows[-1]  # a window of one token predicts nothing
+    if not rows:
         raise InputError(f"held-out text {name}: {path or origin['source']} holds no text to predict")
     if max(found) >= (size := text.get("vocab_size", max(found) + 1)):
         raise InputError(beyond_vocabulary(f"held-out text {name}", max(found), size))
-    if not prefix and len(found) % body == 1:
-        del found[-1]  # a window of one token predicts nothing
-    count = -(-len(found) // body)
-    texts, filled = np.zeros((count, body), dtype=np.int64), np.zeros((count, body), dtype=bool)
-    texts.reshape(-1)[: len(found)], filled.reshape(-1)[: len(found)] = found, True
-    begin = np.tile(np.array(prefix, dtype=np.int64), (count, 1))
-    tokens, mask = np.hstack([begin, texts]), np.hstack([np.ones(begin.shape, dtype=bool), filled])
+    tokens, mask = np.zeros((len(rows), length), dtype=np.int64), np.zeros((len(rows), length), dtype=bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = row, True
     about = {"length": length, "tokenizer": tokenizer_record(tokenizer), **prefix_record(prefix)}
-    return make_corpus(name, tokens, mask, {**origin, **about})
+    return make_corpus(name, tokens, mask, {**origin, **given.facts(), **about, **encoder.record()})
 
 
-def _held_out(name: str, path: str | Path | None) -> NamedCorpus:
-    if path is not None:
-        return FileCorpus(path)
-    check_text(name)
-    return CORPORA[name]
+def _held_out(name: str, path: str | Path | None) -> GivenCorpus:
+    given = source_of(name, path)
+    named = next((known for known, corpus in CORPORA.items() if corpus is given.corpus), None)
+    if named is not None:
+        check_text(named)
+    return given.resolved()
 
 
-def _beginning(source: NamedCorpus, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
+def _beginning(given: GivenCorpus, where: str, encoder: Encoder, tokens: int) -> list[int]:
     """The first tokens of a text; of its documents no more is tokenized than these may need."""
     longest = CHARS * (tokens + MARGIN)
     while True:
-        found, cut = _ids(source, tokenizer, tokens, longest)
+        found, cut = _ids(given, where, encoder, tokens, longest)
         if len(found) >= tokens or not cut:
             return found[:tokens]
         longest *= 4  # a text of longer tokens than usual
 
 
-def _ids(source: NamedCorpus, tokenizer: PreTrainedTokenizerBase, tokens: int, longest: int) -> tuple[list[int], bool]:
+def _ids(given: GivenCorpus, where: str, encoder: Encoder, tokens: int, longest: int) -> tuple[list[int], bool]:
     """The first tokens of a text, and whether a document of ``longest`` characters or more ended them.
 
     Of such a document the beginning is tokenized, and the last `MARGIN` tokens are left out: the cut may have changed
-    them.
+    them. Chats are not cut.
     """
-    end, found = tokenizer.eos_token_id, list[int]()
-    documents = source.held_out_documents(longest) if isinstance(source, FileCorpus) else source.held_out_documents()
-    for document in filter(str.strip, documents):
-        ids: list[int] = tokenizer(document[:longest], add_special_tokens=False, verbose=False)["input_ids"]
-        if len(document) >= longest:
-            return found + ids[:-MARGIN], True
-        found += ids if end is None else [*ids, end]
+    found = list[int]()
+    for document in documents(given.held_out_rows(longest), where, given.options.get("text")):
+        if isinstance(document, str) and not document.strip():
+            continue
+        if isinstance(document, str) and len(document) >= longest:
+            return found + encoder.begun(document[:longest])[:-MARGIN], True
+        for ids in encoder.ids([document]):
+            found += ids
         if len(found) >= tokens:
             break
     return found, False

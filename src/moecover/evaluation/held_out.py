@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moecover.corpora.grammar import HUB
 from moecover.corpora.sources import CORPORA
 from moecover.errors import InputError, arg
 
@@ -52,6 +52,8 @@ def _file_of(name: str, records: Sequence[Mapping[str, Any]], file: str | None) 
         )
     if name in CORPORA and record["source"] == CORPORA[name].source(name):
         return None
+    if record["source"].startswith(HUB):
+        return str(record["source"])
     if not file:
         raise InputError(
             f"the profile read {name} from the file {record['source']}: give it as {arg('corpora', f'{name}=PATH')}, "
@@ -74,6 +76,6 @@ def held_out(
     from moecover.corpora.packing import load_unused
 
     return [
-        load_unused(name, path and Path(path), profile.corpora[name][0], structure=structure, blocks=blocks)
+        load_unused(name, path, profile.corpora[name][0], structure=structure, blocks=blocks)
         for name, path in files.items()
     ]

@@ -9,9 +9,9 @@ from typing import TypedDict, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
+from moecover.corpora.arguments import source_of
 from moecover.corpora.bos import check_bos
 from moecover.corpora.packing import Corpus
-from moecover.corpora.rows import SUFFIXES
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
@@ -73,10 +73,11 @@ def parsed_texts(texts: Texts) -> dict[str, str | Corpus | None]:
             continue
         if not equals:
             check_text(name)
-        elif not Path(path).is_file():
-            raise InputError(f"{arg('texts', text)}: {path} does not exist")
-        elif not path.endswith(SUFFIXES):
-            raise InputError(f"{arg('texts', text)}: unknown ending. Allowed: {', '.join(SUFFIXES)}")
+        else:
+            try:
+                source_of(name, path)
+            except InputError as error:
+                raise InputError(f"{arg('texts', text)}: {error.message}") from error
         found[name] = path if equals else None
     return found
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from moecover.corpora.hub import check_answers
 from moecover.corpora.packing import Corpus, make_corpus
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import Score
@@ -263,8 +264,10 @@ def resolve(
         if data_dir is not None and not set(names) & LOCAL.keys():
             raise InputError(f"{arg('data_dir')} has files of {', '.join(LOCAL)}: none of these is asked for")
         local = {name: from_files(name, data_dir, known) for name in names if data_dir is not None and name in LOCAL}
-        parts = {name: _load(manager, name, local.get(name), loaded) for name in names}
         own = known - set(all_tasks().task_index)
+        if from_hub := [name for name in names if name not in local and name not in own]:
+            check_answers(arg("tasks", from_hub[0]), f"or give a folder with {arg('data_dir')}")
+        parts = {name: _load(manager, name, local.get(name), loaded) for name in names}
     data = {n: str(data_dir) if n in local else "its definition" if n in own else "hub" for n in names}
     return Tasks(loaded, parts, tokenizer, data, limit, batch_size)
 

@@ -69,7 +69,7 @@ def plan_budgets(
         InputError: unknown method or saliency, an option that the method does not have, or a budget out of range.
     """
     chosen = METHODS[method]
-    complete = chosen.complete(options)
+    complete = chosen.complete(_with_weights(chosen, options, profile))
     if missing := chosen.needs(complete):
         needed = " and ".join(arg(name) for name in missing)
         raise InputError(f"{method} runs the experts: give {needed} of the profile's model")
@@ -124,6 +124,13 @@ def plan_budgets(
         for row, ids in zip(one.layers, unused, strict=False):
             row.unused = ids
     return made
+
+
+def _with_weights(method: Method, options: Mapping[str, object], profile: Profile) -> dict[str, object]:
+    """A method's options, with the weights that the corpora of the profile were given where there are none."""
+    recorded = {name: records[0]["weight"] for name, records in profile.corpora.items() if "weight" in records[0]}
+    takes_them = any(option.name == "weights" for option in method.options)
+    return {**options, "weights": recorded} if recorded and takes_them and not options.get("weights") else {**options}
 
 
 def _check_widths(profile: Profile, widths: Sequence[int | None], protect: float, group: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.corpora.generation import cache_bytes
-from moecover.corpora.loading import Corpora, parsed
+from moecover.corpora.loading import Corpora, parsed, refused_text
 from moecover.corpora.own_text import generate
 from moecover.corpora.packing import LENGTH, Corpus, load_corpus
 from moecover.corpora.rare_tokens import NAME as RARE
@@ -113,6 +113,8 @@ def divided(corpora: Sequence[str | Corpus], structure: Structure, quality: Qual
         if not isinstance(corpus, Corpus):
             with progress.spinner(f"reading corpus {name}"):
                 corpus = _loaded(name, source if isinstance(source, str) else None, structure, quality)
+            if line := refused_text(corpus):
+                progress.say(line)
         blocks = len(corpus.tokens)
         apart = min(quality.windows, max(1, blocks // 5), blocks - 1)
         calibration.append(corpus[: min(quality.blocks, blocks - apart)])
