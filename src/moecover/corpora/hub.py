@@ -19,6 +19,7 @@ from moecover.corpora.grammar import HUB
 from moecover.errors import InputError
 
 SECONDS = 10  # that the hub has for its first answer
+CLIENT_SECONDS = 30  # after which the client gives up by itself, later than `SECONDS`
 SHUFFLED = 10_000  # rows among which a stream is shuffled
 CONVERTED = "refs/convert/parquet"  # the revision where the hub keeps its own conversion of a data set
 LOCAL = "or give a local copy as NAME=PATH"
@@ -150,7 +151,7 @@ def _commit(corpus: HubCorpus) -> str:
     from huggingface_hub import HfApi
 
     client = HfApi()
-    found = client.dataset_info(corpus.path, revision=corpus.revision, timeout=SECONDS)
+    found = client.dataset_info(corpus.path, revision=corpus.revision, timeout=CLIENT_SECONDS)
     if found.gated:
         client.auth_check(corpus.path, repo_type="dataset")
     if f"{corpus.path.rpartition('/')[2]}.py" in (file.rfilename for file in found.siblings or ()):
@@ -173,7 +174,7 @@ def check_answers(what: str, remedy: str) -> None:
     if _offline():
         return
     try:
-        _within(SECONDS, lambda: get_session().head(constants.ENDPOINT, timeout=SECONDS), what, remedy)
+        _within(SECONDS, lambda: get_session().head(constants.ENDPOINT, timeout=CLIENT_SECONDS), what, remedy)
     except InputError:
         raise
     except Exception as error:
