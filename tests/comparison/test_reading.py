@@ -110,7 +110,7 @@ perplexity: [test=test.jsonl]
         ("retain: [0.5]", "retain: [0.5]\nmemory_limit: much", 9, "'much' is no size"),
         ("retain: [0.5]", "retain: [0.5]\ndtype: int3", 9, "int3"),
         ("retain: [0.5]", "retain: [0.5]\nrepairs: [rigde]", 9, "unknown repair 'rigde'. Did you mean ridge?"),
-        ("    protect: 0.5", "    repair: some", 7, "unknown repair 'some'. Known: none, ridge, scale"),
+        ("    protect: 0.5", "    repair: some", 7, "unknown repair 'some'. Known: none, refit, ridge, scale"),
         (
             "retain: [0.5]",
             "retain: [0.5]\nrepairs: [ridge]\nrepair_tokens: 3",
