@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # Seconds of a step over those of a plain pass over as much text, measured (docs/repair.md, docs/scale.md).
 # Writing was measured with qwen2-moe-tiny: 26.6 s for 24,576 tokens, which a pass reads in 2.9 s.
-WRITES, REPAIRS = 9.0, 11.0
+# A refit takes 3.5 times as long as ridge on that model.
+WRITES, REPAIRS = 9.0, {"scale": 11.0, "ridge": 11.0, "refit": 39.0}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def steps_of(
         found.append(Step("measure shapes", held_out, held_out * a_token * (1 + MOST)))
     if repair is not None:
         fitted = min(quality.repair_tokens, text)
-        found.append(Step(f"repair ({repair})", fitted, fitted * a_token * REPAIRS))
+        found.append(Step(f"repair ({repair})", fitted, fitted * a_token * REPAIRS[repair]))
     found.append(Step("evaluate", held_out, 2 * held_out * a_token))
     found.append(Step("write", 0, structure.checkpoint.num_bytes / 5e8))
     found.append(Step("verify", 1024, 2 * 1024 * a_token))

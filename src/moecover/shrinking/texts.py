@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moecover.shrinking.quality import Quality
 
 NAMED = ("wikitext2", "c4")  # where no corpus is given
-OWN, KINDS, ROWS_OF_KIND = "self", 16, 4  # kinds of text at most, and rows of the text for each
+OWN, KINDS, ROWS_OF_KIND = "self", 16, 6  # kinds of text at most, and rows of the text for each
 ROOM = 2 << 30  # bytes of keys and values of all rows at once, above which the model writes them in batches
 OWN_FILE, KINDS_FOLDER = "own-text.jsonl", "kinds"
 
