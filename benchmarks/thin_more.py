@@ -22,7 +22,7 @@ from benchmarks.thin import BUDGETS, GROUPS, MODELS, WAYS, Bench, losses
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.evaluation.budgets import shapes_within
 from moecover.evaluation.run import evaluate
-from moecover.evaluation.tasks import resolve as resolve_tasks
+from moecover.evaluation.task_loading import resolve as resolve_tasks
 from moecover.files.atomic import write_text
 from moecover.planning.artifact import Plan
 from moecover.planning.curve import spread

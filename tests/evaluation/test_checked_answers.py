@@ -15,7 +15,7 @@ from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.run import evaluate
-from moecover.evaluation.tasks import resolve
+from moecover.evaluation.task_loading import resolve
 from moecover.runtime.loading import load_model
 from moecover.runtime.streaming import streamed
 from tests.support.command_line import run

@@ -16,7 +16,8 @@ from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, MoecoverError
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.run import evaluate
-from moecover.evaluation.tasks import Tasks, resolve
+from moecover.evaluation.task_loading import resolve
+from moecover.evaluation.tasks import Tasks
 from moecover.planning.masking import masked, masked_layers
 from moecover.runtime import cost
 from moecover.runtime.loading import load_model

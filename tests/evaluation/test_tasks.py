@@ -12,7 +12,7 @@ from moecover.cli import main as cli
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.harness import all_tasks
-from moecover.evaluation.tasks import resolve
+from moecover.evaluation.task_loading import resolve
 from moecover.pruning.writer import prune
 from moecover.runtime.loading import load_model
 from moecover.runtime.running import InMemory, unmasked

@@ -14,7 +14,8 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.comparison.config import Config
 from moecover.comparison.jobs import ModelSetup, RunFacts, WorkerSetup
 from moecover.corpora.tokenizer import load_tokenizer
-from moecover.evaluation.tasks import Tasks, resolve
+from moecover.evaluation.task_loading import resolve
+from moecover.evaluation.tasks import Tasks
 from moecover.runtime.memory import opened
 from moecover.runtime.running import Running
 

@@ -18,9 +18,9 @@ from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import FILE, FILES, FULL, Evaluation
 from moecover.evaluation.run import evaluate as run_evaluation
 from moecover.evaluation.run import overlaps, task_overlaps
+from moecover.evaluation.task_loading import resolve as resolve_tasks
 from moecover.evaluation.task_scores import cut_text
 from moecover.evaluation.tasks import Tasks
-from moecover.evaluation.tasks import resolve as resolve_tasks
 from moecover.files.atomic import check_output
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan

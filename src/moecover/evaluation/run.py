@@ -80,7 +80,7 @@ def evaluate(
         plans: by the name of their row.
         model: its model, from `load_model`, `opened` or `streamed`.
         texts: held-out text, from `load_windows`.
-        tasks: from `tasks.resolve`; None for none.
+        tasks: from `task_loading.resolve`; None for none.
         full: evaluate the model itself too; without it nothing is compared with it.
         repairs: for repaired plans, what gives the repair of a MoE layer, see `repairing.layers.with_repairs`.
         batch_size: sequences per forward pass.
