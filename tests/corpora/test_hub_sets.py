@@ -13,6 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from moecover.corpora.grammar import hub_place, parse_source
+from moecover.corpora.hub import HubCorpus
+from moecover.corpora.sources import CORPORA
 from tests.support.fake_hub import COMMANDS, COMMIT, TOKEN, Hub, in_process, served
 from tests.support.tiny import TEXT
 
@@ -27,6 +29,7 @@ configs:
   data_files: code/test.parquet
 ---
 """
+NAMED = ("magicoder", "finemath", "aya", "ultrachat")
 PINNED = f"hf:{SETS}[code]/train?text=body&n=30&revision={COMMIT}"
 
 
@@ -51,6 +54,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (script / "script.py").write_text("raise SystemExit('it ran')\n")
     (gated / "train.jsonl").write_text(lines([{"text": TEXT}] * 20))
     repos = {SETS: sets, "someone/chats": chats, "someone/script": script, "someone/gated": gated}
+    for name in NAMED:
+        row = CORPORA[name]
+        assert isinstance(row, HubCorpus)
+        folder = repos[row.path] = root / name
+        folder.mkdir()
+        config = f"config_name: {row.config or 'default'}, data_files: [{{split: {row.split}, path: rows.jsonl}}]"
+        (folder / "README.md").write_text(f"---\nconfigs:\n- {{{config}}}\n---\n")
+        (folder / "rows.jsonl").write_text(
+            lines([{row.key: TEXT, "lang": "x"} if row.key else {"messages": said}] * 20)
+        )
     with served(repos, "datasets") as server:
         server.gated.add("someone/gated")
         yield server
@@ -120,6 +133,18 @@ def test_data_sets_are_read_at_a_commit_and_every_failure_is_a_line(hub: Hub, tm
     assert parse_source(newest["source"], "x").options["revision"] == COMMIT
     assert "chat_template" in chats
     assert "eos" not in chats
+
+
+def test_sets_with_a_name_of_their_own(hub: Hub, tmp_path: Path) -> None:
+    """Each at its pinned commit, from the key of its text; held-out text is another split."""
+    found = read(hub, tmp_path, *NAMED)
+    for name, record in zip(NAMED, found, strict=True):
+        row = CORPORA[name]
+        assert isinstance(row, HubCorpus)
+        assert record["source"].startswith(f"{row.path}@"), record
+        assert record["sequences"] == 4
+        assert row.revision is not None
+        assert len(row.revision) == 40
 
 
 def test_no_connection_and_what_is_on_this_machine(hub: Hub, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from moecover.comparison.config import corpora_of
 from moecover.corpora.arguments import parse_corpora, with_reading
 from moecover.errors import InputError
 from moecover.planning.artifact import Plan
+from moecover.planning.lines import calibration_notes
 from moecover.planning.run import plan_budgets
 from moecover.profiling.artifact import Profile
 from tests.conftest import write_rows
@@ -100,6 +101,10 @@ def test_profile_and_plan_take_it_and_record_it(
     assert weighted.options["weights"] == asked.options["weights"] == {"mine": 3}
     assert weighted.layers == asked.layers
     assert "weights" not in plan_budgets(made, keeps=[6], method="random")[0].options
+    (pooled,) = plan_budgets(made, keeps=[6], method="pooled")
+    note = "note: the weights of the mix (mine) are not used: method pooled rates every corpus alike"
+    assert note in calibration_notes(pooled, made)
+    assert not [line for line in calibration_notes(weighted, made) if "weights" in line]
     one_shot = ["prune", model, *given, "--keep", 6, "--method", "tb-coverage", "-o", folder / "out"]
     assert run(capsys, *one_shot)[0] == 0
     manifest = json.loads((folder / "out/moecover.json").read_text())

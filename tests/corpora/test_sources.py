@@ -55,7 +55,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("online")
-@pytest.mark.parametrize("name", ["wikitext2", "c4"])
+@pytest.mark.parametrize("name", ["wikitext2", "c4", "magicoder", "finemath", "aya"])
 def test_hub_corpora_are_read_at_their_pinned_revision(name: str, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call on a stand-in for `datasets`: path, config, split, revision, and a seeded shuffle of the stream."""
     calls: list[tuple] = []
@@ -67,7 +67,7 @@ def test_hub_corpora_are_read_at_their_pinned_revision(name: str, tokenizer, mon
 
     def load_dataset(path: str, config: str, *, split: str, revision: str, streaming: bool) -> Stream:
         calls.append((path, config, split, revision, streaming))
-        return Stream({"text": d} for d in DOCUMENTS)
+        return Stream({CORPORA[name].key or "text": d, "content": "not this"} for d in DOCUMENTS)
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     loaded = load_corpus(name, tokenizer=tokenizer, sequences=4, length=32, seed=5)

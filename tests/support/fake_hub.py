@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REVISIONS = f"main|v1|{COMMIT}"
+REVISIONS = "main|v1|[0-9a-f]{40}"
 TOKEN = "let-me-in"
 
 

@@ -87,7 +87,8 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Write the plan or plans; print a line for each, and the curve of a search for the number of experts."""
-    from moecover.planning.job import check_search, plan_line
+    from moecover.planning.job import check_search
+    from moecover.planning.lines import plan_line
     from moecover.planning.methods import METHODS
     from moecover.profiling.artifact import Profile
 

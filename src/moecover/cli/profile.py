@@ -31,6 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Write the profile; print what it holds."""
+    from moecover.planning.explaining.stability import settled_text
+    from moecover.planning.lines import stability_at_half
     from moecover.profiling.artifact import FILE
     from moecover.profiling.job import profile
     from moecover.runtime.distributed import world
@@ -51,6 +53,14 @@ def run(args: argparse.Namespace) -> Outcome:
     tokens = {name: records[0]["tokens"] for name, records in made.corpora.items()}
     lines = [f"{path}: statistics of {shape[0]} layers x {shape[1]} experts"]
     lines += [f"  {name}: {count:,} tokens" for name, count in tokens.items()]
+    stable = stability_at_half(made)
+    lines += [f"stability of a plan for half of the experts: {settled_text(stable)}"] if stable else []
     lines.append(f"next: moecover plan {shlex.quote(str(args.output))} --retain 0.5 -o plan.json")
-    result = {"profile": str(path), "shape": shape, "tokens": tokens, "fingerprint": made.fingerprint}
+    result = {
+        "profile": str(path),
+        "shape": shape,
+        "tokens": tokens,
+        "fingerprint": made.fingerprint,
+        "stability": stable,
+    }
     return Outcome(result, "\n".join(lines))

@@ -38,6 +38,7 @@ class HubCorpus(NamedCorpus):
         revision: commit, branch or tag; None for the newest.
         streaming: download only the rows that are used.
         rows_are_lines: whether the rows are lines of one text instead of documents.
+        key: of a row that holds its text; None for the first of the known forms.
     """
 
     path: str
@@ -49,6 +50,7 @@ class HubCorpus(NamedCorpus):
     licence: str = ""
     streaming: bool = True
     rows_are_lines: bool = False
+    key: str | None = None
 
     @property
     def has_held_out(self) -> bool:
@@ -99,6 +101,8 @@ class HubCorpus(NamedCorpus):
                 data = data.shuffle(seed=seed, buffer_size=SHUFFLED)
             if self.rows_are_lines:
                 yield {"text": "\n\n".join(row["text"] for row in data)}
+            elif self.key is not None:
+                yield from ({"text": row[self.key]} for row in data)
             else:
                 yield from map(without_nulls, data)
 

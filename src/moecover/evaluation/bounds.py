@@ -23,10 +23,10 @@ from moecover.evaluation.held_out import BLOCKS, check_held_out, held_out
 from moecover.evaluation.job import Texts, load_texts, parsed_texts
 from moecover.planning.artifact import Plan
 from moecover.planning.job import ROUND_OPTIONS
+from moecover.planning.lines import calibration_notes
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
 from moecover.profiling.artifact import Profile
-from moecover.profiling.unused import unused_text
 from moecover.progress import SILENT, Progress, resolve
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened, parse_size
@@ -130,10 +130,11 @@ def plan_within(
         made, multiple_of=multiple_of, protect_super_experts=bool(method_options.get("protect_super_experts"))
     )
     structure = profiled_model(made, model, how, options.get("revision"), shown)
-    if not METHODS[name].blind and (line := unused_text(made)):
-        shown.say(line)
     loaded = held_out_texts(made, named, files, structure, windows or BLOCKS, bos, shown)
-    return _found(made, structure, loaded, name, method_options, keeps=keeps, most=most, how=how, progress=shown)
+    found = _found(made, structure, loaded, name, method_options, keeps=keeps, most=most, how=how, progress=shown)
+    for line in calibration_notes(found, made):
+        shown.say(line)
+    return found
 
 
 def sources_of(

@@ -27,6 +27,7 @@ from moecover.planning.artifact import Plan
 from moecover.planning.curve import AUTO, EXPERTS, Fits, curve, parse_shape, parse_share, within_share
 from moecover.planning.fitting import channel_groups
 from moecover.planning.job import ROUND_OPTIONS
+from moecover.planning.lines import calibration_notes
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
 from moecover.planning.shapes import Shape
@@ -179,11 +180,15 @@ def plan_for_budget(
         named, files = sources_of(made, texts, corpora)
         structure = profiled_model(made, headers, how, options.get("revision"), shown)
         loaded = held_out_texts(made, named, files, structure, windows or BLOCKS, bos, shown)
-        return _measured(made, structure, shapes, loaded, name, method_options, how, shown)
-    one = wanted if isinstance(wanted, Shape) else whole_experts(shapes)
-    check_within(one, made.width, fits_budget(made.topology, made.width, headers, budget, max_size))
-    given = of_shapes([one], method_options, headers)
-    return plan_budgets(made, method=name, keeps=[one.keep], widths=[one.width], **given)[0]
+        found = _measured(made, structure, shapes, loaded, name, method_options, how, shown)
+    else:
+        one = wanted if isinstance(wanted, Shape) else whole_experts(shapes)
+        check_within(one, made.width, fits_budget(made.topology, made.width, headers, budget, max_size))
+        given = of_shapes([one], method_options, headers)
+        (found,) = plan_budgets(made, method=name, keeps=[one.keep], widths=[one.width], **given)
+    for line in calibration_notes(found, made):
+        shown.say(line)
+    return found
 
 
 def whole_experts(shapes: list[Shape]) -> Shape:

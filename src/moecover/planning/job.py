@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan
+from moecover.planning.lines import calibration_notes
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.options import LAYERWISE
 from moecover.planning.run import check_options, plan_budgets
 from moecover.planning.shapes import resolve_shape
 from moecover.profiling.artifact import Profile
-from moecover.profiling.unused import share_text, unused_text
 from moecover.progress import Progress, resolve
 
 if TYPE_CHECKING:
@@ -119,17 +119,19 @@ def plans(
     Raises:
         InputError: what `plan_budgets` raises, or a model that cannot be read.
     """
-    if not METHODS[method].blind and (line := unused_text(profile)):
-        progress.say(line)
-    if not METHODS[method].runs_experts or model is None:
-        return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **options)
     how: RunOptions = {"dtype": dtype, "device": device, "memory_limit": memory_limit, "revision": revision}
     progressive = options.get("mode", LAYERWISE) != LAYERWISE
-    with (
-        _live(profile, model, structure, how, progressive=progressive, progress=progress) as (found, live),
-        search_resources(method, options, found, live, budgets=len(keeps), progress=progress) as resources,
-    ):
-        return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **resources, **options)
+    with contextlib.ExitStack() as stack:
+        resources: dict[str, Any] = {}
+        if METHODS[method].runs_experts and model is not None:
+            opening = _live(profile, model, structure, how, progressive=progressive, progress=progress)
+            found, live = stack.enter_context(opening)
+            searching = search_resources(method, options, found, live, budgets=len(keeps), progress=progress)
+            resources = stack.enter_context(searching)
+        made = plan_budgets(profile, method=method, keeps=keeps, widths=widths, **resources, **options)
+    for line in calibration_notes(min(made, key=lambda one: one.keep), profile):
+        progress.say(line)
+    return made
 
 
 @contextlib.contextmanager
@@ -268,33 +270,3 @@ def _check_unused(method: str, model: object, **of_model: object) -> None:
     """
     if model is None and (stray := [key for key, value in of_model.items() if value is not None]):
         raise InputError(f"{arg(stray[0])} has no use here: method {method} plans from the profile alone")
-
-
-def unused_line(plan: Plan, experts: int) -> str:
-    """How many experts the calibration text of a plan never used, and how many of these stay; empty where none."""
-    layers = [row.unused for row in plan.layers]
-    if not any(layers):
-        return ""
-    kept = sum(len(set(row.unused) & set(row.kept)) for row in plan.layers)
-    return f"note: {share_text(layers, experts)} were never selected in the calibration text; {kept} of them stay"
-
-
-def _protecting(plan: Plan) -> list[str]:
-    """The corpora that protect experts in some layer."""
-    return list(dict.fromkeys(name for row in plan.layers for name in row.protected))
-
-
-def plan_line(plan: Plan, experts: int) -> str:
-    """A plan in one line: method, budget, who protected how many, what a search cost."""
-    thin = "" if plan.width is None else f", {plan.width} channels of each,"
-    text = f"{plan.method} keeps {plan.keep} of {experts} experts{thin} in {len(plan.layers)} layers"
-    if any(layer.protected for layer in plan.layers):
-        counts = {name: sorted(len(row.protected.get(name, ())) for row in plan.layers) for name in _protecting(plan)}
-        spans = (f"{n[0]}{f' to {n[-1]}' if n[-1] > n[0] else ''} by {name}" for name, n in counts.items())
-        text += f"; protected per layer: {', '.join(spans)}"
-    if required := sum(len(layer.required) for layer in plan.layers):
-        text += f"; {required} super experts kept"
-    if losses := [layer.loss for layer in plan.layers if layer.loss is not None]:
-        searches = " and ".join(sorted({str(layer.search) for layer in plan.layers}))
-        text += f"; {searches} search on {plan.layers[0].tokens:,} tokens, loss {sum(losses):.4g}"
-    return text

@@ -22,7 +22,7 @@ from moecover.planning.selection import Budget
 from moecover.planning.shapes import check_groups, resolve_shape
 from moecover.planning.super_experts import super_experts
 from moecover.profiling.artifact import Profile
-from moecover.profiling.unused import unused_experts
+from moecover.profiling.coverage import unused_experts
 from moecover.registry import unknown_name
 
 DEFAULT_METHOD = default_method().name

@@ -20,12 +20,12 @@ from moecover.files.atomic import PARTIAL
 from moecover.files.locks import locked
 from moecover.profiling.artifact import FILE, Profile
 from moecover.profiling.channels import num_bytes as channel_bytes
+from moecover.profiling.coverage import coverage_line
 from moecover.profiling.layer_inputs import num_bytes, sample_of
 from moecover.profiling.merging import differing, merged, without_energy
 from moecover.profiling.reuse import finished
 from moecover.profiling.run import check_alone
 from moecover.profiling.run import profile as run_profile
-from moecover.profiling.unused import unused_text
 from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import ALONE, World, joined, own_device, wait_for_all
 from moecover.runtime.loadable import check_loadable
@@ -139,8 +139,6 @@ def profiled(
             progress.say(f"resuming: the profile in {folder} is done")
         elif folder is not None and here.rank == 0:
             made.save(folder)
-        if line := unused_text(made):
-            progress.say(line)
         wait_for_all(here)
         yield made, model
         if state is not None:
@@ -237,6 +235,8 @@ def profile(
             here=here,
             progress=shown,
         ) as (made, _):
+            if line := coverage_line(made):
+                shown.say(line)
             return made
 
 

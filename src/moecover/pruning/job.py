@@ -144,7 +144,7 @@ def _fetched(headers: Structure, request: Request, progress: Progress) -> Iterat
 
 def _written(structure: Structure, plan: Plan, request: Request, made: Repaired | None, progress: Progress) -> Pruned:
     """The checkpoint, written under a bar."""
-    from moecover.planning.job import unused_line
+    from moecover.planning.lines import unused_line
 
     if note := changed_since(structure, plan.weight_files):
         progress.say(f"note: {note}")

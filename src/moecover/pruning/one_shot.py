@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from moecover.corpora.loading import load_corpora
 from moecover.corpora.packing import Corpus
 from moecover.planning.artifact import Plan
-from moecover.planning.job import SEARCH_TOKENS, plan_line, search_resources
+from moecover.planning.job import SEARCH_TOKENS, search_resources
+from moecover.planning.lines import calibration_notes, plan_line
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan_budgets
 from moecover.profiling.job import profiled, scratch_beside
@@ -125,5 +126,7 @@ def _chosen(
         (plan,) = plan_budgets(
             profile, method=choice.method, keeps=[choice.keep], widths=[choice.width], **more, **choice.options
         )
+    for line in calibration_notes(plan, profile):
+        progress.say(line)
     progress.say(f"{request.output}: {plan_line(plan, structure.topology.num_experts)}")
     return plan, model

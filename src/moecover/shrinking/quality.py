@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecover.errors import arg
+from moecover.errors import arg, flag
 from moecover.registry import unknown_name
 
 
@@ -19,6 +19,7 @@ class Quality:
         repair_tokens: on which what stays is refitted.
         windows: of every text, held out to measure shapes and the result on.
         cost: how much text that is, against the default.
+        better: name of the one that reads more; None where none does.
     """
 
     blocks: int
@@ -27,13 +28,26 @@ class Quality:
     repair_tokens: int
     windows: int
     cost: str
+    better: str | None = None
+
+    @property
+    def remedy(self) -> str:
+        """What to do where this is too little text."""
+        more = f", or {flag('quality')} {self.better}" if self.better is not None else ""
+        return f"Give more corpora, or longer ones ({flag('corpora')}){more}"
 
 
 QUALITIES = {
     "fast": Quality(
-        32, 48, "ridge", 32_768, 4, "a quarter to a half of the default's text, repaired in closed form only"
+        32,
+        48,
+        "ridge",
+        32_768,
+        4,
+        "a quarter to a half of the default's text, repaired in closed form only",
+        "default",
     ),
-    "default": Quality(128, 128, "refit", 65_536, 8, "--dry-run says its time"),
+    "default": Quality(128, 128, "refit", 65_536, 8, "--dry-run says its time", "best"),
     "best": Quality(512, 512, "refit", 262_144, 32, "four times the default's text"),
 }
 DEFAULT = "default"

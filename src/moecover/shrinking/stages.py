@@ -12,6 +12,7 @@ from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.budgets import measured_shape, of_shapes
 from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import Plan
+from moecover.planning.lines import calibration_notes
 from moecover.planning.methods import default_method
 from moecover.planning.run import plan_budgets
 from moecover.profiling.job import profiled, scratch_beside
@@ -69,6 +70,8 @@ def plan_of(
         given = of_shapes(shapes, {}, structure)
         (plan,) = plan_budgets(profile, method=method, keeps=[one.keep], widths=[one.width], **given)
     plan.save(file)
+    for line in calibration_notes(plan, profile, remedy=asked.quality.remedy):
+        progress.say(line)
     return plan
 
 

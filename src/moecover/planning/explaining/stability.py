@@ -65,6 +65,21 @@ def stability(plan: Plan, profile: Profile, *, change: float = CHANGE) -> Stabil
     }
 
 
+def settled_text(stable: Stability) -> str:
+    """How many tokens the plan needed, as far as the running sums of the profile tell."""
+    curve, enough = stable["curve"], stable["enough_tokens"]
+    still = f"{stable['change']:.0%} of the kept experts still change up to {curve[-1]['tokens']:,}"
+    if enough is None:
+        last = curve[-2]
+        return (
+            f"{curve[-1]['tokens']:,} tokens may not be enough: from {last['tokens']:,} to all of them, "
+            f"{last['changed']:.1%} of the kept experts changed"
+        )
+    if enough == curve[0]["tokens"]:
+        return f"at most {enough:,} tokens were needed, the first that were looked at: at most {still}"
+    return f"{enough:,} tokens are enough: at most {still}"
+
+
 def changes(plan: Plan, other: Plan) -> Changes:
     """What another plan keeps instead.
 

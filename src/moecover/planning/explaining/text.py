@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moecover.planning.explaining.records import Changes, ChannelFacts, LayerFacts, Overall, Stability
+from moecover.planning.explaining.stability import settled_text
 from moecover.planning.shapes import shape_name
 from moecover.text import aligned
 
@@ -201,22 +202,11 @@ def _layers_table(rows: Sequence[LayerFacts], corpora: Sequence[str]) -> str:
 
 
 def _stability_text(stable: Stability) -> str:
-    curve = stable["curve"]
-    whole = curve[-1]["tokens"]
-    points = ", ".join(f"{point['tokens']:,}: {point['changed']:.1%}" for point in curve[:-1])
-    if stable["enough_tokens"] is not None:
-        verdict = (
-            f"{stable['enough_tokens']:,} tokens are enough: at most {stable['change']:.0%} of the kept experts still "
-            f"change up to {whole:,}."
-        )
-    else:
-        verdict = (
-            f"{whole:,} tokens may not be enough: from {curve[-2]['tokens']:,} to all of them, "
-            f"{curve[-2]['changed']:.1%} of the kept experts changed. Calibrate on more."
-        )
+    points = ", ".join(f"{point['tokens']:,}: {point['changed']:.1%}" for point in stable["curve"][:-1])
+    more = ". Calibrate on more" if stable["enough_tokens"] is None else ""
     return (
-        f"Stability: {verdict}\nShare of kept experts that the whole text exchanges, by tokens seen: {points}. "
-        f"Plans of the two halves of the text differ in {stable['halves']:.1%}."
+        f"Stability: {settled_text(stable)}{more}.\nShare of kept experts that the whole text exchanges, by tokens "
+        f"seen: {points}. Plans of the two halves of the text differ in {stable['halves']:.1%}."
     )
 
 

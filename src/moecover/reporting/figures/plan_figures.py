@@ -123,12 +123,13 @@ def stability_picture(facts: Facts) -> Figure:
     enough, allowed = stable["enough_tokens"], percent(stable["change"])
     title = f"{tokens[-1]:,} calibration tokens may not be enough: more than {allowed} of the kept experts still change"
     if enough is not None:
-        title = f"{enough:,} calibration tokens are enough: at most {allowed} of the kept experts still change"
+        needed = "were needed at most" if enough == tokens[0] else "are enough"
+        title = f"{enough:,} calibration tokens {needed}: at most {allowed} of the kept experts still change"
     figure = page(7.5, 5, title)
     axes = figure.subplots()
     axes.axhline(stable["change"], color=REFERENCE, linestyle="--", linewidth=1, label=f"limit: {allowed} may change")
     if enough is not None:
-        axes.axvline(enough, color=GREEN, linewidth=1.5, label=f"enough: {enough:,} tokens")
+        axes.axvline(enough, color=GREEN, linewidth=1.5, label=f"settled from {enough:,} tokens on")
     axes.plot(
         tokens,
         shares,

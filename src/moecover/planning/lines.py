@@ -1,0 +1,96 @@
+"""A plan, and whether its calibration text is enough, each in one line: reads a plan and its profile, gives text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moecover.planning.explaining.stability import settled_text, stability
+from moecover.planning.keep import allowed_keeps
+from moecover.planning.methods import METHODS, default_method
+from moecover.planning.run import plan_budgets
+from moecover.profiling.coverage import more_text, rarely_used, share_text
+
+if TYPE_CHECKING:
+    from moecover.planning.artifact import Plan
+    from moecover.planning.explaining.records import Stability
+    from moecover.profiling.artifact import Profile
+
+
+def calibration_notes(plan: Plan, profile: Profile, *, remedy: str | None = None) -> list[str]:
+    """What a user should know of the calibration of a plan: unused weights, and text that is thin; a line for each.
+
+    Args:
+        plan: made from the profile.
+        profile: with the running sums of its parts.
+        remedy: where text is thin; None for the options of `profile`.
+    """
+    return [line for line in (_weights_line(plan, profile), thin_line(plan, profile, remedy=remedy)) if line]
+
+
+def _weights_line(plan: Plan, profile: Profile) -> str:
+    """That a method has no use for the weights of a mix; empty where it has, or there are none."""
+    weighted = [name for name, records in profile.corpora.items() if records[0].get("weight", 1) != 1]
+    if not weighted or any(option.name == "weights" for option in METHODS[plan.method].options):
+        return ""
+    return (
+        f"note: the weights of the mix ({', '.join(weighted)}) are not used: method {plan.method} rates every corpus "
+        "alike"
+    )
+
+
+def thin_line(plan: Plan, profile: Profile, *, remedy: str | None = None) -> str:
+    """What says that the calibration text of a plan is thin, and what to do; empty where nothing does.
+
+    It is thin if experts were selected for none or few of its tokens, or if the last part of it still changed the plan.
+
+    Args:
+        plan: made from the profile.
+        profile: with the running sums of its parts.
+        remedy: what to do; None for the options of `profile`.
+    """
+    if METHODS[plan.method].blind:
+        return ""
+    settled = stability(plan, profile)
+    facts = rarely_used(profile)
+    if not facts and (settled is None or settled["enough_tokens"] is not None):
+        return ""
+    facts += [] if settled is None else [settled_text(settled)]
+    return f"note: calibration text is thin: {'; '.join(facts)}. {remedy or more_text(profile)}"
+
+
+def stability_at_half(profile: Profile) -> Stability | None:
+    """How a plan of the default method for half of the experts changes with the text; None if that cannot be told."""
+    experts = profile.topology.num_experts
+    keep = min(allowed_keeps(profile.topology), key=lambda count: abs(count - experts / 2))
+    (half,) = plan_budgets(profile, method=default_method().name, keeps=[keep])
+    return stability(half, profile)
+
+
+def unused_line(plan: Plan, experts: int) -> str:
+    """How many experts the calibration text of a plan never used, and how many of these stay; empty where none."""
+    layers = [row.unused for row in plan.layers]
+    if not any(layers):
+        return ""
+    kept = sum(len(set(row.unused) & set(row.kept)) for row in plan.layers)
+    return f"note: {share_text(layers, experts)} were never selected in the calibration text; {kept} of them stay"
+
+
+def _protecting(plan: Plan) -> list[str]:
+    """The corpora that protect experts in some layer."""
+    return list(dict.fromkeys(name for row in plan.layers for name in row.protected))
+
+
+def plan_line(plan: Plan, experts: int) -> str:
+    """A plan in one line: method, budget, who protected how many, what a search cost."""
+    thin = "" if plan.width is None else f", {plan.width} channels of each,"
+    text = f"{plan.method} keeps {plan.keep} of {experts} experts{thin} in {len(plan.layers)} layers"
+    if any(layer.protected for layer in plan.layers):
+        counts = {name: sorted(len(row.protected.get(name, ())) for row in plan.layers) for name in _protecting(plan)}
+        spans = (f"{n[0]}{f' to {n[-1]}' if n[-1] > n[0] else ''} by {name}" for name, n in counts.items())
+        text += f"; protected per layer: {', '.join(spans)}"
+    if required := sum(len(layer.required) for layer in plan.layers):
+        text += f"; {required} super experts kept"
+    if losses := [layer.loss for layer in plan.layers if layer.loss is not None]:
+        searches = " and ".join(sorted({str(layer.search) for layer in plan.layers}))
+        text += f"; {searches} search on {plan.layers[0].tokens:,} tokens, loss {sum(losses):.4g}"
+    return text
