@@ -11,7 +11,7 @@ import pytest
 from moecover.checkpoints.structure import read_structure
 from moecover.planning.artifact import Plan
 from moecover.planning.explaining.stability import settled_text
-from moecover.planning.lines import thin_line, stability_at_half
+from moecover.planning.lines import stability_at_half, thin_line
 from moecover.planning.run import plan
 from moecover.profiling.artifact import Profile
 from moecover.profiling.coverage import FEW, coverage_line, unused_experts
