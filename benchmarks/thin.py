@@ -202,8 +202,8 @@ class Bench:
         if not (folder / "full.json").exists():
             found = evaluate(self.structure, {}, model=self.model, texts=self.texts, batch_size=8)
             write_text(folder / "full.json", json.dumps(losses(found)))
-        for first, budgets, sample in itertools.product(
-            (True, False), (BUDGETS[:2], BUDGETS[2:]), range(self.args.samples)
+        for budgets, first, sample in itertools.product(
+            (BUDGETS[:2], BUDGETS[2:]), (True, False), range(self.args.samples)
         ):
             profiles: dict[str, Any] = {}
             for way, budget in ((way, budget) for way in WAYS if way.first == first for budget in budgets):

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from moecover.planning.saliency import SALIENCIES
     from moecover.planning.super_experts import super_experts
     from moecover.profiling.artifact import Profile
+    from moecover.profiling.imatrix import imatrix_profile
     from moecover.profiling.job import merge, profile
     from moecover.progress import Progress
     from moecover.pruning.job import prune
@@ -81,6 +82,7 @@ PUBLIC = {
     "corpora.own_text": ("generate",),
     "corpora.splitting": ("Kinds", "split"),
     "profiling.artifact": ("Profile",),
+    "profiling.imatrix": ("imatrix_profile",),
     "profiling.job": ("merge", "profile"),
     "planning.saliency": ("SALIENCIES",),
     "planning.options": ("Option",),
@@ -144,6 +146,7 @@ __all__ = [
     "evaluate",
     "explain",
     "generate",
+    "imatrix_profile",
     "inspect",
     "keep_within_size",
     "load_corpus",

@@ -66,6 +66,7 @@ def write_gguf(
     keys: Mapping[str, int] | None = None,
     alignment: int | None = None,
     parts: int = 1,
+    finite: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a file, or the parts of a split one; returns the first.
@@ -78,6 +79,7 @@ def write_gguf(
         keys: integers of the architecture by key, in place of those of this model or besides them; None leaves out.
         alignment: of the tensor data; None for the default.
         parts: files.
+        finite: quantise numbers instead of taking random bytes, which may be no numbers.
         seed: of the bytes.
     """
     rng = np.random.default_rng(seed)
@@ -96,8 +98,10 @@ def write_gguf(
     for name, shape in shapes.items():
         kind = next((kind for part, kind in (types or {}).items() if part in name), "F32")
         raw: NDArray[Any] = random_blocks(shape, kind, rng)
-        if kind == "F32":
+        if kind == "F32" or finite:
             raw = rng.standard_normal(shape, dtype=np.float32)
+        if finite:
+            raw = gguf.quants.quantize(raw, gguf.GGMLQuantizationType[kind])
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

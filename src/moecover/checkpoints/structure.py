@@ -19,6 +19,8 @@ from moecover.checkpoints.structure_cache import place_of, recall, remember
 from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, Topology, Width
 from moecover.text import Cell, Shown, size_text
 
+GGUF_MARK = "gguf-"
+
 
 @dataclass(frozen=True, repr=False)
 class Structure(Shown):
@@ -108,21 +110,31 @@ class Structure(Shown):
     def has_topology(self, fingerprint: str) -> bool:
         """Whether the routed part has the shape with some fingerprint.
 
-        llama.cpp has names of its own for the families, so that for a GGUF file any name with the same shape will do.
+        llama.cpp has names of its own for the families, so that a plan of a checkpoint fits a GGUF file, and the other
+        way round, where the shape is the same.
         """
-        families = [self.topology.family, *(PROVEN_FAMILIES if self.checkpoint.gguf is not None else ())]
+        others = PROVEN_FAMILIES if self.checkpoint.gguf is not None else ARCHITECTURES
+        families = [self.topology.family, *others]
         return any(replace(self.topology, family=name).fingerprint == fingerprint for name in families)
 
     @functools.cached_property
     def model_fingerprint(self) -> str:
-        """Hash of the topology and of the routers' bytes: the same for every copy of a model, whatever its sharding."""
+        """Hash of the topology and of the routers' bytes: the same for every copy of a model, whatever its sharding.
+
+        That of a GGUF file begins with `GGUF_MARK`: it is not comparable with a checkpoint's, see `has_routers`.
+        """
         digest = hashlib.sha256(self.topology.fingerprint.encode())
         for name in sorted(n for n, t in self.tensors.items() if not t.routed):
             entry = self.checkpoint.tensors[name]
             digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
             with (self.checkpoint.path / entry.shard).open("rb") as file:
                 digest.update(os.pread(file.fileno(), entry.num_bytes, entry.start))
-        return digest.hexdigest()
+        return digest.hexdigest() if self.checkpoint.gguf is None else GGUF_MARK + digest.hexdigest()
+
+    def has_routers(self, fingerprint: str) -> bool:
+        """Whether the model has the routers with some fingerprint, as far as it tells: not across formats."""
+        across = fingerprint.startswith(GGUF_MARK) != (self.checkpoint.gguf is not None)
+        return across or fingerprint == self.model_fingerprint
 
 
 def read_structure(model: str | Path | Checkpoint, *, revision: str | None = None) -> Structure:

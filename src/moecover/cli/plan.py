@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecover.cli.corpus_options import add_bos
-from moecover.cli.options import add_device, add_method, add_output, add_revision, method_arguments
+from moecover.cli.options import add_device, add_method, add_output, add_revision, method_arguments, pairs
+from moecover.cli.plan_bounds import OF_BYTES, add_bounds, check_model_options, which_bound
 from moecover.cli.plan_tables import curve_table, shapes_table
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
@@ -19,17 +19,23 @@ if TYPE_CHECKING:
     from moecover.profiling.artifact import Profile
 
 HELP = "choose the experts to keep from a profile"
-BOUNDS = ("keep", "retain", "budget", "max_size", "max_perplexity_increase")
-OF_BYTES = ("budget", "max_size")
-WIDTHS = ("width", "retain_width")
-OF_TEXT = ("perplexity", "corpus", "windows", "bos", "batch_size")  # options of what is measured on held-out text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("profile", type=Path, metavar="PROFILE_DIR", help="folder that `moecover profile` wrote")
+    parser.add_argument(
+        "profile", type=Path, nargs="?", metavar="PROFILE_DIR", help="folder that `moecover profile` wrote"
+    )
+    parser.add_argument(
+        "--imatrix",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="plan from importance matrices of llama.cpp (imatrix.gguf) instead of a profile, one a corpus; repeat it. "
+        "With --model, the GGUF file that they are of, by estimated activation norms, else by counts",
+    )
     add_method(parser, several=True, has_seed=False)
-    _add_bounds(parser)
+    add_bounds(parser)
     group = parser.add_argument_group("the model, for bounds and for methods that run the experts")
     group.add_argument("--model", metavar="MODEL", help="the model that was profiled: local folder or hub id")
     add_revision(group)
@@ -38,67 +44,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_output(parser, "PLAN", text)
 
 
-def _add_bounds(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("find the shape, instead of --keep or --retain")
-    group.add_argument(
-        "--budget",
-        metavar="SHARE",
-        help="share of the experts' bytes that stays, such as 50%%",
-    )
-    group.add_argument(
-        "--max-perplexity-increase",
-        metavar="PERCENT",
-        help="the fewest experts with which the perplexity of every held-out text is at most this much above "
-        "the model's "
-        "own (runs the model), such as 10%%",
-    )
-    group.add_argument(
-        "--max-size",
-        metavar="SIZE",
-        help="the most whose checkpoint is at most this large, such as 12GB (reads headers of the model)",
-    )
-    group.add_argument(
-        "--shape",
-        default="experts",
-        metavar="SHAPE",
-        help="what --budget or --max-size is spent on: experts, whole ones; KxW, K experts of W channels; auto, of "
-        "the shapes of equal bytes the one that loses least on held-out text (runs MODEL) (default: experts)",
-    )
-    group.add_argument(
-        "--perplexity",
-        action="append",
-        default=[],
-        metavar="NAME[=PATH]",
-        help="held-out text to measure on; repeat it (default: blocks of the calibration corpora that the profile did "
-        "not use)",
-    )
-    group.add_argument(
-        "--corpus",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="file of a calibration corpus, to find the blocks that the profile did not use; repeat it; named corpora "
-        "need none",
-    )
-    group.add_argument("--windows", type=int, metavar="N", help="windows or blocks per text at most (default: 64)")
-    add_bos(group, "a window")
-    group.add_argument("--batch-size", type=int, metavar="N", help="windows per forward pass (default: 1)")
-
-
 def run(args: argparse.Namespace) -> Outcome:
     """Write the plan or plans; print a line for each, and the curve of a search for the number of experts."""
     from moecover.planning.job import check_search
     from moecover.planning.lines import plan_line
     from moecover.planning.methods import METHODS
-    from moecover.profiling.artifact import Profile
+    from moecover.planning.saliency import default_saliency
 
     method, options = method_arguments(args, shared_seed=False)
     bound = which_bound(args)
-    needs_model = METHODS[method].runs_experts or bound in (*OF_BYTES, "max_perplexity_increase")
+    needs_model = METHODS[method].runs_experts or bound in (*OF_BYTES, "max_perplexity_increase") or args.imatrix
     if args.model and not needs_model:
         raise InputError(f"--model is no option of method {method}: it plans from the profile alone")
     check_model_options(args, bound, method)
-    profile = Profile.load(args.profile)
+    profile = _profile(args)
+    if args.imatrix and any(option.name == "saliency" for option in METHODS[method].options):
+        options = {"saliency": default_saliency(profile), **options}
     if METHODS[method].runs_experts:
         check_search(method, profile, args.model, name=str(args.profile))
     made = _plans(args, bound, profile, method, options)
@@ -116,57 +77,26 @@ def run(args: argparse.Namespace) -> Outcome:
         lines.append(f"{path}: {plan_line(one, experts)}")
         results.append(result)
     first = shlex.quote(str(results[0]["plan"]))
-    lines.append(f"next: moecover explain {first} --profile {shlex.quote(str(args.profile))}")
+    beside = f" --profile {shlex.quote(str(args.profile))}" if args.profile else ""
+    lines.append(f"next: moecover explain {first}{beside}")
     return Outcome(results if several else results[0], "\n".join(lines))
 
 
-def which_bound(args: argparse.Namespace) -> str:
-    """Which bound was given.
+def _profile(args: argparse.Namespace) -> Profile:
+    """The profile that was named, or what importance matrices tell.
 
     Raises:
-        InputError: none, several, or an option that belongs to another one.
+        InputError: both or neither, or they cannot be read.
     """
-    given = [name for name in BOUNDS if getattr(args, name) is not None]
-    thin = [name for name in WIDTHS if getattr(args, name) is not None]
-    if len(thin) > 1:
-        raise InputError("give one of --width (channels of an expert) and --retain-width (fraction in (0, 1])")
-    if not given and thin:
-        given = thin
-    if len(given) != 1:
-        raise InputError(
-            "give exactly one of --keep (experts per layer), --retain (fraction in (0, 1]), --budget, --max-size and "
-            "--max-perplexity-increase"
-        )
-    (bound,) = given
-    measures = bound == "max_perplexity_increase" or (bound in OF_BYTES and args.shape == "auto")
-    stray = [name for name in OF_TEXT if getattr(args, name) not in (None, [])]
-    if stray and not measures:
-        raise InputError(
-            f"{flag(stray[0])} goes with --max-perplexity-increase and --shape auto; {flag(bound)} measures nothing"
-        )
-    if args.shape != "experts" and bound not in OF_BYTES:
-        raise InputError(f"--shape {args.shape} says what --budget or --max-size is spent on: give one of them")
-    if bound in (*OF_BYTES, "max_perplexity_increase") and thin:
-        raise InputError(f"{flag(bound)} and {flag(thin[0])} exclude each other: give --shape KxW, or --shape auto")
-    if (measures or bound == "max_size") and not args.model:
-        raise InputError(f"{flag(bound)} looks at the model: give --model MODEL")
-    return bound
+    from moecover.profiling.artifact import Profile
+    from moecover.profiling.imatrix import imatrix_profile
 
-
-def check_model_options(args: argparse.Namespace, bound: str, method: str) -> None:
-    """Refuse options on a model that does not run, or is not read at all.
-
-    Raises:
-        InputError: names the option.
-    """
-    from moecover.planning.methods import METHODS
-
-    runs = METHODS[method].runs_experts or bound == "max_perplexity_increase"
-    runs = runs or (bound in OF_BYTES and args.shape == "auto")
-    names = ("dtype", "device", "memory_limit") if not runs else ()
-    names = (*names, "revision") if not args.model else names
-    if stray := [name for name in names if getattr(args, name) is not None]:
-        raise InputError(f"{flag(stray[0])} has no use here: no model runs for {flag(bound)} with method {method}")
+    if (args.profile is None) == (not args.imatrix):
+        raise InputError("give either PROFILE_DIR or --imatrix NAME=FILE")
+    if args.profile is not None:
+        return Profile.load(args.profile)
+    files = {name: Path(str(path)) for name, path in pairs(args.imatrix, "imatrix", Path).items()}
+    return imatrix_profile(files, model=args.model)
 
 
 def _plans(

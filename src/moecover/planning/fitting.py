@@ -46,7 +46,8 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False)
     if (
         structure.quantised is None
         and not other_weights
-        and plan.model_fingerprint not in (None, structure.model_fingerprint)
+        and plan.model_fingerprint is not None
+        and not structure.has_routers(plan.model_fingerprint)
     ):
         raise InputError(
             f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make "

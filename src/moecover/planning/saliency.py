@@ -17,12 +17,19 @@ from moecover.registry import Registry
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from moecover.profiling.artifact import Statistics
+    from moecover.profiling.artifact import Profile, Statistics
 
     Saliency = Callable[[Statistics], NDArray[np.float64]]
 
 SALIENCIES: Registry[Saliency] = Registry("saliency")
 DEFAULT_SALIENCY = "contribution"
+OF_LITTLE = (DEFAULT_SALIENCY, "ean", "frequency")  # by what they need, the most first
+
+
+def default_saliency(profile: Profile) -> str:
+    """The first of `OF_LITTLE` that a profile knows: importance matrices hold less than a profile of one's own."""
+    every = list(profile.statistics.values())
+    return next(name for name in OF_LITTLE if all(np.isfinite(SALIENCIES[name](s)).all() for s in every))
 
 
 def utility_of(saliency: str, statistics: Statistics) -> NDArray[np.float64]:
@@ -38,6 +45,11 @@ def utility_of(saliency: str, statistics: Statistics) -> NDArray[np.float64]:
         raise InputError(
             f"saliency {saliency} gives shape {list(values.shape)} of {values.dtype}, numbers of shape {list(shape)} "
             "are needed (layer, expert)"
+        )
+    if np.isnan(values).any() and not all(np.isfinite(found).all() for found in statistics.values()):
+        known = [name for name in SALIENCIES if np.isfinite(SALIENCIES[name](statistics)).all()]
+        raise InputError(
+            f"saliency {saliency} needs statistics that the profile does not have. Known from it: {', '.join(known)}"
         )
     if not np.isfinite(values).all():
         layer, expert = np.argwhere(~np.isfinite(values))[0]

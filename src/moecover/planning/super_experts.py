@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moecover.errors import InputError, arg
+
 if TYPE_CHECKING:
     from moecover.profiling.artifact import Profile
 
@@ -18,7 +20,14 @@ def super_experts(profile: Profile) -> tuple[frozenset[int], ...]:
 
     The largest absolute component of an expert's output over all corpora is above the 99.5 % quantile over all experts
     of all layers, and above a tenth of the global maximum. Layers are MoE layers: dense ones do not count.
+
+    Raises:
+        InputError: the profile has no largest outputs, see `imatrix_profile`.
     """
     peaks = np.max([s["max_abs"] for s in profile.statistics.values()], axis=0)
+    if not np.isfinite(peaks).all():
+        raise InputError(
+            f"{arg('protect_super_experts')}: the profile does not know the largest outputs of the experts"
+        )
     threshold = max(float(np.quantile(peaks, QUANTILE)), SHARE * float(peaks.max()))
     return tuple(frozenset(np.flatnonzero(row > threshold).tolist()) for row in peaks)

@@ -62,11 +62,11 @@ def tb_coverage(
             f"saliency {saliency} gives negative values, which cannot be scaled to shares. Use another saliency, or "
             f"{arg('method', 'pooled')}"
         )
-    rare = ranked(utility_of("reap", profile.pooled()))
+    rare = ranked(utility_of("reap", profile.pooled())).tolist() if places else None
     plans = []
     for layer in range(len(profile.topology.decoder_layers)):
         room, rows = budget.room(layer), np.stack([u[layer] for u in utility.values()])
-        reserved = room.fill(rare[layer][:places].tolist())
+        reserved = room.fill(rare[layer][:places] if rare is not None else [])
         protected, filled = cover(rows, room, turns, list(corpora.values()))
         by_corpus = dict(zip(utility, protected, strict=True))
         plans.append(layer_plan(profile, layer, room, [*reserved, *filled], protected=by_corpus, utility=utility))
