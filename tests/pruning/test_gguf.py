@@ -103,7 +103,7 @@ def test_biases_scales_and_a_split_model(tmp_path: Path) -> None:
     assert tensors_of(one) == expected
     out = prune(first, plan_for(KEPT), tmp_path / "half.gguf", progress=False).output
     assert out == tmp_path / "half-00001-of-00004.gguf"
-    parts = sorted(tmp_path.glob("half*"))
+    parts = sorted(tmp_path.glob("half*.gguf"))
     assert len(parts) == 4
     assert {name: t for part in parts for name, t in tensors_of(part).items()} == expected
     assert [list(tensors_of(p)) for p in parts] == [list(tensors_of(p)) for p in sorted(tmp_path.glob("s-*"))]
@@ -360,3 +360,29 @@ def test_a_width_that_cannot_be_cut_is_refused_with_the_way_out(
     with pytest.raises(InputError, match=message):
         prune(model, thin_plan(range(8), 1), tmp_path / "half.gguf", progress=False)
     assert not list(tmp_path.glob("*half*"))
+
+
+def test_a_card_lies_beside_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With licence, sizes, method and command; a text that is no card is never replaced."""
+    source = write_gguf(tmp_path / "model.gguf", "qwen3moe", strings={"general.license": "apache-2.0"})
+    chosen, output, card = tmp_path / "plan.json", tmp_path / "half it.gguf", tmp_path / "half it.md"
+    plan_for([[0, 1, 2], [3, 4, 5]], method="tb-coverage").save(chosen)
+    command = ["prune", source, "--plan", chosen, "-o", output]
+    status, _, err = run(capsys, *command)
+    assert status == 0, err
+    text = card.read_text()
+    assert text.startswith("---\nlibrary_name: gguf\ntags: [moe, expert-pruning, moecover]\nlicense: apache-2.0\n---\n")
+    assert "# model.gguf, 3 of 6 experts" in text
+    assert "| routed experts per MoE layer | 6 | 3 |" in text
+    assert "moecover verify model.gguf 'half it.gguf'" in text
+    assert "llama-server -m 'half it.gguf'" in text
+    assert "moecover.json" not in text
+    assert f"moecover prune {source} --plan {chosen}" in text
+    output.unlink()
+    status, _, err = run(capsys, *command)
+    assert (status, "half it.md, the place of the model card, exists" in err) == (2, True)
+    card.write_text("my notes")
+    status, _, err = run(capsys, *command, "--overwrite")
+    assert (status, "it is no model card of moecover" in err, card.read_text()) == (2, True, "my notes")
+    card.unlink()
+    assert run(capsys, *command)[0] == run(capsys, *command, "--overwrite")[0] == 0

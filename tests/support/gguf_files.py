@@ -66,6 +66,7 @@ def write_gguf(
     keys: Mapping[str, int] | None = None,
     alignment: int | None = None,
     parts: int = 1,
+    strings: Mapping[str, str] | None = None,
     finite: bool = False,
     seed: int = 0,
 ) -> Path:
@@ -79,6 +80,7 @@ def write_gguf(
         keys: integers of the architecture by key, in place of those of this model or besides them; None leaves out.
         alignment: of the tensor data; None for the default.
         parts: files.
+        strings: further keys.
         finite: quantise numbers instead of taking random bytes, which may be no numbers.
         seed: of the bytes.
     """
@@ -95,6 +97,8 @@ def write_gguf(
     writer.add_array("tokenizer.ggml.tokens", ["<s>", "größe", "専門家", ""])
     writer.add_array("tokenizer.ggml.scores", [0.5, -1.0])
     writer.add_string("general.name", "tiny ü")
+    for key, text in (strings or {}).items():
+        writer.add_string(key, text)
     for name, shape in shapes.items():
         kind = next((kind for part, kind in (types or {}).items() if part in name), "F32")
         raw: NDArray[Any] = random_blocks(shape, kind, rng)

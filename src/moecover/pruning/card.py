@@ -1,4 +1,4 @@
-"""The model card of a pruned checkpoint: README.md in the hub's format, with a YAML header."""
+"""The model card of a pruned model in the hub's format, with a YAML header: README.md, of a GGUF file NAME.md."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CARRIED_KEYS = ("license", "license_name", "license_link", "pipeline_tag")
 LONGEST_ENTRY = 200  # characters
+TAGS = ("moe", "expert-pruning", "moecover")
 
 
 def _carried(card: str) -> dict[str, str | list[str]]:
@@ -47,10 +48,14 @@ def _plain(value: object) -> str | list[str]:
 def _header(structure: Structure, original_card: str, origin: Origin | None) -> list[str]:
     """Lines of the YAML header."""
     checkpoint = origin or structure.checkpoint
-    entries: dict[str, object] = {"library_name": "transformers", "tags": ["moe", "expert-pruning", "moecover"]}
+    library = "transformers" if structure.checkpoint.gguf is None else "gguf"
+    entries: dict[str, object] = {"library_name": library, "tags": [*TAGS]}
     if "/" in checkpoint.name and checkpoint.revision:
         entries["base_model"] = printable(checkpoint.name)
     entries |= _carried(original_card)
+    gguf = structure.checkpoint.gguf
+    if gguf is not None and (licence := _plain(gguf.first.values.get("general.license", ""))):
+        entries["license"] = licence
     text: str = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, default_flow_style=None, width=sys.maxsize)
     return ["---", *text.splitlines(), "---"]
 
@@ -136,6 +141,22 @@ def _removed(structure: Structure, plan: Plan) -> str:
     return f"{what} removed ({plan.width} stay in each{padded if padding else ''})"
 
 
+def _words(structure: Structure, output: str) -> tuple[str, str, list[str]]:
+    """By format: what holds the plan, what `verify` is given, and how it is run where that is not known anyway."""
+    name = structure.checkpoint.name
+    if structure.checkpoint.gguf is None:
+        return (
+            "`moecover.json` holds the plan with every expert's saliency, the original id of every expert, and a hash "
+            "of every file.",
+            f"{shlex.quote(name)} .",
+            [],
+        )
+    file = shlex.quote(output)
+    holds = "The keys `moecover.*` of the file hold the method and the original ids of the experts that were kept."
+    run = ["To run it:", "", markdown_block(f"llama-server -m {file}"), ""]
+    return holds, f"{shlex.quote(_short_name(name))} {file}", run
+
+
 def model_card(
     structure: Structure,
     plan: Plan,
@@ -146,11 +167,12 @@ def model_card(
     figures: str = "",
     origin: Origin | None = None,
     mtp: str = "drop",
+    output: str = "",
 ) -> str:
-    """The text of README.md.
+    """The text of the card.
 
     Args:
-        structure: the source.
+        structure: the source, whose format is the output's.
         plan: which experts stay.
         repaired: refitted tensors; None where nothing was repaired.
         command: the command line that made the checkpoint; empty for none.
@@ -158,9 +180,11 @@ def model_card(
         figures: a section of measured numbers, see `card_numbers.measured`; empty for none.
         origin: the first original, where the source was pruned before; None where it is one itself.
         mtp: what became of multi-token-prediction layers, see `writer.prune`.
+        output: name of the file that was written; empty for a folder, which the card lies in.
     """
     topology, checkpoint = structure.topology, structure.checkpoint
     name, experts = _short_name((origin or checkpoint).name), (origin or topology).num_experts
+    holds, files, more = _words(structure, output)
     steps = f" in several steps, this time from {markdown_code(_short_name(checkpoint.name))}" if origin else ""
     options = ", ".join(f"{key} {value}" for key, value in plan.options.items()) or "none"
     revision = f" --revision {shlex.quote(checkpoint.revision)}" if checkpoint.revision else ""
@@ -175,9 +199,9 @@ def model_card(
         "",
         _sizes(structure, plan, origin, mtp),
         "",
-        f"Method: {markdown_text(plan.method)}; options: {markdown_text(options)}. `moecover.json` holds the plan with "
-        "every expert's saliency, the original id of every expert, and a hash of every file.",
+        f"Method: {markdown_text(plan.method)}; options: {markdown_text(options)}. {holds}",
         "",
+        *more,
     ]
     if figures:
         lines.append(figures)
@@ -187,7 +211,7 @@ def model_card(
         f"To check it against the original (its outputs equal those of the original with the removed {parts} masked"
         f"{' and the refitted tensors in place' if repaired else ''}):",
         "",
-        markdown_block(f"moecover verify {shlex.quote(checkpoint.name)} .{revision}"),
+        markdown_block(f"moecover verify {files}{revision}"),
     ]
     if original_card:
         lines += ["", "The model card of the original is README.original.md."]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from moecover.checkpoints.pieces import NOTHING
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from moecover.repairing.artifact import Repaired
 
 NO_PLACE = {
-    "evaluations": "no model card is written for a GGUF file",
     "other_weights": "the weights of a GGUF file are never compared with those that the plan was made on",
 }
 
@@ -56,4 +56,13 @@ def write(
     for name, why in NO_PLACE.items():
         if options.get(name):
             raise InputError(f"{arg(name)} has no use here: {why}")
-    return prune_gguf(structure, plan, output, overwrite=options.get("overwrite", False), advance=advance, say=say)
+    return prune_gguf(
+        structure,
+        plan,
+        output,
+        overwrite=options.get("overwrite", False),
+        evaluations=options.get("evaluations", NOTHING),
+        command=options.get("command", ""),
+        advance=advance,
+        say=say,
+    )

@@ -7,14 +7,14 @@ changes, and ``moecover.*`` keys say what was kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moecover.checkpoints.pieces import Piece, pieces_by_shard
+from moecover.checkpoints.pieces import NOTHING, Piece, pieces_by_shard
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
-from moecover.files.atomic import digest, explained, resolved, stamp
+from moecover.files.atomic import digest, explained, resolved, stamp, write_text
 from moecover.files.gathering import ZEROS, Gather
 from moecover.files.locks import locked
 from moecover.files.reading import parse_json
@@ -24,10 +24,13 @@ from moecover.gguf.parts import GgufFiles, is_gguf, part_name, stem_of
 from moecover.gguf.writing import head_bytes, padding
 from moecover.planning.artifact import LayerPlan, Plan, kept_sets
 from moecover.planning.fitting import check_plan
+from moecover.pruning.card import TAGS, model_card
+from moecover.pruning.card_numbers import Measurement, measured
 from moecover.pruning.shards import check_space, write_shards
 from moecover.version import VERSION
 
 KEPT = "moecover.kept"  # JSON: for every MoE layer its decoder layer and the ids that it kept
+CARD_ENDING = ".md"
 OF_PLAN = ("method", "options", "model", "profile_fingerprint")  # what of a plan is recorded besides
 
 
@@ -82,6 +85,17 @@ def _check_replaceable(first: Path, names: Sequence[str], *, overwrite: bool) ->
             raise InputError(f"{file} exists. Choose another output, or give {arg('overwrite')}")
         if not file.is_file() or not _is_ours(file, first):
             raise InputError(f"{file} was not written by moecover, so it is not overwritten. Choose another output")
+
+
+def _check_card(card: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a text that is no card of this program, or any without leave.
+
+    Raises:
+        InputError: names the file.
+    """
+    if card.exists() and not (overwrite and card.is_file() and TAGS[-1].encode() in card.read_bytes()[:1000]):
+        why = "it is no model card of moecover" if overwrite else f"give {arg('overwrite')}"
+        raise InputError(f"{card}, the place of the model card, exists: choose another output, or remove it ({why})")
 
 
 def _is_ours(file: Path, first: Path) -> bool:
@@ -166,10 +180,12 @@ def prune_gguf(
     output: str | Path,
     *,
     overwrite: bool = False,
+    evaluations: Mapping[str, Measurement] = NOTHING,
+    command: str = "",
     advance: Callable[[int], None] = lambda num_bytes: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write the GGUF model that a plan leaves.
+    """Write the GGUF model that a plan leaves, and its model card beside it, NAME.md.
 
     The files appear only when all are complete: they are written in a hidden folder beside the output, flushed to the
     disk and renamed, the first part last. After an error the finished parts stay; the same call resumes.
@@ -178,7 +194,9 @@ def prune_gguf(
         structure: the source, a GGUF model.
         plan: made on the original checkpoint, or on any file converted from it.
         output: file to write; of a split model the first part or its name without the number.
-        overwrite: replace a file that this program wrote.
+        overwrite: replace files that this program wrote.
+        evaluations: by a name for messages, evaluations of the plan whose numbers go on the card.
+        command: what the user typed, for the card.
         advance: called with the bytes of every chunk written.
         say: called with a line of text when an earlier run is resumed.
 
@@ -194,9 +212,15 @@ def prune_gguf(
     check_plan(plan, structure)
     first = gguf_target(structure, output)
     names = output_names(structure, first)
+    figures = measured(structure, plan, evaluations) if evaluations else ""
+    card = first.with_name(stem_of(first) + CARD_ENDING)
+    about = model_card(
+        structure, plan, repaired=None, command=command, original_card="", figures=figures, output=first.name
+    )
     with locked(first):
         returned(first, list(names.values()))
         _check_replaceable(first, list(names.values()), overwrite=overwrite)
+        _check_card(card, overwrite=overwrite)
         with explained(f"reading {structure.checkpoint.name}", left="Nothing was written"):
             inputs = _inputs(structure, files, plan)
         expected = expected_files(structure, files, plan)
@@ -205,6 +229,7 @@ def prune_gguf(
                 say(f"resuming: {len(partial.finished)} of {len(names)} files are there")
             check_space(expected.shards, partial, output, first.parent, names=names)
             write_shards(structure.checkpoint, expected.shards, expected.heads, partial, advance, names=names)
+        write_text(card, about)
     return first
 
 
