@@ -5,7 +5,28 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict
 
 
-class ModelRecord(TypedDict):
+class EndpointRecord(TypedDict):
+    """The server that answered: ``url`` without credentials, the server's name of the model and of itself (``server``).
+
+    ``max_length`` tokens of a prompt and what follows, ``num_concurrent`` requests at the same time.
+    """
+
+    url: str
+    served_name: str
+    protocol: str
+    server: str
+    max_length: int
+    num_concurrent: int
+
+
+class RanRecord(TypedDict, total=False):
+    """How a model ran: sequences per forward pass here, or the server that ran it."""
+
+    batch_size: int
+    endpoint: EndpointRecord
+
+
+class ModelRecord(RanRecord):
     """The model that was evaluated, and how it ran; ``num_bytes`` of its checkpoint, ``layers`` with experts.
 
     ``batch_size``, ``threads`` of the CPU and ``versions`` of the libraries change the last digits of every number.
@@ -21,7 +42,6 @@ class ModelRecord(TypedDict):
     experts: int
     top_k: int
     layers: int
-    batch_size: NotRequired[int]
     threads: NotRequired[int]
     versions: NotRequired[dict[str, str]]
 
