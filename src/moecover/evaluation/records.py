@@ -57,7 +57,7 @@ class TextRecord(TypedDict):
     """A held-out text: the record of its `Corpus`, and the share of it that calibration text holds too, by row.
 
     ``overlap`` has the rows where that share is worth mentioning, see `corpora.overlap`; ``bos`` the ids that every
-    window begins with, where there are some.
+    window begins with, none for most tokenizers; ``sequences`` windows of ``length`` tokens at most.
     """
 
     source: str
@@ -67,10 +67,10 @@ class TextRecord(TypedDict):
     sketch: str
     overlap: dict[str, float]
     length: NotRequired[int]
+    bos: NotRequired[list[int]]
     split: NotRequired[str]
     tokenizer: NotRequired[TokenizerRecord]
     seed: NotRequired[int]
-    bos: NotRequired[list[int]]
     left_by: NotRequired[str]
     blocks_left: NotRequired[int]
 
@@ -79,7 +79,8 @@ class TaskRecord(TypedDict):
     """A task as it was run; ``metric`` enters the mean of tasks, ``data`` is where its documents come from.
 
     ``cut``: documents with a request longer than the model's positions, whose beginning the harness leaves out;
-    ``overlap``: the share of the task's text that calibration text holds too, by row, where it is worth mentioning.
+    ``overlap``: the share of the task's text that calibration text holds too, by row, where it is worth mentioning;
+    ``bos``: the ids that the tokenizer puts before every request.
     """
 
     version: list[str | int | float]
@@ -92,6 +93,7 @@ class TaskRecord(TypedDict):
     harness: str
     cut: NotRequired[int]
     overlap: NotRequired[dict[str, float]]
+    bos: NotRequired[list[int]]
 
 
 class PlanRecord(TypedDict):

@@ -203,7 +203,8 @@ def _plan_record(plan: Plan) -> PlanRecord:
 
 def text_record(text: Corpus, plans: Mapping[str, Plan], structure: Structure) -> TextRecord:
     """The record of a held-out text in evaluation.json."""
-    record: TextRecord = {**text.record, "overlap": overlaps(text, plans, structure)}  # type: ignore[typeddict-item]
+    how = {"length": text.tokens.shape[1], "bos": [], **text.record}
+    record: TextRecord = {**how, "overlap": overlaps(text, plans, structure)}  # type: ignore[typeddict-item]
     return record
 
 

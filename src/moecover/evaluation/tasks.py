@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from moecover.corpora.bos import prefix_of
 from moecover.corpora.packing import Corpus, make_corpus
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import Score
@@ -184,17 +185,16 @@ class Tasks:
 
     @functools.cached_property
     def texts(self) -> dict[str, Corpus]:
-        """By task, what the model reads of every document: its first request, a sequence each."""
+        """By task, what the model reads: every context with every continuation that is scored, a sequence each."""
         found = {}
         with quiet():
             for name, parts in self.parts.items():
-                documents: dict[tuple[str, int], str] = {}
+                read = dict[str, None]()
                 for part in parts:
                     task = self.loaded["tasks"][part]
                     task.build_all_requests(limit=self.limit)
-                    for one in task.instances:
-                        documents.setdefault((part, one.doc_id), text_of(one))
-                found[name] = _as_corpus(name, self._ids(list(documents.values())))
+                    read |= dict.fromkeys(text_of(one) for one in task.instances)
+                found[name] = _as_corpus(name, self._ids(list(read)))
         return found
 
     @property
@@ -243,13 +243,13 @@ class Tasks:
         with quiet():
             found = evaluator.evaluate(lm, self.loaded, limit=self.limit, log_samples=True)
         assert found is not None
-        scores, items = {}, {}
+        scores, items, bos = {}, {}, list(prefix_of(self.tokenizer))
         for name, parts in self.parts.items():
             samples = document_samples(found, parts)
             items[name] = document_scores(samples)
             scores[name] = task_scores(found, name, parts, samples)
             cut = sum(task in parts for task, _ in lm.cut)
-            self.record[name] = task_record(found, parts, samples, data=self.data[name], cut=cut)
+            self.record[name] = task_record(found, parts, samples, data=self.data[name], cut=cut, bos=bos)
         return scores, items
 
 
