@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moecover.comparison.bootstrap import paired_bootstrap
 from moecover.evaluation import completions
 from moecover.evaluation.artifact import Evaluation
 from tests.support.command_line import run
@@ -73,6 +75,8 @@ def test_scores_are_those_of_the_folder(
     for task, metrics in here.items["full"].items():
         for metric, values in metrics.items():
             np.testing.assert_array_equal(there.items["full"][task][metric], values)
+    main = [{t: one.items["full"][t][about["metric"]] for t, about in one.tasks.items()} for one in (here, there)]
+    assert paired_bootstrap(*main, resamples=100).value == 0
     assert there.rows[0].tasks == here.rows[0].tasks
     assert there.tasks == here.tasks
     assert there.texts == here.texts
@@ -170,7 +174,11 @@ def test_what_passes_is_tried_again_and_answers_are_kept(
     windows = Evaluation.load(tmp_path / "e").windows["full"]["mill"]
     assert len(server.seen) == 2 + 1 + len(windows) - 2  # what is asked first, the answer 429, and the rest
     assert not kept.exists()
-    assert run(capsys, *command[:-3], "-o", tmp_path / "f", "-q")[0] == 0
+
+    async def in_a_notebook() -> int:
+        return run(capsys, *command[:-3], "-o", tmp_path / "f", "-q")[0]
+
+    assert asyncio.run(in_a_notebook()) == 0
     np.testing.assert_array_equal(windows, Evaluation.load(tmp_path / "f").windows["full"]["mill"])
 
 
