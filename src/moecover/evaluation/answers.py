@@ -20,7 +20,7 @@ Answer = tuple[float, bool] | str  # log-likelihood of a continuation, whether i
 
 @contextlib.contextmanager
 def kept_answers(output: Path | None) -> Iterator[Answers]:
-    """The answers of earlier attempts at an output; new ones are kept until the block ends without an error.
+    """The answers of earlier attempts at an output; new ones are kept until `forget_answers`.
 
     Args:
         output: the output; None keeps nothing.
@@ -31,7 +31,7 @@ def kept_answers(output: Path | None) -> Iterator[Answers]:
     if output is None:
         yield Answers()
         return
-    path = output.with_name(f".{output.name}.answers{PARTIAL}")
+    path = _place(output)
     with explained(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         known = dict(_read(path)) if path.is_file() else {}
@@ -40,11 +40,18 @@ def kept_answers(output: Path | None) -> Iterator[Answers]:
     try:
         with file:
             yield answers
-    except BaseException:
+    finally:
         if not answers.kept:
             path.unlink()
-        raise
-    path.unlink()
+
+
+def forget_answers(output: Path) -> None:
+    """Remove the answers that were kept for an output which is complete."""
+    _place(output).unlink(missing_ok=True)
+
+
+def _place(output: Path) -> Path:
+    return output.with_name(f".{output.name}.answers{PARTIAL}")
 
 
 def _read(path: Path) -> Iterator[tuple[str, Answer]]:

@@ -19,7 +19,7 @@ from moecover.evaluation.answers import kept_answers
 from moecover.evaluation.artifact import FULL, Evaluation, Row, Score
 from moecover.evaluation.completions import Server, server_at
 from moecover.evaluation.given import load_texts
-from moecover.evaluation.harness import check_installed, quiet
+from moecover.evaluation.harness import quiet
 from moecover.evaluation.notes import note_overlaps
 from moecover.evaluation.perplexity import text_result
 from moecover.evaluation.records import EndpointRecord
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PROTOCOL = "OpenAI completions"
+NEEDED = ("lm_eval", "aiohttp", "tenacity", "requests")  # the last three for the harness's API models
 
 
 class EndpointOptions(TypedDict, total=False):
@@ -81,8 +82,7 @@ def checked_server(options: EndpointOptions, plans: object, run_options: RunOpti
             f"{arg(stray[0])} says how a model runs here, with {arg('endpoint')} the server decides it. Leave it out"
             + (f", or give {arg('num_concurrent')}" if stray[0] == "batch_size" else "")
         )
-    check_installed()
-    if missing := [package for package in ("aiohttp", "tenacity", "requests") if find_spec(package) is None]:
+    if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise InputError(f"{arg('endpoint')} needs {', '.join(missing)}: pip install 'moecover[tasks]'")
     return server_at(endpoint, timeout=options.get("timeout"), num_concurrent=options.get("num_concurrent"))
 

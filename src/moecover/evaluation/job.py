@@ -12,6 +12,7 @@ from moecover.corpora.bos import check_bos
 from moecover.corpora.packing import Corpus
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
+from moecover.evaluation.answers import forget_answers
 from moecover.evaluation.artifact import FILE, FILES, Evaluation
 from moecover.evaluation.endpoint_job import EndpointOptions, checked_server, evaluate_served
 from moecover.evaluation.given import Plans, Texts, load_texts, named_plans, parsed_texts
@@ -110,7 +111,10 @@ def evaluate(
             output=None if output is None else Path(output),
             progress=shown,
         )
-        return _finished(found, output, shown)
+        _finished(found, output, shown)
+        if output is not None:
+            forget_answers(Path(output))
+        return found
     check_loadable(headers, how.dtype)
     for plan in variants.values():
         check_plan(plan, headers)
