@@ -56,6 +56,7 @@ REFUSED = {
     f"{PLAN} --protect 0.2 --option protect=0.3": "--protect and --option protect=... give the same option",
     f"{PLAN} --option protect=0.2 --option protect=0.3": "--option protect=0.3: protect has the value 0.2 already",
     f"{PLAN} --method random --seed 3 --option seed=4": "--seed and --option seed=... give the same option",
+    f"{EVALUATE} --served-name x": "--served-name goes with --endpoint, and there is none",
     f"{PLAN} --dtype float32": "--dtype has no use here: no model runs for --retain with method tb-coverage",
     f"{PLAN} --device cpu": "--device has no use here",
     f"{PLAN} --memory-limit 4GB": "--memory-limit has no use here",

@@ -164,6 +164,7 @@ def test_layer_by_layer(
     assert run(path, tmp_path / "layers", "--memory-limit", str((found.whole + found.streamed) // 2)) == 0
     (about,) = json.loads((tmp_path / "layers" / "models.json").read_text())
     assert about["layer_by_layer"]
+    assert about["batch_size"] > 0
     assert len(json.loads((tmp_path / "layers" / "usage.json").read_text())) == 1
     assert {row["kind"] for row in rows(tmp_path / "layers")} == {"size", "perplexity", "kl", "top1", "task", "mean"}
     for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "layers"), strict=True):

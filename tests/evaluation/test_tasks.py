@@ -76,6 +76,8 @@ def test_tasks_with_parts_of_their_own_weights(data: Path) -> None:
     assert scores["mmlu"]["acc"].value == pytest.approx(items["mmlu"]["acc"].mean())
     assert scores["mmlu"]["acc"].stderr is not None
     assert tasks.record["mmlu"]["items"] == 9
+    assert tasks.record["mmlu"]["bos"] == []
+    assert len(tasks.texts["mmlu"].tokens) == 9 * 4  # every context with every answer that is scored
     assert tasks.documents()["mmlu"][3].endswith("Which is 1?\nA. one\nB. two\nC. red\nD. 1\nAnswer: B")
 
 

@@ -57,6 +57,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_bos(parser, "a window")
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows or requests per forward pass (default: 1)")
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="score MODEL through a server that serves it, http://HOST:PORT/v1 (vLLM, SGLang, llama.cpp), instead of "
+        "running it; key: OPENAI_API_KEY (docs/evaluation.md)",
+    )
+    parser.add_argument(
+        "--served-name", metavar="NAME", help="the server's name of the model (default: the only one that it lists)"
+    )
+    parser.add_argument(
+        "--num-concurrent", type=int, metavar="N", help="requests that the server has at a time (default: 16)"
+    )
+    parser.add_argument("--timeout", type=int, metavar="SECONDS", help="for a request to the server (default: 300)")
     add_device(parser)
     add_output(parser, "DIR", "folder to write", replaced="an evaluation that is there")
     add_plugin(parser)
@@ -81,6 +94,10 @@ def run(args: argparse.Namespace) -> Outcome:
         windows=args.windows,
         length=args.length,
         bos=args.bos,
+        endpoint=args.endpoint,
+        served_name=args.served_name,
+        num_concurrent=args.num_concurrent,
+        timeout=args.timeout,
         **pass_arguments(args),
     )
     return Outcome(found.to_dict(), f"{table(found)}\n\n{args.output / FILE}: {len(found.rows)} rows")

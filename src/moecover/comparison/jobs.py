@@ -140,7 +140,7 @@ class Note:
 
 
 class RunFacts(TypedDict):
-    """How a model ran: dtype, device, processor, and the peak memory so far in bytes."""
+    """How a model ran: dtype, device, processor, sequences per forward pass, and the peak memory so far in bytes."""
 
     dtype: str
     device: str
@@ -148,6 +148,7 @@ class RunFacts(TypedDict):
     peak_device_bytes: int | None
     cpu: str
     layer_by_layer: bool
+    batch_size: int | None  # None in runs of older versions
 
 
 @dataclass(frozen=True)

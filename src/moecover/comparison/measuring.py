@@ -86,7 +86,7 @@ def evaluate_cells(model: OpenModel, job: EvaluationJob) -> Iterator[Report]:
                 for cell in group.cells:
                     yield CellFailed(cell, why(error))
         else:
-            yield ModelRan(job.model, facts_of(model.running(job.model)))
+            yield ModelRan(job.model, facts_of(model.running(job.model), model.config.batch_size))
 
 
 def _plan_of(model: OpenModel, cell: Cell) -> Plan:

@@ -67,7 +67,7 @@ class ComparedModel:
 
 
 class ModelRecord(TypedDict):
-    """A model as models.json has it; the last six are None until it has run."""
+    """A model as models.json has it; the last seven are None until it has run."""
 
     name: str
     model: str
@@ -85,6 +85,7 @@ class ModelRecord(TypedDict):
     peak_device_bytes: int | None
     cpu: str | None
     layer_by_layer: bool | None
+    batch_size: int | None
 
 
 def stored_facts(run: Path) -> dict[str, RunFacts]:
@@ -99,6 +100,7 @@ def stored_facts(run: Path) -> dict[str, RunFacts]:
                 peak_device_bytes=m["peak_device_bytes"],
                 cpu=m["cpu"],
                 layer_by_layer=m["layer_by_layer"],
+                batch_size=m.get("batch_size"),
             )
             for m in found
             if m.get("dtype")
@@ -162,4 +164,5 @@ def _record(model: ComparedModel, facts: RunFacts | None) -> ModelRecord:
         "peak_device_bytes": facts["peak_device_bytes"] if facts else None,
         "cpu": facts["cpu"] if facts else None,
         "layer_by_layer": facts["layer_by_layer"] if facts else None,
+        "batch_size": facts["batch_size"] if facts else None,
     }

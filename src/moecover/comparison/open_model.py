@@ -121,7 +121,7 @@ def tasks_of(config: Config, structure: Structure) -> Tasks:
     )
 
 
-def facts_of(model: Running) -> RunFacts:
+def facts_of(model: Running, batch_size: int) -> RunFacts:
     """How a model runs in this process."""
     import torch
 
@@ -134,6 +134,7 @@ def facts_of(model: Running) -> RunFacts:
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "cpu": processor(),
         "layer_by_layer": model.by_layer,
+        "batch_size": batch_size,
     }
 
 

@@ -19,8 +19,8 @@ from moecover.corpora.overlap import WORTH_SAYING, overlap
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.evaluation.budget_search import TOGETHER, find, largest_within, parse_percent, possible_keeps
+from moecover.evaluation.given import Texts, load_texts, parsed_texts
 from moecover.evaluation.held_out import BLOCKS, check_held_out, held_out
-from moecover.evaluation.job import Texts, load_texts, parsed_texts
 from moecover.planning.artifact import Plan
 from moecover.planning.job import ROUND_OPTIONS
 from moecover.planning.lines import calibration_notes

@@ -20,8 +20,8 @@ from moecover.corpora.loading import Corpora
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.evaluation.bounds import held_out_texts, opened_for, profiled_model, sources_of
+from moecover.evaluation.given import Texts
 from moecover.evaluation.held_out import BLOCKS
-from moecover.evaluation.job import Texts
 from moecover.evaluation.shape_search import best_shape
 from moecover.planning.artifact import Plan
 from moecover.planning.curve import AUTO, EXPERTS, Fits, curve, parse_shape, parse_share, within_share

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
-from moecover.corpora.arguments import source_of
 from moecover.corpora.bos import check_bos
 from moecover.corpora.packing import Corpus
 from moecover.corpora.tokenizer import load_tokenizer
-from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
-from moecover.evaluation.artifact import FILE, FILES, FULL, Evaluation
+from moecover.evaluation.answers import forget_answers
+from moecover.evaluation.artifact import FILE, FILES, Evaluation
+from moecover.evaluation.endpoint_job import EndpointOptions, checked_server, evaluate_served
+from moecover.evaluation.given import Plans, Texts, load_texts, named_plans, parsed_texts
+from moecover.evaluation.notes import note_cuts, note_overlap, note_overlaps
 from moecover.evaluation.run import evaluate as run_evaluation
-from moecover.evaluation.run import overlaps, task_overlaps
+from moecover.evaluation.run import task_overlaps
 from moecover.evaluation.task_loading import resolve as resolve_tasks
-from moecover.evaluation.task_scores import cut_text
 from moecover.evaluation.tasks import Tasks
 from moecover.files.atomic import check_output
 from moecover.planning.artifact import Plan
@@ -29,9 +29,6 @@ from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.passes import Passes, check_least, passes
-
-Texts = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
-Plans = Mapping[str, Plan | str | PathLike[str]] | Sequence[str | PathLike[str]]
 
 
 class TaskOptions(TypedDict, total=False):
@@ -48,77 +45,8 @@ class TaskOptions(TypedDict, total=False):
     limit: int | None
 
 
-class EvaluateOptions(RunOptions, TaskOptions, total=False):
+class EvaluateOptions(RunOptions, TaskOptions, EndpointOptions, total=False):
     """Keyword arguments of `evaluate`."""
-
-
-def parsed_texts(texts: Texts) -> dict[str, str | Corpus | None]:
-    """Held-out texts by name: the file of each, None for the held-out part of a named corpus, or the text itself.
-
-    Args:
-        texts: names (``"wikitext2"``), ``"NAME=PATH"``, texts from `load_windows`, or a mapping from names to files.
-
-    Raises:
-        InputError: an unknown name, a file that does not exist or cannot be read, or a name twice.
-    """
-    if isinstance(texts, Mapping):
-        texts = [name if path is None else f"{name}={fspath(path)}" for name, path in texts.items()]
-    found: dict[str, str | Corpus | None] = {}
-    for text in texts:
-        name, equals, path = (text.name, "", "") if isinstance(text, Corpus) else text.partition("=")
-        if name in found:
-            raise InputError(f"{arg('texts', name)} is given twice")
-        if isinstance(text, Corpus):
-            found[name] = text
-            continue
-        if not equals:
-            check_text(name)
-        else:
-            try:
-                source_of(name, path)
-            except InputError as error:
-                raise InputError(f"{arg('texts', text)}: {error.message}") from error
-        found[name] = path if equals else None
-    return found
-
-
-def load_texts(
-    texts: Mapping[str, str | Corpus | None],
-    structure: Structure,
-    *,
-    length: int | None = None,
-    windows: int | None = None,
-    bos: str | None = None,
-    progress: Progress,
-) -> list[Corpus]:
-    """Held-out texts in windows of the model's token ids, see `load_windows`."""
-    loaded = []
-    for name, source in texts.items():
-        if isinstance(source, Corpus):
-            loaded.append(source)
-            continue
-        with progress.spinner(f"reading {name}"):
-            text = load_windows(
-                name, source, structure=structure, length=length, windows=windows or WINDOWS, bos=bos or "auto"
-            )
-            loaded.append(text)
-    return loaded
-
-
-def named_plans(plans: Plans) -> dict[str, Plan]:
-    """Plans by the name of their row: that of the file, with its folder's where two are alike.
-
-    Raises:
-        InputError: a file that is no plan, or two plans of one name.
-    """
-    if isinstance(plans, Mapping):
-        return {name: plan if isinstance(plan, Plan) else Plan.load(Path(plan)) for name, plan in plans.items()}
-    paths = [Path(path) for path in plans]
-    short = [path.stem for path in paths]
-    names = [path.stem if short.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in paths]
-    if len(set(names)) < len(names):
-        raise InputError(f"two {arg('plan')} files have the same name: give every plan once")
-    return {name: Plan.load(path) for name, path in zip(names, paths, strict=True)}
 
 
 def evaluate(
@@ -152,30 +80,54 @@ def evaluate(
         bos: what a window begins with: ``auto`` (default) what the tokenizer adds by itself, ``always`` its BOS token,
             ``never`` nothing. Tasks begin as the harness has them.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
-        **options: see `RunOptions` (batch size 1 by default) and `TaskOptions`.
+        **options: see `RunOptions` (batch size 1 by default), `TaskOptions` and `EndpointOptions`.
 
     Returns:
         A row for the model and one for every plan.
 
     Raises:
         InputError: nothing to measure, arguments out of range, plans that do not fit, text that cannot be read, or a
-            model that gives numbers that are not finite.
+            model that gives numbers that are not finite; or the server of ``endpoint`` serves another model, or gives
+            less than is needed.
+        MoecoverError: the server fails.
     """
     shown, named = resolve(progress), parsed_texts(texts)
     how = _checked(named, tasks, options, windows=windows, length=length, bos=bos)
     if output is not None:
         check_output(Path(output), overwrite=overwrite, marker=FILE, names=FILES)
+    server = checked_server(options, plans, options)
     variants = named_plans(plans)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
+    if server is not None:
+        found = evaluate_served(
+            headers,
+            server,
+            served_name=options.get("served_name"),
+            texts=named,
+            tasks=(lambda: _tasks(tasks, headers, {}, options, how, shown)) if tasks else None,
+            windows=windows,
+            length=length,
+            bos=bos,
+            output=None if output is None else Path(output),
+            progress=shown,
+        )
+        _finished(found, output, shown)
+        if output is not None:
+            forget_answers(Path(output))
+        return found
     check_loadable(headers, how.dtype)
     for plan in variants.values():
         check_plan(plan, headers)
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
     loaded = load_texts(named, structure, length=length, windows=windows, bos=bos, progress=shown)
-    _note_overlaps(loaded, variants, structure, shown)
+    note_overlaps(loaded, variants, structure, shown)
     found_tasks = _tasks(tasks, structure, variants, options, how, shown) if tasks else None
-    found = _measured(structure, variants, loaded, found_tasks, how, shown)
-    _note_cuts(found, shown)
+    return _finished(_measured(structure, variants, loaded, found_tasks, how, shown), output, shown)
+
+
+def _finished(found: Evaluation, output: str | Path | None, progress: Progress) -> Evaluation:
+    """Say what was cut, and write the folder where there is to be one."""
+    note_cuts(found, progress)
     if output is not None:
         found.save(Path(output))
     return found
@@ -200,6 +152,7 @@ def _checked(
     check_known(options, EvaluateOptions)
     _check_used(texts, tasks, options, windows=windows, length=length, bos=bos)
     check_least(1, limit=options.get("limit"), windows=windows, length=length)
+    check_least(1, num_concurrent=options.get("num_concurrent"), timeout=options.get("timeout"))
     check_bos(bos or "auto")
     return passes(options, batch_size=1)
 
@@ -217,32 +170,6 @@ def _check_used(
         raise InputError(f"{arg(stray[0])} says how held-out text is read: give {arg('texts')} by name or file")
     if not tasks and (unused := [name for name in TaskOptions.__annotations__ if options.get(name) is not None]):
         raise InputError(f"{arg(unused[0])} goes with {arg('tasks')}, and there are none")
-
-
-def _note_overlaps(
-    texts: Sequence[Corpus], plans: Mapping[str, Plan], structure: Structure, progress: Progress
-) -> None:
-    """Say where calibration text is in the text that is measured on."""
-    for text in texts:
-        _note_overlap(f"the text {text.name}", "perplexity", overlaps(text, plans, structure), structure, progress)
-
-
-def _note_overlap(
-    what: str, measure: str, by_row: Mapping[str, float], structure: Structure, progress: Progress
-) -> None:
-    for row, share in by_row.items():
-        name = structure.checkpoint.name if row == FULL else row
-        progress.say(
-            f"note: {share:.0%} of {what} is also in the calibration text of {name}: its {measure} says little about "
-            "other text"
-        )
-
-
-def _note_cuts(found: Evaluation, progress: Progress) -> None:
-    """Say of which tasks items were cut."""
-    for name, record in found.tasks.items():
-        if cut := record.get("cut"):
-            progress.say(f"note: {cut_text(name, cut, record['items'])}")
 
 
 def _tasks(
@@ -264,7 +191,7 @@ def _tasks(
             batch_size=how.batch_size,
         )
     for task, by_row in task_overlaps(tasks, plans, structure).items():
-        _note_overlap(f"the task {task}", "score", by_row, structure, progress)
+        note_overlap(f"the task {task}", "score", by_row, structure, progress)
     return tasks
 
 

@@ -5,7 +5,28 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict
 
 
-class ModelRecord(TypedDict):
+class EndpointRecord(TypedDict):
+    """The server that answered: ``url`` without credentials, the server's name of the model and of itself (``server``).
+
+    ``max_length`` tokens of a prompt and what follows, ``num_concurrent`` requests at the same time.
+    """
+
+    url: str
+    served_name: str
+    protocol: str
+    server: str
+    max_length: int
+    num_concurrent: int
+
+
+class RanRecord(TypedDict, total=False):
+    """How a model ran: sequences per forward pass here, or the server that ran it."""
+
+    batch_size: int
+    endpoint: EndpointRecord
+
+
+class ModelRecord(RanRecord):
     """The model that was evaluated, and how it ran; ``num_bytes`` of its checkpoint, ``layers`` with experts.
 
     ``batch_size``, ``threads`` of the CPU and ``versions`` of the libraries change the last digits of every number.
@@ -21,7 +42,6 @@ class ModelRecord(TypedDict):
     experts: int
     top_k: int
     layers: int
-    batch_size: NotRequired[int]
     threads: NotRequired[int]
     versions: NotRequired[dict[str, str]]
 
@@ -37,7 +57,7 @@ class TextRecord(TypedDict):
     """A held-out text: the record of its `Corpus`, and the share of it that calibration text holds too, by row.
 
     ``overlap`` has the rows where that share is worth mentioning, see `corpora.overlap`; ``bos`` the ids that every
-    window begins with, where there are some.
+    window begins with, none for most tokenizers; ``sequences`` windows of ``length`` tokens at most.
     """
 
     source: str
@@ -47,10 +67,10 @@ class TextRecord(TypedDict):
     sketch: str
     overlap: dict[str, float]
     length: NotRequired[int]
+    bos: NotRequired[list[int]]
     split: NotRequired[str]
     tokenizer: NotRequired[TokenizerRecord]
     seed: NotRequired[int]
-    bos: NotRequired[list[int]]
     left_by: NotRequired[str]
     blocks_left: NotRequired[int]
 
@@ -59,7 +79,8 @@ class TaskRecord(TypedDict):
     """A task as it was run; ``metric`` enters the mean of tasks, ``data`` is where its documents come from.
 
     ``cut``: documents with a request longer than the model's positions, whose beginning the harness leaves out;
-    ``overlap``: the share of the task's text that calibration text holds too, by row, where it is worth mentioning.
+    ``overlap``: the share of the task's text that calibration text holds too, by row, where it is worth mentioning;
+    ``bos``: the ids that the tokenizer puts before every request.
     """
 
     version: list[str | int | float]
@@ -72,6 +93,7 @@ class TaskRecord(TypedDict):
     harness: str
     cut: NotRequired[int]
     overlap: NotRequired[dict[str, float]]
+    bos: NotRequired[list[int]]
 
 
 class PlanRecord(TypedDict):

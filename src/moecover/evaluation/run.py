@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.overlap import WORTH_SAYING, overlap
@@ -18,7 +18,7 @@ from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.evaluation.artifact import FULL, Evaluation, Row
 from moecover.evaluation.perplexity import text_result, window_sums
-from moecover.evaluation.records import ModelRecord, PlanRecord, TaskRecord, TextRecord
+from moecover.evaluation.records import ModelRecord, PlanRecord, RanRecord, TaskRecord, TextRecord
 from moecover.planning.artifact import Plan, kept_hash
 from moecover.planning.fitting import check_plan
 from moecover.planning.masking import masked_layers
@@ -102,9 +102,11 @@ def evaluate(
     sums = _sums_by_text(runs, within, texts, batch_size=batch_size, close=close, bar=bar)
     scored = _scored(runs, within, tasks, bar=bar)
     return Evaluation(
-        _model_record(structure, runs, batch_size),
-        {text.name: _text_record(text, plans, structure) for text in texts},
-        {} if tasks is None else _task_records(tasks, plans, structure),
+        model_record(
+            structure, dtype=str(runs.dtype).removeprefix("torch."), device=str(runs.device), batch_size=batch_size
+        ),
+        {text.name: text_record(text, plans, structure) for text in texts},
+        {} if tasks is None else task_records(tasks, plans, structure),
         [
             _row(structure, name, plan, number, sums, scored, close)
             for number, (name, plan) in enumerate(variants.items())
@@ -199,12 +201,15 @@ def _plan_record(plan: Plan) -> PlanRecord:
     return found
 
 
-def _text_record(text: Corpus, plans: Mapping[str, Plan], structure: Structure) -> TextRecord:
-    record: TextRecord = {**text.record, "overlap": overlaps(text, plans, structure)}  # type: ignore[typeddict-item]
+def text_record(text: Corpus, plans: Mapping[str, Plan], structure: Structure) -> TextRecord:
+    """The record of a held-out text in evaluation.json."""
+    how = {"length": text.tokens.shape[1], "bos": [], **text.record}
+    record: TextRecord = {**how, "overlap": overlaps(text, plans, structure)}  # type: ignore[typeddict-item]
     return record
 
 
-def _task_records(tasks: Tasks, plans: Mapping[str, Plan], structure: Structure) -> dict[str, TaskRecord]:
+def task_records(tasks: Tasks, plans: Mapping[str, Plan], structure: Structure) -> dict[str, TaskRecord]:
+    """The records of tasks that have run, in evaluation.json."""
     found = task_overlaps(tasks, plans, structure)
     return {name: {**record, "overlap": found[name]} for name, record in tasks.record.items()}
 
@@ -216,7 +221,15 @@ def task_overlaps(tasks: Tasks, plans: Mapping[str, Plan], structure: Structure)
     return {name: overlaps(text, plans, structure) for name, text in tasks.texts.items()}
 
 
-def _model_record(structure: Structure, runs: Running, batch_size: int) -> ModelRecord:
+def model_record(structure: Structure, *, dtype: str, device: str, **about: Unpack[RanRecord]) -> ModelRecord:
+    """The record of the model in evaluation.json.
+
+    Args:
+        structure: the checkpoint.
+        dtype: in which it ran.
+        device: on which it ran.
+        **about: how it ran.
+    """
     import torch
 
     topology, checkpoint = structure.topology, structure.checkpoint
@@ -225,13 +238,13 @@ def _model_record(structure: Structure, runs: Running, batch_size: int) -> Model
         "revision": checkpoint.revision,
         "fingerprint": structure.model_fingerprint,
         "family": topology.family,
-        "dtype": str(runs.dtype).removeprefix("torch."),
-        "device": str(runs.device),
+        "dtype": dtype,
+        "device": device,
         "num_bytes": checkpoint.num_bytes,
         "experts": topology.num_experts,
         "top_k": topology.top_k,
         "layers": len(topology.decoder_layers),
-        "batch_size": batch_size,
         "threads": torch.get_num_threads(),
         "versions": library_versions(),
+        **about,
     }

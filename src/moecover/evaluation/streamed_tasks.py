@@ -18,7 +18,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from moecover.errors import MoecoverError
-from moecover.evaluation.harness_model import CheckedLM, Encoded
+from moecover.evaluation.checked_requests import Encoded
+from moecover.evaluation.harness_model import CheckedLM
 from moecover.runtime.layerwise import run_in_parts
 from moecover.runtime.running import Within
 from moecover.runtime.streaming import Streamed

@@ -37,8 +37,8 @@ def resolve(
         batch_size: requests per forward pass.
 
     Raises:
-        InputError: the harness or the model's tokenizer is missing, an unknown task, a missing file, or documents that
-            cannot be read.
+        InputError: the harness or the model's tokenizer is missing, an unknown task, one that runs the code that a
+            model writes, a missing file, or documents that cannot be read.
     """
     check_installed()
     if tokenizer is None:
@@ -54,9 +54,30 @@ def resolve(
         own = known - set(all_tasks().task_index)
         if from_hub := [name for name in names if name not in local and name not in own]:
             check_answers(arg("tasks", from_hub[0]), f"or give a folder with {arg('data_dir')}")
+        for name in names:
+            if manager.task_index[name].yaml_path and runs_code(manager.task_index[name].yaml_path):
+                raise _unsafe(name)
         parts = {name: _load(manager, name, local.get(name), loaded) for name in names}
+        for name, members in parts.items():  # of groups
+            if any(getattr(loaded["tasks"][one], "UNSAFE_CODE", False) for one in members):
+                raise _unsafe(name)
     data = {n: str(data_dir) if n in local else "its definition" if n in own else "hub" for n in names}
     return Tasks(loaded, parts, tokenizer, data, limit, batch_size)
+
+
+def runs_code(definition: Path) -> bool:
+    """Whether a task's definition says that it runs the code that a model writes; the definition's own is not run."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(definition, resolve_func=False).get("unsafe_code", False) is not False
+
+
+def _unsafe(name: str) -> InputError:
+    """The error for a task that runs code."""
+    return InputError(
+        f"{arg('tasks', name)} runs the code that the model writes, which this program does not do. Write the "
+        f"checkpoint, and in a sandbox give it to lm_eval --tasks {name} --confirm_run_unsafe_code"
+    )
 
 
 def _check_names(names: Sequence[str], known: Collection[str]) -> None:

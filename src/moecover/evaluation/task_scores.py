@@ -52,7 +52,7 @@ def task_scores(
 
 
 def task_record(
-    found: Results, parts: Sequence[str], samples: Sequence[Sequence[Sample]], *, data: str, cut: int
+    found: Results, parts: Sequence[str], samples: Sequence[Sequence[Sample]], *, data: str, cut: int, bos: list[int]
 ) -> TaskRecord:
     """The record of a task as it was run.
 
@@ -62,6 +62,7 @@ def task_record(
         samples: from `document_samples`.
         data: where the documents come from.
         cut: documents of which the model saw only the end.
+        bos: ids that the tokenizer puts before every request.
     """
     metrics = list(metric_keys(samples[0]))
     return {
@@ -74,6 +75,7 @@ def task_record(
         "data": data,
         "harness": version_text(),
         "cut": cut,
+        "bos": bos,
     }
 
 

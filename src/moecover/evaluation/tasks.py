@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from moecover.corpora.bos import prefix_of
 from moecover.corpora.packing import Corpus, make_corpus
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import Score
@@ -113,6 +114,14 @@ class Tasks:
                 results.append(self._run(lm))
         return results
 
+    def score_with(self, lm: Any) -> Scored:
+        """Scores of a model of the harness that runs elsewhere, see `endpoint_model`.
+
+        Args:
+            lm: a `CheckedRequests`.
+        """
+        return self._run(lm)
+
     def check(self, model: Running) -> None:
         """Refuse a model that cannot answer all tasks.
 
@@ -125,12 +134,43 @@ class Tasks:
                 f"but it runs layer by layer. Give a larger {arg('memory_limit')}, evaluate a pruned checkpoint that "
                 "fits, or leave the task out"
             )
+        config: Any = model.module.config
+        self.check_room(getattr(config.get_text_config(), "max_position_embeddings", None))
+
+    def check_room(self, longest: int | None) -> None:
+        """Refuse a task that generates more text than the model has positions, which leaves none for the question.
+
+        Args:
+            longest: tokens of a question and its answer, at most; None where there is no limit.
+
+        Raises:
+            InputError: names the task.
+        """
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        for name, parts in self.parts.items():
+            for task in (self.loaded["tasks"][part] for part in parts):
+                if longest is None or task.OUTPUT_TYPE != "generate_until":
+                    continue
+                new = normalize_gen_kwargs(dict(task.config.generation_kwargs or {}))["max_gen_toks"]
+                if new + 1 >= longest:
+                    raise InputError(
+                        f"{arg('tasks', name)} generates up to {new} tokens, the model has {longest} positions: none "
+                        "is left for the question. Leave the task out, or give a definition with fewer (max_gen_toks) "
+                        f"in {arg('include_path', 'DIR')}"
+                    )
 
     def in_memory(self) -> tuple[str, ...]:
         """The tasks that need a model in memory: those that generate text or score whole texts."""
         tasks = self.loaded["tasks"]
         kinds = {name: {tasks[part].OUTPUT_TYPE for part in parts} for name, parts in self.parts.items()}
         return tuple(name for name, found in kinds.items() if not found <= set(CHOOSING))
+
+    def choosing(self) -> tuple[str, ...]:
+        """The tasks that need the log-probabilities of given text: all but those that only generate."""
+        tasks = self.loaded["tasks"]
+        kinds = {name: {tasks[part].OUTPUT_TYPE for part in parts} for name, parts in self.parts.items()}
+        return tuple(name for name, found in kinds.items() if found != {"generate_until"})
 
     def documents(self) -> dict[str, list[str]]:
         """By task, what a model that answers right reads: context and right answer of every scored document.
@@ -145,17 +185,16 @@ class Tasks:
 
     @functools.cached_property
     def texts(self) -> dict[str, Corpus]:
-        """By task, what the model reads of every document: its first request, a sequence each."""
+        """By task, what the model reads: every context with every continuation that is scored, a sequence each."""
         found = {}
         with quiet():
             for name, parts in self.parts.items():
-                documents: dict[tuple[str, int], str] = {}
+                read = dict[str, None]()
                 for part in parts:
                     task = self.loaded["tasks"][part]
                     task.build_all_requests(limit=self.limit)
-                    for one in task.instances:
-                        documents.setdefault((part, one.doc_id), text_of(one))
-                found[name] = _as_corpus(name, self._ids(list(documents.values())))
+                    read |= dict.fromkeys(text_of(one) for one in task.instances)
+                found[name] = _as_corpus(name, self._ids(list(read)))
         return found
 
     @property
@@ -204,13 +243,13 @@ class Tasks:
         with quiet():
             found = evaluator.evaluate(lm, self.loaded, limit=self.limit, log_samples=True)
         assert found is not None
-        scores, items = {}, {}
+        scores, items, bos = {}, {}, list(prefix_of(self.tokenizer))
         for name, parts in self.parts.items():
             samples = document_samples(found, parts)
             items[name] = document_scores(samples)
             scores[name] = task_scores(found, name, parts, samples)
             cut = sum(task in parts for task, _ in lm.cut)
-            self.record[name] = task_record(found, parts, samples, data=self.data[name], cut=cut)
+            self.record[name] = task_record(found, parts, samples, data=self.data[name], cut=cut, bos=bos)
         return scores, items
 
 

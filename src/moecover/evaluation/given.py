@@ -1,0 +1,87 @@
+"""What users give an evaluation: held-out texts and plans, by name or as objects; reads the files that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+
+from moecover.checkpoints.structure import Structure
+from moecover.corpora.arguments import source_of
+from moecover.corpora.packing import Corpus
+from moecover.corpora.windows import WINDOWS, check_text, load_windows
+from moecover.errors import InputError, arg
+from moecover.planning.artifact import Plan
+from moecover.progress import Progress
+
+Texts = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
+Plans = Mapping[str, Plan | str | PathLike[str]] | Sequence[str | PathLike[str]]
+
+
+def parsed_texts(texts: Texts) -> dict[str, str | Corpus | None]:
+    """Held-out texts by name: the file of each, None for the held-out part of a named corpus, or the text itself.
+
+    Args:
+        texts: names (``"wikitext2"``), ``"NAME=PATH"``, texts from `load_windows`, or a mapping from names to files.
+
+    Raises:
+        InputError: an unknown name, a file that does not exist or cannot be read, or a name twice.
+    """
+    if isinstance(texts, Mapping):
+        texts = [name if path is None else f"{name}={fspath(path)}" for name, path in texts.items()]
+    found: dict[str, str | Corpus | None] = {}
+    for text in texts:
+        name, equals, path = (text.name, "", "") if isinstance(text, Corpus) else text.partition("=")
+        if name in found:
+            raise InputError(f"{arg('texts', name)} is given twice")
+        if isinstance(text, Corpus):
+            found[name] = text
+            continue
+        if not equals:
+            check_text(name)
+        else:
+            try:
+                source_of(name, path)
+            except InputError as error:
+                raise InputError(f"{arg('texts', text)}: {error.message}") from error
+        found[name] = path if equals else None
+    return found
+
+
+def load_texts(
+    texts: Mapping[str, str | Corpus | None],
+    structure: Structure,
+    *,
+    length: int | None = None,
+    windows: int | None = None,
+    bos: str | None = None,
+    progress: Progress,
+) -> list[Corpus]:
+    """Held-out texts in windows of the model's token ids, see `load_windows`."""
+    loaded = []
+    for name, source in texts.items():
+        if isinstance(source, Corpus):
+            loaded.append(source)
+            continue
+        with progress.spinner(f"reading {name}"):
+            text = load_windows(
+                name, source, structure=structure, length=length, windows=windows or WINDOWS, bos=bos or "auto"
+            )
+            loaded.append(text)
+    return loaded
+
+
+def named_plans(plans: Plans) -> dict[str, Plan]:
+    """Plans by the name of their row: that of the file, with its folder's where two are alike.
+
+    Raises:
+        InputError: a file that is no plan, or two plans of one name.
+    """
+    if isinstance(plans, Mapping):
+        return {name: plan if isinstance(plan, Plan) else Plan.load(Path(plan)) for name, plan in plans.items()}
+    paths = [Path(path) for path in plans]
+    short = [path.stem for path in paths]
+    names = [path.stem if short.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in paths]
+    if len(set(names)) < len(names):
+        raise InputError(f"two {arg('plan')} files have the same name: give every plan once")
+    return {name: Plan.load(path) for name, path in zip(names, paths, strict=True)}
