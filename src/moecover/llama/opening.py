@@ -52,5 +52,11 @@ def opened_gguf(
     with contextlib.ExitStack() as stack:
         with progress.spinner(f"opening {structure.checkpoint.name} in llama.cpp {library.version}"):
             model = stack.enter_context(opened(files.first.path, library, on_cpu=device == "cpu"))
-        template = files.first.text(CHAT_TEMPLATE) if CHAT_TEMPLATE in files.first.values else None
-        yield model, tokenizer_of(model, template)
+        yield model, tokenizer_in(structure, model)
+
+
+def tokenizer_in(structure: Structure, model: Model) -> GgufTokenizer | None:
+    """The tokenizer of an opened file, with the chat template that the file has; None where it has no vocabulary."""
+    assert structure.checkpoint.gguf is not None
+    template = structure.checkpoint.gguf.first.values.get(CHAT_TEMPLATE)
+    return tokenizer_of(model, template if isinstance(template, str) else None)
