@@ -11,6 +11,7 @@ import pytest
 
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
+from moecover.llama import model as llama_model
 from moecover.llama.opening import check_options
 from moecover.profiling.artifact import CHANNELS, COUNTS, STATISTICS, Profile
 from moecover.profiling.job import merge, profile
@@ -56,9 +57,12 @@ def assert_same(found: Profile, expected: Profile, tolerance: float) -> None:
         )
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
-def test_statistics_are_those_of_the_checkpoint(converted: Callable[..., Path], family: str) -> None:
+@pytest.mark.parametrize("family, chunk", [("qwen2_moe", 512), ("deepseek_v3", 10)])
+def test_statistics_are_those_of_the_checkpoint(
+    converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str, chunk: int
+) -> None:
     """A shared expert, weights not normalised; router groups, a sigmoid, a correction bias, a dense layer."""
+    monkeypatch.setattr(llama_model, "CHUNK", chunk)
     model = converted(family)
     found = profile(model, corpora(), batch_size=2, progress=False)
     expected = profile(model.with_name("checkpoint"), corpora(), batch_size=2, dtype="float32", progress=False)

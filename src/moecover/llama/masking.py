@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moecover.checkpoints.structure import Structure
 from moecover.llama.experts import BIASED_PROBABILITIES, DOWN, LOGITS, TOP_K, named
 from moecover.llama.library import Library
 from moecover.llama.model import Model, Session
@@ -90,6 +91,13 @@ class Mask:
         ids = np.ascontiguousarray(self._tensors.array(self._selected[number]))
         lacks = self._missing[number][ids.reshape(-1)]
         values.reshape(lacks.shape)[lacks] = 0
+
+
+def mask_of(structure: Structure, library: Library, kept: Kept, channels: KeptChannels | None) -> Mask:
+    """The mask for a model; see `Mask`."""
+    topology = structure.topology
+    width = 0 if isinstance(structure.width, str) else structure.width.channels
+    return Mask(library, topology.decoder_layers, topology.num_experts, kept, channels, width)
 
 
 @contextlib.contextmanager

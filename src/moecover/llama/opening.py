@@ -17,19 +17,33 @@ DEVICES = (None, "auto", "cpu")
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
 
-def check_options(options: Mapping[str, object]) -> None:
+def check_options(options: Mapping[str, object], *more: str) -> None:
     """Refuse arguments that say how transformers runs a model.
+
+    Args:
+        options: as given.
+        *more: further names that have no use.
 
     Raises:
         InputError: names the argument.
     """
-    for name in ("dtype", "memory_limit", "keep_inputs", "model"):
+    for name in ("dtype", "memory_limit", "keep_inputs", "model", *more):
         if options.get(name) not in (None, "auto"):
             raise InputError(
                 f"{arg(name)} has no use here: llama.cpp runs a GGUF file as it is stored, mapped from the disk"
             )
     if (device := options.get("device")) not in DEVICES:
         raise InputError(f"{arg('device', device)}: of a GGUF file auto (a GPU where llama.cpp has one) or cpu")
+
+
+def check_unused(libllama: str | Path | None) -> None:
+    """Refuse a library where no GGUF file is run.
+
+    Raises:
+        InputError: there is one.
+    """
+    if libllama is not None:
+        raise InputError(f"{arg('libllama', libllama)} has no use here: llama.cpp runs GGUF files")
 
 
 @contextlib.contextmanager

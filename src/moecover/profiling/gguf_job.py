@@ -10,8 +10,8 @@ from moecover.corpora.loading import Corpora, load_corpora
 from moecover.corpora.options import JobOptions
 from moecover.llama.opening import opened_gguf
 from moecover.profiling.artifact import Profile
+from moecover.profiling.coverage import coverage_line
 from moecover.profiling.gguf import profile_gguf
-from moecover.profiling.unused import unused_text
 from moecover.progress import Progress
 from moecover.runtime.pass_state import kept_for_later, remove
 
@@ -62,7 +62,7 @@ def profiled_gguf(
             )
         if folder is not None:
             made.save(folder)
-        if line := unused_text(made):
+        if line := coverage_line(made):
             progress.say(line)
         if scratch is not None:
             remove(scratch)

@@ -18,7 +18,7 @@ from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.files.atomic import PARTIAL
 from moecover.files.locks import locked
-from moecover.llama.opening import check_options
+from moecover.llama.opening import check_options, check_unused
 from moecover.profiling.artifact import FILE, Profile
 from moecover.profiling.channels import num_bytes as channel_bytes
 from moecover.profiling.coverage import coverage_line
@@ -237,8 +237,7 @@ def profile(
                 libllama=libllama,
                 progress=shown,
             )
-    if libllama is not None:
-        raise InputError(f"{arg('libllama', libllama)} has no use here: llama.cpp runs GGUF files")
+    check_unused(libllama)
     if model is None:
         check_loadable(headers, how.dtype)
     with held, joined(here, own_device(here, how.device)):

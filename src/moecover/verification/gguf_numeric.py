@@ -13,7 +13,7 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.llama.library import Library
-from moecover.llama.masking import Mask, masked_session
+from moecover.llama.masking import mask_of, masked_session
 from moecover.llama.model import opened
 from moecover.llama.opening import tokenizer_in
 from moecover.planning.artifact import Plan
@@ -76,10 +76,7 @@ def compare(
     """
     import torch
 
-    topology, threads = original.topology, torch.get_num_threads()
-    channels = plan.channels if plan.width is not None else None
-    width = 0 if isinstance(original.width, str) else original.width.channels
-    mask = Mask(library, topology.decoder_layers, topology.num_experts, plan.kept, channels, width)
+    threads, mask = torch.get_num_threads(), mask_of(original, library, plan.kept, plan.channels)
     with contextlib.ExitStack() as stack:
         try:
             full = stack.enter_context(opened(_path(original), library, on_cpu=on_cpu))

@@ -12,7 +12,7 @@ from moecover.corpora.loading import Corpora, parsed
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.gguf.parts import is_gguf
-from moecover.llama.opening import check_options
+from moecover.llama.opening import check_options, check_unused
 from moecover.progress import Progress, resolve
 from moecover.runtime.memory import parse_size
 from moecover.verification.gguf import verify_gguf
@@ -59,12 +59,11 @@ def verify(
     named = parsed(corpora) if corpora else {}
     texts = [source if isinstance(source, Corpus) else (name, source or "") for name, source in named.items()]
     if is_gguf(pruned) or is_gguf(original.name if isinstance(original, Checkpoint) else original):
-        _check_unused({"tolerance": tolerance, "revision": revision})
+        _check_given({"tolerance": tolerance, "revision": revision})
         check_options({"dtype": dtype, "device": device, "memory_limit": memory_limit})
         with resolve(progress).spinner("comparing the files"):
             return verify_gguf(checkpoint, pruned, corpora=texts, libllama=libllama, on_cpu=device == "cpu")
-    if libllama is not None:
-        raise InputError(f"{arg('libllama', libllama)} has no use here: llama.cpp runs GGUF files")
+    check_unused(libllama)
     limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
     with resolve(progress).spinner("reading both checkpoints") as advance:
         return run_verification(
@@ -80,7 +79,7 @@ def verify(
         )
 
 
-def _check_unused(options: Mapping[str, object]) -> None:
+def _check_given(options: Mapping[str, object]) -> None:
     """Refuse what says how a model runs.
 
     Raises:

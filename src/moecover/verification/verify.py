@@ -92,7 +92,7 @@ class Verification(Shown):
 
 def plan_of(checkpoint: Checkpoint) -> Plan | None:
     """The plan that a checkpoint was pruned by, None where `prune` did not write it."""
-    if not (checkpoint.path / MANIFEST).is_file():
+    if checkpoint.gguf is not None or not (checkpoint.path / MANIFEST).is_file():
         return None
     return _plan_in(checkpoint, read_manifest(checkpoint))
 
