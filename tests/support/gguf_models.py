@@ -151,6 +151,8 @@ def _tokenizer(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     if begins := "<s>" in tokens:
         writer.add_bos_token_id(tokens.index("<s>"))
     writer.add_add_bos_token(begins)
+    if (template := folder / "chat_template.jinja").is_file():
+        writer.add_chat_template(template.read_text())
 
 
 def convert(folder: Path, path: Path, *, experts: str = "F32", parts: int = 1) -> Path:
