@@ -57,11 +57,11 @@ def assert_same(found: Profile, expected: Profile, tolerance: float) -> None:
         )
 
 
-@pytest.mark.parametrize("family, chunk", [("qwen2_moe", 512), ("deepseek_v3", 10)])
+@pytest.mark.parametrize("family, chunk", [("qwen2_moe", 512), ("deepseek_v3", 10), ("gpt_oss", 512)])
 def test_statistics_are_those_of_the_checkpoint(
     converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str, chunk: int
 ) -> None:
-    """A shared expert, weights not normalised; router groups, a sigmoid, a correction bias, a dense layer."""
+    """A shared expert, weights not normalised; groups, a sigmoid, a correction bias, a dense layer; biases."""
     monkeypatch.setattr(llama_model, "CHUNK", chunk)
     model = converted(family)
     found = profile(model, corpora(), batch_size=2, progress=False)

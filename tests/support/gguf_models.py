@@ -38,11 +38,13 @@ NAMES = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
     **{f"mlp.{s}.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down") for s in ("shared_experts",)},
     **{f"mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
 }
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 OUTSIDE = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -64,11 +66,25 @@ def _block(number: int, tensors: Tensors, config: Mapping[str, Any]) -> Pairs:
             both = values.reshape(heads, nope + config["v_head_dim"], -1)
             yield f"blk.{number}.attn_k_b.weight", np.ascontiguousarray(both[:, :nope].transpose(0, 2, 1))
             yield f"blk.{number}.attn_v_b.weight", np.ascontiguousarray(both[:, nope:])
+    if "mlp.experts.gate_up_proj" in tensors:
+        yield from _interleaved(number, tensors)
     for part in ("gate", "up", "down"):
         found = [n for n in tensors if n.startswith("mlp.experts.") and n.endswith(f".{part}_proj.weight")]
         if found:
             order = sorted(found, key=lambda n: int(n.split(".")[2]))
             yield f"blk.{number}.ffn_{part}_exps.weight", np.stack([tensors[n] for n in order])
+
+
+def _interleaved(number: int, tensors: Tensors) -> Pairs:
+    """Attention sinks, and stacked experts whose gate and up projections alternate: gpt_oss."""
+    stem, stacked = f"blk.{number}.", {n.removeprefix("mlp.experts."): v for n, v in tensors.items()}
+    yield f"{stem}attn_sinks.weight", tensors["self_attn.sinks"]
+    for place, part in enumerate(("gate", "up")):
+        both = stacked["gate_up_proj"][..., place::2].transpose(0, 2, 1)
+        yield f"{stem}ffn_{part}_exps.weight", np.ascontiguousarray(both)
+        yield f"{stem}ffn_{part}_exps.bias", np.ascontiguousarray(stacked["gate_up_proj_bias"][:, place::2])
+    yield f"{stem}ffn_down_exps.weight", np.ascontiguousarray(stacked["down_proj"].transpose(0, 2, 1))
+    yield f"{stem}ffn_down_exps.bias", stacked["down_proj_bias"]
 
 
 def _keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -81,7 +97,7 @@ def _keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     rope = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
     writer.add_rope_freq_base(float(rope))
-    writer.add_expert_count(config.get("num_experts") or config.get("n_routed_experts"))
+    writer.add_expert_count(next(config[key] for key in EXPERTS if config.get(key)))
     writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
 
@@ -91,6 +107,8 @@ def _plain(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_key_length(head)
     writer.add_value_length(head)
+    if window := config.get("sliding_window"):
+        writer.add_sliding_window(window)
     if shared := config.get("shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(shared)
 
@@ -123,6 +141,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"mlp_only_layers": []},
     "qwen3_moe": {"mlp_only_layers": []},
     "olmoe": {"num_key_value_heads": 4},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "deepseek_v3": {"q_lora_rank": 8},
 }
 needs_llama = pytest.mark.skipif(bool(missing()), reason=f"llama.cpp cannot run here: {MoecoverError(missing())}")
@@ -130,6 +149,7 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[gguf.GGUFWriter, Mapping[str, Any]
     "qwen2_moe": ("qwen2moe", _plain),
     "qwen3_moe": ("qwen3moe", _plain),
     "olmoe": ("olmoe", _plain),
+    "gpt_oss": ("gpt-oss", _plain),
     "deepseek_v3": ("deepseek2", _latent),
 }
 
@@ -174,6 +194,8 @@ def convert(folder: Path, path: Path, *, experts: str = "F32", parts: int = 1) -
         prefix = f"model.layers.{number}."
         of_layer = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
         named |= dict(_block(number, of_layer, config))
+        if arch == "gpt-oss":
+            named[f"blk.{number}.post_attention_norm.weight"] = named.pop(f"blk.{number}.ffn_norm.weight")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=-(-len(named) // parts) if parts > 1 else 0)
     _keys(writer, config)
     more(writer, config)

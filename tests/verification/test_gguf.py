@@ -29,14 +29,15 @@ pytestmark = needs_llama
 KEPT = {  # by family: router groups of DeepSeek-V3 keep as many each
     "qwen3_moe": [[0, 3, 5, 6], [1, 2, 4, 7], [0, 1, 6, 7]],
     "deepseek_v3": [[0, 1, 4, 5, 9, 11], [2, 3, 6, 7, 8, 10]],
+    "gpt_oss": [[0, 2, 4, 7], [1, 3, 5, 6]],
 }
+LAYERS = {"qwen3_moe": (0, 1, 2), "deepseek_v3": (1, 2), "gpt_oss": (0, 1)}
 TEXT = random_corpus("random", sequences=2, length=30)
 
 
 def plan_of(family: str, *, width: int | None = None) -> Plan:
     """The plan that keeps `KEPT`; with a width, channels of the experts' 16 that differ from one to the next."""
-    layers = range(3) if family == "qwen3_moe" else (1, 2)
-    plan = plan_for(KEPT[family], layers=layers)
+    plan = plan_for(KEPT[family], layers=LAYERS[family])
     if width is None:
         return plan
     value = plan.to_dict()
@@ -62,12 +63,13 @@ def greedy(session: Session, prompt: Sequence[int], count: int) -> list[int]:
         ("qwen3_moe", None, {"parts": 3}),
         ("qwen3_moe", 8, {}),
         ("qwen3_moe", None, {"experts": "BF16"}),
+        ("gpt_oss", 8, {}),
     ],
 )
 def test_pruned_files_load_and_compute_what_the_masked_original_does(
     converted: Callable[..., Path], tmp_path: Path, family: str, width: int | None, options: dict[str, Any]
 ) -> None:
-    """Groups with a correction bias, a split file, thin experts, another type; eight tokens are generated alike."""
+    """Groups with a correction bias, a split file, thin experts, another type, biases; what they generate is alike."""
     folder, plan = converted(family).with_name("checkpoint"), plan_of(family, width=width)
     model = convert(folder, tmp_path / "m.gguf", **options)
     out = prune(model, plan, tmp_path / "half.gguf", progress=False).output

@@ -21,7 +21,7 @@ from moecover.llama.tensors import Tensors
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-LOGITS = ("ffn_moe_logits", "ffn_moe_logits_biased")
+LOGITS, PROBABILITIES = ("ffn_moe_logits", "ffn_moe_logits_biased"), "ffn_moe_probs"
 WEIGHTS = ("ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm", "ffn_moe_weights_scaled")
 WEIGHTED, TOP_K, BIASED_PROBABILITIES = "ffn_moe_weighted", "ffn_moe_topk", "ffn_moe_probs_biased"
 DOWN, SCALED, BIASED = "ffn_moe_down", "ffn_moe_down_scaled", "ffn_moe_down_biased"
@@ -61,6 +61,7 @@ class _Layer:
     early: NDArray[np.float32] | None = None  # weights that scale inputs
     product: Any = None  # of the down projections, before a scale and a bias
     held: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None  # ids and inputs, where more follows the product
+    done: bool = False  # whether it was handed over
 
 
 @functools.cache
@@ -68,6 +69,15 @@ def named(name: bytes) -> tuple[str, int]:
     """What a tensor of a block is, and the block; an empty text for any other tensor."""
     what, dash, number = name.decode(errors="replace").rpartition("-")
     return (what, int(number)) if dash and number.isdecimal() else ("", -1)
+
+
+def holds_logits(what: str, tensor: Any, null: Any) -> bool:
+    """Whether a tensor is the router's logits.
+
+    Where the softmax is taken over the selected experts only, the logits themselves are called probabilities: they are
+    a product or a sum then, of two tensors, and not a function of one.
+    """
+    return what in LOGITS or (what == PROBABILITIES and tensor.src[1] != null)
 
 
 @dataclass
@@ -124,18 +134,19 @@ class Recorder:
         return (DOWN, int(parts[1])) if parts[0] == "blk" and parts[-1] == "ffn_down_exps.weight" else ("", -1)
 
     def _wanted(self, what: str, number: int, tensor: Any) -> bool:
-        if what in LOGITS:
-            if what == LOGITS[0]:
-                self._seen[number] = _Layer()
+        if holds_logits(what, tensor, self.library.ffi.NULL):
+            if number in self._seen and self._seen[number].done:
+                del self._seen[number]
             return True
         seen = self._seen.setdefault(number, _Layer())
         if what in WEIGHTS:
             seen.weights = tensor
-        return what in (DOWN, self._last[number]) or (what == WEIGHTED and seen.product is None)
+        early = what == WEIGHTED and seen.product is None and not seen.done
+        return what in (DOWN, self._last[number]) or early
 
     def _take(self, what: str, number: int, tensor: Any) -> bool:
-        seen, null = self._seen[number], self.library.ffi.NULL
-        if what in LOGITS:
+        seen, null = self._seen.setdefault(number, _Layer()), self.library.ffi.NULL
+        if holds_logits(what, tensor, null):
             seen.logits = np.array(self._table(tensor))
         elif what == WEIGHTED:
             seen.early = np.array(self._weights(tensor.src[1]))
@@ -171,7 +182,7 @@ class Recorder:
                 seen.product.src[0],
             )
         )
-        self._seen[number] = _Layer()
+        self._seen[number] = _Layer(done=True)
 
     def _table(self, tensor: Any) -> NDArray[np.float32]:
         """A tensor ``[token, expert]``, also where there is one token."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecover.checkpoints.structure import Structure
-from moecover.llama.experts import BIASED_PROBABILITIES, DOWN, LOGITS, TOP_K, named
+from moecover.llama.experts import BIASED_PROBABILITIES, DOWN, TOP_K, holds_logits, named
 from moecover.llama.library import Library
 from moecover.llama.model import Model, Session
 from moecover.llama.tensors import Tensors
@@ -69,7 +69,7 @@ class Mask:
         what, number = named(name)
         if number not in self._dropped and name not in self._entering:
             return False
-        routing = what in LOGITS or what == BIASED_PROBABILITIES
+        routing = holds_logits(what, tensor, self._library.ffi.NULL) or what == BIASED_PROBABILITIES
         if ask:
             if what == TOP_K:
                 self._selected[number] = tensor
