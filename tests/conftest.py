@@ -77,6 +77,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return get
 
 
+@pytest.fixture(scope="session")
+def converted(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """GGUF file of a tiny checkpoint by family, and its checkpoint's folder beside it as ``checkpoint``."""
+    from tests.support.gguf_models import OPTIONS, convert
+
+    made: dict[str, Path] = {}
+
+    def get(family: str, experts: str = "F32") -> Path:
+        if (key := f"{family}-{experts}") not in made:
+            folder = tmp_path_factory.mktemp("converted")
+            (folder / "checkpoint").symlink_to(checkpoints(family, **OPTIONS[family]))
+            made[key] = convert(folder / "checkpoint", folder / f"{family}.gguf", experts=experts)
+        return made[key]
+
+    return get
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """The name of every family of `tests.support.tiny.FAMILIES` in turn."""

@@ -14,6 +14,7 @@ MARK = "\x1f"  # around an argument's name within a message
 FLAG_OF = {  # flags that are not spelled like the argument
     "corpora": "corpus",
     "evaluations": "evaluation",
+    "files": "file",
     "keeps": "keep",
     "kind": "repair",
     "options": "option",

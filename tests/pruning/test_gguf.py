@@ -193,8 +193,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             ("prune", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "x.gguf", "--other-weights"),
             "no use here",
         ),
-        (("profile", model, "--corpus", "web", "-o", tmp_path / "p"), "which transformers does not run"),
-        (("verify", model, out, "--corpus", "web"), "--corpus has no use here"),
+        (("generate", model, "-o", tmp_path / "p.jsonl"), "which transformers does not run"),
+        (("verify", model, out, "--tolerance", "0.1"), "--tolerance has no use here"),
         (("verify", model, model), "was not written by `moecover prune`"),
         (("inspect", tmp_path / "none.gguf"), "no file"),
     ):

@@ -29,7 +29,12 @@ from moecover.files.reading import read_json
 from moecover.gguf.parts import GgufFiles, is_gguf, open_gguf
 from moecover.text import Cell, Shown, size_text
 
-SHARED_WIDTH = "expert_shared_feed_forward_length"
+NUMBERS_SHOWN = {  # keys of a GGUF's architecture, as config.json calls them
+    "context_length": "max_position_embeddings",
+    "expert_shared_count": "n_shared_experts",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True, repr=False)
@@ -162,9 +167,11 @@ def _open_gguf(path: Path, *, name: str) -> Checkpoint:
         for info in part.tensors.values()
     }
     config: Config = {"model_type": family}
-    for key, shown in (("expert_shared_count", "n_shared_experts"), (SHARED_WIDTH, "shared_expert_intermediate_size")):
+    for key, shown in NUMBERS_SHOWN.items():
         if (value := files.first.number(f"{family}.{key}")) is not None:
             config[shown] = value
+    if EMBEDDING in tensors:
+        config["vocab_size"] = tensors[EMBEDDING].shape[0]
     metadata = dict.fromkeys(part.path.name for part in files.parts)
     return Checkpoint(path.parent, name, None, config, tensors, metadata, None, gguf=files)
 

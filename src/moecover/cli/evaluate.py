@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.cli.corpus_options import add_bos
-from moecover.cli.options import add_device, add_model, add_output, add_plugin, load_plugins, pass_arguments
+from moecover.cli.options import (
+    add_device,
+    add_libllama,
+    add_model,
+    add_output,
+    add_plugin,
+    load_plugins,
+    pass_arguments,
+)
 from moecover.cli.verb import Outcome
 from moecover.text import aligned
 
@@ -20,7 +28,7 @@ HELP = "measure perplexity and zero-shot tasks of a model and of plans of it"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    add_model(parser, note="; a pruned checkpoint too")
+    add_model(parser, note=", or a .gguf file (of a split one the first part); a pruned one too")
     parser.add_argument(
         "--plan",
         action="append",
@@ -28,6 +36,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PLAN",
         help="plan.json to emulate, bit for bit what its checkpoint computes; repeat it: the model is read once",
+    )
+    parser.add_argument(
+        "--file",
+        dest="files",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE.gguf",
+        help="another GGUF file, quantised or pruned, as a row beside MODEL.gguf; repeat it: all are mapped at once",
     )
     parser.add_argument(
         "--perplexity",
@@ -71,6 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timeout", type=int, metavar="SECONDS", help="for a request to the server (default: 300)")
     add_device(parser)
+    add_libllama(parser)
     add_output(parser, "DIR", "folder to write", replaced="an evaluation that is there")
     add_plugin(parser)
 
@@ -84,6 +102,7 @@ def run(args: argparse.Namespace) -> Outcome:
     found = evaluate(
         args.model,
         args.plan,
+        files=args.files,
         texts=args.perplexity,
         tasks=[name for name in args.tasks.split(",") if name],
         output=args.output,
@@ -98,6 +117,7 @@ def run(args: argparse.Namespace) -> Outcome:
         served_name=args.served_name,
         num_concurrent=args.num_concurrent,
         timeout=args.timeout,
+        libllama=args.libllama,
         **pass_arguments(args),
     )
     return Outcome(found.to_dict(), f"{table(found)}\n\n{args.output / FILE}: {len(found.rows)} rows")

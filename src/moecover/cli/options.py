@@ -60,6 +60,16 @@ def add_keep_inputs(parser: Group, when: str) -> None:
     )
 
 
+def add_libllama(parser: Group) -> None:
+    """The library that runs GGUF files."""
+    parser.add_argument(
+        "--libllama",
+        type=Path,
+        metavar="PATH",
+        help="shared library of llama.cpp, which runs GGUF files (default: the one of `moecover[gguf]`)",
+    )
+
+
 def searching_methods() -> str:
     """Names of the methods that run the experts, for help texts."""
     from moecover.planning.methods import METHODS

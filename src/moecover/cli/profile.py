@@ -8,6 +8,7 @@ import shlex
 from moecover.cli.corpus_options import add_corpora, corpus_arguments, text_arguments
 from moecover.cli.options import (
     add_keep_inputs,
+    add_libllama,
     add_model,
     add_output,
     add_plugin,
@@ -22,10 +23,11 @@ HELP = "run corpora through a model and record the statistics of every expert"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    add_model(parser)
+    add_model(parser, note=", or a .gguf file (of a split one the first part)")
     add_corpora(parser)
     add_output(parser, "PROFILE_DIR", "folder for profile.safetensors", replaced="a profile that is there")
     add_keep_inputs(parser, f"for methods {searching_methods()}")
+    add_libllama(parser)
     add_plugin(parser)
 
 
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> Outcome:
         output=args.output,
         overwrite=args.overwrite,
         keep_inputs=args.keep_inputs,
+        libllama=args.libllama,
         here=world(),
         **text_arguments(args),
         **pass_arguments(args),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from moecover.cli.options import add_device, add_model, add_plugin, load_plugins
+from moecover.cli.options import add_device, add_libllama, add_model, add_plugin, load_plugins
 from moecover.cli.verb import Outcome
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="largest difference allowed as a share of a layer's largest value (default: 0, every bit equal)",
     )
     add_device(parser)
+    add_libllama(parser)
     add_plugin(parser)
 
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> Outcome:
         dtype=args.dtype,
         device=args.device,
         memory_limit=args.memory_limit,
+        libllama=args.libllama,
         revision=args.revision,
     )
     problem = "" if found.equal else f"{args.pruned} is not what the masked original is"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
+from typing import TYPE_CHECKING
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.arguments import parse_corpora
@@ -12,6 +13,9 @@ from moecover.corpora.options import JobOptions, TextOptions
 from moecover.corpora.packing import SEQUENCES, Corpus, load_corpus
 from moecover.errors import InputError, arg
 from moecover.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Corpora = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
 
@@ -49,6 +53,7 @@ def load_corpora(
     structure: Structure,
     options: TextOptions | JobOptions,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress,
 ) -> list[Corpus]:
     """All corpora of a job as blocks of the model's token ids; warns of those with fewer blocks than usual.
@@ -57,6 +62,7 @@ def load_corpora(
         corpora: see `parsed`.
         structure: of the model whose tokenizer is used.
         options: see `TextOptions`.
+        tokenizer: instead of the one in the model's folder.
         progress: shows what is read.
 
     Raises:
@@ -76,7 +82,14 @@ def load_corpora(
             continue
         with progress.spinner(f"reading corpus {name}"):
             corpus = load_corpus(
-                name, source, structure=structure, sequences=sequences, length=length, seed=seed, bos=bos
+                name,
+                source,
+                structure=structure,
+                tokenizer=tokenizer,
+                sequences=sequences,
+                length=length,
+                seed=seed,
+                bos=bos,
             )
         record = corpus.record
         if "length" in record and sequences is None and record["sequences"] < SEQUENCES:

@@ -239,7 +239,7 @@ def _drawn(
     if _are_ids(given, first):
         sizes = {"sequences": sequences, "length": length, "vocab_size": vocab_size, "max_length": max_length}
         return sample_rows(name, rows, seed=seed, **sizes)
-    if tokenizer is None and structure is not None:
+    if tokenizer is None and structure is not None and structure.checkpoint.gguf is None:
         tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
         raise InputError(f"corpus {name} holds text, but the model has no tokenizer. Give rows of `input_ids`")

@@ -62,6 +62,7 @@ def load_windows(
     path: str | Path | None = None,
     *,
     structure: Structure,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     length: int | None = None,
     windows: int = WINDOWS,
     bos: str = "auto",
@@ -74,6 +75,7 @@ def load_windows(
         name: of the text in results; a corpus with a held-out part when there is no path.
         path: a file, or another source as `moecover.corpora.grammar` has it.
         structure: the model; gives the tokenizer and the longest window.
+        tokenizer: instead of the one in the model's folder; a GGUF model has none there.
         length: tokens per window; None takes 2048, or the model's positions if fewer.
         windows: at most this many.
         bos: what a window begins with, see `corpora.bos`; it is not predicted, and counts in ``length``.
@@ -85,7 +87,8 @@ def load_windows(
     length = block_length(length, text.get("max_position_embeddings"))
     given = _held_out(name, path)
     origin: dict[str, Any] = given.corpus.held_out_record(name)
-    tokenizer = load_tokenizer(structure.checkpoint.path)
+    if tokenizer is None and structure.checkpoint.gguf is None:
+        tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
         raise InputError(f"held-out text {name} needs the model's tokenizer, {structure.checkpoint.name} has none")
     prefix = prefix_of(tokenizer, bos)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.arguments import source_of
@@ -13,6 +14,9 @@ from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan
 from moecover.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Texts = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
 Plans = Mapping[str, Plan | str | PathLike[str]] | Sequence[str | PathLike[str]]
@@ -55,6 +59,7 @@ def load_texts(
     length: int | None = None,
     windows: int | None = None,
     bos: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress,
 ) -> list[Corpus]:
     """Held-out texts in windows of the model's token ids, see `load_windows`."""
@@ -65,7 +70,13 @@ def load_texts(
             continue
         with progress.spinner(f"reading {name}"):
             text = load_windows(
-                name, source, structure=structure, length=length, windows=windows or WINDOWS, bos=bos or "auto"
+                name,
+                source,
+                structure=structure,
+                tokenizer=tokenizer,
+                length=length,
+                windows=windows or WINDOWS,
+                bos=bos or "auto",
             )
             loaded.append(text)
     return loaded

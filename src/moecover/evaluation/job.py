@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -15,6 +16,7 @@ from moecover.errors import InputError, arg
 from moecover.evaluation.answers import forget_answers
 from moecover.evaluation.artifact import FILE, FILES, Evaluation
 from moecover.evaluation.endpoint_job import EndpointOptions, checked_server, evaluate_served
+from moecover.evaluation.gguf_job import Files, check_files, evaluated_gguf
 from moecover.evaluation.given import Plans, Texts, load_texts, named_plans, parsed_texts
 from moecover.evaluation.notes import note_cuts, note_overlap, note_overlaps
 from moecover.evaluation.run import evaluate as run_evaluation
@@ -22,6 +24,7 @@ from moecover.evaluation.run import task_overlaps
 from moecover.evaluation.task_loading import resolve as resolve_tasks
 from moecover.evaluation.tasks import Tasks
 from moecover.files.atomic import check_output
+from moecover.llama.opening import check_options, check_unused
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
 from moecover.progress import Progress, resolve
@@ -54,6 +57,7 @@ def evaluate(
     /,
     plans: Plans = (),
     *,
+    files: Files = (),
     texts: Texts = (),
     tasks: Sequence[str] = (),
     output: str | Path | None = None,
@@ -61,6 +65,7 @@ def evaluate(
     windows: int | None = None,
     length: int | None = None,
     bos: str | None = None,
+    libllama: str | Path | None = None,
     progress: bool | Progress = True,
     **options: Unpack[EvaluateOptions],
 ) -> Evaluation:
@@ -69,8 +74,9 @@ def evaluate(
     A plan is emulated on the original by masking: bit for bit what its checkpoint computes. The weights are read once.
 
     Args:
-        checkpoint: folder, hub id, or a structure; a pruned checkpoint too.
+        checkpoint: folder, hub id, GGUF file, or a structure; a pruned checkpoint too.
         plans: files of plans, or plans by the name of their row.
+        files: further GGUF files with the same tokens, as rows beside a GGUF file: pruned or quantised ones.
         texts: held-out text: names (``"wikitext2"``), ``"NAME=PATH"``, or a mapping from names to files.
         tasks: names of tasks of lm-evaluation-harness.
         output: folder for the evaluation; None for none.
@@ -79,6 +85,7 @@ def evaluate(
         length: tokens per window; None for 2048, or the model's positions if fewer.
         bos: what a window begins with: ``auto`` (default) what the tokenizer adds by itself, ``always`` its BOS token,
             ``never`` nothing. Tasks begin as the harness has them.
+        libllama: shared library of llama.cpp, which runs GGUF files; None for the optional dependency's.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions` (batch size 1 by default), `TaskOptions` and `EndpointOptions`.
 
@@ -99,6 +106,9 @@ def evaluate(
     variants = named_plans(plans)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     if server is not None:
+        if files or libllama is not None:
+            name = "files" if files else "libllama"
+            raise InputError(f"{arg(name)} is for GGUF files that run here, with {arg('endpoint')} a server runs one")
         found = evaluate_served(
             headers,
             server,
@@ -115,11 +125,19 @@ def evaluate(
         if output is not None:
             forget_answers(Path(output))
         return found
-    check_loadable(headers, how.dtype)
+    others = check_files(files, headers, variants)
     for plan in variants.values():
         check_plan(plan, headers)
+    read = functools.partial(load_texts, named, length=length, windows=windows, bos=bos, progress=shown)
+    if headers.checkpoint.gguf is not None:
+        check_options({**options, "tasks": tasks or None}, "tasks", "batch_size")
+        device = options.get("device")
+        found = evaluated_gguf(headers, variants, others, read, libllama=libllama, device=device, progress=shown)
+        return _finished(found, output, shown)
+    check_unused(libllama)
+    check_loadable(headers, how.dtype)
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
-    loaded = load_texts(named, structure, length=length, windows=windows, bos=bos, progress=shown)
+    loaded = read(structure)
     note_overlaps(loaded, variants, structure, shown)
     found_tasks = _tasks(tasks, structure, variants, options, how, shown) if tasks else None
     return _finished(_measured(structure, variants, loaded, found_tasks, how, shown), output, shown)

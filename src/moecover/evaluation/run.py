@@ -180,7 +180,7 @@ def _row(
     experts, compared = structure.topology.num_experts, close and plan is not None
     return Row(
         name,
-        None if plan is None else _plan_record(plan),
+        None if plan is None else plan_record(plan),
         experts if plan is None else plan.keep,
         experts,
         structure.checkpoint.num_bytes if plan is None else structure.num_bytes(plan.kept, width=plan.width),
@@ -189,7 +189,8 @@ def _row(
     )
 
 
-def _plan_record(plan: Plan) -> PlanRecord:
+def plan_record(plan: Plan) -> PlanRecord:
+    """What an evaluation records of the plan of a row."""
     found: PlanRecord = {
         "method": plan.method,
         "options": plan.options,

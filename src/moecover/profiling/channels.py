@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
@@ -49,6 +49,12 @@ def _width(experts: Any) -> int | None:
     return down.shape[2] if up.shape[1:] == (2 * down.shape[2], down.shape[1]) else None
 
 
+def down_projections(experts: Any) -> torch.Tensor:
+    """The stacked down projections of a module of experts, ``[expert, hidden, channel]``."""
+    down: torch.Tensor = experts.down_proj
+    return down.transpose(1, 2) if _is_transposed(experts) else down
+
+
 def _is_transposed(experts: Any) -> bool:
     """Whether the weights are ``[expert, in, out]`` and not ``[expert, out, in]``."""
     return bool(experts.gate_up_proj.shape[1] == experts.down_proj.shape[2])
@@ -65,7 +71,9 @@ class Channels:
     """The channels of one MoE layer, batch by batch.
 
     Args:
-        experts: the module that holds the down projections; they are looked at when the layer first runs.
+        number: of experts.
+        columns: gives the down projection of every expert in turn, ``[hidden, channel]``; called when the layer first
+            runs.
         width: channels of an expert.
         buffers: scratch memory by width, shared by all layers.
 
@@ -74,8 +82,14 @@ class Channels:
             the layer has run.
     """
 
-    def __init__(self, experts: Any, width: int, buffers: dict[int, torch.Tensor]) -> None:
-        self._experts, self._width, self._buffers = experts, width, buffers
+    def __init__(
+        self,
+        number: int,
+        columns: Callable[[], Iterable[torch.Tensor]],
+        width: int,
+        buffers: dict[int, torch.Tensor],
+    ) -> None:
+        self._number, self._columns, self._width, self._buffers = number, columns, width, buffers
         self._norms: torch.Tensor | None = None  # of the columns, squared, [expert, channel]
         self.squares: torch.Tensor | None = None
 
@@ -90,14 +104,13 @@ class Channels:
             experts: ascending int64 ``[pair]``.
             keep: bool ``[pair]``, False for padding; None where every pair counts.
         """
-        number = len(self._experts.down_proj)
         self.squares = self._finite(
             values.device,
             lambda buffer: weighted_squares(
                 values.to(buffer.device),
                 factors.to(buffer.device),
                 experts.to(buffer.device),
-                number,
+                self._number,
                 buffer,
                 None if keep is None else keep.to(buffer.device),
             ),
@@ -109,11 +122,11 @@ class Channels:
         """Squared norms of the columns of all down projections, ``[expert, channel]``."""
         import torch
 
-        down = self._experts.down_proj
-        columns = down.transpose(1, 2) if _is_transposed(self._experts) else down  # [expert, hidden, channel]
-        ones = buffer.new_ones(columns.shape[1])
-        first = torch.zeros_like(ones, dtype=torch.int64)
-        return torch.cat([weighted_squares(one.to(buffer.device), ones, first, 1, buffer) for one in columns])
+        def of_one(columns: torch.Tensor) -> torch.Tensor:
+            ones = buffer.new_ones(len(columns))
+            return weighted_squares(columns, ones, torch.zeros_like(ones, dtype=torch.int64), 1, buffer)
+
+        return torch.cat([of_one(columns.to(buffer.device)) for columns in self._columns()])
 
     def _finite(self, device: torch.device, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """What is computed through a float32 buffer, or through one of float64 where that overflows."""

@@ -16,6 +16,7 @@ is their output f here. As its factor in the sum is 1, every product of weight a
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
-from moecover.profiling.channels import Channels, entering, width_of
+from moecover.profiling.channels import Channels, down_projections, entering, width_of
 from moecover.profiling.reductions import norms_and_peaks, scratch
 from moecover.runtime.finite import not_finite
 from moecover.runtime.loading import routers
@@ -239,7 +240,10 @@ def recording(model: torch.nn.Module, structure: Structure) -> Iterator[list[Tap
     buffers: dict[int, torch.Tensor] = {}  # shared, so that it stays in the cache
     modules: list[Any] = [model.get_submodule(name) for name in structure.experts_modules]
     width = width_of(model, structure)
-    channels = [None if width is None else Channels(experts, width, buffers) for experts in modules]
+    columns = [functools.partial(down_projections, experts) for experts in modules]
+    channels = [
+        None if width is None else Channels(topology.num_experts, of_layer, width, buffers) for of_layer in columns
+    ]
     taps = [Tap(layer, buffers, one) for layer, one in zip(topology.decoder_layers, channels, strict=True)]
     with contextlib.ExitStack() as stack:
         for experts, router, tap in zip(modules, routers(model, structure), taps, strict=True):

@@ -18,9 +18,11 @@ from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.files.atomic import PARTIAL
 from moecover.files.locks import locked
+from moecover.llama.opening import check_options, check_unused
 from moecover.profiling.artifact import FILE, Profile
 from moecover.profiling.channels import num_bytes as channel_bytes
 from moecover.profiling.coverage import coverage_line
+from moecover.profiling.gguf_job import profiled_gguf
 from moecover.profiling.layer_inputs import num_bytes, sample_of
 from moecover.profiling.merging import differing, merged, without_energy
 from moecover.profiling.reuse import finished
@@ -186,6 +188,7 @@ def profile(
     overwrite: bool = False,
     model: torch.nn.Module | Running | None = None,
     keep_inputs: int | None = None,
+    libllama: str | Path | None = None,
     here: World = ALONE,
     progress: bool | Progress = True,
     **options: Unpack[JobOptions],
@@ -193,12 +196,13 @@ def profile(
     """Profile a model on corpora that are kept apart: one forward pass over each, additive statistics of each expert.
 
     Args:
-        checkpoint: folder, hub id (``owner/name``), or a structure from `read_structure`.
+        checkpoint: folder, hub id (``owner/name``), GGUF file, or a structure from `read_structure`.
         corpora: names (``"c4"``), ``"NAME=PATH"``, corpora from `load_corpus`, or a mapping from names to files.
         output: folder for profile.safetensors; an interrupted pass resumes when the same call runs again.
         overwrite: replace a profile that is there.
         model: the live model from `load_model`; None opens it, layer by layer where it does not fit.
         keep_inputs: save the expert layers' inputs for this many tokens, for methods that run the experts.
+        libllama: shared library of llama.cpp, which runs GGUF files; None for the optional dependency's.
         here: this process among others under torchrun.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions` (batch size 4 by default) and `TextOptions`.
@@ -217,13 +221,28 @@ def profile(
         check_alone(here)
     _check_folder(folder, keep_inputs, overwrite=overwrite)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
+    scratch = None if folder is None else scratch_beside(folder, "profile")
+    held = locked(folder.resolve()) if folder is not None and here.rank == 0 else contextlib.nullcontext()
+    if headers.checkpoint.gguf is not None:
+        check_options({**options, "keep_inputs": keep_inputs, "model": model})
+        check_alone(here, headers.checkpoint.name)
+        with held:
+            return profiled_gguf(
+                headers,
+                corpora,
+                options,
+                batch_size=how.batch_size,
+                folder=folder,
+                scratch=scratch,
+                libllama=libllama,
+                progress=shown,
+            )
+    check_unused(libllama)
     if model is None:
         check_loadable(headers, how.dtype)
-    held = locked(folder.resolve()) if folder is not None and here.rank == 0 else contextlib.nullcontext()
     with held, joined(here, own_device(here, how.device)):
         structure = fetched(headers, revision=options.get("revision"), progress=shown)
         loaded = load_corpora(corpora, structure, options, progress=shown)
-        scratch = None if folder is None else scratch_beside(folder, "profile")
         with profiled(
             structure,
             loaded,

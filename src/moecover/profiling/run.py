@@ -71,7 +71,9 @@ def profile(
         MoecoverError: the disk is full, or another process is lost.
         InputError: names that repeat, or what `load_model` and `checked` raise.
     """
-    _check_arguments(corpora, batch_size)
+    check_names(corpora)
+    if batch_size < 1:
+        raise InputError(f"{arg('batch_size', batch_size)} is out of range: 1 or more")
     if keep_inputs is not None:
         check_alone(here)
     runs = running(load_model(structure, dtype=dtype, device=device) if model is None else model, structure)
@@ -97,22 +99,29 @@ def profile(
     return Profile(structure.topology, statistics, records, about, settings, parts, inputs, channels)
 
 
-def _check_arguments(corpora: Sequence[Corpus], batch_size: int) -> None:
+def check_names(corpora: Sequence[Corpus]) -> None:
+    """Refuse corpora that cannot be kept apart.
+
+    Raises:
+        InputError: there is none, or a name repeats.
+    """
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names) or not names:
         raise InputError(f"corpora {', '.join(names) or '(none)'}: at least one is needed, and every name once")
-    if batch_size < 1:
-        raise InputError(f"{arg('batch_size', batch_size)} is out of range: 1 or more")
 
 
-def check_alone(here: World) -> None:
-    """Refuse to save a sample of the layers' inputs where several processes share the batches.
+def check_alone(here: World, what: str = arg("keep_inputs")) -> None:
+    """Refuse what one process does alone where several share the batches.
+
+    Args:
+        here: this process among others.
+        what: a sample of the layers' inputs, or a GGUF file.
 
     Raises:
         InputError: there are several processes.
     """
     if here.size > 1:
-        raise InputError(f"{arg('keep_inputs')} does not go together with several processes: profile the sample in one")
+        raise InputError(f"{what} does not go together with several processes: profile in one")
 
 
 def _depends_on(

@@ -76,7 +76,10 @@ def check_loadable(structure: Structure, dtype: str = "auto") -> None:
             run in a dtype that the experts' kernel does not have.
     """
     if structure.checkpoint.gguf is not None:
-        raise not_loaded(structure, "it is a GGUF file, which transformers does not run")
+        raise InputError(
+            f"{structure.checkpoint.name} is a GGUF file, which transformers does not run: `profile`, `evaluate` and "
+            "`verify` run it in llama.cpp, and `prune` takes the plan that `plan` makes of a profile"
+        )
     _check_dtype(structure, dtype)
     if not (settings := settings_of(structure.checkpoint)):
         return

@@ -1,48 +1,56 @@
-"""The structural proof of a pruned GGUF model: compares its files with the original's, byte by byte; runs no model.
+"""The proof of a pruned GGUF model: compares its files with the original's byte by byte, and runs both in llama.cpp.
 
 Every tensor must be what the kept experts' bytes make it, every other one the original's, and in the header nothing
-may differ but the number of experts and the ``moecover.*`` keys.
+may differ but the number of experts and the ``moecover.*`` keys. Where llama.cpp is there and loads the original, the
+pruned model must give the probabilities of the masked original too, see `gguf_numeric`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moecover.checkpoints.structure import Structure, read_structure
+from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.gguf.header import Header
+from moecover.llama.library import load, missing
+from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
 from moecover.pruning.gguf_writer import new_numbers, plan_in
 from moecover.text import Cell
+from moecover.verification.gguf_numeric import Numeric, compare
 from moecover.verification.repaired import changed_tensors
 from moecover.verification.verify import Verification
 
 OWN = "moecover."  # what keys of ours begin with
+PROBABILITIES = "log-probabilities"
 
 
 @dataclass(frozen=True, repr=False)
 class GgufVerification(Verification):
-    """The outcome for GGUF files; no text was run, so that ``tokens`` is 0 and ``layers`` is empty.
+    """The outcome for GGUF files; ``layers`` holds the log-probabilities alone, in nats, or nothing where none ran.
 
     Attributes:
         tensors: number of tensors that were compared.
         header: what differs in the headers, and whether it may: a line for each key.
         wrong_keys: of these, the keys that may not differ.
+        not_run: why no model was run; empty where both were.
     """
 
     tensors: int = 0
     header: tuple[str, ...] = ()
     wrong_keys: tuple[str, ...] = ()
+    not_run: str = ""
 
     def summary(self) -> str:
         if self.equal:
             return (
                 f"equal: the bytes of {self.tensors} tensors are those of the original's kept experts and of all "
-                f"else; in the header differ {'; '.join(self.header)}"
+                f"else; in the header differ {'; '.join(self.header)}; {self._run_text()}"
             )
-        reasons = []
+        reasons = [] if self.first_difference != PROBABILITIES else [self._run_text()]
         if self.changed_tensors:
             reasons.append(
                 f"{len(self.changed_tensors)} of {self.tensors} tensors, the first {self.changed_tensors[0]}"
@@ -51,20 +59,38 @@ class GgufVerification(Verification):
             reasons.append(f"in the header {', '.join(self.wrong_keys[:5])}")
         return f"NOT equal: {'; '.join(reasons)}"
 
+    def _run_text(self) -> str:
+        """What running both gave, or why they did not run."""
+        if self.not_run:
+            return f"no model was run: {self.not_run}"
+        on = f"{self.tokens:,} tokens of {', '.join(self.corpora)}"
+        return f"log-probabilities within {self.max_abs_difference:.2g} of the masked original's on {on}"
+
     def rows_shown(self) -> list[dict[str, Cell]]:
         wrong = set(self.wrong_keys)
         return [{"header": line, "may differ": line.split(" ", 1)[0] not in wrong} for line in self.header]
 
 
-def verify_gguf(model: str | Path | Structure, pruned: str | Path) -> GgufVerification:
-    """Compare a pruned GGUF model with the original, in bytes.
+def verify_gguf(
+    model: str | Path | Structure,
+    pruned: str | Path,
+    *,
+    corpora: Sequence[Corpus | tuple[str, str]] = (),
+    libllama: str | Path | None = None,
+    on_cpu: bool = False,
+) -> GgufVerification:
+    """Compare a pruned GGUF model with the original, in bytes and, where llama.cpp is there, in what it computes.
 
     Args:
         model: the original, a GGUF file or its structure.
         pruned: its first file, which `prune` wrote.
+        corpora: text to run, see `verification_text`.
+        libllama: the library; None for the optional dependency's, if it is installed.
+        on_cpu: leave a GPU alone.
 
     Raises:
-        InputError: a file cannot be read, or they do not belong together.
+        InputError: a file cannot be read, they do not belong together, or text or a library was given and cannot be
+            used.
     """
     original = model if isinstance(model, Structure) else read_structure(model)
     cut = read_structure(pruned)
@@ -87,20 +113,45 @@ def verify_gguf(model: str | Path | Structure, pruned: str | Path) -> GgufVerifi
             wrong += [] if may else [key]
         if list(before.tensors) != list(after.tensors):
             changed.append(f"(the order in {after.path.name})")
+    required = bool(corpora) or libllama is not None
+    numeric = _numeric(original, cut, plan, corpora, libllama, on_cpu=on_cpu, required=required)
+    run = numeric if isinstance(numeric, Numeric) else Numeric(0.0, 0, [], False)
     return GgufVerification(
-        equal=not changed and not wrong,
-        first_difference=changed[0] if changed else wrong[0] if wrong else None,
-        max_abs_difference=0.0,
+        equal=not changed and not wrong and not run.fails,
+        first_difference=next(iter([*changed, *wrong, *([PROBABILITIES] if run.fails else [])]), None),
+        max_abs_difference=run.largest,
         changed_files=[],
-        tokens=0,
-        corpora=[],
-        layers={},
+        tokens=run.tokens,
+        corpora=run.corpora,
+        layers={PROBABILITIES: run.largest} if run.tokens else {},
         repaired=0,
         changed_tensors=changed,
         tensors=len(original.checkpoint.tensors),
         header=tuple(lines),
         wrong_keys=tuple(wrong),
+        not_run=numeric if isinstance(numeric, str) else "",
     )
+
+
+def _numeric(
+    original: Structure,
+    cut: Structure,
+    plan: Plan,
+    corpora: Sequence[Corpus | tuple[str, str]],
+    libllama: str | Path | None,
+    *,
+    on_cpu: bool,
+    required: bool,
+) -> Numeric | str:
+    """What running both gives; or, where nothing was asked for that needs it, why they cannot be run.
+
+    Raises:
+        InputError: they cannot be run and it is required, or the original can be loaded and the pruned file cannot.
+    """
+    if not required and (why := missing()):
+        return str(InputError(why))
+    library = load(libllama)
+    return compare(original, cut, plan, library, corpora=corpora, on_cpu=on_cpu, required=required)
 
 
 def _differences(before: Header, after: Header, numbers: dict[str, int]) -> Iterator[tuple[str, str, bool]]:

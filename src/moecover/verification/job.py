@@ -12,6 +12,7 @@ from moecover.corpora.loading import Corpora, parsed
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.gguf.parts import is_gguf
+from moecover.llama.opening import check_options, check_unused
 from moecover.progress import Progress, resolve
 from moecover.runtime.memory import parse_size
 from moecover.verification.gguf import verify_gguf
@@ -29,12 +30,13 @@ def verify(
     dtype: str | None = None,
     device: str | None = None,
     memory_limit: int | str | None = None,
+    libllama: str | Path | None = None,
     revision: str | None = None,
     progress: bool | Progress = True,
 ) -> Verification:
     """Prove a pruned checkpoint: same outputs as the masked original, decoder layer by decoder layer, on real text.
 
-    Of GGUF files the bytes are compared instead, see `verification.gguf`: no model runs, and what says how has no use.
+    Of GGUF files the bytes are compared, and what they compute where llama.cpp is there, see `verification.gguf`.
 
     Args:
         checkpoint: the original: folder, hub id, GGUF file, or a structure.
@@ -44,6 +46,7 @@ def verify(
         dtype: torch dtype by name for both; None for the checkpoint's.
         device: torch device by name; None for a GPU where there is one.
         memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
+        libllama: shared library of llama.cpp, which runs GGUF files; None for the optional dependency's.
         revision: branch, tag or commit of a hub model.
         progress: True logs on stderr or in a notebook; False is silent.
 
@@ -53,13 +56,14 @@ def verify(
     if tolerance < 0:
         raise InputError(f"{arg('tolerance', tolerance)} is out of range: 0 or more")
     original = checkpoint.checkpoint if isinstance(checkpoint, Structure) else checkpoint
-    if is_gguf(pruned) or is_gguf(original.name if isinstance(original, Checkpoint) else original):
-        given = {"corpora": corpora, "tolerance": tolerance, "dtype": dtype, "device": device}
-        _check_unused({**given, "memory_limit": memory_limit, "revision": revision})
-        with resolve(progress).spinner("comparing the files"):
-            return verify_gguf(checkpoint, pruned)
     named = parsed(corpora) if corpora else {}
     texts = [source if isinstance(source, Corpus) else (name, source or "") for name, source in named.items()]
+    if is_gguf(pruned) or is_gguf(original.name if isinstance(original, Checkpoint) else original):
+        _check_given({"tolerance": tolerance, "revision": revision})
+        check_options({"dtype": dtype, "device": device, "memory_limit": memory_limit})
+        with resolve(progress).spinner("comparing the files"):
+            return verify_gguf(checkpoint, pruned, corpora=texts, libllama=libllama, on_cpu=device == "cpu")
+    check_unused(libllama)
     limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
     with resolve(progress).spinner("reading both checkpoints") as advance:
         return run_verification(
@@ -75,11 +79,11 @@ def verify(
         )
 
 
-def _check_unused(options: Mapping[str, object]) -> None:
+def _check_given(options: Mapping[str, object]) -> None:
     """Refuse what says how a model runs.
 
     Raises:
         InputError: names the argument.
     """
     if given := [name for name, value in options.items() if value]:
-        raise InputError(f"{arg(given[0])} has no use here: of GGUF files the bytes are compared, no model runs")
+        raise InputError(f"{arg(given[0])} has no use here: of GGUF files every byte is compared")

@@ -33,6 +33,7 @@ from moecover.verification.repaired import Repairs, read_repairs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
 VERIFY_CORPORA = ("encyclopedia-heldout", "web-heldout")
 
@@ -91,7 +92,7 @@ class Verification(Shown):
 
 def plan_of(checkpoint: Checkpoint) -> Plan | None:
     """The plan that a checkpoint was pruned by, None where `prune` did not write it."""
-    if not (checkpoint.path / MANIFEST).is_file():
+    if checkpoint.gguf is not None or not (checkpoint.path / MANIFEST).is_file():
         return None
     return _plan_in(checkpoint, read_manifest(checkpoint))
 
@@ -101,7 +102,12 @@ def _plan_in(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Plan:
 
 
 def verification_text(
-    structure: Structure, *, corpora: Sequence[Corpus | tuple[str, str]] = (), sequences: int = 2, length: int = 256
+    structure: Structure,
+    *,
+    corpora: Sequence[Corpus | tuple[str, str]] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sequences: int = 2,
+    length: int = 256,
 ) -> list[Corpus]:
     """Load the text of a proof: the given corpora, else the shipped held-out ones, in the model's own tokens.
 
@@ -110,12 +116,15 @@ def verification_text(
     Args:
         structure: the original.
         corpora: names and paths, the path empty for a named corpus; or loaded ones.
+        tokenizer: instead of the one in the original's folder; a GGUF model has none there.
         sequences: of each corpus.
         length: tokens per sequence, or the model's positions if fewer.
     """
     text = structure.checkpoint.text_config
     length = min(length, text.get("max_position_embeddings") or length)
-    if not corpora and load_tokenizer(structure.checkpoint.path) is None:
+    if tokenizer is None and structure.checkpoint.gguf is None:
+        tokenizer = load_tokenizer(structure.checkpoint.path)
+    if not corpora and tokenizer is None:
         tokens: NDArray[np.int64] = np.random.default_rng(0).integers(
             0, text["vocab_size"], size=(2 * sequences, length)
         )
@@ -128,7 +137,7 @@ def verification_text(
             continue
         name, path = given[0], given[1] or None
         of_block = None if holds_rows(name, path) else length
-        loaded.append(load_corpus(name, path, structure=structure, length=of_block))
+        loaded.append(load_corpus(name, path, structure=structure, tokenizer=tokenizer, length=of_block))
     return [corpus[:sequences] for corpus in loaded]
 
 
