@@ -62,7 +62,8 @@ if TYPE_CHECKING:
     from moecover.reporting.page import Report, report
     from moecover.reporting.sections import SECTIONS
     from moecover.runtime.loading import load_model
-    from moecover.shrinking.job import Shrunk, shrink
+    from moecover.shrinking.job import shrink
+    from moecover.shrinking.request import Shrunk
     from moecover.verification.job import verify
     from moecover.verification.verify import Verification
 
@@ -104,7 +105,8 @@ PUBLIC = {
     "evaluation.job": ("evaluate",),
     "evaluation.bounds": ("keep_within_size", "plan_within"),
     "evaluation.budgets": ("plan_for_budget",),
-    "shrinking.job": ("Shrunk", "shrink"),
+    "shrinking.request": ("Shrunk",),
+    "shrinking.job": ("shrink",),
     "comparison.results": ("Comparison",),
     "comparison.run": ("compare",),
     "reporting.sections": ("SECTIONS",),

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.cli.corpus_options import add_mix, add_reading
-from moecover.cli.options import add_device, add_model, add_output
+from moecover.cli.options import add_device, add_libllama, add_model, add_output
 from moecover.cli.plan_tables import shapes_table
 from moecover.cli.verb import Outcome
 from moecover.text import aligned, duration_text
 
 if TYPE_CHECKING:
-    from moecover.shrinking.job import Shrunk
+    from moecover.shrinking.request import Shrunk
     from moecover.shrinking.steps import Step
 
 HELP = "make a model smaller by the best known way, in one command"
@@ -65,6 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dry-run", action="store_true", help="print the steps and their estimates, and make nothing")
     group.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 4)")
     add_device(group)
+    add_libllama(group)
     add_output(parser, "OUT", "folder to write", replaced="OUT if moecover wrote it")
 
 
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> Outcome:
         work=args.work,
         dry_run=args.dry_run,
         overwrite=args.overwrite,
+        libllama=args.libllama,
         command=shlex.join(["moecover", *args.argv]),
         **pass_arguments(args),
     )
@@ -95,11 +97,16 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _steps(steps: list[Step]) -> Outcome:
     """The steps of a dry run."""
-    rows = [[str(n), step.name, f"{step.tokens:,}", duration_text(step.seconds)] for n, step in enumerate(steps, 1)]
-    total = sum(step.seconds for step in steps)
-    rows.append(["", "all", "", duration_text(total)])
+    known = [step.seconds for step in steps if step.seconds is not None]
+    total = sum(known) if len(known) == len(steps) else None
+    rows = [[str(n), step.name, f"{step.tokens:,}", _estimate(step.seconds)] for n, step in enumerate(steps, 1)]
+    rows.append(["", "all", "", _estimate(total)])
     result = {"steps": [asdict(step) for step in steps], "seconds": total}
     return Outcome(result, aligned(["step", "", "tokens", "estimate"], rows))
+
+
+def _estimate(seconds: float | None) -> str:
+    return "-" if seconds is None else duration_text(seconds)
 
 
 def _result(made: Shrunk) -> Outcome:

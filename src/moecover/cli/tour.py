@@ -35,7 +35,8 @@ from moecover.profiling.job import profile
 from moecover.pruning.job import prune
 from moecover.reporting.figures.plan_figures import draw
 from moecover.runtime.loading import load_model
-from moecover.shrinking.job import Shrunk, shrink
+from moecover.shrinking.job import shrink
+from moecover.shrinking.request import Shrunk
 from moecover.verification.job import verify
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from moecover.corpora.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
     from moecover.checkpoints.structure import Structure
 
@@ -24,10 +25,11 @@ NAME = "rare-tokens"
 SHARE = 0.1  # of the vocabulary, and all others that the text holds no more often
 
 
-def vocabulary(structure: Structure) -> NDArray[np.int64]:
+def vocabulary(structure: Structure, tokenizer: PreTrainedTokenizerBase | None = None) -> NDArray[np.int64]:
     """Ids that stand for text: without special and added tokens, and without ids that the tokenizer does not know."""
     config = structure.checkpoint.text_config
-    tokenizer = load_tokenizer(structure.checkpoint.path)
+    if tokenizer is None and structure.checkpoint.gguf is None:
+        tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:
         others = [config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")]
         special = {one for other in others for one in (other if isinstance(other, list) else [other])}
@@ -38,7 +40,15 @@ def vocabulary(structure: Structure) -> NDArray[np.int64]:
     return np.array([i for i in range(known) if i not in special], dtype=np.int64)
 
 
-def rare_tokens(structure: Structure, corpora: Sequence[Corpus], *, blocks: int, length: int, seed: int = 0) -> Corpus:
+def rare_tokens(
+    structure: Structure,
+    corpora: Sequence[Corpus],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    blocks: int,
+    length: int,
+    seed: int = 0,
+) -> Corpus:
     """Blocks of the tokens that some corpora hold least of, each as likely as the others, in random order.
 
     Blocks begin as those of the first corpus do (BOS).
@@ -46,11 +56,12 @@ def rare_tokens(structure: Structure, corpora: Sequence[Corpus], *, blocks: int,
     Args:
         structure: of the model whose tokens they have.
         corpora: whose tokens are counted.
+        tokenizer: instead of the one in the model's folder.
         blocks: number of blocks.
         length: tokens of a block.
         seed: of the order.
     """
-    ids = vocabulary(structure)
+    ids = vocabulary(structure, tokenizer)
     counts = sum(np.bincount(c.tokens[c.mask], minlength=int(ids.max()) + 1)[: int(ids.max()) + 1] for c in corpora)
     ours = np.asarray(counts)[ids]
     most = np.sort(ours)[max(0, int(SHARE * len(ids)) - 1)]

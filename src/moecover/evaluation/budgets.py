@@ -19,9 +19,11 @@ from moecover.corpora.bos import check_bos
 from moecover.corpora.loading import Corpora
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
+from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.bounds import held_out_texts, opened_for, profiled_model, sources_of
 from moecover.evaluation.given import Texts
 from moecover.evaluation.held_out import BLOCKS
+from moecover.evaluation.run import evaluate
 from moecover.evaluation.shape_search import best_shape
 from moecover.planning.artifact import Plan
 from moecover.planning.curve import AUTO, EXPERTS, Fits, curve, parse_shape, parse_share, within_share
@@ -248,13 +250,7 @@ def measured_shape(
         )
         return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **more, **given)
 
-    return best_shape(
-        structure,
-        shapes,
-        make,
-        model=model,
-        texts=texts,
-        batch_size=batch_size,
-        bar=progress.bar,
-        say=progress.say,
-    )
+    def measure(rows: dict[str, Plan], full: bool) -> Evaluation:
+        return evaluate(structure, rows, model=model, texts=texts, full=full, batch_size=batch_size, bar=progress.bar)
+
+    return best_shape(structure, shapes, make, measure, texts=texts, say=progress.say)

@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moecover.evaluation.artifact import FULL, Evaluation
-from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import Plan
 from moecover.planning.curve import spread
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
     from moecover.checkpoints.structure import Structure
     from moecover.corpora.packing import Corpus
     from moecover.planning.shapes import Shape
-    from moecover.progress import Bar
-    from moecover.runtime.running import Running
 
+Measure = Callable[[dict[str, Plan], bool], Evaluation]
 FIRST, MOST = 5, 9  # shapes that are measured at first, and in all
 LIKED = (128, 64)  # servers' kernels are fastest at multiples of these, the first best
 NOISE = 1.0  # standard errors by which a shape that servers like may be worse than the best
@@ -124,11 +121,9 @@ def best_shape(
     structure: Structure,
     shapes: Sequence[Shape],
     make: Callable[[list[Shape]], list[Plan]],
+    measure: Measure,
     *,
-    model: torch.nn.Module | Running,
     texts: Sequence[Corpus],
-    batch_size: int = 1,
-    bar: Bar | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """The plan of the shape with the lowest loss on held-out text.
@@ -137,10 +132,8 @@ def best_shape(
         structure: the checkpoint.
         shapes: of a curve of equal bytes, widest first, see `planning.curve`.
         make: makes plans of shapes.
-        model: of the checkpoint, from `load_model`, `opened` or `streamed`.
+        measure: gives the rows of plans by name on the texts, and that of the full model where it is asked for.
         texts: held-out text, the worst of which counts twice.
-        batch_size: sequences per forward pass.
-        bar: makes a progress bar for each pass.
         say: called with a line of text after every pass.
 
     Returns:
@@ -153,9 +146,7 @@ def best_shape(
         named = {f"{plan.keep}x{plan.width or measured.channels}": (at, plan) for at, plan in plans.items()}
         rows = {name: plan for name, (_, plan) in named.items()}
         full = not measured.full
-        measured.add(
-            evaluate(structure, rows, model=model, texts=texts, full=full, batch_size=batch_size, bar=bar), named
-        )
+        measured.add(measure(rows, full), named)
         points = ", ".join(f"{name} {measured.points[at].loss:.4f}" for name, (at, _) in named.items())
         say(f"experts x channels, loss on held-out text: {points}")
     chosen = measured.plans[measured.chosen()]

@@ -63,6 +63,17 @@ class GgufTokenizer:
             raise MoecoverError(f"llama.cpp makes {-count} tokens of {len(raw)} bytes of text: please report this")
         return list(library.ffi.unpack(ids, count)) if count else []
 
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids that stand for no text."""
+        lib = self._model.library.lib
+        return [token for token in range(len(self)) if lib.llama_vocab_is_control(self._model.vocabulary, token)]
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, str]:
+        """Tokens beside the vocabulary: a GGUF file has none."""
+        return {}
+
     def get_vocab(self) -> dict[str, int]:
         """Every token's text with its id; of equal texts the last."""
         library = self._model.library

@@ -74,7 +74,7 @@ def gguf_target(structure: Structure, output: str | Path) -> Path:
     return files[0]
 
 
-def _check_replaceable(first: Path, names: Sequence[str], *, overwrite: bool) -> None:
+def check_replaceable(first: Path, names: Sequence[str], *, overwrite: bool) -> None:
     """Refuse to replace a file, unless it may be overwritten and this program wrote it.
 
     Raises:
@@ -219,7 +219,7 @@ def prune_gguf(
     )
     with locked(first):
         returned(first, list(names.values()))
-        _check_replaceable(first, list(names.values()), overwrite=overwrite)
+        check_replaceable(first, list(names.values()), overwrite=overwrite)
         _check_card(card, overwrite=overwrite)
         with explained(f"reading {structure.checkpoint.name}", left="Nothing was written"):
             inputs = _inputs(structure, files, plan)

@@ -6,18 +6,16 @@ way: own text, profile, plan, evaluation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.corpora.loading import Corpora, parsed
 from moecover.errors import InputError, MoecoverError, arg
-from moecover.evaluation.artifact import Evaluation
 from moecover.files.locks import locked
+from moecover.llama.opening import check_unused
 from moecover.planning.curve import AUTO
 from moecover.progress import Progress, resolve
-from moecover.pruning.request import Pruned
 from moecover.pruning.writer import check_target
 from moecover.repairing.job import check_kind
 from moecover.repairing.store import kept_for_later
@@ -25,8 +23,9 @@ from moecover.runtime.loadable import check_loadable
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.pass_state import remove
 from moecover.runtime.passes import passes
+from moecover.shrinking.gguf import check_gguf, shrunk_gguf, steps_of_gguf
 from moecover.shrinking.quality import DEFAULT, quality_of
-from moecover.shrinking.request import Asked, memory_needed, shapes_of
+from moecover.shrinking.request import Asked, Shrunk, memory_needed, shapes_of
 from moecover.shrinking.stages import evaluation_of, plan_of, profile_of, repair_of, written
 from moecover.shrinking.steps import Step, steps_of, total_line
 from moecover.shrinking.texts import KINDS, Texts, divided, length_of, named_corpora, own_corpora
@@ -35,27 +34,9 @@ from moecover.verification.job import verify
 
 if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
-    from moecover.verification.verify import Verification
 
 NONE = "none"
 REPAIR = "repair"  # folder of the finished layers of a repair
-
-
-@dataclass(frozen=True)
-class Shrunk:
-    """What `shrink` made.
-
-    Attributes:
-        pruned: the checkpoint.
-        evaluation: rows of the model itself and of the checkpoint, on held-out text.
-        verification: the proof against the masked original.
-        work: folder of plan and evaluation; own text and profile lie beside it.
-    """
-
-    pruned: Pruned
-    evaluation: Evaluation
-    verification: Verification
-    work: Path
 
 
 def shrink(
@@ -74,6 +55,7 @@ def shrink(
     dry_run: bool = False,
     overwrite: bool = False,
     command: str = "",
+    libllama: str | Path | None = None,
     progress: bool | Progress = True,
     **options: Unpack[RunOptions],
 ) -> Shrunk | list[Step]:
@@ -81,11 +63,12 @@ def shrink(
 
     The steps: the model writes text, which is divided into kinds; a profile of that and of the corpora; of the shapes
     of equal bytes the one that loses least on held-out text; a repair; the checkpoint; a proof; its perplexity on
-    held-out text, on the model card. Every step resumes when the same call runs again.
+    held-out text, on the model card. Every step resumes when the same call runs again. A GGUF file runs in llama.cpp,
+    which writes no text and repairs nothing.
 
     Args:
-        checkpoint: folder, hub id, or a structure from `read_structure`.
-        output: folder to write.
+        checkpoint: folder, hub id, GGUF file, or a structure from `read_structure`.
+        output: folder to write, or file.
         budget: share of the experts' bytes that stays, as a fraction or a percentage; or give ``max_size``.
         max_size: of the checkpoint, in bytes or as text (``"12GB"``).
         shape: ``auto``, ``experts`` (whole ones) or ``KxW``.
@@ -97,6 +80,7 @@ def shrink(
         dry_run: return the steps with their estimates, and make nothing.
         overwrite: replace an output that this program wrote.
         command: what the user typed, for the model card.
+        libllama: shared library of llama.cpp, which runs GGUF files; None for the optional dependency's.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions`.
 
@@ -113,24 +97,25 @@ def shrink(
     if corpora is not None:
         parsed(corpora)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
-    check_loadable(headers, how.dtype)
+    if headers.checkpoint.gguf is not None:
+        check_gguf(headers, path, repair if repair != NONE else None, options, overwrite=overwrite)
+        kind, own_text = None, False
+    else:
+        check_unused(libllama)
+        check_loadable(headers, how.dtype)
+        check_target(headers, path, overwrite=overwrite)
     place = path.with_name(f"{path.name}-work") if work is None else Path(work)
     asked = Asked(path, place, budget, max_size, shape, kind, amount, how, overwrite, command)
-    check_target(headers, path, overwrite=overwrite)
     check_folder(place, [path, *([headers.checkpoint.folder] if headers.checkpoint.folder is not None else [])])
     shapes = shapes_of(headers, asked)
     extra = memory_needed(headers, asked, shapes)
-    named = len(parsed(corpora)) if corpora is not None else 2
-    steps = steps_of(
-        headers,
-        amount,
-        how,
-        corpora=named,
-        kinds=KINDS if own_text else 0,
-        length=length_of(headers),
-        measured=len(shapes) > 1,
-        repair=kind,
-    )
+    named, length, measured = len(parsed(corpora)) if corpora is not None else 2, length_of(headers), len(shapes) > 1
+    if headers.checkpoint.gguf is not None:
+        steps = steps_of_gguf(asked, corpora=named, length=length, measured=measured)
+    else:
+        kinds = KINDS if own_text else 0
+        sizes = {"corpora": named, "kinds": kinds, "length": length}
+        steps = steps_of(headers, amount, how, **sizes, measured=measured, repair=kind)
     if dry_run:
         return steps
     for number, step in enumerate(steps, 1):
@@ -139,6 +124,9 @@ def shrink(
     with locked(path.resolve()), locked(place.resolve()):
         structure = fetched(headers, revision=options.get("revision"), progress=shown)
         claim(place, structure, quality, own_text=own_text)
+        if structure.checkpoint.gguf is not None:
+            device = options.get("device")
+            return shrunk_gguf(structure, asked, corpora, libllama=libllama, device=device, progress=shown)
         texts = _texts(structure, asked, corpora, own_text, options, shown)
         return _made(structure, asked, texts, extra, shown)
 

@@ -1,4 +1,4 @@
-"""What `shrink` is asked for, checked from headers: the shapes in the budget, and the memory that a repair needs."""
+"""What `shrink` is asked for, checked from headers (shapes in the budget, memory of a repair), and what it gives."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from moecover.repairing.job import memory_beside
 
 if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
+    from moecover.evaluation.artifact import Evaluation
+    from moecover.pruning.request import Pruned
     from moecover.runtime.passes import Passes
     from moecover.shrinking.quality import Quality
+    from moecover.verification.verify import Verification
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,20 @@ def memory_needed(headers: Structure, asked: Asked, shapes: list[Shape]) -> int:
     return max(
         memory_beside(headers, kind=kind, keep=s.keep, width=s.width, tokens=tokens, dtype=dtype) for s in shapes
     )
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What `shrink` made.
+
+    Attributes:
+        pruned: the checkpoint.
+        evaluation: rows of the model itself and of the checkpoint, on held-out text.
+        verification: the proof against the masked original.
+        work: folder of plan and evaluation; own text and profile lie beside it.
+    """
+
+    pruned: Pruned
+    evaluation: Evaluation
+    verification: Verification
+    work: Path

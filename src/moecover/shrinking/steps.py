@@ -24,16 +24,17 @@ WRITES, REPAIRS = 9.0, {"scale": 11.0, "ridge": 11.0, "refit": 39.0}
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what it does, over how many tokens, and about how long."""
+    """One step: what it does, over how many tokens, and about how long (None where that is not known)."""
 
     name: str
     tokens: int
-    seconds: float
+    seconds: float | None
 
     def line(self, number: int, of: int) -> str:
         """The step in words."""
         tokens = f", {self.tokens:,} tokens" if self.tokens else ""
-        return f"step {number} of {of}: {self.name}{tokens}, about {duration_text(self.seconds)}"
+        about = "" if self.seconds is None else f", about {duration_text(self.seconds)}"
+        return f"step {number} of {of}: {self.name}{tokens}{about}"
 
 
 def steps_of(
@@ -81,4 +82,7 @@ def steps_of(
 
 def total_line(steps: list[Step]) -> str:
     """The time of all steps in words."""
-    return f"{len(steps)} steps, {duration_text(sum(step.seconds for step in steps))} in all, as estimated"
+    known = [step.seconds for step in steps if step.seconds is not None]
+    if len(known) < len(steps):
+        return f"{len(steps)} steps; how long they take is not estimated"
+    return f"{len(steps)} steps, {duration_text(sum(known))} in all, as estimated"

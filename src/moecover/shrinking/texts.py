@@ -22,6 +22,8 @@ from moecover.errors import InputError, MoecoverError, arg
 from moecover.progress import Progress
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from moecover.checkpoints.structure import Structure
     from moecover.runtime.options import RunOptions
     from moecover.shrinking.quality import Quality
@@ -76,7 +78,13 @@ def own_corpora(
     return [f"{OWN}={folder}"]
 
 
-def named_corpora(corpora: Corpora | None, *, progress: Progress, structure: Structure) -> list[str | Corpus]:
+def named_corpora(
+    corpora: Corpora | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress,
+    structure: Structure,
+) -> list[str | Corpus]:
     """The corpora that are given; else WikiText2 and C4, none where the hub is out of reach, which is said."""
     if corpora is not None:
         return [
@@ -87,7 +95,7 @@ def named_corpora(corpora: Corpora | None, *, progress: Progress, structure: Str
     for name in NAMED:
         try:
             with progress.spinner(f"reading corpus {name}"):
-                load_corpus(name, structure=structure, sequences=1)
+                load_corpus(name, structure=structure, tokenizer=tokenizer, sequences=1)
         except (InputError, MoecoverError) as error:
             progress.say(f"note: {name} is left out: {error}")
             continue
@@ -95,13 +103,21 @@ def named_corpora(corpora: Corpora | None, *, progress: Progress, structure: Str
     return found
 
 
-def divided(corpora: Sequence[str | Corpus], structure: Structure, quality: Quality, *, progress: Progress) -> Texts:
+def divided(
+    corpora: Sequence[str | Corpus],
+    structure: Structure,
+    quality: Quality,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress,
+) -> Texts:
     """All corpora, each divided into calibration text and held-out text; and rare tokens, to calibrate on only.
 
     Args:
         corpora: names, ``NAME=PATH``, or loaded ones.
         structure: of the model whose tokens they have.
         quality: how much of each.
+        tokenizer: instead of the one in the model's folder.
         progress: shows what is read.
 
     Raises:
@@ -112,7 +128,7 @@ def divided(corpora: Sequence[str | Corpus], structure: Structure, quality: Qual
         corpus = source
         if not isinstance(corpus, Corpus):
             with progress.spinner(f"reading corpus {name}"):
-                corpus = _loaded(name, source if isinstance(source, str) else None, structure, quality)
+                corpus = _loaded(name, source if isinstance(source, str) else None, structure, quality, tokenizer)
             if line := refused_text(corpus):
                 progress.say(line)
         blocks = len(corpus.tokens)
@@ -129,18 +145,23 @@ def divided(corpora: Sequence[str | Corpus], structure: Structure, quality: Qual
         )
     if RARE not in (corpus.name for corpus in calibration):
         blocks = max(1, quality.rows // KINDS)
-        calibration.append(rare_tokens(structure, calibration, blocks=blocks, length=length_of(structure)))
+        calibration.append(
+            rare_tokens(structure, calibration, tokenizer=tokenizer, blocks=blocks, length=length_of(structure))
+        )
         progress.say(f"corpus {RARE}: {calibration[-1].record['source']}")
     return Texts(calibration, held_out)
 
 
-def _loaded(name: str, path: str | None, structure: Structure, quality: Quality) -> Corpus:
+def _loaded(
+    name: str, path: str | None, structure: Structure, quality: Quality, tokenizer: PreTrainedTokenizerBase | None
+) -> Corpus:
     """A corpus of as many blocks as wanted, or as there are."""
     wanted = quality.blocks + quality.windows
-    corpus = load_corpus(name, path, structure=structure)
+    corpus = load_corpus(name, path, structure=structure, tokenizer=tokenizer)
     available = corpus.record.get("blocks_available", len(corpus.tokens))
     if len(corpus.tokens) < min(wanted, available):
-        corpus = load_corpus(name, path, structure=structure, sequences=min(wanted, available))
+        more = min(wanted, available)
+        corpus = load_corpus(name, path, structure=structure, tokenizer=tokenizer, sequences=more)
     return corpus
 
 
