@@ -10,7 +10,7 @@ from moecover.signals import deliver_again
 
 
 def run() -> int:
-    """Run the command as a process of its own; an interrupt while it is still being imported ends it quietly too.
+    """Run the command as a process of its own; an interrupt while it is still being imported ends it in one line too.
 
     The garbage collector walks the millions of objects that importing torch and transformers makes, again and again and
     once more at exit: a fifth of a short run. It is called less often here, and the last walk is left out.
@@ -22,6 +22,7 @@ def run() -> int:
 
         return main()
     except KeyboardInterrupt:
+        print("moecover: interrupted, nothing half-written was left", file=sys.stderr)  # noqa: T201
         return 130
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done or cleaned up, only the interpreter has to end
