@@ -147,8 +147,8 @@ class Bench:
             used.append(rare_tokens(self.structure, used, blocks=OF_NAMED, length=LENGTH, seed=sample))
         return used, unused
 
-    def _known(self, folder: Path, way: Way, budget: float) -> Shape | None:
-        """The shape of a measured row that differs in the repair alone."""
+    def known(self, folder: Path, way: Way, budget: float) -> Shape | None:
+        """The shape of a measured row that is the same but for the repair."""
         for number, other in enumerate(WAYS):
             file = folder / f"{number}-{budget}.json"
             if file.exists() and replace(other, label=way.label, repair=way.repair, first=way.first) == way:
@@ -215,7 +215,7 @@ class Bench:
                     made = profile(self.structure, used, model=self.model, batch_size=16)
                     profiles[way.calibration] = made, used, unused
                 made, used, unused = profiles[way.calibration]
-                known = self._known(folder / str(sample), way, budget)
+                known = self.known(folder / str(sample), way, budget)
                 chosen = self.plan(way, budget, made, used, unused, known)
                 write_text(file, json.dumps(self.cell(chosen, way, used)))
                 print(

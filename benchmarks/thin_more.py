@@ -68,7 +68,8 @@ def tasks(bench: Bench, args: argparse.Namespace) -> None:
             if not file.exists():
                 used, unused = bench.corpora(way.calibration, 0)
                 made = profile(bench.structure, used, model=bench.model, batch_size=16)
-                plan = bench.plan(way, budget, made, used, unused)
+                known = bench.known(args.run / bench.name / "0", way, budget)
+                plan = bench.plan(way, budget, made, used, unused, known)
                 score(file, {"row": plan}, repairs_of(bench, plan, used, way.repair))
                 print(f"{bench.name}, {budget:.0%}, {way.label}", flush=True)
 
