@@ -148,6 +148,9 @@ BAD = {
     "no known form has its keys .title, body.. Name the one that holds the text": ([{"title": 1, "body": "x"}], ""),
     "row 1: unknown field 'txt'. Did you mean text": ([{"text": "a"}], "?text=txt"),
     "row 2 has no `text`; rows with and without it do not mix": ([{"text": "a"}, {"content": "a"}], ""),
+    "row 1: `text` is null. Leave out rows without text": ([{"text": None, "n": 1}], ""),
+    "row 2: token id 99 is out of range. Allowed: 0 to 50": ([{"input_ids": [1, 2]}, {"input_ids": [1, 99]}], ""),
+    "row 1: `input_ids` must be a list of whole numbers": ([{"input_ids": "1 2"}], ""),
     "row 2: `text` holds a number, it must be text": ([{"text": "a"}, {"text": 3}], ""),
     "row 1: `messages` is text that is not JSON": ([{"messages": "hi"}], ""),
     "row 1: `messages` holds an object, it must be a list of objects": ([{"messages": {"role": "user"}}], ""),
@@ -168,7 +171,23 @@ def test_bad_rows_are_named_with_file_row_and_key(message: str, tmp_path: Path) 
     rows, options = BAD[message]
     path = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(InputError, match=f"bad.jsonl.*{message}"):
-        load_corpus("r", f"{path}{options}", tokenizer=PLAIN, length=2)
+        load_corpus("r", f"{path}{options}", tokenizer=PLAIN, length=2, vocab_size=51)
+
+
+def test_bad_rows_of_a_folder_are_named_with_their_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write_rows(tmp_path / "a.jsonl", [{"text": "hi"}] * 3)
+    for rows, message in (
+        ([{"text": "a"}, {"body": "a"}], "deep/b.jsonl, row 2 has no `text`"),
+        ([{"text": 3}], "deep/b.jsonl, row 1: `text` holds a number"),
+    ):
+        write_rows(tmp_path / "deep/b.jsonl", rows)
+        with pytest.raises(InputError, match=f"corpus r, {tmp_path}/{message}"):
+            load_corpus("r", f"{tmp_path}?glob=**/*.jsonl", tokenizer=PLAIN, length=2)
+    write_rows(tmp_path / "a.jsonl", [{"input_ids": [1]}])
+    write_rows(tmp_path / "deep/b.jsonl", [{"input_ids": [1]}, {"input_ids": [-1]}])
+    with pytest.raises(InputError, match="deep/b.jsonl, row 2: token id -1 is out of range"):
+        load_corpus("r", f"{tmp_path}?glob=**/*.jsonl")
 
 
 def test_windows_of_chats(checkpoints: Any, tmp_path: Path) -> None:

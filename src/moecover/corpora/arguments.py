@@ -227,7 +227,7 @@ def _check_argument(argument: str) -> None:
         if suffix_of(name) or name.startswith(HUB):
             stem = re.split(r"[/\\[?]", name.removeprefix(HUB).removesuffix("/"))
             short = (stem[1] if name.startswith(HUB) and len(stem) > 1 else Path(name).name).partition(".")[0]
-            raise InputError(f"corpus {name}: give the file a name, as --corpus {short}={name}")
+            raise InputError(f"corpus {name}: give it a name, as --corpus {short}={name}")
         raise unknown_name("corpus", name, CORPORA)
 
 
