@@ -16,6 +16,7 @@ from moecover.corpora.loading import refused_text
 from moecover.corpora.packing import load_corpus, load_unused
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
+from moecover.evaluation.held_out import check_held_out
 from tests.conftest import write_rows
 from tests.support.chats import OF_PARTS, TEMPLATE, word_tokenizer, words
 from tests.support.tiny import make_tokenizer
@@ -219,3 +220,14 @@ def test_how_rows_are_read_is_recorded_and_blocks_that_are_left_are_read_alike(
     left = load_unused("r", source, made.record, structure=structure, blocks=4)
     assert left.record["left_by"] == made.record["sha256"]
     assert isinstance(next(documents([{"messages": ASK}], "here")), Chat)
+
+
+def test_a_named_corpus_is_read_again_as_it_was_read(checkpoints: Any) -> None:
+    """Under another name and with options too: the record names it."""
+    structure, sources = read_structure(checkpoints("qwen2_moe")), ("web?n=9", "web?parse_special=yes", "web", "")
+    for source, name in zip(sources, ("web", "mine", "other", "web"), strict=True):
+        made = load_corpus(name, source, structure=structure, sequences=2, length=16)
+        assert made.record["source"] == "web"
+        again = check_held_out({name: [made.record]}, {})
+        assert again == {name: source or None}
+        assert load_unused(name, again[name], made.record, structure=structure, blocks=2).record["source"] == "web"
