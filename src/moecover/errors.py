@@ -12,14 +12,18 @@ from typing import Self
 
 MARK = "\x1f"  # around an argument's name within a message
 FLAG_OF = {  # flags that are not spelled like the argument
+    "calibration": "corpus",
     "corpora": "corpus",
     "evaluations": "evaluation",
     "files": "file",
     "keeps": "keep",
     "kind": "repair",
+    "methods": "method",
     "options": "option",
     "plugins": "plugin",
+    "repairs": "repair",
     "retains": "retain",
+    "saliencies": "saliency",
     "texts": "perplexity",
     "weights": "weight",
 }

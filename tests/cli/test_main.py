@@ -263,7 +263,7 @@ CASES: list[tuple[str, list[str], str]] = [
     (
         "file without a name",
         ["profile", "{m}", "--corpus", "notes.jsonl", "-o", "{t}/o"],
-        "give the file a name, as --corpus notes=notes.jsonl",
+        "give it a name, as --corpus notes=notes.jsonl",
     ),
     ("no such plan", ["prune", "{m}", "--plan", "{t}/p", "-o", "{t}/o"], "no plan"),
     (

@@ -58,6 +58,33 @@ def test_a_flag_takes_the_place_of_a_field(grid: Callable[..., Path]) -> None:
     assert (asked.config.retain, asked.config.keep, asked.config.seeds) == (None, [7], [5])
 
 
+def test_sources_are_where_the_file_says_and_mixes_are_what_they_hold(
+    grid: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whatever a source is; and the configuration of a run names the corpora of a mix, not the file."""
+    (tmp_path / "mixes").mkdir()
+    mix = "- {name: b, source: ../b.jsonl, weight: 3}\n- web\n- {name: x, source: 'hf:owner/x', text: body}\n"
+    (tmp_path / "mixes/mix.yaml").write_text(mix)
+    given = [
+        "mixes/mix.yaml",
+        "a=a.jsonl?n=5",
+        "code=mixes?glob=**/*.yaml",
+        "c4=c4?sequences=4",
+        "hub=hf:owner/y[z]",
+        "in=-",
+    ]
+    of_mix = [f"b={tmp_path}/mixes/../b.jsonl?weight=3", "web", "x=hf:owner/x?text=body"]
+    others = [f"a={tmp_path}/a.jsonl?n=5", f"code={tmp_path}/mixes?glob=**/*.yaml", *given[3:]]
+    config = read(grid(calibration=given, perplexity=["c4", "z=hf:owner/z/test"]), {}).config
+    assert config.calibration == [[*of_mix, *others]]
+    assert config.perplexity == ["c4", "z=hf:owner/z/test"]
+    assert read(grid(calibration="mixes/mix.yaml"), {}).config.calibration == [of_mix]
+    assert read(grid(calibration=[["mixes/mix.yaml"], ["c4"]]), {}).config.calibration == [of_mix, ["c4"]]
+    assert read(grid(), {"calibration": [["hub=hf:owner/y", "web=web?n=2"]]}).config.calibration == [
+        ["hub=hf:owner/y", "web=web?n=2"]
+    ]
+
+
 def test_the_resolved_configuration_is_one(grid: Callable[..., Path], tmp_path: Path) -> None:
     methods = [{"method": "tb-coverage", "protect": 0.25, "saliency": ["reap", "ean"]}, "random"]
     path = grid(methods=methods)
@@ -125,6 +152,8 @@ perplexity: [test=test.jsonl]
         ("    protect: 0.5", "    seeds: [1]", 6, "method tb-coverage is deterministic"),
         ("  - random", "  - tb-coverage\n  - tb-coverage", 6, "two methods are called TB-Coverage (contribution)"),
         ("b=b.jsonl", "b=c.jsonl", 3, "c.jsonl does not exist"),
+        ("b=b.jsonl", "no.yaml", 3, "no.yaml could not be read: No such file or directory"),
+        ("b=b.jsonl", "'b=b.jsonl?tetx=body'", 3, "corpus b: unknown option 'tetx'. Did you mean text"),
         ("b=b.jsonl", "wikitxt2", 3, "unknown corpus 'wikitxt2'. Did you mean wikitext2?"),
         (
             "perplexity: [test=test.jsonl]",
@@ -171,6 +200,7 @@ def test_mistakes_in_the_file(
         (["--retain", "0.01"], "--retain: qwen: retain=0.01 keeps 0 of 12 experts"),
         (["--memory-limit", "600MB"], "--memory-limit: qwen: one layer at a time still needs 0."),
         (["--jobs", "0"], "--jobs 0 is out of range"),
+        (["--corpus", "x=x.jsonl"], "--corpus: corpus file "),
         (["--method", "rndom"], "unknown method 'rndom'. Did you mean random?"),
         (["--seeds", "1,1"], "`seeds` has 1 twice"),
     ],

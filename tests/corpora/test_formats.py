@@ -90,6 +90,7 @@ BROKEN = {
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n'): "a.jsonl: byte 24 .0xe9. is not UTF-8",
     ("a.jsonl", BOM + b'{"text": "\xe9"}\n'): "a.jsonl: byte 13 .0xe9. is not UTF-8",
     ("a.md", "hi".encode("utf-16")): "a.md is UTF-16 by its first bytes, UTF-8 is read. Convert it: iconv",
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b\n'): "a.jsonl, line 2: not JSON .Invalid control character at column 12.",
     ("a.jsonl", b"[1]\n"): r"a.jsonl, line 1: \[1\] is no JSON object",
     ("a.json", b'[{"text": "a"}, {"text"]'): "a.json, row 2: not JSON",
     ("a.json", b'[{"text": "a"}'): "a.json: the list of rows has no end after row 1",

@@ -16,6 +16,7 @@ from moecover.corpora.loading import refused_text
 from moecover.corpora.packing import load_corpus, load_unused
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
+from moecover.evaluation.held_out import check_held_out
 from tests.conftest import write_rows
 from tests.support.chats import OF_PARTS, TEMPLATE, word_tokenizer, words
 from tests.support.tiny import make_tokenizer
@@ -148,6 +149,9 @@ BAD = {
     "no known form has its keys .title, body.. Name the one that holds the text": ([{"title": 1, "body": "x"}], ""),
     "row 1: unknown field 'txt'. Did you mean text": ([{"text": "a"}], "?text=txt"),
     "row 2 has no `text`; rows with and without it do not mix": ([{"text": "a"}, {"content": "a"}], ""),
+    "row 1: `text` is null. Leave out rows without text": ([{"text": None, "n": 1}], ""),
+    "row 2: token id 99 is out of range. Allowed: 0 to 50": ([{"input_ids": [1, 2]}, {"input_ids": [1, 99]}], ""),
+    "row 1: `input_ids` must be a list of whole numbers": ([{"input_ids": "1 2"}], ""),
     "row 2: `text` holds a number, it must be text": ([{"text": "a"}, {"text": 3}], ""),
     "row 1: `messages` is text that is not JSON": ([{"messages": "hi"}], ""),
     "row 1: `messages` holds an object, it must be a list of objects": ([{"messages": {"role": "user"}}], ""),
@@ -168,7 +172,23 @@ def test_bad_rows_are_named_with_file_row_and_key(message: str, tmp_path: Path) 
     rows, options = BAD[message]
     path = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(InputError, match=f"bad.jsonl.*{message}"):
-        load_corpus("r", f"{path}{options}", tokenizer=PLAIN, length=2)
+        load_corpus("r", f"{path}{options}", tokenizer=PLAIN, length=2, vocab_size=51)
+
+
+def test_bad_rows_of_a_folder_are_named_with_their_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write_rows(tmp_path / "a.jsonl", [{"text": "hi"}] * 3)
+    for rows, message in (
+        ([{"text": "a"}, {"body": "a"}], "deep/b.jsonl, row 2 has no `text`"),
+        ([{"text": 3}], "deep/b.jsonl, row 1: `text` holds a number"),
+    ):
+        write_rows(tmp_path / "deep/b.jsonl", rows)
+        with pytest.raises(InputError, match=f"corpus r, {tmp_path}/{message}"):
+            load_corpus("r", f"{tmp_path}?glob=**/*.jsonl", tokenizer=PLAIN, length=2)
+    write_rows(tmp_path / "a.jsonl", [{"input_ids": [1]}])
+    write_rows(tmp_path / "deep/b.jsonl", [{"input_ids": [1]}, {"input_ids": [-1]}])
+    with pytest.raises(InputError, match="deep/b.jsonl, row 2: token id -1 is out of range"):
+        load_corpus("r", f"{tmp_path}?glob=**/*.jsonl")
 
 
 def test_windows_of_chats(checkpoints: Any, tmp_path: Path) -> None:
@@ -200,3 +220,14 @@ def test_how_rows_are_read_is_recorded_and_blocks_that_are_left_are_read_alike(
     left = load_unused("r", source, made.record, structure=structure, blocks=4)
     assert left.record["left_by"] == made.record["sha256"]
     assert isinstance(next(documents([{"messages": ASK}], "here")), Chat)
+
+
+def test_a_named_corpus_is_read_again_as_it_was_read(checkpoints: Any) -> None:
+    """Under another name and with options too: the record names it."""
+    structure, sources = read_structure(checkpoints("qwen2_moe")), ("web?n=9", "web?parse_special=yes", "web", "")
+    for source, name in zip(sources, ("web", "mine", "other", "web"), strict=True):
+        made = load_corpus(name, source, structure=structure, sequences=2, length=16)
+        assert made.record["source"] == "web"
+        again = check_held_out({name: [made.record]}, {})
+        assert again == {name: source or None}
+        assert load_unused(name, again[name], made.record, structure=structure, blocks=2).record["source"] == "web"

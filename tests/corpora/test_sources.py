@@ -220,5 +220,5 @@ def test_a_named_file_gives_token_ids_too(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "ids.jsonl", [{"input_ids": [1, 2, 3]}])
     corpus = FileCorpus(path)
     assert list(corpus.rows(0)) == [{"input_ids": [1, 2, 3]}]
-    with pytest.raises(InputError, match="row 1 has no `text`; rows with and without it do not mix"):
+    with pytest.raises(InputError, match="row 1 holds token ids .`input_ids`., and text is needed here"):
         list(corpus.documents(0))

@@ -79,6 +79,25 @@ def test_how_thin_the_experts_are(structure: Structure, checkpoints: Callable[..
     )
 
 
+def test_the_calibration_text_is_named(structure: Structure) -> None:
+    """By what the plan records of it; a plan by hand may record less."""
+    sizes = {"sequences": 128, "tokens": 262144}
+    calibration = {
+        "chat": [{"source": "chats.jsonl", "weight": 3, **sizes}],
+        "wikitext2": [{"source": "Salesforce/wikitext@b08", **sizes}],
+        "web": [{"source": "web", **sizes}],
+        "many": [{"source": "<b>", **sizes}, {"source": "c", **sizes}, {}],
+        "mine": [],
+    }
+    card = card_of(structure, calibration=calibration)
+    assert (
+        "Calibration text: chat (chats.jsonl, 128 sequences, 262,144 tokens, weight 3); wikitext2 "
+        "(Salesforce/wikitext@b08, 128 sequences, 262,144 tokens); web (128 sequences, 262,144 tokens); many (\\<b>, "
+        "c, 256 sequences, 524,288 tokens); mine.\n"
+    ) in card
+    assert "Calibration text" not in card_of(structure)
+
+
 def test_line_ends_of_other_systems_are_read(structure: Structure) -> None:
     assert header_of(card_of(structure, "---\r\nlicense: mit\r\n---\r\ntext"))["license"] == "mit"
     assert header_of(card_of(structure, "no header")) == PLAIN

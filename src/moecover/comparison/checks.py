@@ -12,9 +12,11 @@ from moecover.comparison.cells import cells
 from moecover.comparison.config import SHIPPED, UNREPAIRED
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
-from moecover.corpora.arguments import parse_corpora
+from moecover.corpora.arguments import parse_corpora, source_of
 from moecover.corpora.windows import check_text
 from moecover.errors import InputError
+from moecover.planning.lines import unused_weights
+from moecover.planning.methods import METHODS
 from moecover.progress import Progress
 from moecover.registry import load_plugin
 from moecover.repairing.targets import Place, check_dtype, check_understood, places_on_disk
@@ -42,6 +44,7 @@ def checked(request: Request, progress: Progress) -> list[ComparedModel]:
         if any(cell.repaired for cell in model.cells):
             model.places = _repaired_places(request, entry.name, structure)
         found.append(model)
+    _note_weights(request, progress)
     return found
 
 
@@ -66,6 +69,17 @@ def _check_sources(request: Request) -> None:
                 check_text(name)
     except InputError as error:
         raise request.error(str(error).replace("--corpus ", "").replace("--perplexity ", ""), *at) from error
+
+
+def _note_weights(request: Request, progress: Progress) -> None:
+    """Say, once for all sets of corpora, which methods have no use for their weights."""
+    config = request.config
+    weights: dict[str, int] = {}
+    for name, text in (pair for arguments in config.calibration for pair in parse_corpora(arguments).items()):
+        weights[name] = source_of(name, text).options.get("weight", weights.get(name, 1))
+    methods = dict.fromkeys(entry.method for entry in config.methods if not METHODS[entry.method].blind)
+    if line := unused_weights(weights, list(methods)):
+        progress.say(line)
 
 
 def _check_machine(request: Request) -> None:

@@ -15,11 +15,14 @@ from pydantic import BaseModel, ValidationError
 
 from moecover.comparison.config import Config, MethodEntry, ModelEntry
 from moecover.comparison.yaml_lines import KeyPath, Places, load
+from moecover.corpora.grammar import MIX_ENDINGS
+from moecover.corpora.mixes import placed, read_mix
 from moecover.errors import InputError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+TEXTS = ("calibration", "perplexity")  # fields that hold corpora
 FOLDERS = ("data_dir", "include_path", "plugins")  # fields that hold paths
 BUDGETS = ("retain", "keep", "shapes")  # fields of which one says what is kept
 
@@ -50,11 +53,12 @@ def read(path: Path | None, flags: Mapping[str, object]) -> Request:
     lines: dict[KeyPath, int] = {}
     if path is not None:
         value, lines = load(path)
-        value = _absolute(value, path.absolute().parent)
-    value = {**value, **_absolute(flags, Path.cwd())}
+    places = Places("" if path is None else str(path), lines, tuple(flags))
+    if path is not None:
+        value = _absolute({k: v for k, v in value.items() if k not in flags}, path.absolute().parent, places)
+    value = {**value, **_absolute(flags, Path.cwd(), places)}
     if any(name in flags for name in BUDGETS):
         value = {k: v for k, v in value.items() if k not in BUDGETS or k in flags}
-    places = Places("" if path is None else str(path), lines, tuple(flags))
     return Request(_validated(value, places), places)
 
 
@@ -67,7 +71,7 @@ def request(config: Config | Mapping[str, object] | Path | str) -> Request:
     if isinstance(config, Config):
         return Request(config)
     if isinstance(config, Mapping):
-        return Request(_validated(_absolute(config, Path.cwd()), Places()))
+        return Request(_validated(_absolute(config, Path.cwd(), Places()), Places()))
     return read(Path(config), {})
 
 
@@ -104,15 +108,15 @@ def _keys_at(at: KeyPath) -> Iterable[str]:
     return entry.model_fields if entry is not None else ()
 
 
-def _absolute(value: Mapping[str, object], folder: Path) -> dict[str, object]:
-    """The fields with relative paths joined to a folder; values that are no paths stay."""
+def _absolute(value: Mapping[str, object], folder: Path, places: Places) -> dict[str, object]:
+    """The fields with relative paths joined to a folder, and mixes replaced by their corpora; other values stay.
+
+    Raises:
+        InputError: a mix that cannot be read, or a source that is none, with its place.
+    """
 
     def path(text: object) -> object:
         return str(folder / text) if isinstance(text, str) else text
-
-    def source(text: object) -> object:
-        name, equals, file = text.partition("=") if isinstance(text, str) else ("", "", "")
-        return f"{name}={folder / file}" if equals and file else text
 
     def model(entry: object) -> object:
         if isinstance(entry, dict):
@@ -122,6 +126,32 @@ def _absolute(value: Mapping[str, object], folder: Path) -> dict[str, object]:
     def each(change: Callable[[object], object], found: object) -> object:
         return [each(change, one) for one in found] if isinstance(found, list) else change(found)
 
-    changes: dict[str, Callable[[object], object]] = {"models": model, "calibration": source, "perplexity": source}
-    changes |= dict.fromkeys(FOLDERS, path)
-    return {key: each(changes[key], found) if key in changes else found for key, found in value.items()}
+    changes: dict[str, Callable[[object], object]] = {"models": model, **dict.fromkeys(FOLDERS, path)}
+    found = {key: each(changes[key], one) if key in changes else one for key, one in value.items()}
+    return found | {key: _sources(value[key], folder, places, (key,)) for key in TEXTS if key in value}
+
+
+def _sources(value: object, folder: Path, places: Places, at: KeyPath) -> object:
+    """Corpora with absolute paths, a mix as its corpora; values that are no corpora stay.
+
+    Args:
+        value: an argument, a list of them, or a list of such lists.
+        folder: relative paths begin there.
+        places: of the configuration.
+        at: where the value is in it.
+    """
+    if isinstance(value, str):
+        try:
+            if value.endswith(MIX_ENDINGS) and "=" not in value:
+                return read_mix(folder / value)
+            name, equals, source = value.partition("=")
+            return [f"{name}={placed(source, f'corpus {name}', folder)}" if equals and source else value]
+        except InputError as error:
+            raise places.error(str(error), at) from error
+    if not isinstance(value, list):
+        return value
+    found: list[object] = []
+    for number, one in enumerate(value):
+        made = _sources(one, folder, places, (*at, number))
+        found += made if isinstance(one, str) and isinstance(made, list) else [made]
+    return found

@@ -26,6 +26,7 @@ from moecover.evaluation.task_scores import cut_text
 from moecover.evaluation.task_usage import FILE as USAGE
 from moecover.files.atomic import write_text
 from moecover.files.hashing import sealed
+from moecover.planning.artifact import Plan
 from moecover.planning.shapes import shape_name
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
@@ -51,14 +52,15 @@ class Cut(TypedDict):
 class Results(TypedDict):
     """The content of results.json.
 
-    Versions, models, texts and tasks, which items are longer than the positions of which model, cells, comparisons, ids
-    of failed cells.
+    Versions, models, calibration corpora (the record of every sample, by name), texts and tasks, which items are longer
+    than the positions of which model, cells, comparisons, ids of failed cells.
     """
 
     schema: int
     created_by: dict[str, str]
     command: str
     models: list[ModelRecord]
+    calibration: dict[str, list[Record]]
     texts: dict[str, TextRecord]
     tasks: dict[str, TaskRecord]
     cut: list[Cut]
@@ -139,6 +141,7 @@ def write_results(run: Path, cells: Sequence[Cell], *, command: str) -> Results:
         "created_by": _versions(),
         "command": command,
         "models": read_models(run),
+        "calibration": _calibration(run, found),
         "texts": _merged(e.texts for e in done),
         "tasks": _merged({n: _of_any_model(t) for n, t in e.tasks.items()} for e in done),
         "cut": _cut(found),
@@ -195,6 +198,20 @@ def _markdown(run: Path, results: Results, found: Sequence[ReadCell]) -> str:
         usages=usages,
         sentences=sentences,
     )
+
+
+def _calibration(run: Path, found: Iterable[ReadCell]) -> dict[str, list[Record]]:
+    """The records of the calibration text by corpus, from a plan of every model and sample."""
+    plans: dict[tuple[object, ...], Path] = {}
+    for record, evaluation in found:
+        if evaluation is not None and record["plan"] is not None and record["calibration"]:
+            plans.setdefault((record["model"], *record["calibration"], record["sample"]), run / record["plan"])
+    records: dict[str, list[Record]] = {}
+    for path in plans.values():
+        for name, samples in Plan.load(path).calibration.items():
+            known = records.setdefault(name, [])
+            known += [sample for sample in samples if sample not in known]
+    return records
 
 
 def _of_any_model(task: TaskRecord) -> TaskRecord:

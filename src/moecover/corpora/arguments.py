@@ -79,7 +79,8 @@ class GivenCorpus:
             pinned: dict[str, Any] = {"revision": self.corpus.revision} if self.corpus.revision else {}
             kept = {key: value for key, value in self.options.items() if key in OF_ROWS}
             return {"source": with_options(self.corpus.place, {**kept, **pinned}, f"corpus {name}"), **self.facts()}
-        return {"source": self.corpus.source(name), **self.facts()}
+        place = self.source.place  # of a named corpus its own name, whatever it is called here
+        return {"source": self.corpus.source(place if place in CORPORA else name), **self.facts()}
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, where: str) -> Encoder:
         """What turns its documents into token ids.
@@ -227,7 +228,7 @@ def _check_argument(argument: str) -> None:
         if suffix_of(name) or name.startswith(HUB):
             stem = re.split(r"[/\\[?]", name.removeprefix(HUB).removesuffix("/"))
             short = (stem[1] if name.startswith(HUB) and len(stem) > 1 else Path(name).name).partition(".")[0]
-            raise InputError(f"corpus {name}: give the file a name, as --corpus {short}={name}")
+            raise InputError(f"corpus {name}: give it a name, as --corpus {short}={name}")
         raise unknown_name("corpus", name, CORPORA)
 
 

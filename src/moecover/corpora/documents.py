@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 from moecover.corpora.formats import file_rows, first_text, is_text, where_of
-from moecover.corpora.forms import Row, documents
+from moecover.corpora.forms import FileRow, Row, documents
 from moecover.errors import InputError
 
 
@@ -211,7 +211,11 @@ class FolderCorpus(NamedCorpus):
 
     def rows(self, seed: int) -> Iterator[Row]:
         del seed
-        return itertools.chain.from_iterable(file_rows(path, columns=self.columns) for path in self.files())
+        return itertools.chain.from_iterable(map(self._rows_of, self.files()))
+
+    def _rows_of(self, path: Path) -> Iterator[Row]:
+        name = path.relative_to(self.path).as_posix()
+        return (FileRow(row, name, number) for number, row in enumerate(file_rows(path, columns=self.columns), 1))
 
     def documents(self, seed: int) -> Iterator[str]:
         where = f"corpus folder {self.path}"
@@ -222,7 +226,7 @@ class FolderCorpus(NamedCorpus):
             if is_text(path):
                 yield {"text": first_text(path, longest)}
             else:
-                yield from file_rows(path, columns=self.columns)
+                yield from self._rows_of(path)
 
 
 def stdlib_documents(*, held_out: bool) -> Iterator[str]:

@@ -6,6 +6,7 @@ A format is one entry of `FORMATS`. Rows are read as they are used; what they ho
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,10 +41,17 @@ def _jsonl(file: BinaryIO, where: str) -> Iterator[Row]:
         try:
             row = parse_json(line, any_text=True)
         except ValueError as error:
-            raise InputError(f"{where}, line {number}: not JSON ({error})") from error
+            raise InputError(f"{where}, line {number}: not JSON ({_reason(error)})") from error
         if not isinstance(row, dict):
             raise InputError(f"{where}, line {number}: {line.strip()[:20]} is no JSON object, which a row is")
         yield row
+
+
+def _reason(error: ValueError) -> str:
+    """Why a line is not JSON; of a place within it the column alone, since it is a text of one line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return str(error)
 
 
 def _json(file: BinaryIO, where: str) -> Iterator[Row]:

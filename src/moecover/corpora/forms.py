@@ -54,6 +54,24 @@ class Chat:
 Document = str | Chat
 
 
+class FileRow(dict[str, object]):
+    """A row of one of several files, which messages name.
+
+    Attributes:
+        file: within their folder.
+        number: of the row in it, from 1.
+    """
+
+    def __init__(self, row: Row, file: str, number: int) -> None:
+        super().__init__(row)
+        self.file, self.number = file, number
+
+
+def place_of(row: Row, where: str, number: int) -> str:
+    """What messages call a row; ``where`` is its source, ``number`` its number among all of its rows, from 1."""
+    return f"{where}/{row.file}, row {row.number}" if isinstance(row, FileRow) else f"{where}, row {number}"
+
+
 class BadRow(Exception):
     """A row that is not what its keys say."""
 
@@ -192,35 +210,38 @@ def documents(rows: Iterable[Row], where: str, field: str | None = None) -> Iter
     """
     form: Form | None = None
     for number, row in enumerate(rows, 1):
+        place = place_of(row, where, number)
         if form is None:
-            form = _by_field(row, where, field) if field is not None else _form_of(row, where)
+            form = _by_field(row, place, field) if field is not None else _form_of(row, place)
         if lacking := [key for key in form.keys if row.get(key) is None]:
-            raise InputError(f"{where}: row {number} has no `{lacking[0]}`; rows with and without it do not mix")
+            raise InputError(f"{place} has no `{lacking[0]}`; rows with and without it do not mix")
         try:
             document = form.document(row)
         except BadRow as error:
-            raise InputError(f"{where}, row {number}: {error}") from None
+            raise InputError(f"{place}: {error}") from None
         yield replace(document, row=number) if isinstance(document, Chat) else document
 
 
-def _form_of(row: Row, where: str) -> Form:
+def _form_of(row: Row, place: str) -> Form:
     """The form of a row, by its keys."""
     for form in FORMS:
         if all(row.get(key) is not None for key in form.keys):
             return form
     if row.get("input_ids") is not None:
-        raise InputError(f"{where}: row 1 has no `text`; rows with and without it do not mix")
+        raise InputError(f"{place} holds token ids (`input_ids`), and text is needed here")
+    if null := [key for form in FORMS if all(key in row for key in form.keys) for key in form.keys if row[key] is None]:
+        raise InputError(f"{place}: `{null[0]}` is null. Leave out rows without text, or name another key (text=KEY)")
     known = "; ".join(form.name for form in FORMS)
     raise InputError(
-        f"{where}, row 1: no known form has its keys ({_keys(row)}). Name the one that holds the text (text=KEY), or "
-        f"give one of: {known}"
+        f"{place}: no known form has its keys ({_keys(row)}). Name the one that holds the text (text=KEY), or give one "
+        f"of: {known}"
     )
 
 
-def _by_field(row: Row, where: str, field: str) -> Form:
+def _by_field(row: Row, place: str, field: str) -> Form:
     """The form of rows whose text, or messages, are under a key that was named."""
     if field not in row:
-        raise InputError(f"{where}, row 1: {unknown_name('field', field, row)}")
+        raise InputError(f"{place}: {unknown_name('field', field, row)}")
 
     def document(row: Row) -> Document:
         if not isinstance(row[field], list):

@@ -41,7 +41,7 @@ def _argument(entry: object, where: str, folder: Path) -> str:
     """One corpus as an argument."""
     if isinstance(entry, str):
         before, equals, text = entry.partition("=")
-        return f"{before}={_placed(text, where, folder)}" if equals else before
+        return f"{before}={placed(text, where, folder)}" if equals else before
     if not isinstance(entry, dict):
         raise InputError(f"{where}: {entry!r} is no corpus. Give its name, source, weight, sequences and seed")
     if unknown := [key for key in entry if key not in KEYS]:
@@ -49,7 +49,7 @@ def _argument(entry: object, where: str, folder: Path) -> str:
     name = entry.get("name")
     if not isinstance(name, str) or not name:
         raise InputError(f"{where}: the corpus has no name. Give it one")
-    text = _placed(str(entry.get("source", name)), where, folder)
+    text = placed(str(entry.get("source", name)), where, folder)
     options = {key: _value(value) for key, value in entry.items() if key in OPTIONS}
     if "chat_template" in options:
         options["chat_template"] = folder / str(options["chat_template"])
@@ -65,8 +65,17 @@ def _value(value: object) -> object:
     return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
-def _placed(text: str, where: str, folder: Path) -> str:
-    """A source whose relative paths begin at the folder of the mix."""
+def placed(text: str, where: str, folder: Path) -> str:
+    """A source whose relative paths begin at a folder: that of the file that names it.
+
+    Args:
+        text: the source.
+        where: what messages call it.
+        folder: of the mix or the configuration.
+
+    Raises:
+        InputError: see `parse_source`.
+    """
     place, options = parse_source(text, where)
     if "chat_template" in options:
         options = {**options, "chat_template": str(folder / options["chat_template"])}

@@ -238,7 +238,7 @@ def _drawn(
     rows = itertools.chain([first], rows)
     if _are_ids(given, first):
         sizes = {"sequences": sequences, "length": length, "vocab_size": vocab_size, "max_length": max_length}
-        return sample_rows(name, rows, seed=seed, **sizes)
+        return sample_rows(name, rows, where, seed=seed, **sizes)
     if tokenizer is None and structure is not None and structure.checkpoint.gguf is None:
         tokenizer = load_tokenizer(structure.checkpoint.path)
     if tokenizer is None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from moecover.corpora.bos import body_length, cut, prefix_record
 from moecover.corpora.encoding import Encoder
-from moecover.corpora.forms import Chat, Document, Row
+from moecover.corpora.forms import Chat, Document, Row, place_of
 from moecover.corpora.pieces import pieces
 from moecover.errors import InputError, arg
 
@@ -152,6 +152,7 @@ def _tokenized(documents: Sequence[Document], encoder: Encoder, *, limit: int) -
 def sample_rows(
     name: str,
     rows: Iterable[Row],
+    where: str,
     *,
     sequences: int | None,
     seed: int,
@@ -164,6 +165,7 @@ def sample_rows(
     Args:
         name: of the corpus, for messages.
         rows: each with ``input_ids`` and perhaps an ``attention_mask``.
+        where: what messages call their source.
         sequences: rows wanted, of the first `ROWS` times as many; None takes all.
         seed: of the choice.
         length: of every row; None for any.
@@ -173,21 +175,22 @@ def sample_rows(
     Raises:
         InputError: a row is malformed or out of range, or there are too few.
     """
-    pairs = []
+    pairs, places = [], list[str]()
     for number, row in enumerate(itertools.islice(rows, sequences and ROWS * sequences), 1):
-        where = f"corpus {name}, row {number}"
-        ids, mask = _checked_row(where, row)
+        place = place_of(row, where, number)
+        ids, mask = _checked_row(place, row)
         if ids.min() < 0 or (vocab_size is not None and ids.max() >= vocab_size):
             allowed = "0 or more" if vocab_size is None else f"0 to {vocab_size - 1}"
             wrong = int(ids.max() if ids.min() >= 0 else ids.min())
-            raise InputError(f"{where}: token id {wrong} is out of range. Allowed: {allowed}")
+            raise InputError(f"{place}: token id {wrong} is out of range. Allowed: {allowed}")
         if max_length is not None and len(ids) > max_length:
-            raise InputError(f"{where}: {len(ids)} tokens, the model takes at most {max_length}")
+            raise InputError(f"{place}: {len(ids)} tokens, the model takes at most {max_length}")
         pairs.append((ids, mask.astype(bool)))
-    for number, (ids, _) in enumerate(pairs, 1):
+        places.append(place)
+    for place, (ids, _) in zip(places, pairs, strict=True):
         if length is not None and len(ids) != length:
             raise InputError(
-                f"corpus {name}, row {number}: {len(ids)} tokens, {arg('length', length)} is asked for, which cuts "
+                f"{place}: {len(ids)} tokens, {arg('length', length)} is asked for, which cuts "
                 "text into blocks but takes rows of `input_ids` as they are. Leave it out, or give rows of that length"
             )
     available = len(pairs)
@@ -205,20 +208,20 @@ def sample_rows(
     return Sample(_padded(pairs), _padded(left), {"blocks_available": available})
 
 
-def _checked_row(where: str, row: Row) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _checked_row(place: str, row: Row) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ids and mask of a row, both int64 ``[position]``."""
     given = row.get("attention_mask")
     try:
         ids = np.asarray(row["input_ids"])
         mask = np.ones(ids.shape, dtype=np.int64) if given is None else np.asarray(given)
     except (KeyError, ValueError) as error:
-        raise InputError(f"{where}: {WHOLE_NUMBERS}") from error
+        raise InputError(f"{place}: {WHOLE_NUMBERS}") from error
     if (ids.size and ids.dtype.kind not in "iu") or (mask.size and mask.dtype.kind not in "iub"):
-        raise InputError(f"{where}: {WHOLE_NUMBERS}")
+        raise InputError(f"{place}: {WHOLE_NUMBERS}")
     ids, mask = ids.astype(np.int64), mask.astype(np.int64)
     if ids.ndim != 1 or ids.shape != mask.shape or not mask.any() or ((mask != 0) & (mask != 1)).any():
         raise InputError(
-            f"{where}: `input_ids` has shape {ids.shape} and `attention_mask` {mask.shape} with {int(mask.sum())} "
+            f"{place}: `input_ids` has shape {ids.shape} and `attention_mask` {mask.shape} with {int(mask.sum())} "
             "ones; two equal lists and at least one 1 are needed"
         )
     return ids, mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moecover.corpora.grammar import HUB
+from moecover.corpora.grammar import HUB, with_options
 from moecover.corpora.sources import CORPORA
 from moecover.errors import InputError, arg
 
@@ -27,7 +27,7 @@ def check_held_out(
         files: by name, the files that the user gave.
 
     Returns:
-        The file of every corpus, None for a named one.
+        The file, or another source, of every corpus; None for a named one as it is.
 
     Raises:
         InputError: a corpus of several samples, one whose blocks were all used, or a file that was not given.
@@ -38,7 +38,7 @@ def check_held_out(
 
 
 def _file_of(name: str, records: Sequence[Mapping[str, Any]], file: str | None) -> str | None:
-    """The file of one corpus, None for a named one; refused where its unused blocks are not known or there are none."""
+    """The source of one corpus, None for a named one as it is; refused where no unused blocks are known."""
     record = records[0]
     remedy = f"Give held-out text as {arg('texts', 'NAME[=PATH]')}"
     if len(records) > 1 or "rows" in record or "seed" not in record:
@@ -50,8 +50,10 @@ def _file_of(name: str, records: Sequence[Mapping[str, Any]], file: str | None) 
             f"the profile took all {record['sequences']} blocks of {name}, none is left to measure on. "
             f"{remedy}, or make the profile with fewer {arg('sequences')}"
         )
-    if name in CORPORA and record["source"] == CORPORA[name].source(name):
-        return None
+    for known in [name] if name in CORPORA else [] if file else CORPORA:
+        if record["source"] == CORPORA[known].source(known):
+            options = {key: record[key] for key in ("text", "n", "parse_special") if key in record}
+            return with_options(known, options, f"corpus {name}") if options or known != name else None
     if record["source"].startswith(HUB):
         return str(record["source"])
     if not file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moecover.planning.explaining.stability import settled_text, stability
@@ -28,14 +29,24 @@ def calibration_notes(plan: Plan, profile: Profile, *, remedy: str | None = None
 
 
 def _weights_line(plan: Plan, profile: Profile) -> str:
-    """That a method has no use for the weights of a mix; empty where it has, or there are none."""
-    weighted = [name for name, records in profile.corpora.items() if records[0].get("weight", 1) != 1]
-    if not weighted or any(option.name == "weights" for option in METHODS[plan.method].options):
+    """See `unused_weights`, of the corpora of a profile."""
+    weights = {name: records[0].get("weight", 1) for name, records in profile.corpora.items()}
+    return unused_weights(weights, [plan.method])
+
+
+def unused_weights(weights: Mapping[str, int], methods: Sequence[str]) -> str:
+    """That methods have no use for the weights of a mix; empty where all have, or no corpus has another weight than 1.
+
+    Args:
+        weights: by corpus.
+        methods: names in `METHODS`.
+    """
+    weighted = [name for name, weight in weights.items() if weight != 1]
+    equal = [name for name in methods if not METHODS[name].has("weights")]
+    if not weighted or not equal:
         return ""
-    return (
-        f"note: the weights of the mix ({', '.join(weighted)}) are not used: method {plan.method} rates every corpus "
-        "alike"
-    )
+    rate = f"method {equal[0]} rates" if len(equal) == 1 else f"methods {', '.join(equal)} rate"
+    return f"note: the weights of the mix ({', '.join(weighted)}) are not used: {rate} every corpus alike"
 
 
 def thin_line(plan: Plan, profile: Profile, *, remedy: str | None = None) -> str:

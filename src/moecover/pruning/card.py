@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -82,6 +83,21 @@ def _weights(repaired: Repaired | None) -> str:
         f"All other weights are those of the original, byte for byte{'' if moved else '; nothing was trained'}. "
         "`moecover.json` names every changed tensor, and gives the error before and after by layer and corpus."
     )
+
+
+def _calibration(plan: Plan) -> list[str]:
+    """The calibration text in a sentence, by corpus; none where the choice does not depend on it."""
+    texts = "; ".join(f"{name}{_about(name, records)}" for name, records in plan.calibration.items())
+    return [f"Calibration text: {markdown_text(texts)}.", ""] if texts else []
+
+
+def _about(name: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Where the samples of a corpus come from, how much that is, and its weight; a plan by hand may not say that."""
+    found = [*dict.fromkeys(str(one["source"]) for one in records if one.get("source", name) != name)]
+    sizes = {key: sum(one[key] for one in records if isinstance(one.get(key), int)) for key in ("sequences", "tokens")}
+    found += [f"{size:,} {key}" for key, size in sizes.items() if size]
+    found += [f"weight {one['weight']}" for one in records[:1] if "weight" in one]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _short_name(name: str) -> str:
@@ -201,6 +217,7 @@ def model_card(
         "",
         f"Method: {markdown_text(plan.method)}; options: {markdown_text(options)}. {holds}",
         "",
+        *_calibration(plan),
         *more,
     ]
     if figures:
