@@ -104,6 +104,7 @@ def _plans(
 ) -> list[Plan]:
     """The plans that a bound asks for."""
     from moecover.planning.job import plans
+    from moecover.planning.lines import calibration_notes
     from moecover.progress import resolve
 
     dtype, device, revision = args.dtype, args.device, args.revision
@@ -140,7 +141,7 @@ def _plans(
         shapes = _shapes(args, profile)
     if len(shapes) > 1 and args.output.is_file():
         raise InputError(f"{args.output} is a file. Give a folder for {len(shapes)} plans")
-    return plans(
+    made = plans(
         profile,
         [shape.keep for shape in shapes],
         [shape.width for shape in shapes],
@@ -153,6 +154,9 @@ def _plans(
         revision=revision,
         progress=resolve(),
     )
+    for line in calibration_notes(min(made, key=lambda one: one.keep), profile):
+        resolve().say(line)
+    return made
 
 
 def _for_budget(args: argparse.Namespace, profile: Profile, method: str, options: dict[str, object]) -> Plan:

@@ -128,10 +128,7 @@ def plans(
             found, live = stack.enter_context(opening)
             searching = search_resources(method, options, found, live, budgets=len(keeps), progress=progress)
             resources = stack.enter_context(searching)
-        made = plan_budgets(profile, method=method, keeps=keeps, widths=widths, **resources, **options)
-    for line in calibration_notes(min(made, key=lambda one: one.keep), profile):
-        progress.say(line)
-    return made
+        return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **resources, **options)
 
 
 @contextlib.contextmanager
@@ -246,7 +243,7 @@ def plan(
         width_multiple_of=width_multiple_of,
         channel_groups=options.get("channel_groups", 1),
     )
-    return plans(
+    (found,) = plans(
         made,
         [shape.keep],
         [shape.width],
@@ -259,7 +256,10 @@ def plan(
         memory_limit=memory_limit,
         revision=revision,
         progress=resolve(progress),
-    )[0]
+    )
+    for line in calibration_notes(found, made):
+        resolve(progress).say(line)
+    return found
 
 
 def _check_unused(method: str, model: object, **of_model: object) -> None:

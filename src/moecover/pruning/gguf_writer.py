@@ -87,15 +87,17 @@ def check_replaceable(first: Path, names: Sequence[str], *, overwrite: bool) -> 
             raise InputError(f"{file} was not written by moecover, so it is not overwritten. Choose another output")
 
 
-def _check_card(card: Path, *, overwrite: bool) -> None:
-    """Refuse to replace a text that is no card of this program, or any without leave.
+def _check_card(card: Path) -> None:
+    """Refuse to replace a text that is no card of this program.
 
     Raises:
         InputError: names the file.
     """
-    if card.exists() and not (overwrite and card.is_file() and TAGS[-1].encode() in card.read_bytes()[:1000]):
-        why = "it is no model card of moecover" if overwrite else f"give {arg('overwrite')}"
-        raise InputError(f"{card}, the place of the model card, exists: choose another output, or remove it ({why})")
+    if card.exists() and not (card.is_file() and TAGS[-1].encode() in card.read_bytes()[:1000]):
+        raise InputError(
+            f"{card}, the place of the model card, exists and is no card of moecover, so it is not overwritten. Choose "
+            "another output"
+        )
 
 
 def _is_ours(file: Path, first: Path) -> bool:
@@ -220,7 +222,7 @@ def prune_gguf(
     with locked(first):
         returned(first, list(names.values()))
         check_replaceable(first, list(names.values()), overwrite=overwrite)
-        _check_card(card, overwrite=overwrite)
+        _check_card(card)
         with explained(f"reading {structure.checkpoint.name}", left="Nothing was written"):
             inputs = _inputs(structure, files, plan)
         expected = expected_files(structure, files, plan)
