@@ -16,7 +16,7 @@ import pytest
 
 from moecover.evaluation.artifact import Evaluation
 from tests.support.command_line import run
-from tests.support.gguf_models import needs_llama
+from tests.support.gguf_models import OPTIONS, convert, needs_llama
 from tests.support.tasks import ARC, own_task, write_rows
 
 pytestmark = needs_llama
@@ -26,7 +26,7 @@ import sys, time
 import xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.hostnames, params.port = sys.argv[1], ["127.0.0.1"], int(sys.argv[2])
-params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup = 512, 2, 1, False
+params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup = 1024, 2, 1, False
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 server = xllamacpp.Server(params)
 time.sleep(600)
@@ -56,12 +56,13 @@ def serving(model: Path, log: Path) -> Iterator[str]:
 
 
 def test_answers_are_those_of_the_folder(
-    converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval")
-    model, data = converted("qwen2_moe"), tmp_path / "data"
+    folder = checkpoints("qwen2_moe", **OPTIONS["qwen2_moe"], max_position_embeddings=512)
+    model, data = convert(folder, tmp_path / "model.gguf"), tmp_path / "data"
     write_rows(data / "arc_easy", test=ARC, validation=ARC[:2])
-    folder, include = model.with_name("checkpoint"), own_task(data, "generate_until", "exact_match")
+    include = own_task(data, "generate_until", "exact_match")
     path = include / "letters.yaml"
     path.write_text(f"{path.read_text()}generation_kwargs: {{until: ['.'], max_gen_toks: 8}}\n")
     given = ["evaluate", folder, "--tasks", "letters", "--include-path", include, "-q"]
