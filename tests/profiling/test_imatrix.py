@@ -112,6 +112,7 @@ def test_the_plan_cuts_any_quantisation_and_the_original(
         status, out, err = run(capsys, "plan", *given, *more, "--keep", 3, "-o", chosen)
         assert status == 0, err
         assert "--profile" not in out
+        assert err.count("tokens. Make the importance matrices of more text") == 1
         made = Plan.load(chosen)
         assert made.options["saliency"] == saliency
         assert (made.topology_fingerprint is None) == (made.model_fingerprint is None) == (not more)

@@ -154,7 +154,8 @@ def _plans(
         revision=revision,
         progress=resolve(),
     )
-    for line in calibration_notes(min(made, key=lambda one: one.keep), profile):
+    remedy = "Make the importance matrices of more text" if args.imatrix else None
+    for line in calibration_notes(min(made, key=lambda one: one.keep), profile, remedy=remedy):
         resolve().say(line)
     return made
 
