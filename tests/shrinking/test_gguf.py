@@ -37,6 +37,8 @@ def test_a_file_is_shrunk_proven_and_measured(
     status, out, err = run(capsys, *command)
     assert status == 0, err
     assert "worst text: " in out
+    (thin,) = [line for line in err.splitlines() if line.startswith("note: calibration text is thin")]
+    assert thin.endswith("Give more corpora, or longer ones (--corpus)")
     (folder,) = [path for path in work.iterdir() if path.is_dir() and path.name.startswith("50")]
     plan, whole = Plan.load(folder / "plan.json"), read_structure(model)
     assert not isinstance(whole.width, str)
