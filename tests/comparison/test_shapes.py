@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moecover.checkpoints.structure import read_structure
-from moecover.checkpoints.topology import Topology, Width
+from moecover.checkpoints.topology import ChannelAxis, Topology, Width
 from moecover.cli.main import main
 from moecover.comparison.cells import Cell, cells
 from moecover.comparison.comparisons import comparisons
@@ -28,6 +28,7 @@ from moecover.runtime.loading import load_model
 from tests.support.grids import rows, run, written
 
 TOPOLOGY, WIDTH = Topology("m", (1, 2), 60, 4, 8, 3), Width(64, (), {}, {})
+BLOCKS = Width(64, (), {"down": ChannelAxis(2, group=32)}, {})
 ASKED = {"models": ["m"], "calibration": ["wikitext2"], "perplexity": ["c4"], "seeds": [0]}
 
 
@@ -64,6 +65,7 @@ def test_the_channels_of_random_experts_are_calibrated() -> None:
         ({"shapes": ["30x32", "30x32"]}, "`shapes` has 30x32 twice"),
         ({"shapes": ["15", "25%"]}, "the budgets keep 15, 15 experts: give every one once"),
         ({"shapes": ["30x32"], "keep": [15]}, "give one of `retain`"),
+        ({"shapes": ["30x48"], "width": BLOCKS}, "in blocks of 32 channels, of which only whole ones can go"),
         ({"shapes": ["30x32"], "width": "its experts are quantised"}, "cannot be changed: its experts are quantised"),
     ],
 )

@@ -92,6 +92,7 @@ FLAGS = (
         "SIZE",
         "memory that each of the --jobs may use, such as 4GB; a model that does not fit runs layer by layer",
     ),
+    Flag("libllama", "libllama", "PATH", "shared library of llama.cpp, for GGUF files (default: that of the extra)"),
     Flag(
         "plugin",
         "plugins",
@@ -118,7 +119,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="+",
         metavar="CONFIG.yaml|MODEL",
-        help="a configuration (docs/compare.md), or models: local folders, hub ids, shipped:NAME",
+        help="a configuration (docs/compare.md), or models: local folders, hub ids, shipped:NAME, .gguf files",
     )
     group = parser.add_argument_group("in place of a configuration, or of fields of it")
     group.add_argument(
@@ -127,6 +128,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="NAME[=SOURCE]",
         help="calibration corpus, as in `profile`; repeat it: they are one calibration set",
+    )
+    group.add_argument(
+        "--file",
+        dest="files",
+        action="append",
+        default=None,
+        metavar="FILE.gguf",
+        help="another GGUF file of the one MODEL.gguf, quantised or pruned, as a row beside it; repeat it",
     )
     add_mix(group)
     add_reading(group)
@@ -159,9 +168,15 @@ def run(args: argparse.Namespace) -> Outcome:
     if any(what.endswith(YAML) for what in args.what):
         if len(args.what) > 1:
             raise InputError(f"give one configuration, or models: {' '.join(args.what)}")
+        if args.files:
+            raise InputError("--file goes with MODEL.gguf. In a configuration, list files in their model's entry")
         path = Path(args.what[0])
     else:
         flags["models"] = args.what
+        if args.files:
+            if len(args.what) > 1:
+                raise InputError(f"--file goes with one MODEL.gguf, here are {len(args.what)} models")
+            flags["models"] = [{"model": args.what[0], "files": args.files}]
         if args.corpus is None:
             raise InputError("give calibration corpora with --corpus NAME[=SOURCE], or a configuration CONFIG.yaml")
     made = compare(read(path, flags), args.output, jobs=args.jobs, command=shlex.join(["moecover", *args.argv]))

@@ -72,6 +72,11 @@ def _of_shape(text: str, topology: Topology, width: Width | str) -> Budget:
             raise InputError(f"shape {text}: the width of the experts cannot be changed: {width}")
         parsed = parse_shape(text, topology, width.channels)
         assert isinstance(parsed, Shape)
+        if (parsed.width or 0) % width.group:
+            raise InputError(
+                f"shape {text}: the weights lie in blocks of {width.group} channels, of which only whole ones can go. "
+                f"Give a multiple of {width.group}"
+            )
         share = parsed.keep * (parsed.width or width.channels) / (experts * width.channels)
         return Budget(round(share, 4), parsed)
     else:

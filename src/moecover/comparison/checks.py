@@ -10,6 +10,7 @@ from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.comparison.cells import cells
 from moecover.comparison.config import SHIPPED, UNREPAIRED
+from moecover.comparison.gguf_checks import check_coordinates, check_library, read_files
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
 from moecover.corpora.arguments import parse_corpora, source_of
@@ -37,10 +38,13 @@ def checked(request: Request, progress: Progress) -> list[ComparedModel]:
     _check_sources(request)
     _check_machine(request)
     with held():
+        check_library(request)
         structures = [_headers(request, number, progress) for number in range(len(config.models))]
     found = []
-    for entry, structure in zip(config.models, structures, strict=True):
-        model = ComparedModel(entry, structure, cells(request, entry, structure.topology, structure.width))
+    for number, (entry, structure) in enumerate(zip(config.models, structures, strict=True)):
+        files = read_files(request, number, structure)
+        planned = cells(request, entry, structure.topology, structure.width, files)
+        model = ComparedModel(entry, structure, planned, files)
         if any(cell.repaired for cell in model.cells):
             model.places = _repaired_places(request, entry.name, structure)
         found.append(model)
@@ -104,9 +108,12 @@ def _headers(request: Request, number: int, progress: Progress) -> Structure:
         source = shipped_model(name.removeprefix(SHIPPED)) if name.startswith(SHIPPED) else name
         with progress.spinner(f"reading {entry.name}"):
             structure = read_structure(open_checkpoint(source, revision=entry.revision, headers_only=True))
-        check_loadable(structure, request.config.dtype)
+        if structure.checkpoint.gguf is None:
+            check_loadable(structure, request.config.dtype)
     except InputError as error:
         raise request.error(error, "models", number) from error
+    if structure.checkpoint.gguf is not None:
+        check_coordinates(request, entry.name)
     for warning in structure.warnings:
         progress.say(f"note: {entry.name}: {warning}")
     return structure

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
 import numpy as np
 
 from moecover.comparison.bootstrap import ALPHA, Difference, paired_bootstrap
-from moecover.comparison.cells import FULL
+from moecover.comparison.cells import FILE, FULL
 from moecover.comparison.measures import Draws, Measure, MeasuredCell
 from moecover.comparison.tests import holm, over_seeds, with_spread
 from moecover.comparison.words import BETTER, NONE_FOUND, WORSE, Compared, Verdict, sentence
@@ -107,8 +107,8 @@ def comparisons(
     Where experts are thinner, methods are compared in the same shape, and shapes of the studied method at equal bytes.
 
     Args:
-        cells: of all methods. The full model and cells without scores are left out; a method that needs no calibration
-            is compared in every calibration set.
+        cells: of all methods. The full model, its files and cells without scores are left out; a method that needs no
+            calibration is compared in every calibration set.
         against: label of the method under study, see `studied`.
         resamples: number of bootstrap samples of every bootstrap.
         seed: of the random numbers.
@@ -119,7 +119,7 @@ def comparisons(
     Raises:
         InputError: no such label, items or windows that do not belong together, or a value that is not finite.
     """
-    cells = [c for c in cells if c.method != FULL and (c.items or c.windows)]
+    cells = [c for c in cells if c.method not in (FULL, FILE) and (c.items or c.windows)]
     label = studied(cells, against) if cells else None
     if label is None:
         return []

@@ -14,6 +14,7 @@ from moecover.corpora.arguments import expanded
 from moecover.corpora.sources import set_name
 from moecover.corpora.windows import WINDOWS
 from moecover.errors import InputError
+from moecover.gguf.parts import is_gguf, stem_of
 from moecover.planning.methods import METHODS
 from moecover.planning.saliency import DEFAULT_SALIENCY
 from moecover.registry import unknown_name
@@ -63,23 +64,58 @@ Repairs = Annotated[
 ]
 
 
+def _checked_name(what: str, name: str) -> str:
+    """A name that can be part of a file's.
+
+    Raises:
+        InputError: names what cannot be called so.
+    """
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+        raise InputError(f"{what} cannot be called {name!r}. Give it a name of letters, digits, . + - _")
+    return name
+
+
+class FileEntry(BaseModel):
+    """A further GGUF file of a model, a row as it is; ``name`` defaults to that of the file, without its ending."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    file: str
+    name: str = ""
+
+    @model_validator(mode="after")
+    def _named(self) -> FileEntry:
+        if not is_gguf(self.file):
+            raise InputError(f"file {self.file!r}: rows from files are for GGUF. Give FILE.gguf")
+        self.name = _checked_name(f"file {self.file!r}", self.name or stem_of(Path(self.file)))
+        return self
+
+
 class ModelEntry(BaseModel):
-    """A model: folder, hub id, or ``shipped:NAME``; ``name`` in the results defaults to the last part of ``model``."""
+    """A model: folder, hub id, GGUF file, or ``shipped:NAME``; ``name`` defaults to the last part of ``model``."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     revision: str | None = None
     name: str = ""
+    files: Annotated[list[Annotated[FileEntry, _entry("file")]], BeforeValidator(_listed)] = []
 
     @model_validator(mode="after")
     def _named(self) -> ModelEntry:
-        self.name = self.name or Path(self.model.removeprefix(SHIPPED)).name
-        if not re.fullmatch(r"[\w.+-]+", self.name) or self.name.startswith("."):
-            raise InputError(
-                f"model {self.model!r} cannot be called {self.name!r}. Give it a name of letters, digits, . + - _"
-            )
+        last = stem_of(Path(self.model)) if self.gguf else Path(self.model.removeprefix(SHIPPED)).name
+        self.name = _checked_name(f"model {self.model!r}", self.name or last)
+        if self.files and not self.gguf:
+            raise InputError(f"model {self.model!r} has `files`: rows from files are for GGUF. Give MODEL.gguf")
+        names = [file.name for file in self.files]
+        if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise InputError(f"model {self.model!r}: two files are called {repeated[0]}. Give one of them a `name`")
         return self
+
+    @property
+    def gguf(self) -> bool:
+        """Whether llama.cpp runs it."""
+        return is_gguf(self.model)
 
 
 class MethodEntry(BaseModel):
@@ -96,12 +132,15 @@ class MethodEntry(BaseModel):
     protect_channels: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-def default_methods() -> list[MethodEntry]:
+def default_methods(*, runs_experts: bool = True) -> list[MethodEntry]:
     """The methods of a configuration that names none: the baseline first, the default method last.
 
     A method that is a published one with some saliency is compared with that saliency.
+
+    Args:
+        runs_experts: those too that run the experts, which needs transformers.
     """
-    chosen = [method for method in METHODS.values() if method.compared]
+    chosen = [m for m in METHODS.values() if m.compared and (runs_experts or not m.runs_experts)]
     chosen.sort(key=lambda method: (not method.baseline, method.default, method.rank))
     return [MethodEntry(method=m.name, saliency=list(m.published) or None) for m in chosen]
 
@@ -139,10 +178,13 @@ class Config(BaseModel):
     dtype: str = "auto"
     device: str = "auto"
     memory_limit: str | None = None
+    libllama: str | None = None
     plugins: Texts = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if "methods" not in self.model_fields_set and any(entry.gguf for entry in self.models):
+            self.methods = default_methods(runs_experts=False)
         given = sum(one is not None for one in (self.retain, self.keep, self.shapes))
         if given > 1:
             raise InputError(

@@ -6,7 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from moecover.checkpoints.structure import Structure
 from moecover.comparison.config import Config
 from moecover.comparison.jobs import ModelSetup
 from moecover.comparison.models import ComparedModel
@@ -44,7 +46,8 @@ def setup_of(model: ComparedModel, config: Config, limit: int) -> ModelSetup:
             extra = max(extra, beside)
     return ModelSetup(
         name=model.name,
-        folder=model.structure.checkpoint.path,
+        path=_path(model.structure),
+        files={name: _path(file) for name, file in model.files.items()},
         weights=model.weights,
         limit=limit,
         batch_tokens=config.batch_size * longest,
@@ -53,6 +56,12 @@ def setup_of(model: ComparedModel, config: Config, limit: int) -> ModelSetup:
         extra=extra,
         texts=model.texts,
     )
+
+
+def _path(structure: Structure) -> Path:
+    """What opens a model again: its folder, or its first GGUF file."""
+    checkpoint = structure.checkpoint
+    return checkpoint.path if checkpoint.gguf is None else checkpoint.gguf.first.path
 
 
 def pass_cost(
@@ -77,6 +86,8 @@ def check_fits(request: Request, model: ComparedModel, setup: ModelSetup) -> Non
     Raises:
         InputError: with the line of the limit, or of the tasks.
     """
+    if model.entry.gguf:
+        return  # mapped from the disk
     found = pass_cost(model, setup, request.config, setup.tokens, setup.in_parts)
     allowed = f"{setup.limit / 1e9:.1f} GB may be used"
     if found.by_layer and model.in_memory:
@@ -100,6 +111,8 @@ def cells_per_pass(model: ComparedModel, setup: ModelSetup, config: Config) -> i
 
     Every cell needs hidden states of its own for all texts, twice, and the repair of one layer.
     """
+    if model.entry.gguf:
+        return None
     found = pass_cost(model, setup, config, sum(text.num_tokens for text in model.texts))
     if not found.by_layer:
         return None
@@ -109,8 +122,16 @@ def cells_per_pass(model: ComparedModel, setup: ModelSetup, config: Config) -> i
     return max(1, int((setup.limit - found.streamed + each) // max(each, 1)))
 
 
-def estimated_seconds(models: Sequence[ComparedModel], setups: Mapping[str, ModelSetup], config: Config) -> float:
-    """How long the pending cells take in one worker: from cells that were timed, else from a trial of this machine."""
+def estimated_seconds(
+    models: Sequence[ComparedModel], setups: Mapping[str, ModelSetup], config: Config
+) -> float | None:
+    """How long the pending cells take in one worker: from cells that were timed, else from a trial of this machine.
+
+    Returns:
+        None where llama.cpp runs a model of which no cell was timed yet: its speed is not estimated.
+    """
+    if any(model.pending and model.entry.gguf and not model.walls for model in models):
+        return None
     return sum(_seconds(model, setups[model.name], config) for model in models if model.pending)
 
 

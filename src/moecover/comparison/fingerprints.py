@@ -22,6 +22,8 @@ from moecover.comparison.variants import OF_EVERY_METHOD
 from moecover.files.atomic import canonical_json, digest, write_text
 from moecover.files.hashing import file_hash, sealed, unsealed
 from moecover.files.reading import read_json
+from moecover.llama.library import Library
+from moecover.planning.fitting import channel_groups
 from moecover.planning.methods import METHODS
 from moecover.progress import Progress
 from moecover.runtime.loading import check_device
@@ -117,7 +119,7 @@ def cell_fingerprint(
     texts = {text.name: text.record for text in model.texts}
     plugins = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in config.plugins]
     device = check_device(config.dtype, config.device)
-    plan = _plan_inputs(config, model, cell)
+    plan = [cell.file, model.files_weights[cell.file]] if cell.file else _plan_inputs(config, model, cell)
     value = [
         model.weights,
         plan,
@@ -134,7 +136,7 @@ def cell_fingerprint(
 
 
 def _plan_inputs(config: Config, model: ComparedModel, cell: Cell) -> list[object] | None:
-    """What the plan of a cell depends on, beside the calibration text; None for the full model."""
+    """What the plan of a cell depends on, beside the calibration text; None for a cell without one."""
     variant = cell.variant
     if variant is None:
         return None
@@ -143,17 +145,19 @@ def _plan_inputs(config: Config, model: ComparedModel, cell: Cell) -> list[objec
     known = {k: v for k, v in complete.items() if isinstance(v, (str, int, float, bool, dict, type(None)))}
     found = [variant.method, known | options, cell.keep, config.search_tokens if variant.searches else None]
     if cell.width is not None:
-        found.append({"width": cell.width})
+        group = channel_groups(model.structure)
+        found.append({"width": cell.width} | ({"group": group} if group > 1 else {}))
     if cell.repaired:
         found += [cell.repair, sum(c.num_tokens for c in model.repaired_on[cell.calibrated_on])]
     return found
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that compute a cell."""
+def versions(library: Library | None = None) -> dict[str, str]:
+    """Versions of the packages that compute a cell; ``library`` is the llama.cpp that runs a GGUF model."""
     import torch
     import transformers
 
     from moecover.version import VERSION
 
-    return {"moecover": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
+    found = {"moecover": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
+    return found if library is None else {**found, "llama.cpp": library.version}

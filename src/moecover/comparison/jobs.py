@@ -24,7 +24,8 @@ class ModelSetup:
 
     Attributes:
         name: of the model.
-        folder: of its checkpoint.
+        path: its folder, or its first GGUF file.
+        files: paths of further GGUF files by name.
         weights: a hash of them.
         limit: bytes of memory that it may use.
         batch_tokens: tokens of the largest forward pass.
@@ -35,7 +36,8 @@ class ModelSetup:
     """
 
     name: str
-    folder: Path
+    path: Path
+    files: Mapping[str, Path]
     weights: str
     limit: int
     batch_tokens: int

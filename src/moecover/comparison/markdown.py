@@ -155,24 +155,24 @@ def _measures(texts: Sequence[str], tasks: Mapping[str, Mapping[str, Any]]) -> d
 
 def _chapter(model: ModelRecord, mine: Sequence[Done], measures: Mapping[str, Sequence[Measure]]) -> str:
     """The tables of a model."""
-    groups: dict[tuple[str, str, str], list[Done]] = {}
+    groups: dict[tuple[str, ...], list[Done]] = {}
     for record, evaluation in mine:
-        key = _shape(record), record["label"], set_name(record["calibration"], " + ")
+        key = record["method"], _shape(record), record["label"], set_name(record["calibration"], " + ")
         groups.setdefault(key, []).append((record, evaluation))
-    several = len({calibration for _, _, calibration in groups if calibration}) > 1
+    several = len({calibration for *_, calibration in groups if calibration}) > 1
     parts = [
         f"## {markdown_text(model['name'])}\n\n{model['experts']} experts a layer, top-{model['top_k']}, "
         f"{model['layers']} layers, {model['num_bytes'] / 1e6:,.1f} MB.\n"
     ]
     for title, columns in measures.items():
         body = []
-        for (shape, label, calibration), group in groups.items():
+        for (method, _, label, calibration), group in groups.items():
             numbers = [_column(column, group) for column in columns]
             if all(number == NOTHING for number in numbers):
                 continue
-            record, evaluation = group[0]
-            size = f"{evaluation.rows[0].num_bytes / 1e6:,.1f}"
-            experts = "all" if record["method"] == FULL else shape
+            row = group[0][1].rows[0]
+            size = f"{row.num_bytes / 1e6:,.1f}"
+            experts = "all" if method == FULL else row.shape
             calibrated = [calibration or NOTHING] if several else []
             body.append([label, *calibrated, experts, size, str(len(group)), *numbers])
         if body:

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from moecover.comparison.cell_files import RepairRecord, plan_path, repair_path, write_cell
 from moecover.comparison.cells import Cell
 from moecover.comparison.jobs import CellDone, CellFailed, EvaluationJob, ModelRan, Report, why
-from moecover.comparison.open_model import OpenModel, facts_of
+from moecover.comparison.open_model import OpenModel
 from moecover.comparison.planning_jobs import blind_plan
 from moecover.evaluation.artifact import FULL as FULL_ROW
 from moecover.evaluation.artifact import Evaluation
-from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import Plan
 from moecover.repairing.applied import LayerRepair
 from moecover.repairing.store import repair
@@ -86,7 +85,7 @@ def evaluate_cells(model: OpenModel, job: EvaluationJob) -> Iterator[Report]:
                 for cell in group.cells:
                     yield CellFailed(cell, why(error))
         else:
-            yield ModelRan(job.model, facts_of(model.running(job.model), model.config.batch_size))
+            yield ModelRan(job.model, model.engine(job.model).facts())
 
 
 def _plan_of(model: OpenModel, cell: Cell) -> Plan:
@@ -126,17 +125,15 @@ def _repair(model: OpenModel, job: EvaluationJob, cell: Cell, plan: Plan) -> Cel
 def _measure(model: OpenModel, job: EvaluationJob, group: Ready) -> Iterator[CellDone]:
     """Evaluate a group and write its cells."""
     started = time.monotonic()
-    running, texts, tasks = model.running(job.model), model.setup_of(job.model).texts, model.tasks(job.model)
+    engine, texts, tasks = model.engine(job.model), model.setup_of(job.model).texts, model.tasks(job.model)
     run = functools.partial(
-        evaluate,
-        model.structure(job.model),
-        model=running,
+        engine.evaluate,
+        files={cell.id: cell.file for cell in group.cells if cell.file},
         repairs={name: one.of_layer for name, one in group.repairs.items()},
-        batch_size=model.config.batch_size,
     )
     has_full = len(group.plans) < len(group.cells)
     on_texts = run(group.plans, texts=texts) if texts else None
-    on_tasks = run(group.plans, tasks=tasks, full=has_full) if tasks is not None and running.by_layer else None
+    on_tasks = run(group.plans, tasks=tasks, full=has_full) if tasks is not None and engine.by_layer else None
     shared_s = (time.monotonic() - started) / len(group.cells)
     for cell in group.cells:
         started = time.monotonic()
@@ -161,7 +158,7 @@ def _measure(model: OpenModel, job: EvaluationJob, group: Ready) -> Iterator[Cel
 
 def row_of(found: Evaluation, cell: Cell) -> Evaluation:
     """The row of a cell as an evaluation of its own."""
-    name = cell.id if cell.variant is not None else FULL_ROW
+    name = cell.id if cell.variant is not None or cell.file else FULL_ROW
     (row,) = [row for row in found.rows if row.name == name]
     if row.plan is not None and cell.repaired:
         row = dataclasses.replace(row, plan={**row.plan, "repair": cell.repair})

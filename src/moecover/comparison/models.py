@@ -31,12 +31,14 @@ class ComparedModel:
         entry: its entry of the configuration.
         structure: the checkpoint; of a hub model first from its headers alone.
         cells: all of them.
+        files: further GGUF files by name.
         samples: corpora of every calibration sample.
         repaired_on: the part of a calibration sample that a repair runs on.
         places: what a repair refits; empty if no cell is repaired.
         texts: for perplexity.
-        shard_hashes: hash of every weight file, see `fingerprints.hashed_weights`.
+        shard_hashes: hash of every weight file, of the model and of its further files by `name_of`.
         weights: hash of the weights.
+        files_weights: of every further file.
         in_tasks: tokens and forward passes of one variant in the tasks.
         longest: tokens of the longest request of the tasks.
         in_memory: tasks that do not run layer by layer.
@@ -48,12 +50,14 @@ class ComparedModel:
     entry: ModelEntry
     structure: Structure
     cells: list[Cell]
+    files: Mapping[str, Structure] = field(default_factory=dict)
     samples: dict[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
     repaired_on: dict[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
     places: list[Place] = field(default_factory=list)
     texts: tuple[Corpus, ...] = ()
-    shard_hashes: dict[str, list[int | str]] = field(default_factory=dict)
+    shard_hashes: dict[str, dict[str, list[int | str]]] = field(default_factory=dict)
     weights: str = ""
+    files_weights: dict[str, str] = field(default_factory=dict)
     in_tasks: tuple[int, int] = (0, 0)
     longest: int = 0
     in_memory: tuple[str, ...] = ()
@@ -64,6 +68,10 @@ class ComparedModel:
     @property
     def name(self) -> str:
         return self.entry.name
+
+    def name_of(self, file: str) -> str:
+        """The name of a further file beside those of all models."""
+        return f"{self.name}, file {file}"
 
 
 class ModelRecord(TypedDict):
@@ -156,7 +164,7 @@ def _record(model: ComparedModel, facts: RunFacts | None) -> ModelRecord:
         "num_bytes": structure.checkpoint.num_bytes,
         "num_bytes_by_keep": {
             shape_name(keep, width or None): structure.num_bytes(keep, width=width or None)
-            for keep, width in sorted({(c.keep, c.width or 0) for c in model.cells})
+            for keep, width in sorted({(c.keep, c.width or 0) for c in model.cells if not c.file})
         },
         "dtype": facts["dtype"] if facts else None,
         "device": facts["device"] if facts else None,

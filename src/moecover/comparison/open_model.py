@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import platform
-import resource
-import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.comparison.config import Config
-from moecover.comparison.jobs import ModelSetup, RunFacts, WorkerSetup
+from moecover.comparison.engines import Engine, Transformers
+from moecover.comparison.jobs import ModelSetup, WorkerSetup
+from moecover.comparison.llama_engine import Llama
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.evaluation.task_loading import resolve
 from moecover.evaluation.tasks import Tasks
+from moecover.llama.library import load
+from moecover.llama.model import opened as opened_gguf
 from moecover.runtime.memory import opened
 from moecover.runtime.running import Running
 
@@ -31,7 +30,7 @@ class OpenModel:
         self.setup, self._name = setup, ""
         self._stack = contextlib.ExitStack()
         self._failure: Exception | None = None
-        self._running: Running | None = None
+        self._engine: Engine | None = None
         self._tasks: Tasks | None = None
         self._structure: Structure | None = None
 
@@ -53,12 +52,12 @@ class OpenModel:
         if name != self._name:
             self.close()
             self._name, self._failure = name, None
-            self._structure = read_structure(self.setup_of(name).folder)
+            self._structure = read_structure(self.setup_of(name).path)
         assert self._structure is not None
         return self._structure
 
-    def running(self, name: str) -> Running:
-        """The live model.
+    def engine(self, name: str) -> Engine:
+        """What runs the model.
 
         Raises:
             Exception: what loading it raised, again for every cell that asks.
@@ -66,16 +65,27 @@ class OpenModel:
         structure = self.structure(name)
         if self._failure is not None:
             raise self._failure
-        if self._running is None:
+        if self._engine is None:
             try:
-                self._running = self._stack.enter_context(self._opened(structure, self.setup_of(name)))
+                self._engine = self._opened(structure, self.setup_of(name))
             except Exception as error:
                 self._failure = error
                 raise
-        return self._running
+        return self._engine
 
-    def _opened(self, structure: Structure, setup: ModelSetup) -> AbstractContextManager[Running]:
-        return opened(
+    def running(self, name: str) -> Running:
+        """The live model of a checkpoint, for what runs its experts; as `engine`."""
+        engine = self.engine(name)
+        assert isinstance(engine, Transformers)
+        return engine.running
+
+    def _opened(self, structure: Structure, setup: ModelSetup) -> Engine:
+        batch_size = self.config.batch_size
+        if structure.checkpoint.gguf is not None:
+            on_cpu, library = self.config.device == "cpu", load(self.config.libllama)
+            model = self._stack.enter_context(opened_gguf(setup.path, library, on_cpu=on_cpu))
+            return Llama(structure, model, setup.files, batch_size, on_cpu=on_cpu)
+        opening = opened(
             structure,
             tokens=setup.tokens,
             batch_tokens=setup.batch_tokens,
@@ -86,11 +96,12 @@ class OpenModel:
             head=True,
             extra=setup.extra,
         )
+        return Transformers(structure, self._stack.enter_context(opening), batch_size)
 
     @property
     def in_memory(self) -> bool:
         """Whether a model is loaded and in memory as a whole."""
-        return self._running is not None and not self._running.by_layer
+        return self._engine is not None and not self._engine.by_layer
 
     def tasks(self, name: str) -> Tasks | None:
         """The tasks in the tokens of a model, None if the comparison has none."""
@@ -101,7 +112,7 @@ class OpenModel:
 
     def close(self) -> None:
         """Free the model."""
-        self._running = self._tasks = None
+        self._engine = self._tasks = None
         self._stack.close()
 
 
@@ -119,30 +130,3 @@ def tasks_of(config: Config, structure: Structure) -> Tasks:
         limit=config.limit,
         batch_size=config.batch_size,
     )
-
-
-def facts_of(model: Running, batch_size: int) -> RunFacts:
-    """How a model runs in this process."""
-    import torch
-
-    device = model.device
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "cpu": processor(),
-        "layer_by_layer": model.by_layer,
-        "batch_size": batch_size,
-    }
-
-
-@functools.cache
-def processor() -> str:
-    """Name of the processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -24,12 +24,12 @@ from moecover.evaluation.task_usage import task_corpora
 from moecover.files.atomic import PARTIAL, canonical_json, write_text
 from moecover.files.reading import read_json
 from moecover.planning.artifact import Plan
+from moecover.planning.fitting import channel_groups
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan_budgets
 from moecover.planning.shapes import Shape
 from moecover.profiling.artifact import Profile
 from moecover.profiling.records import model_record
-from moecover.profiling.run import profile
 from moecover.runtime.pass_state import kept_for_later, remove
 
 MADE_FROM = "made-from.json"
@@ -72,7 +72,7 @@ def profile_tasks(model: OpenModel, job: TaskProfileJob) -> Iterator[Report]:
 def blind_plan(structure: Structure, cell: Cell) -> Plan:
     """The plan of a method that uses no statistics."""
     profile = Profile(structure.topology, {}, {}, model_record(structure))
-    return _plans(profile, _variant(cell), cell.seed, [Shape(cell.keep)])[0]
+    return _plans(profile, structure, _variant(cell), cell.seed, [Shape(cell.keep)])[0]
 
 
 def _variant(cell: Cell) -> Variant:
@@ -91,7 +91,7 @@ def _profile(model: OpenModel, name: str, path: str, corpora: Sequence[Corpus], 
         corpora: text.
         searches: also save a sample of the inputs of every MoE layer.
     """
-    config, structure, folder = model.config, model.structure(name), model.run / path
+    config, folder = model.config, model.run / path
     inputs = {
         "model": model.setup_of(name).weights,
         "corpora": [c.record for c in corpora],
@@ -108,14 +108,8 @@ def _profile(model: OpenModel, name: str, path: str, corpora: Sequence[Corpus], 
     (folder / MADE_FROM).unlink(missing_ok=True)
     state = folder.with_name(f".{folder.name}{PARTIAL}")
     with kept_for_later(state):
-        made = profile(
-            structure,
-            corpora,
-            model=model.running(name),
-            batch_size=config.batch_size,
-            state=state,
-            keep_inputs=(config.search_tokens, folder) if searches else None,
-        )
+        inputs_kept = (config.search_tokens, folder) if searches else None
+        made = model.engine(name).profile(corpora, state=state, keep_inputs=inputs_kept)
         made.save(folder)
         record = {**inputs, "search_tokens": config.search_tokens if searches else None}
         write_text(folder / MADE_FROM, json.dumps(record) + "\n")
@@ -135,19 +129,24 @@ def _plan_group(model: OpenModel, name: str, found: Profile, group: Sequence[Cel
         live = {"model": model.running(name), "structure": model.structure(name)}
     if group:
         shapes = list(dict.fromkeys(Shape(cell.keep, cell.width) for cell in group))
-        plans = dict(zip(shapes, _plans(found, variant, seed, shapes, live), strict=True))
+        plans = dict(zip(shapes, _plans(found, model.structure(name), variant, seed, shapes, live), strict=True))
         for cell in group:
             plans[Shape(cell.keep, cell.width)].save(model.run / plan_path(cell))
 
 
 def _plans(
     found: Profile,
+    structure: Structure,
     variant: Variant,
     seed: int | None,
     shapes: Sequence[Shape],
     live: Mapping[str, object] | None = None,
 ) -> list[Plan]:
-    """Plans of a variant, one per budget; ``live`` is what a search needs: the model and its structure."""
+    """Plans of a variant, one per budget; ``live`` is what a search needs: the model and its structure.
+
+    Of weights that are stored in blocks of channels, whole blocks stay, as in what `prune` writes.
+    """
+    thin = any(shape.width is not None for shape in shapes)
     options = {**variant.plan_options(seed), **(live or {})}
     protect, turns = bool(options.pop(SUPER_EXPERTS, False)), options.pop(CHANNELS, 0.0)
     assert isinstance(turns, float)
@@ -157,8 +156,8 @@ def _plans(
         keeps=[shape.keep for shape in shapes],
         widths=[shape.width for shape in shapes],
         protect_super_experts=protect,
-        protect_channels=turns if any(shape.width is not None for shape in shapes) else 0.0,
-        channel_groups=1,
+        protect_channels=turns if thin else 0.0,
+        channel_groups=channel_groups(structure) if thin else 1,
         **options,
     )
 
@@ -180,7 +179,7 @@ def _is_searched(path: Path, cell: Cell, found: Profile) -> bool:
     return (
         plan.profile_fingerprint == found.fingerprint
         and (plan.method, plan.keep, plan.width) == (variant.method, cell.keep, cell.width)
-        and {k: v for k, v in plan.options.items() if k not in OF_EVERY_METHOD} == wanted
+        and {k: v for k, v in plan.options.items() if k not in (*OF_EVERY_METHOD, "channel_groups")} == wanted
         and plan.options.get(SUPER_EXPERTS, False) == protect
         and (plan.width is None or plan.options.get(CHANNELS, 0.0) == turns)
         and all(layer.tokens == inputs.num_tokens for layer in plan.layers)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moecover.checkpoints.structure import read_structure
+from moecover.checkpoints.structure import Structure, read_structure
 from moecover.comparison.config import corpora_of
 from moecover.comparison.fingerprints import (
     cell_fingerprint,
@@ -25,8 +26,13 @@ from moecover.corpora.packing import load_corpus
 from moecover.corpora.sources import set_name
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
+from moecover.llama.library import load
+from moecover.llama.opening import opened_vocabulary
 from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOSTLY = 0.5  # of the text: samples that take more of it overlap, so that their spread is underestimated
 
@@ -46,18 +52,30 @@ def prepare(request: Request, model: ComparedModel, run: Path, progress: Progres
     if model.structure.checkpoint.folder is None:
         progress.say(f"fetching {model.entry.model}")
         model.structure = read_structure(model.entry.model, revision=model.entry.revision)
-    _read_texts(request, model, progress)
-    _read_samples(request, model, progress)
+    library = load(request.config.libllama) if model.entry.gguf else None
+    with contextlib.nullcontext() if library is None else opened_vocabulary(model.structure, library) as tokenizer:
+        _read_texts(request, model, tokenizer, progress)
+        _read_samples(request, model, tokenizer, progress)
     _warn_of_overlap(model, progress)
     tasks = _read_tasks(request, model, progress) if request.config.tasks else None
-    model.shard_hashes = hashed_weights(model.structure, remembered(run).get(model.name, {}), progress)
-    model.weights, computed_by = weights_fingerprint(model.structure, model.shard_hashes), versions()
+    model.weights = _hashed(model, model.name, model.structure, run, progress)
+    for name, file in model.files.items():
+        model.files_weights[name] = _hashed(model, model.name_of(name), file, run, progress)
+    computed_by = versions(library)
     for cell in model.cells:
         model.fingerprints[cell.id] = cell_fingerprint(request.config, model, cell, tasks, computed_by)
 
 
-def _read_texts(request: Request, model: ComparedModel, progress: Progress) -> None:
-    """Read the texts for perplexity."""
+def _hashed(model: ComparedModel, name: str, structure: Structure, run: Path, progress: Progress) -> str:
+    """The hash of the weights of a model or file, whose shards' hashes are noted under a name."""
+    model.shard_hashes[name] = found = hashed_weights(structure, remembered(run).get(name, {}), progress)
+    return weights_fingerprint(structure, found)
+
+
+def _read_texts(
+    request: Request, model: ComparedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
+) -> None:
+    """Read the texts for perplexity; a checkpoint has its tokenizer in its folder."""
     config = request.config
     texts = parse_corpora(config.perplexity) if config.perplexity else {}
     for number, (name, path) in enumerate(texts.items()):
@@ -67,6 +85,7 @@ def _read_texts(request: Request, model: ComparedModel, progress: Progress) -> N
                     name,
                     path or None,
                     structure=model.structure,
+                    tokenizer=tokenizer,
                     length=config.window,
                     windows=config.windows,
                     bos=config.bos,
@@ -76,7 +95,9 @@ def _read_texts(request: Request, model: ComparedModel, progress: Progress) -> N
         model.texts += (text,)
 
 
-def _read_samples(request: Request, model: ComparedModel, progress: Progress) -> None:
+def _read_samples(
+    request: Request, model: ComparedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
+) -> None:
     """Read the calibration samples, and the part of them that repairs run on."""
     config = request.config
     sets = [tuple(corpora_of(arguments)) for arguments in config.calibration]
@@ -89,6 +110,7 @@ def _read_samples(request: Request, model: ComparedModel, progress: Progress) ->
                         name,
                         path or None,
                         structure=model.structure,
+                        tokenizer=tokenizer,
                         sequences=config.sequences,
                         length=config.length,
                         seed=seed,

@@ -6,6 +6,7 @@ An error is one line with the file and the line number (or the flag) of the mist
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
-from moecover.comparison.config import Config, MethodEntry, ModelEntry
+from moecover.comparison.config import Config, FileEntry, MethodEntry, ModelEntry
 from moecover.comparison.yaml_lines import KeyPath, Places, load
 from moecover.corpora.grammar import MIX_ENDINGS
 from moecover.corpora.mixes import placed, read_mix
 from moecover.errors import InputError
+from moecover.gguf.parts import is_gguf
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 TEXTS = ("calibration", "perplexity")  # fields that hold corpora
-FOLDERS = ("data_dir", "include_path", "plugins")  # fields that hold paths
+FOLDERS = ("data_dir", "include_path", "libllama", "plugins")  # fields that hold paths
+PATHS = ("model", "files", "file")  # keys of a model, and of its files
 BUDGETS = ("retain", "keep", "shapes")  # fields of which one says what is kept
 
 
@@ -103,8 +106,9 @@ def _message(error: ErrorDetails) -> str:
 
 def _keys_at(at: KeyPath) -> Iterable[str]:
     """The keys that are allowed at a place."""
-    entries: dict[str, type[BaseModel]] = {"models": ModelEntry, "methods": MethodEntry}
-    entry = entries.get(str(at[0])) if at else Config
+    entries: dict[str, type[BaseModel]] = {"models": ModelEntry, "methods": MethodEntry, "files": FileEntry}
+    keys = [part for part in at if isinstance(part, str)]
+    entry = entries.get(keys[-1]) if keys else Config
     return entry.model_fields if entry is not None else ()
 
 
@@ -120,7 +124,10 @@ def _absolute(value: Mapping[str, object], folder: Path, places: Places) -> dict
 
     def model(entry: object) -> object:
         if isinstance(entry, dict):
-            return {**entry, "model": model(entry["model"])} if "model" in entry else entry
+            return {key: each(model, one) if key in PATHS else one for key, one in entry.items()}
+        if isinstance(entry, str) and is_gguf(entry):
+            path = folder / os.path.expanduser(entry)  # noqa: PTH111
+            return os.path.abspath(path)  # noqa: PTH100  # links stay: in the hub's cache they have the names
         return str((folder / entry).resolve()) if isinstance(entry, str) and (folder / entry).is_dir() else entry
 
     def each(change: Callable[[object], object], found: object) -> object:

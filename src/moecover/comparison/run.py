@@ -97,7 +97,7 @@ def _fill(asked: Request, run: Path, models: Sequence[ComparedModel], jobs: int,
     for model in models:
         prepare(asked, model, run, progress)
     write_text(run / CONFIG, config.text())
-    remember(run, {model.name: model.shard_hashes for model in models})
+    remember(run, {name: one for model in models for name, one in model.shard_hashes.items()})
     _find_pending(run, models, progress)
     limit = memory_limit(config, jobs)
     setups = {m.name: setup_of(m, config, limit) for m in models}
@@ -158,8 +158,8 @@ def _outlook(models: Sequence[ComparedModel], setups: Mapping[str, ModelSetup], 
     total, pending = sum(len(m.cells) for m in models), sum(len(m.pending) for m in models)
     if not pending:
         return f"all {total} cells are done"
-    time_left = duration_text(estimated_seconds(models, setups, config) / jobs)
-    return f"{total} cells, {total - pending} are done, {pending} to go: about {time_left} on this machine"
+    seconds, text = estimated_seconds(models, setups, config), f"{total} cells, {total - pending} are done, {pending}"
+    return f"{text} to go" + ("" if seconds is None else f": about {duration_text(seconds / jobs)} on this machine")
 
 
 def _write_usage(run: Path, models: Sequence[ComparedModel], config: Config) -> None:

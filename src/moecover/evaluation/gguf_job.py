@@ -15,7 +15,7 @@ from moecover.evaluation.artifact import FULL, Evaluation
 from moecover.evaluation.gguf import Variant, evaluate_gguf
 from moecover.evaluation.notes import note_overlaps
 from moecover.gguf.parts import is_gguf, stem_of
-from moecover.llama.model import opened
+from moecover.llama.model import Model, opened
 from moecover.llama.opening import opened_gguf
 from moecover.planning.artifact import Plan
 from moecover.progress import Progress
@@ -83,15 +83,39 @@ def evaluated_gguf(
         model, tokenizer = stack.enter_context(opening)
         texts = read(structure, tokenizer=tokenizer)
         note_overlaps(texts, plans, structure, progress)
-        own = _plan_of(structure)
-        variants = [Variant(FULL, structure, model, plan=own)]
-        variants += [Variant(name, structure, model, mask=plan, plan=plan) for name, plan in plans.items()]
-        for name, file in files.items():
-            assert file.checkpoint.gguf is not None
-            path, on_cpu = file.checkpoint.gguf.first.path, device == "cpu"
-            other = stack.enter_context(opened(path, model.library, on_cpu=on_cpu))
-            variants.append(Variant(name, file, other, plan=_plan_of(file)))
+        variants = variants_of(structure, model, plans, files, stack, on_cpu=device == "cpu")
         return evaluate_gguf(variants, texts, plans=plans, threads=torch.get_num_threads(), bar=progress.bar)
+
+
+def variants_of(
+    structure: Structure,
+    model: Model,
+    plans: Mapping[str, Plan],
+    files: Mapping[str, Structure],
+    stack: contextlib.ExitStack,
+    *,
+    on_cpu: bool,
+) -> list[Variant]:
+    """The rows of `evaluate_gguf`: the model itself, plans of it, further files.
+
+    Args:
+        structure: the model.
+        model: it, opened.
+        plans: by row, to be emulated.
+        files: by row.
+        stack: closes the files.
+        on_cpu: leave a GPU alone.
+
+    Raises:
+        InputError: llama.cpp does not load a file.
+    """
+    variants = [Variant(FULL, structure, model, plan=_plan_of(structure))]
+    variants += [Variant(name, structure, model, mask=plan, plan=plan) for name, plan in plans.items()]
+    for name, file in files.items():
+        assert file.checkpoint.gguf is not None
+        other = stack.enter_context(opened(file.checkpoint.gguf.first.path, model.library, on_cpu=on_cpu))
+        variants.append(Variant(name, file, other, plan=_plan_of(file)))
+    return variants
 
 
 def _plan_of(structure: Structure) -> Plan | None:

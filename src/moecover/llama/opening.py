@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
-from moecover.llama.library import load
+from moecover.llama.library import Library, load
 from moecover.llama.model import Model, opened
 from moecover.llama.vocabulary import GgufTokenizer, tokenizer_of
 from moecover.progress import Progress
@@ -67,6 +67,18 @@ def opened_gguf(
         with progress.spinner(f"opening {structure.checkpoint.name} in llama.cpp {library.version}"):
             model = stack.enter_context(opened(files.first.path, library, on_cpu=device == "cpu"))
         yield model, tokenizer_in(structure, model)
+
+
+@contextlib.contextmanager
+def opened_vocabulary(structure: Structure, library: Library) -> Iterator[GgufTokenizer | None]:
+    """The tokenizer of a file until the block ends, without its weights; see `tokenizer_in`.
+
+    Raises:
+        InputError: llama.cpp does not load the file.
+    """
+    assert structure.checkpoint.gguf is not None
+    with opened(structure.checkpoint.gguf.first.path, library, vocabulary_only=True) as model:
+        yield tokenizer_in(structure, model)
 
 
 def tokenizer_in(structure: Structure, model: Model) -> GgufTokenizer | None:

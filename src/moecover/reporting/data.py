@@ -43,12 +43,19 @@ class TextRow(_Lenient):
     top1: float | None = None
 
 
+class RowPlan(_Lenient):
+    """The plan of a row: ``width`` channels of every expert remain, None for all."""
+
+    width: int | None = None
+
+
 class Row(_Lenient):
     """The measurements of one variant of a model; ``keep`` experts remain in each MoE layer."""
 
     keep: int
     experts: int
     num_bytes: int
+    plan: RowPlan | None = None
     perplexity: dict[str, TextRow] = Field(default_factory=dict)
     tasks: dict[str, dict[str, ScoreRow]] = Field(default_factory=dict)
 

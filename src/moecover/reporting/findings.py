@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
+from moecover.comparison.cells import FILE
 from moecover.corpora.sources import set_name
 from moecover.evaluation.artifact import FULL
 from moecover.planning.methods import default_method
@@ -99,6 +100,7 @@ class ModelFindings:
     comparisons: tuple[Comparison, ...]
     plans: tuple[Cell, ...]  # cells of the main method whose kept experts are shown, one per budget
     cut: tuple[Cut, ...] = ()  # tasks with items that are longer than the model's positions
+    files: tuple[tuple[str, Point], ...] = ()  # further files of the model, by name
 
     @property
     def kept_of(self) -> str:
@@ -148,7 +150,7 @@ def _point(cells: Sequence[Cell], run: Run, tasks: Sequence[str], texts: Sequenc
     return Point(
         retain=cells[0].retain,
         keep=rows[0].keep,
-        width=cells[0].width,
+        width=cells[0].width or (rows[0].plan.width if rows[0].plan else None),
         num_bytes=round(statistics.fmean(row.num_bytes for row in rows)),
         tasks={t: _estimated(s) for t, s in scores.items()},
         mean=_estimated(means) if complete else None,
@@ -217,8 +219,8 @@ def _found_on(name: str, about: dict[str, JsonValue], run: Run) -> ModelFindings
     rows = [c.row for c in done if c.row is not None]
     tasks = _unique(t for row in rows for t in row.tasks)
     texts = _unique(t for row in rows for t in row.perplexity)
-    full = [c for c in done if c.method == FULL]
-    pruned = sorted((c for c in done if c.method != FULL), key=_main_first)
+    full, files = ([c for c in done if c.method == method] for method in (FULL, FILE))
+    pruned = sorted((c for c in done if c.method not in (FULL, FILE)), key=_main_first)
     called = _names(pruned)
     main = called[pruned[0].id].removesuffix(_shape_in(pruned[0])) if pruned else ""
     series = []
@@ -241,6 +243,7 @@ def _found_on(name: str, about: dict[str, JsonValue], run: Run) -> ModelFindings
         comparisons=tuple(c for c in run.comparisons if c.model == name),
         plans=tuple(shown[r] for r in sorted(shown)),
         cut=tuple(c for c in run.cut if c.model == name),
+        files=tuple((c.label, _point([c], run, tasks, texts)) for c in files),
     )
 
 

@@ -29,6 +29,7 @@ from moecover.reporting.findings import ModelFindings
 from moecover.reporting.numbers import percentage, plain
 from moecover.reporting.provenance import calibration_corpora, provenance_of
 from moecover.reporting.sentences import memory_words, summary_of, usage_words
+from moecover.reporting.size_tables import by_size_table, size_table
 from moecover.reporting.tables import (
     accuracy_table,
     distance_table,
@@ -36,7 +37,6 @@ from moecover.reporting.tables import (
     others_table,
     overlap_table,
     perplexity_table,
-    size_table,
     usage_table,
 )
 from moecover.reporting.values import width_words
@@ -200,11 +200,12 @@ def usage(data: ModelData) -> Content:
 
 @SECTIONS("size", title="Size before and after")
 def size(data: ModelData) -> Content:
-    """Size of the checkpoint by budget, and peak memory."""
+    """Size of the checkpoint by budget, quality by size where there are further files, and peak memory."""
     table, memory = size_table(data.model), memory_words(data.model)
     if table is None:
         return [absent("No sizes are known.")]
-    return [table, *([Paragraph(memory, "note")] if memory else [])]
+    by_size = by_size_table(data.model)
+    return [*([by_size] if by_size else []), table, *([Paragraph(memory, "note")] if memory else [])]
 
 
 # ----------------------------------------------------------------------------------------------------------- of the run

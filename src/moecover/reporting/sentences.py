@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from moecover.comparison.cells import FILE
 from moecover.corpora.sources import in_rows
 from moecover.evaluation.artifact import FULL
 from moecover.reporting.blocks import Tile
@@ -188,7 +189,7 @@ def cells_in_words(run: Run) -> str:
 
 def grid_in_words(cells: Sequence[Cell]) -> str:
     """The grid in a sentence: methods, budgets, calibration corpora and samples."""
-    pruned = [c for c in cells if c.method != FULL]
+    pruned = [c for c in cells if c.method not in (FULL, FILE)]
     if not pruned:
         return "No pruned variant was requested."
     budgets = [percentage(r) for r in sorted({c.retain for c in pruned})]

@@ -10,15 +10,14 @@ import statistics
 from collections.abc import Sequence
 
 from moecover.corpora.sources import set_name
-from moecover.planning.shapes import shape_name
 from moecover.reporting.blocks import MISSING, Column, Table, Value, text_column
 from moecover.reporting.data import Run, Usage
 from moecover.reporting.figures.overlap import expected_overlap
 from moecover.reporting.figures.style import Facts
 from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
-from moecover.reporting.numbers import percentage, points, size
+from moecover.reporting.numbers import percentage, points
 from moecover.reporting.values import (
-    FULL_MODEL,
+    OF_FULL,
     best_rows,
     coordinate_columns,
     coordinates,
@@ -28,8 +27,6 @@ from moecover.reporting.values import (
     perplexity_value,
     share_value,
 )
-
-OF_FULL = "of the full model"
 
 
 def accuracy_table(model: ModelFindings) -> Table | None:
@@ -131,34 +128,6 @@ def others_table(model: ModelFindings) -> Table | None:
     body = tuple((*coordinates(name, p), *(share_value(p.others.get(key)) for key in keys)) for name, p in rows)
     columns = tuple(Column(f"{task}: {metric}") for task, metric in keys)
     return Table("others", f"Other metrics on {model.name}, %", (*coordinate_columns(model), *columns), body)
-
-
-def size_table(model: ModelFindings) -> Table | None:
-    """Size of the checkpoint before and after, by budget."""
-    full = model.full
-    before = full.num_bytes if full else _whole(model.about.get("num_bytes"))
-    experts = full.keep if full else _whole(model.about.get("experts"))
-    sizes: dict[tuple[float, int, int], int] = {(1.0, experts or 0, 0): before} if before else {}
-    pruned = {(p.retain, p.keep, p.width or 0): p.num_bytes for s in model.series for p in s.points}
-    rows = [*sizes.items(), *sorted(pruned.items(), reverse=True)]
-    if not rows:
-        return None
-    body = tuple(
-        (
-            Value(FULL_MODEL if r == 1.0 else f"{percentage(r)} of the {model.kept_of}", r),
-            Value(shape_name(keep, width or None) if keep else "–", keep or None),
-            Value(size(b), b),
-            Value(f"{b / before:.1%}", b / before) if before else MISSING,
-        )
-        for (r, keep, width), b in rows
-    )
-    what = Column("what is kept", number=False)
-    columns = (what, Column("experts per layer"), Column("size of the weights"), Column(OF_FULL))
-    return Table("size", f"Size of {model.name} before and after", columns, body)
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) else None
 
 
 def usage_table(model: ModelFindings, usage: Usage) -> Table | None:

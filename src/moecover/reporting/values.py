@@ -12,6 +12,7 @@ from moecover.reporting.findings import Estimate, ModelFindings, Point
 from moecover.reporting.numbers import percentage, perplexity_text, points
 
 FULL_MODEL = "full model"
+OF_FULL = "of the full model"
 
 
 def coordinate_columns(model: ModelFindings) -> tuple[Column, ...]:
