@@ -181,7 +181,10 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     status, text, _ = run(capsys, "inspect", model)
     assert status == 0
     assert "6 per layer, top-2" in text
-    assert "GGUF, experts of Q8_0: cut as stored" in text
+    assert "GGUF, experts of Q8_0: cut as stored; profile runs it in llama.cpp" in text
+    assert text.count("llama.cpp asks for a power of two: with 5 experts ") == 1
+    assert text.count("llama.cpp asks for a multiple of 256: with 32 channels K-quants ") == 1
+    assert "llama.cpp asks" not in run(capsys, "inspect", model, "--for", "sglang")[1]
     assert run(capsys, "prune", model, "--plan", tmp_path / "plan.json", "-o", out)[0] == 0
     status, text, _ = run(capsys, "verify", model, out)
     assert (status, "equal: the bytes of" in text, "qwen3moe.expert_count 6 -> 3" in text) == (0, True, True)

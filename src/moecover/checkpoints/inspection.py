@@ -9,7 +9,7 @@ from typing import Any
 from moecover.checkpoints.config_edit import SHARED_KEYS, Config, first_number
 from moecover.checkpoints.opening import Model
 from moecover.checkpoints.server_needs import lacking
-from moecover.checkpoints.servers import unmet, unmet_width
+from moecover.checkpoints.servers import LLAMA_CPP, unmet, unmet_width
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.checkpoints.topology import WIDTH_STEP
@@ -55,7 +55,8 @@ def inspect(model: Model, *, revision: str | None = None, server: str | None = N
     Args:
         model: local folder, hub id or structure (of a hub model only config.json and the shards' headers are fetched).
         revision: branch, tag or commit of a hub model.
-        server: also give the requirements of this server that are not met at each size, see `servers`.
+        server: also give the requirements of this server that are not met at each size, see `servers`; None gives those
+            of llama.cpp for a GGUF file, and none for a checkpoint.
 
     Returns:
         Family, layers, experts, top-k, shared experts, sizes in bytes, and the reasons for which `prune` would refuse.
@@ -67,6 +68,8 @@ def inspect(model: Model, *, revision: str | None = None, server: str | None = N
         checkpoint = model.checkpoint
     else:
         checkpoint = open_checkpoint(model, revision=revision, headers_only=True)
+    if server is None and checkpoint.gguf is not None:
+        server = LLAMA_CPP
     facts: dict[str, Any] = {
         "model": checkpoint.name,
         "family": checkpoint.config.get("model_type"),

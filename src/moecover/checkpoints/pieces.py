@@ -114,6 +114,8 @@ def channel_positions(ids: Sequence[int], axis: ChannelAxis, channels: int) -> t
     """Positions of channels along their axis, those of all parts; of blocks of channels where these share an entry."""
     if axis.group > 1:
         ids, channels = [channel // axis.group for channel in ids[:: axis.group]], channels // axis.group
+    if axis.parts == 1:
+        return tuple(ids)
     if axis.interleaved:
         return tuple(channel * axis.parts + part for channel in ids for part in range(axis.parts))
     return tuple(part * channels + channel for part in range(axis.parts) for channel in ids)

@@ -36,6 +36,7 @@ def _power_of_two(keep: int) -> bool:
 
 
 DEEPSEEK_V4_COUNTS = {*(2**power for power in range(8)), 192, 256, 320, 384, 448, 512, 576}
+LLAMA_CPP = "llama.cpp"  # what runs GGUF files
 PARALLEL = (16, 32, 64)  # GPUs beyond one machine of eight, where the source's number is a multiple of them
 
 
@@ -89,13 +90,13 @@ LIMITS = (
         lambda topology, keep: topology.num_groups == 1 or (_power_of_two(keep) and keep // topology.num_groups <= 32),
     ),
     Limit(
-        "llama.cpp",
+        LLAMA_CPP,
         "at most 512",
         "loading fails in releases before b10448 (1024 from there on)",
         lambda topology, keep: keep <= 512,
     ),
     Limit(
-        "llama.cpp",
+        LLAMA_CPP,
         "a power of two",
         "the fused top-k kernel for CUDA does not run, a slower one does (old builds fail)",
         lambda topology, keep: _power_of_two(keep),
@@ -130,8 +131,8 @@ WIDTH_LIMITS = (
         "of AMD's aiter does not run",
     ),
     WidthLimit("sglang", 64, "the Marlin kernels for 4 and 8 bits do not run, slower ones do"),
-    WidthLimit("llama.cpp", 256, "K-quants give the down projections a larger type (Q5_0 for Q4_K, Q8_0 for Q6_K)"),
-    WidthLimit("llama.cpp", 32, "Q8_0 and Q4_0 leave the down projections in 16 bits"),
+    WidthLimit(LLAMA_CPP, 256, "K-quants give the down projections a larger type (Q5_0 for Q4_K, Q8_0 for Q6_K)"),
+    WidthLimit(LLAMA_CPP, 32, "Q8_0 and Q4_0 leave the down projections in 16 bits"),
 )
 SERVERS = tuple(dict.fromkeys([*(limit.server for limit in LIMITS), *(need.server for need in NEEDS)]))
 

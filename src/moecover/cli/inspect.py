@@ -9,8 +9,10 @@ from typing import Any
 from moecover.checkpoints.servers import SERVERS
 from moecover.cli.options import add_model
 from moecover.cli.verb import Outcome
+from moecover.gguf.parts import is_gguf
 from moecover.text import size_text
 
+PROFILED = "profile the original that it was made from"
 HELP = "show a model's routed experts, their size, and whether it can be pruned"
 
 
@@ -21,7 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="server",
         choices=SERVERS,
-        help="also show what this server needs that the folder lacks, and what it would lack at every size",
+        help="also show what this server needs that the folder lacks, and what it would lack at every size (default: "
+        "llama.cpp for a .gguf file)",
     )
 
 
@@ -46,9 +49,8 @@ def run(args: argparse.Namespace) -> Outcome:
     else:
         lines.append(line("size now", size_text(facts["total_bytes"])))
     if facts.get("quantised"):
-        lines.append(
-            line("quantised", f"{facts['quantised']}: cut as stored; profile the original that it was made from")
-        )
+        profiled = "profile runs it in llama.cpp" if is_gguf(facts["model"]) else PROFILED
+        lines.append(line("quantised", f"{facts['quantised']}: cut as stored; {profiled}"))
         if (group := facts.get("channel_groups", 1)) > 1:
             lines.append(line("", f"in blocks of {group} channels: plan thinner experts with --channel-groups {group}"))
     lines += [line("note", warning) for warning in facts["warnings"]]
