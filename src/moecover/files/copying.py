@@ -22,7 +22,7 @@ from typing import Any
 import xxhash
 
 from moecover.errors import MoecoverError
-from moecover.files.gathering import Gather, Range, contents
+from moecover.files.gathering import Gather, Range, Scratch, as_ranges, contents
 from moecover.files.hashing import BUFFER_BYTES, feed
 
 CHUNK_BYTES = 4 << 20  # the most that is copied between two checks for signals and for errors of the second thread
@@ -117,7 +117,8 @@ def write_ranges(
             size = len(head)
             written(size)
             for source, ranges in parts:
-                for gathered, some in itertools.groupby(ranges, key=lambda part: isinstance(part, Gather)):
+                simpler = itertools.chain.from_iterable(map(as_ranges, ranges))
+                for gathered, some in itertools.groupby(simpler, key=lambda part: isinstance(part, Gather)):
                     append = _append_gathered if gathered else _append
                     size = append(source, writer, list(some), size, written)
     except OSError as error:
@@ -130,12 +131,12 @@ def _append_gathered(
     source: Path, writer: io.FileIO, ranges: list[Any], size: int, written: Callable[[int], None]
 ) -> int:
     """Append entries of blocks of one file; returns the new size."""
-    told = size
+    told, scratch = size, Scratch()
     with source.open("rb", buffering=0) as reader:
         for number, part in enumerate(ranges):
             ahead = ranges[number : number + 4]
             advise(reader.fileno(), part.start, max(p.end for p in ahead) - part.start, "WILLNEED")
-            for view in contents(reader, part):
+            for view in contents(reader, part, scratch):
                 while view:
                     count = writer.write(view)
                     view, size = view[count:], size + count

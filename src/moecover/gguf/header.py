@@ -7,6 +7,7 @@ padding, tensor data. Versions 2 and 3 in little-endian byte order are read, whi
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,9 @@ class Header:
         pairs: bytes of all pairs, as they are in the file, the first at byte ``pairs_start``.
         pairs_start: where they begin.
         tensors: by name, in the order of the header.
+        infos: bytes of what the header says of the tensors, directly behind the pairs.
         alignment: tensor data begin at multiples of this many bytes.
+        size: bytes of the file.
     """
 
     path: Path
@@ -67,12 +70,22 @@ class Header:
     pairs: bytes
     pairs_start: int
     tensors: dict[str, TensorInfo]
+    infos: bytes
     alignment: int
+    size: int
 
     def raw(self, key: str) -> bytes:
         """The bytes of a key's value, with its type before it."""
         field = self.fields[key]
         return self.pairs[field.value - 4 - self.pairs_start : field.end - self.pairs_start]
+
+    def is_unchanged(self) -> bool:
+        """Whether the file has the size and the header that were read; much faster than reading it again."""
+        with self.path.open("rb") as file:
+            start, rest = file.read(self.pairs_start), file.read(len(self.pairs) + len(self.infos))
+            size = os.fstat(file.fileno()).st_size
+        counts = struct.pack("<IQQ", self.version, len(self.tensors), len(self.fields))
+        return size == self.size and start == MAGIC + counts and rest == self.pairs + self.infos
 
     def number(self, key: str) -> int | None:
         """An integer; None where there is no such key.
@@ -149,7 +162,8 @@ def _header(path: Path, data: mmap.mmap) -> Header:
             continue  # refused when it is asked for
     alignment = _alignment(fields, values)
     tensors = _tensors(cursor, num_tensors, alignment)
-    return Header(path, version, fields, values, data[start:end], start, tensors, alignment)
+    pairs, infos = data[start:end], data[end : cursor.at]
+    return Header(path, version, fields, values, pairs, start, tensors, infos, alignment, len(data))
 
 
 def _fields(cursor: Cursor, count: int) -> dict[str, Field]:

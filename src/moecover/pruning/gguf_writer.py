@@ -169,8 +169,8 @@ def _inputs(structure: Structure, files: GgufFiles, plan: Plan) -> dict[str, obj
     """
     inputs: dict[str, object] = {"the version of moecover": VERSION, "the plan": digest(provenance(structure, plan))}
     for part in files.parts:
-        stamped, now = stamp(part.path), read_header(part.path)
-        if (now.tensors, now.pairs, now.alignment) != (part.tensors, part.pairs, part.alignment):
+        stamped = stamp(part.path)
+        if not part.is_unchanged():
             raise InputError(f"{part.path} changed after it was read. Start again")
         inputs[part.path.name] = stamped
     return inputs
