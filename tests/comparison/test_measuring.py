@@ -11,7 +11,7 @@ import pytest
 
 from moecover.checkpoints.structure import read_structure
 from moecover.cli.main import main
-from moecover.comparison import measuring, open_model
+from moecover.comparison import engines, open_model
 from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
 from moecover.planning.artifact import Plan
@@ -57,14 +57,14 @@ def test_a_cell_that_fails(grid: Callable[..., Path], tmp_path: Path, capsys: An
 def test_one_bad_plan_does_not_take_its_group_along(
     grid: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = measuring.evaluate
+    real = engines.evaluate
 
     def evaluate(structure: Any, plans: Any, **kwargs: Any) -> Any:
         if any("seed1" in name for name in plans):
             raise RuntimeError("out of memory")
         return real(structure, plans, **kwargs)
 
-    monkeypatch.setattr(measuring, "evaluate", evaluate)
+    monkeypatch.setattr(engines, "evaluate", evaluate)
     assert run(grid(methods=["random"]), tmp_path / "run") == 1
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["failed"] == ["qwen-random-keep6-seed1"]

@@ -12,7 +12,7 @@ import yaml
 
 from moecover.checkpoints.structure import read_structure
 from moecover.cli.main import main
-from moecover.comparison import measuring
+from moecover.comparison import engines, measuring
 from moecover.comparison.reading import read
 from moecover.comparison.run import compare
 from moecover.corpora.arguments import parse_corpora
@@ -72,14 +72,14 @@ def test_a_repair_goes_on_where_it_was(
 ) -> None:
     """What was repaired before an interrupt is not repaired again; a repair that fails affects its cell alone."""
     out, path = tmp_path / "run", grid(methods=[REPAIRED[1]], repairs=["scale"])
-    evaluate, repair, fits = measuring.evaluate, measuring.repair, []
+    evaluate, repair, fits = engines.evaluate, measuring.repair, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         if kwargs["repairs"]:
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(measuring, "evaluate", interrupted)
+    monkeypatch.setattr(engines, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(read(path, {}), out)
     kept = sorted(p.name for p in (out / "repairs" / "qwen-tb-coverage-contribution-+-ridge-a+b-0-keep6").iterdir())
@@ -90,7 +90,7 @@ def test_a_repair_goes_on_where_it_was(
             raise InputError("no scale here")
         return repair(*args, kind=kind, **kwargs)
 
-    monkeypatch.setattr(measuring, "evaluate", evaluate)
+    monkeypatch.setattr(engines, "evaluate", evaluate)
     monkeypatch.setattr(measuring, "repair", failing)
     monkeypatch.setattr("moecover.repairing.store.repair_layers", lambda *args, **kwargs: fits.append(args))
     both = grid(methods=[{"method": "tb-coverage", "repair": ["none", "ridge", "scale"]}])
