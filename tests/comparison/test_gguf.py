@@ -59,6 +59,9 @@ def test_a_grid_of_a_file_with_other_files(
     assert [(c["a"], c["b"]) for c in results["comparisons"]] == [
         ("TB-Coverage (contribution)", "random"),
         ("TB-Coverage (contribution)", "REAP"),
+        ("near", "pruned"),
+        ("near", "TB-Coverage (contribution)"),
+        ("pruned", "TB-Coverage (contribution)"),
     ]
     sizes = {r["label"]: (r["method"], r["value"]) for r in rows(out) if r["kind"] == "size"}
     assert sizes["pruned"] == ("file", str(cells["pruned"]["row"]["num_bytes"]))
@@ -67,7 +70,7 @@ def test_a_grid_of_a_file_with_other_files(
     assert "\n| pruned | 4 |" in markdown
     assert main(["report", str(out), "-o", str(tmp_path / "report.html"), "-q"]) == 0
     page = (tmp_path / "report.html").read_text()
-    for part in ("near", "pruned", "Perplexity by size, tiny and its files"):
+    for part in ("near", "pruned", "Perplexity by size, tiny and its files", "Files at about equal bytes"):
         assert part in page
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
 import numpy as np
 
 from moecover.comparison.bootstrap import ALPHA, Difference, paired_bootstrap
+from moecover.comparison.by_size import alike, mean_bytes
 from moecover.comparison.cells import FILE, FULL
 from moecover.comparison.measures import Draws, Measure, MeasuredCell
 from moecover.comparison.tests import holm, over_seeds, with_spread
@@ -71,6 +72,7 @@ class ComparisonRecord(Further):
     verdict: Verdict
     words: str
     family: str
+    sizes: NotRequired[list[int]]  # bytes of both, where a file is compared with what has about its size
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class _Pair:
     measure: Measure
     difference: Difference
     further: Further
+    sizes: tuple[int, int] | None = None
 
 
 def studied(cells: Sequence[MeasuredCell], against: str | None = None) -> str | None:
@@ -105,10 +108,11 @@ def comparisons(
     """The method under study against every other label, for every model, calibration set and budget.
 
     Where experts are thinner, methods are compared in the same shape, and shapes of the studied method at equal bytes.
+    Files are compared with each other and with the studied method where they take about the same bytes.
 
     Args:
-        cells: of all methods. The full model, its files and cells without scores are left out; a method that needs no
-            calibration is compared in every calibration set.
+        cells: of all methods. The full model and cells without scores are left out; a method that needs no calibration
+            is compared in every calibration set.
         against: label of the method under study, see `studied`.
         resamples: number of bootstrap samples of every bootstrap.
         seed: of the random numbers.
@@ -119,33 +123,38 @@ def comparisons(
     Raises:
         InputError: no such label, items or windows that do not belong together, or a value that is not finite.
     """
-    cells = [c for c in cells if c.method not in (FULL, FILE) and (c.items or c.windows)]
-    label = studied(cells, against) if cells else None
-    if label is None:
-        return []
-    method = next(c.variant for c in cells if c.label == label)
+    cells, draws = [c for c in cells if c.method != FULL and (c.items or c.windows)], Draws(resamples, seed)
+    planned = [c for c in cells if c.method != FILE]
+    label = studied(planned, against) if planned else None
+    method = next((c.variant for c in planned if c.label == label), None)
     found: list[ComparisonRecord] = []
     for model in dict.fromkeys(c.model for c in cells):
         mine = [c for c in cells if c.model == model]
-        found += _records(_pairs(mine, method, Draws(resamples, seed)), mine, method)
+        of_method = [c for c in mine if c.method != FILE and c.variant == method]
+        several = len({c.calibration for c in of_method}) > 1
+        if method is not None:
+            shapes = "shape, " if any(c.shape for c in of_method) else ""
+            rest = f"of {method} on {model}: every other method, budget, {shapes}calibration set and measure"
+            found += _records(_pairs([c for c in mine if c.method != FILE], method, draws), rest, several=several)
+        rest = f"of files of {model} with what takes about their bytes"
+        found += _records(_pairs_by_size(mine, method, draws), rest, several=several)
     return found
 
 
-def _records(pairs: Sequence[_Pair], cells: Sequence[MeasuredCell], label: str) -> list[ComparisonRecord]:
-    """Records of all comparisons of a model, with p-values corrected together."""
-    if not pairs:
-        return []
-    model, of_label = cells[0].model, [c for c in cells if c.variant == label]
-    shapes = "shape, " if any(c.shape for c in of_label) else ""
-    family = (
-        f"the {len(pairs)} comparison{'s' if len(pairs) != 1 else ''} of {label} on {model}: "
-        f"every other method, budget, {shapes}calibration set and measure"
-    )
-    several = len({c.calibration for c in of_label}) > 1
+def _records(pairs: Sequence[_Pair], rest: str, *, several: bool) -> list[ComparisonRecord]:
+    """Records of a family of comparisons, with p-values corrected together.
+
+    Args:
+        pairs: all of them.
+        rest: the family's name, after their number.
+        several: whether there are several calibration sets, so that sentences name theirs.
+    """
+    family = f"the {len(pairs)} comparison{'s' if len(pairs) != 1 else ''} {rest}"
     found = []
     for pair, p in zip(pairs, holm([pair.difference.p for pair in pairs]), strict=True):
         difference = replace(pair.difference, p_holm=p)
         ours, measure = pair.ours[0], pair.measure
+        calibration = (ours if pair.sizes is None else pair.theirs[0]).calibration  # a file has none
         sign = difference.value * (1 if measure.kind == "tasks" else -1)
         verdict = NONE_FOUND if p is None or p >= ALPHA else BETTER if sign > 0 else WORSE
         compared = Compared(
@@ -153,7 +162,7 @@ def _records(pairs: Sequence[_Pair], cells: Sequence[MeasuredCell], label: str) 
             b=pair.theirs[0].label,
             retain=ours.retain,
             thin=bool(ours.shape or pair.theirs[0].shape),
-            calibration=ours.calibration if several else (),
+            calibration=calibration if several else (),
             kind=measure.kind,
             name=measure.name,
             runs_a=pair.further["runs_a"],
@@ -161,11 +170,12 @@ def _records(pairs: Sequence[_Pair], cells: Sequence[MeasuredCell], label: str) 
             one_seed=pair.further["one_seed"],
             one_sample=pair.further["one_sample"],
             family=len(pairs),
+            sizes=pair.sizes,
         )
         record = {
-            "model": model,
+            "model": ours.model,
             "retain": ours.retain,
-            "calibration": list(ours.calibration),
+            "calibration": list(calibration),
             "kind": measure.kind,
             "name": measure.name,
             "a": compared.a,
@@ -175,6 +185,7 @@ def _records(pairs: Sequence[_Pair], cells: Sequence[MeasuredCell], label: str) 
             "words": sentence(compared, difference, verdict),
             "family": family,
             **pair.further,
+            **({} if pair.sizes is None else {"sizes": list(pair.sizes)}),
         }
         found.append(cast("ComparisonRecord", record))
     return found
@@ -196,6 +207,16 @@ def _pairs(cells: Sequence[MeasuredCell], label: str, draws: Draws) -> list[_Pai
             theirs = [c for c in rivals if c.label == other]
             if theirs:
                 found += [_compared(ours, theirs, measure, draws) for measure in _measures([*ours, *theirs])]
+    return found
+
+
+def _pairs_by_size(cells: Sequence[MeasuredCell], label: str | None, draws: Draws) -> list[_Pair]:
+    """All comparisons of a model's files with rows of about equal bytes."""
+    found = []
+    for ours, theirs in alike(cells, label):
+        sizes = round(mean_bytes(ours)), round(mean_bytes(theirs))
+        pairs = (_compared(ours, theirs, measure, draws) for measure in _measures([*ours, *theirs]))
+        found += [replace(pair, sizes=sizes) for pair in pairs]
     return found
 
 

@@ -29,6 +29,7 @@ class MeasuredCell:
         calibration: names of the corpora; empty if it needs none.
         sample: seed of the calibration sample.
         seed: of the plan; None for a deterministic method.
+        num_bytes: of the weights.
         shape: with which the label ends where experts are thinner, such as ``30x32``; empty for whole experts.
         items: by task, float64 ``[item]`` of the task's main metric.
         windows: by text, float64 ``[window, 2]``: summed negative log-likelihood, scored tokens.
@@ -41,6 +42,7 @@ class MeasuredCell:
     calibration: tuple[str, ...] = ()
     sample: int = 0
     seed: int | None = None
+    num_bytes: int = 0
     shape: str = ""
     items: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     windows: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)

@@ -166,6 +166,7 @@ def measured(record: StoredCell, evaluation: Evaluation) -> MeasuredCell:
         calibration=tuple(record["calibration"]),
         sample=record["sample"],
         seed=record["seed"],
+        num_bytes=row.num_bytes,
         shape=shape_name(record["keep"], record["width"]) if "width" in record else "",
         items={
             task: metrics[evaluation.tasks[task]["metric"]]

@@ -9,6 +9,7 @@ from typing import Literal
 
 from moecover.comparison.bootstrap import Difference
 from moecover.corpora.sources import set_name
+from moecover.text import size_text
 
 Verdict = Literal["better", "worse", "no significant difference"]
 BETTER: Verdict = "better"
@@ -36,6 +37,7 @@ class Compared:
         one_seed: labels of methods that depend on a random seed and have only one.
         one_sample: labels of methods that depend on calibration text and have only one sample of it.
         family: comparisons that p-values are corrected for.
+        sizes: bytes of both, where these are about equal and not what is kept; None otherwise.
     """
 
     a: str
@@ -50,6 +52,7 @@ class Compared:
     one_seed: Sequence[str]
     one_sample: Sequence[str]
     family: int
+    sizes: tuple[int, int] | None = None
 
     @property
     def tasks(self) -> bool:
@@ -57,8 +60,10 @@ class Compared:
 
     @property
     def where(self) -> str:
-        """Budget and calibration set."""
+        """Budget and calibration set, or sizes."""
         calibrated = f", calibrated on {set_name(self.calibration, ' + ')}" if self.calibration else ""
+        if self.sizes is not None:
+            return f"With {size_text(self.sizes[0])} and {size_text(self.sizes[1])}{calibrated}, "
         return f"At {100 * self.retain:g} % of the experts{BYTES if self.thin else ''}{calibrated}, "
 
     @property
@@ -92,6 +97,8 @@ def sentence(compared: Compared, difference: Difference, verdict: Verdict) -> st
     figures = f"{size} ({_interval(compared, difference)}), {_p_value(difference, compared.family)}"
     if verdict == NONE_FOUND:
         return f"{where}there is no significant difference between {a} and {b} {on}: {figures}."
+    if compared.one_sample and compared.sizes is not None:
+        return f"{where}{a} is {verdict} than {b} {on}: {figures}. {ONE_SAMPLE}."
     if compared.one_sample:
         return f"{where}this plan of {a} is {verdict} than that of {b} {on}: {figures}. {ONE_SAMPLE}."
     return f"{where}{a} is {verdict} than {b} {on}: {figures}."

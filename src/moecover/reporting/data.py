@@ -129,6 +129,7 @@ class Comparison(_Lenient):
     over_runs: Tested | None = None
     over_tasks: Tested | None = None
     by_task: dict[str, TaskDifference] = Field(default_factory=dict)
+    sizes: list[int] = Field(default_factory=list)  # bytes of both, where a file is compared at about equal bytes
 
     @property
     def of_accuracy(self) -> bool:

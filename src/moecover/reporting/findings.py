@@ -100,6 +100,7 @@ class ModelFindings:
     comparisons: tuple[Comparison, ...]
     plans: tuple[Cell, ...]  # cells of the main method whose kept experts are shown, one per budget
     cut: tuple[Cut, ...] = ()  # tasks with items that are longer than the model's positions
+    by_size: tuple[Comparison, ...] = ()  # of files with what takes about their bytes
     files: tuple[tuple[str, Point], ...] = ()  # further files of the model, by name
 
     @property
@@ -240,9 +241,10 @@ def _found_on(name: str, about: dict[str, JsonValue], run: Run) -> ModelFindings
         series=tuple(series),
         tasks=tasks,
         texts=texts,
-        comparisons=tuple(c for c in run.comparisons if c.model == name),
+        comparisons=tuple(c for c in run.comparisons if c.model == name and not c.sizes),
         plans=tuple(shown[r] for r in sorted(shown)),
         cut=tuple(c for c in run.cut if c.model == name),
+        by_size=tuple(c for c in run.comparisons if c.model == name and c.sizes),
         files=tuple((c.label, _point([c], run, tasks, texts)) for c in files),
     )
 

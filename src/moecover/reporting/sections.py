@@ -28,7 +28,7 @@ from moecover.reporting.figures.style import short
 from moecover.reporting.findings import ModelFindings
 from moecover.reporting.numbers import percentage, plain
 from moecover.reporting.provenance import calibration_corpora, provenance_of
-from moecover.reporting.sentences import memory_words, summary_of, usage_words
+from moecover.reporting.sentences import memory_words, summary_of, usage_words, verdicts_of
 from moecover.reporting.size_tables import by_size_table, size_table
 from moecover.reporting.tables import (
     accuracy_table,
@@ -204,8 +204,12 @@ def size(data: ModelData) -> Content:
     table, memory = size_table(data.model), memory_words(data.model)
     if table is None:
         return [absent("No sizes are known.")]
-    by_size = by_size_table(data.model)
-    return [*([by_size] if by_size else []), table, *([Paragraph(memory, "note")] if memory else [])]
+    by_size, blocks = by_size_table(data.model), list[Block]()
+    if by_size is not None:
+        blocks.append(by_size)
+    if verdicts := verdicts_of(data.model.by_size):
+        blocks.append(Details("Files at about equal bytes, in a sentence each", [Bullets(verdicts, "verdicts")]))
+    return [*blocks, table, *([Paragraph(memory, "note")] if memory else [])]
 
 
 # ----------------------------------------------------------------------------------------------------------- of the run

@@ -37,8 +37,12 @@ def summary_of(model: ModelFindings) -> Summary:
         for kind, word in (("tasks", "accuracy"), ("perplexity", "perplexity")):
             mine = [c for c in model.comparisons if c.a == first and c.kind == kind]
             sentences += [tally(mine, f"{first} on {word}")] if mine else []
-    verdicts = [(mark_of(c.verdict), c.words) for c in model.comparisons if c.words]
-    return Summary(tuple(_tiles(model)), tuple(sentences), tuple(verdicts))
+    return Summary(tuple(_tiles(model)), tuple(sentences), verdicts_of(model.comparisons))
+
+
+def verdicts_of(comparisons: Iterable[Comparison]) -> tuple[tuple[str, str], ...]:
+    """The CSS class and the sentence of every comparison."""
+    return tuple((mark_of(c.verdict), c.words) for c in comparisons if c.words)
 
 
 def tally(comparisons: Iterable[Comparison], what: str) -> str:
