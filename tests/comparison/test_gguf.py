@@ -103,3 +103,29 @@ def test_what_needs_transformers_is_refused(
     assert f"{path}, line " in error
     assert says in error
     assert not (tmp_path / "run").exists()
+
+
+def test_files_stand_beside_one_gguf_model(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    """Entries that cannot be are refused in one line; names are those of the files."""
+    named = [
+        {"model": "m.gguf", "files": ["a.gguf", {"file": "b-00001-of-00002.gguf"}, {"file": "a.gguf", "name": "c"}]}
+    ]
+    (entry,) = read(grid(models=named), {}).config.models
+    assert (entry.model, entry.name) == (str(tmp_path / "m.gguf"), "m")
+    assert [(file.file, file.name) for file in entry.files] == [
+        (str(tmp_path / "a.gguf"), "a"),
+        (str(tmp_path / "b-00001-of-00002.gguf"), "b"),
+        (str(tmp_path / "a.gguf"), "c"),
+    ]
+    path, given = grid(), ("--corpus", "wikitext2", "--perplexity", "wikitext2", "-o", str(tmp_path / "run"))
+    for arguments, says in (
+        ((str(path), "--file", "a.gguf", *given), "list files in their model's entry"),
+        (("m.gguf", "n.gguf", "--file", "a.gguf", *given), "--file goes with one MODEL.gguf, here are 2 models"),
+        (("m.gguf", "--file", "a.gguf", "--file", "x/a.gguf", *given), "two files are called a. Give one of them"),
+        (("m.gguf", "--file", "folder", *given), "rows from files are for GGUF. Give FILE.gguf"),
+        ((str(tmp_path), "--file", "a.gguf", *given), "rows from files are for GGUF. Give MODEL.gguf"),
+        ((str(path), "--libllama", "x.so", "-o", str(tmp_path / "run")), "no model is a GGUF file"),
+    ):
+        assert main(["compare", *arguments, "-q"]) == 2
+        error = capsys.readouterr().err
+        assert (error.count("\n"), says in error) == (1, True), error

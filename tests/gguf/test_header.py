@@ -204,3 +204,26 @@ def test_the_first_part_under_another_name_is_refused(tmp_path: Path) -> None:
     moved = first.rename(tmp_path / "m.gguf")
     with pytest.raises(InputError, match="is the first of 3 parts, whose names end in -00001-of-00003.gguf. Rename it"):
         open_gguf(moved)
+
+
+def test_a_header_that_changed_is_noticed(tmp_path: Path) -> None:
+    """Whatever changes in it, or the size of the file; the data may."""
+    content = write_gguf(tmp_path / "m.gguf", "qwen3moe").read_bytes()
+    header = read_header(tmp_path / "m.gguf")
+    assert header.is_unchanged()
+    first = min(tensor.start for tensor in header.tensors.values())
+    name = content.rindex(b"output_norm.weight", 0, first)
+    for place, same in (
+        (4, False),
+        (8, False),
+        (16, False),
+        (header.pairs_start + 9, False),
+        (name, False),
+        (-1, True),
+    ):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (tmp_path / "m.gguf").write_bytes(changed)
+        assert header.is_unchanged() == same, place
+    (tmp_path / "m.gguf").write_bytes(content[:-1])
+    assert not header.is_unchanged()
