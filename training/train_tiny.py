@@ -45,6 +45,8 @@ from moecover.corpora.documents import stdlib_documents
 
 END = "<|endoftext|>"
 LENGTH = 256
+EXPERTS = {"qwen2_moe": (60, 4), "deepseek": (64, 6)}  # routed experts and top-k of a shape, unless given
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 MIXTURE = {"wikitext2": 0.36, "c4": 0.30, "gutenberg": 0.12, "gsm8k": 0.05, "python": 0.17}
 
 
@@ -150,9 +152,9 @@ def batches(streams: dict[str, np.ndarray], batch_size: int, seed: int) -> Itera
 
 
 # --------------------------------------------------------------------------------------------------------- optimisers
-def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
     """Newton-Schulz iteration towards the nearest (semi-)orthogonal matrix, batched over leading axes (Jordan 2024)."""
-    x = matrix.bfloat16()
+    x = matrix.to(dtype)
     transposed = x.size(-2) > x.size(-1)
     if transposed:
         x = x.mT
@@ -166,8 +168,9 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum (Jordan 2024) for matrices [..., rows, columns]; the leading axis is experts."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(self, params, lr: float, dtype: torch.dtype, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -178,31 +181,38 @@ class Muon(torch.optim.Optimizer):
                     continue
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]))
+                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]), self.dtype)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
 
 
-def make_optimisers(model: torch.nn.Module, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for embeddings, routers, norms and biases."""
+def make_optimisers(
+    model: torch.nn.Module, matrix_lr: float, other_lr: float, dtype: torch.dtype
+) -> list[torch.optim.Optimizer]:
+    """Muon, computing in a dtype, for the matrices, AdamW for embeddings, routers, norms and biases."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         small = (
             p.dim() < 2 or "embed" in name or "lm_head" in name or name.endswith("mlp.gate.weight") or "_gate." in name
         )
         (others if small else matrices).append(p)
-    return [Muon(matrices, lr=matrix_lr), torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [
+        Muon(matrices, lr=matrix_lr, dtype=dtype),
+        torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- model
 def make_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
     """A randomly initialised model of the requested shape."""
+    experts, top_k = EXPERTS[args.shape]
     common = {
         "vocab_size": vocabulary,
         "hidden_size": args.hidden,
         "num_hidden_layers": args.layers,
         "num_attention_heads": args.hidden // 32,
         "num_key_value_heads": args.hidden // 32,
+        "num_experts_per_tok": args.top_k or top_k,
         "moe_intermediate_size": args.expert,
         "norm_topk_prob": False,
         "max_position_embeddings": 2 * LENGTH,
@@ -215,8 +225,7 @@ def make_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
         config = DeepseekConfig(
             **common,
             intermediate_size=args.dense,
-            n_routed_experts=64,
-            num_experts_per_tok=6,
+            n_routed_experts=args.experts or experts,
             n_shared_experts=2,
             first_k_dense_replace=1,
             tie_word_embeddings=False,
@@ -227,8 +236,7 @@ def make_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
             **common,
             intermediate_size=args.shared,
             shared_expert_intermediate_size=args.shared,
-            num_experts=60,
-            num_experts_per_tok=4,
+            num_experts=args.experts or experts,
             decoder_sparse_step=1,
             tie_word_embeddings=True,
             use_sliding_window=False,
@@ -269,7 +277,7 @@ def balance_loss(router_logits: list[torch.Tensor], k: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def bits_per_byte(model, tokenizer, text: str) -> float:
+def bits_per_byte(model, tokenizer, text: str, dtype: torch.dtype) -> float:
     """-log2 p of the whole text over its number of UTF-8 bytes.
 
     Disjoint windows of LENGTH tokens; every token but the first is scored.
@@ -283,7 +291,7 @@ def bits_per_byte(model, tokenizer, text: str) -> float:
             continue
         inputs, targets = part[:-1].view(-1, length), part[1:].view(-1, length)
         for x, y in zip(inputs.split(32), targets.split(32), strict=True):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 logits = model(x).logits
             nats += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
     return nats / math.log(2) / n_bytes
@@ -352,9 +360,10 @@ def train_step(
     router_logits: list[torch.Tensor],
     batch: torch.Tensor,
     balance_weight: float,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One update on a batch [rows, LENGTH + 1]; returns the language-model loss and the balancing loss."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         router_logits.clear()
         output = model(batch[:, :-1])
     loss = F.cross_entropy(output.logits.flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -375,10 +384,11 @@ def train(args: argparse.Namespace) -> None:
     tokenizer, streams = prepare_text(args)
     model = make_model(args, len(tokenizer))
     router_logits = watch_routers(model)
+    dtype = DTYPES[args.precision]
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{n_parameters:,} parameters, {2 * n_parameters / 1e6:.1f} MB in bf16", flush=True)
 
-    optimisers = make_optimisers(model, args.matrix_lr, args.other_lr)
+    optimisers = make_optimisers(model, args.matrix_lr, args.other_lr, dtype)
     steps = int(args.tokens) // (args.batch_size * LENGTH)
     data = batches(streams, args.batch_size, args.seed)
     first, curve, spent_s = 0, [], 0.0
@@ -394,7 +404,7 @@ def train(args: argparse.Namespace) -> None:
         decay = min(1.0, (step + 1) / 50) * min(1.0, (steps - step) / (args.decay * steps))
         for optimiser, rate in zip(optimisers, base, strict=True):
             optimiser.param_groups[0]["lr"] = rate * decay
-        loss, balance = train_step(model, optimisers, router_logits, next(data), args.balance)
+        loss, balance = train_step(model, optimisers, router_logits, next(data), args.balance, dtype)
         if step % 20 == 0:
             elapsed = time.monotonic() - started
             speed = (step - first + 1) * args.batch_size * LENGTH / elapsed
@@ -403,19 +413,24 @@ def train(args: argparse.Namespace) -> None:
             curve.append({"step": step, "loss": round(loss.item(), 4), "balance": round(balance.item(), 3)})
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_state(state_file, model, optimisers, step + 1, curve, spent_s + time.monotonic() - started)
-            sample = {name: round(bits_per_byte(model, tokenizer, text[:100_000]), 4) for name, text in texts.items()}
+            sample = {
+                name: round(bits_per_byte(model, tokenizer, text[:100_000], dtype), 4) for name, text in texts.items()
+            }
             print(f"step {step + 1}: bits per byte on 100 kB of each held-out text {sample}", flush=True)
     finish(args, model, tokenizer, texts, curve, steps, spent_s + time.monotonic() - started)
 
 
 def finish(args, model, tokenizer, texts, curve, steps, spent_s) -> None:
-    """Evaluate the model in bf16 on the held-out texts; write the checkpoint and ``training.json``."""
+    """Evaluate the model, rounded to bf16, on the held-out texts; write the checkpoint and ``training.json``."""
     model = model.to(torch.bfloat16)
     args.output.mkdir(parents=True, exist_ok=True)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(args.output, save_original_format=True)
     tokenizer.save_pretrained(args.output)
-    figures = {name: round(bits_per_byte(model, tokenizer, text), 4) for name, text in texts.items()}
+    model = model.to(DTYPES[args.precision])  # the rounded weights, in the precision of training
+    figures = {
+        name: round(bits_per_byte(model, tokenizer, text, DTYPES[args.precision]), 4) for name, text in texts.items()
+    }
     record = {
         "bits_per_byte": figures,
         "tokens": steps * args.batch_size * LENGTH,
@@ -443,6 +458,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=160)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, help="routed experts (default: those of the shape)")
+    parser.add_argument("--top-k", type=int, help="routed experts per token (default: that of the shape)")
     parser.add_argument("--expert", type=int, default=64, help="intermediate width of a routed expert")
     parser.add_argument("--shared", type=int, default=256, help="intermediate width of the shared expert (qwen2_moe)")
     parser.add_argument("--dense", type=int, default=640, help="intermediate width of the dense first layer (deepseek)")
@@ -454,6 +471,9 @@ def main() -> None:
         type=float,
         default=0.6,
         help="share of the run, at its end, over which the learning rates fall to zero",
+    )
+    parser.add_argument(
+        "--precision", choices=DTYPES, default="bf16", help="of matrix products; f32 where the processor has no bf16"
     )
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
