@@ -3,8 +3,9 @@
     python -m benchmarks.gguf_quality LABEL=F32.gguf ... --data DIR [--types F16 Q8_0 Q6_K Q4_K_M] [--windows 16]
 
 The files are one model's in F32: itself, and what `prune` or `shrink` left of it. Each is stored in every type as
-llama-quantize does it (`benchmarks.gguf_types`), run in llama.cpp, and measured on the texts of `benchmarks.thin`. Prints a row for every file, the largest first: bytes, perplexity by group of texts,
-and the worst text by its perplexity over that of the first file. DIR is as in `benchmarks.thin`.
+llama-quantize does it (`benchmarks.gguf_types`), run in llama.cpp, and measured on the texts of `benchmarks.thin`.
+Prints a row for every file, the largest first: bytes, perplexity by group of texts, and the worst text by its
+perplexity over that of the first file. DIR is as in `benchmarks.thin`.
 """
 
 from __future__ import annotations
