@@ -30,9 +30,10 @@ def write_imatrix(path: Path, *, seed: int, layers: tuple[int, ...] = LAYERS, **
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "")
     writer.add_type(changed.get("kind", "imatrix"))
+    writer.add_array("imatrix.datasets", ["text.txt"])
     writer.add_uint32("imatrix.chunk_count", 2)
     writer.add_uint32("imatrix.chunk_size", TOKENS // 2)
-    writer.add_tensor("blk.0.attn_q.weight.counts", np.full((1, 1), TOKENS, dtype=np.float32))
+    writer.add_tensor("blk.0.attn_q.weight.counts", np.full(1, TOKENS, dtype=np.float32))
     for layer in layers:
         experts = rng.multinomial(TOKENS * TOP_K, rng.dirichlet(np.ones(EXPERTS)))
         for matrix, width in (("gate", HIDDEN), ("down", changed.get("width", WIDTH))):
