@@ -12,6 +12,7 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# LLAMA_CPP=DIR names a checkout of llama.cpp whose converter and programs are tested too.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 

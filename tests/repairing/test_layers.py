@@ -15,6 +15,7 @@ from moecover.planning.masking import masked
 from moecover.repairing.applied import LayerRepair, repaired
 from moecover.repairing.layers import repair_layers as layer_after_layer
 from moecover.repairing.solver import KINDS
+from moecover.repairing.targets import places_on_disk
 from moecover.runtime.loading import load_model
 from moecover.runtime.streaming import streamed
 from tests.conftest import hand_plan, random_corpus
@@ -45,6 +46,15 @@ def test_the_stated_fit_is_what_plain_passes_give(structure: Structure, kind: st
         assert sum(repair.fit.after) <= sum(repair.fit.before)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_shared_expert_as_wide_as_the_model(checkpoints: Callable[..., Path]) -> None:
+    """All of its projections end at the hidden size."""
+    structure = read_structure(checkpoints("qwen2_moe", shared_expert_intermediate_size=32))
+    shared = [place.shared for place in places_on_disk(structure)]
+    assert all(one is not None and one[1].endswith("mlp.shared_expert.down_proj.weight") for one in shared)
+    for repair in repair_layers(load_model(structure), structure, half(structure), CORPORA, kind="ridge"):
+        assert sum(repair.fit.after) < sum(repair.fit.before)
 
 
 def test_the_first_layer_without_repair_is_the_masked_model(structure: Structure) -> None:

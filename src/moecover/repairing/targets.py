@@ -194,7 +194,10 @@ def _place(structure: Structure, model: torch.nn.Module, module: str, stored: _S
 
 
 def _shared(structure: Structure, model: torch.nn.Module, module: str, hidden_size: int) -> str | None:
-    """The shared expert's down projection: the linear module beside the experts that ends at the hidden size."""
+    """The shared expert's down projection: the linear module beside the experts that ends at the hidden size.
+
+    Where the shared expert is as wide as the model, so do its other projections; then the experts' name for it decides.
+    """
     import torch
 
     name = module.rpartition(".")[0]
@@ -204,6 +207,8 @@ def _shared(structure: Structure, model: torch.nn.Module, module: str, hidden_si
         for key, m in model.get_submodule(name).named_modules()
         if isinstance(m, torch.nn.Linear) and id(m) not in inside and m.out_features == hidden_size
     ]
+    if len(linear) > 1:
+        linear = [one for one in linear if one.endswith(".down_proj.weight")] or linear
     if len(linear) > 1:
         raise refused(
             structure, f"{len(linear)} modules beside the experts end at the hidden size, at most one is supported"
