@@ -50,7 +50,7 @@ else:
         if what == "profile":
             profile(structure, corpora, model=stream, batch_size=1)
         else:
-            forward = functools.partial(backbone_of(stream.model), use_cache=False)
+            forward = functools.partial(backbone_of(stream.module), use_cache=False)
             run(stream, [functools.partial(forward, **one) for one in inputs], head=False)
 ended = time.perf_counter()
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moecover.runtime import memory
+from moecover.runtime import devices
 from moecover.runtime.cgroups import free_in_cgroups
 
 GB = 10**9
@@ -86,8 +86,8 @@ def test_mounted_elsewhere(tmp_path: Path) -> None:
 
 
 def test_what_is_free_is_within_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = memory.available_memory("cpu")
-    monkeypatch.setattr(memory, "free_in_cgroups", lambda: 1234)
-    assert memory.available_memory("cpu") == 1234 < bare
-    monkeypatch.setattr(memory, "free_in_cgroups", lambda: None)
-    assert memory.available_memory("cpu") > 1234
+    bare = devices.available_memory("cpu")
+    monkeypatch.setattr(devices, "free_in_cgroups", lambda: 1234)
+    assert devices.available_memory("cpu") == 1234 < bare
+    monkeypatch.setattr(devices, "free_in_cgroups", lambda: None)
+    assert devices.available_memory("cpu") > 1234

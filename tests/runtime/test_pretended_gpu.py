@@ -22,6 +22,7 @@ from moecover.profiling.run import profile
 from moecover.pruning.writer import prune
 from moecover.repairing.layers import repair_layers
 from moecover.repairing.store import repair
+from moecover.runtime import memory
 from moecover.runtime.loading import load_model
 from moecover.runtime.running import Running, running
 from moecover.runtime.streaming import streamed
@@ -173,7 +174,9 @@ def _too_large(structure: Structure, **given: Any) -> Any:
     """The cost of a model that does not fit as a whole."""
     from moecover.runtime.cost import Cost
 
-    return Cost(limit=10**9, whole=10**10, streamed=10**8, hidden=10**6, read=10**6, flops=1.0, by_layer=True, room=99)
+    return Cost(
+        limit=10**9, whole=10**10, streamed=10**8, hidden=10**6, read=10**6, flops=1.0, layer=1, by_layer=True, room=99
+    )
 
 
 def test_generated_text(structure: Structure, gpu: str, tmp_path: Path) -> None:
@@ -202,3 +205,15 @@ def test_a_gpu_without_float64(structure: Structure, monkeypatch: pytest.MonkeyP
             plan_budgets(made, method="expert-sparsity", keeps=[6], model=live, structure=structure, sample=texts())
         with pytest.raises(InputError, match="a repair computes in float64, which device=mps does not have"):
             list(repair_layers(live, structure, chosen, texts(), kind="ridge"))
+
+
+def test_layers_that_do_not_fit_into_pinned_memory(
+    structure: Structure, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecover.runtime.memory.cost", _too_large)
+    monkeypatch.setattr("moecover.runtime.memory.available_memory", lambda device: 10**9 if device == gpu else 1)
+    with (
+        pytest.raises(InputError, match="two layers at a time are read into memory of the machine on their way to"),
+        memory.opened(structure, tokens=8, batch_tokens=8, device=gpu),
+    ):
+        pass

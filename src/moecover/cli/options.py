@@ -42,6 +42,11 @@ def add_device(parser: Group) -> None:
     parser.add_argument("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")
     parser.add_argument("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
     parser.add_argument(
+        "--device-map",
+        metavar="MAP",
+        help="spread the model over several devices: auto, balanced, or a JSON file with devices by name of a module",
+    )
+    parser.add_argument(
         "--memory-limit",
         metavar="SIZE",
         help="memory that may be used, such as 4GB (default: nine tenths of what is free); a model that does not fit "
@@ -163,6 +168,7 @@ def pass_arguments(args: argparse.Namespace) -> RunOptions:
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": args.device,
+        "device_map": args.device_map,
         "memory_limit": args.memory_limit,
         "revision": args.revision,
     }

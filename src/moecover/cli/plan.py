@@ -122,6 +122,7 @@ def _plans(
             multiple_of=args.multiple_of,
             method=method,
             batch_size=args.batch_size,
+            device_map=args.device_map,
             memory_limit=args.memory_limit,
             method_options=options,
             dtype=dtype,
@@ -150,6 +151,7 @@ def _plans(
         model=args.model,
         dtype=dtype,
         device=device,
+        device_map=args.device_map,
         memory_limit=args.memory_limit,
         revision=revision,
         progress=resolve(),
@@ -181,6 +183,7 @@ def _for_budget(args: argparse.Namespace, profile: Profile, method: str, options
         batch_size=args.batch_size,
         dtype=args.dtype,
         device=args.device,
+        device_map=args.device_map,
         memory_limit=args.memory_limit,
         revision=args.revision,
     )

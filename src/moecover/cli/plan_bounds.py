@@ -104,7 +104,7 @@ def check_model_options(args: argparse.Namespace, bound: str, method: str) -> No
 
     runs = METHODS[method].runs_experts or bound == "max_perplexity_increase"
     runs = runs or (bound in OF_BYTES and args.shape == "auto")
-    names = ("dtype", "device", "memory_limit") if not runs else ()
+    names = ("dtype", "device", "device_map", "memory_limit") if not runs else ()
     names = (*names, "revision") if not args.model else names
     if stray := [name for name in names if getattr(args, name) is not None]:
         raise InputError(f"{flag(stray[0])} has no use here: no model runs for {flag(bound)} with method {method}")

@@ -34,6 +34,7 @@ OF_PASS = (
     "bos",
     "dtype",
     "device",
+    "device_map",
     "memory_limit",
     "plugin",
 )

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> Outcome:
         tolerance=args.tolerance,
         dtype=args.dtype,
         device=args.device,
+        device_map=args.device_map,
         memory_limit=args.memory_limit,
         libllama=args.libllama,
         revision=args.revision,

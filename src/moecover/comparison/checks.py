@@ -21,8 +21,8 @@ from moecover.planning.methods import METHODS
 from moecover.progress import Progress
 from moecover.registry import load_plugin
 from moecover.repairing.targets import Place, check_dtype, check_understood, places_on_disk
+from moecover.runtime.devices import check_device
 from moecover.runtime.loadable import check_loadable
-from moecover.runtime.loading import check_device
 from moecover.runtime.memory import parse_size
 from moecover.signals import held
 

@@ -17,8 +17,8 @@ from moecover.errors import arg
 from moecover.profiling.channels import num_bytes as channel_bytes
 from moecover.repairing.layers import needed_bytes
 from moecover.runtime.cost import Cost, cost, seconds_of
-from moecover.runtime.loading import check_device
-from moecover.runtime.memory import available_memory, parse_size
+from moecover.runtime.devices import available_memory, check_device
+from moecover.runtime.memory import parse_size
 
 REPAIR_PASSES = 10  # passes over its text that a repair is taken to cost, until one was timed
 

@@ -26,7 +26,7 @@ from moecover.llama.library import Library
 from moecover.planning.fitting import channel_groups
 from moecover.planning.methods import METHODS
 from moecover.progress import Progress
-from moecover.runtime.loading import check_device
+from moecover.runtime.devices import check_device
 
 if TYPE_CHECKING:
     from moecover.evaluation.tasks import Tasks

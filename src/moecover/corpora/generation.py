@@ -26,6 +26,7 @@ from moecover.errors import InputError
 from moecover.files.atomic import PARTIAL, canonical_json, kept_file
 from moecover.files.locks import locked
 from moecover.files.reading import parse_json
+from moecover.runtime.devices import own_generators
 from moecover.runtime.finite import naming, rows_text, watched
 from moecover.runtime.running import Running, running
 
@@ -122,7 +123,7 @@ def generate(
 
     before = torch.tensor([list(prefix)] * sequences, dtype=torch.int64, device=live.device).reshape(sequences, -1)
     tokens = body_length(length, prefix) - 1
-    with _plain_sampling(live, tokens), torch.random.fork_rng():
+    with _plain_sampling(live, tokens), own_generators(live):
         torch.manual_seed(seed)
         ids = begins[torch.randint(len(begins), (sequences,), device=live.device)][:, None]
         ids = torch.cat([before, ids], dim=1)

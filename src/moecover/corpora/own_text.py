@@ -138,6 +138,7 @@ def _opened(
         batch_tokens=at_once,
         dtype=how.dtype,
         device=how.device,
+        device_map=how.device_map,
         memory_limit=how.memory_limit,
         head=True,
         extra=cache,

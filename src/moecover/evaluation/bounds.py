@@ -241,6 +241,7 @@ def opened_for(
         unit=how.batch_size * max(text.tokens.shape[1] for text in texts) * (1 + TOGETHER),
         dtype=how.dtype,
         device=how.device,
+        device_map=how.device_map,
         memory_limit=how.memory_limit,
         say=progress.say,
     )

@@ -76,7 +76,7 @@ def checked_server(options: EndpointOptions, plans: object, run_options: RunOpti
             f"{arg('plan')} emulates a plan in a model that runs here, {arg('endpoint')} serves one checkpoint. Write "
             "the plan's with prune, serve it, and give its folder"
         )
-    names = ("batch_size", "dtype", "device", "memory_limit")
+    names = ("batch_size", "dtype", "device", "device_map", "memory_limit")
     if stray := [name for name in names if run_options.get(name) is not None]:
         raise InputError(
             f"{arg(stray[0])} says how a model runs here, with {arg('endpoint')} the server decides it. Leave it out"

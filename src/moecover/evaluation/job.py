@@ -236,6 +236,7 @@ def _measured(
         unit=how.batch_size * max((text.tokens.shape[1] for text in texts), default=0) * variants,
         dtype=how.dtype,
         device=how.device,
+        device_map=how.device_map,
         memory_limit=how.memory_limit,
         head=True,
         say=progress.say,

@@ -27,7 +27,7 @@ def check_options(options: Mapping[str, object], *more: str) -> None:
     Raises:
         InputError: names the argument.
     """
-    for name in ("dtype", "memory_limit", "keep_inputs", "model", *more):
+    for name in ("dtype", "device_map", "memory_limit", "keep_inputs", "model", *more):
         if options.get(name) not in (None, "auto"):
             raise InputError(
                 f"{arg(name)} has no use here: llama.cpp runs a GGUF file as it is stored, mapped from the disk"

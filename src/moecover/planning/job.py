@@ -96,6 +96,7 @@ def plans(
     structure: Structure | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    device_map: str | Path | Mapping[str, str | int] | None = None,
     memory_limit: int | str | None = None,
     revision: str | None = None,
     progress: Progress,
@@ -112,6 +113,7 @@ def plans(
         structure: of a live model.
         dtype: torch dtype by name; None for the profile's.
         device: torch device by name; None for a GPU where there is one.
+        device_map: devices of the parts of a model, see `RunOptions`.
         memory_limit: memory that may be used, see `RunOptions`; a model that does not fit runs layer by layer.
         revision: branch, tag or commit of a hub model.
         progress: shows the search.
@@ -119,7 +121,13 @@ def plans(
     Raises:
         InputError: what `plan_budgets` raises, or a model that cannot be read.
     """
-    how: RunOptions = {"dtype": dtype, "device": device, "memory_limit": memory_limit, "revision": revision}
+    how: RunOptions = {
+        "dtype": dtype,
+        "device": device,
+        "device_map": device_map,
+        "memory_limit": memory_limit,
+        "revision": revision,
+    }
     progressive = options.get("mode", LAYERWISE) != LAYERWISE
     with contextlib.ExitStack() as stack:
         resources: dict[str, Any] = {}
@@ -174,6 +182,7 @@ def _live(
         batch_tokens=batch,
         dtype=run.dtype,
         device=run.device,
+        device_map=run.device_map,
         memory_limit=run.memory_limit,
         extra=peak_bytes(found.topology, tokens),
         say=progress.say,
@@ -195,6 +204,7 @@ def plan(
     structure: Structure | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    device_map: str | Path | Mapping[str, str | int] | None = None,
     memory_limit: int | str | None = None,
     revision: str | None = None,
     progress: bool | Progress = True,
@@ -216,6 +226,7 @@ def plan(
         structure: of a live model.
         dtype: torch dtype by name; None for the profile's.
         device: torch device by name; None for a GPU where there is one.
+        device_map: devices of the parts of a model, see `RunOptions`.
         memory_limit: memory that may be used, see `RunOptions`.
         revision: branch, tag or commit of a hub model.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
@@ -230,7 +241,14 @@ def plan(
     made = profile if isinstance(profile, Profile) else Profile.load(Path(profile))
     check_search(name, made, model)
     _check_unused(
-        name, model, structure=structure, dtype=dtype, device=device, memory_limit=memory_limit, revision=revision
+        name,
+        model,
+        structure=structure,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        memory_limit=memory_limit,
+        revision=revision,
     )
     shape = resolve_shape(
         made.topology,
@@ -253,6 +271,7 @@ def plan(
         structure=structure,
         dtype=dtype,
         device=device,
+        device_map=device_map,
         memory_limit=memory_limit,
         revision=revision,
         progress=resolve(progress),

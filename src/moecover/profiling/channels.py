@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
-from moecover.profiling.reductions import scratch, weighted_squares
+from moecover.profiling.reductions import Buffers, scratch, weighted_squares
 from moecover.runtime.cost import expert_width
+from moecover.runtime.devices import has_float64
 from moecover.runtime.finite import is_finite
-from moecover.runtime.loading import has_float64
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class Channels:
         columns: gives the down projection of every expert in turn, ``[hidden, channel]``; called when the layer first
             runs.
         width: channels of an expert.
-        buffers: scratch memory by width, shared by all layers.
+        buffers: scratch memory, shared by all layers.
 
     Attributes:
         squares: sum of g^2 h^2 in the batch, float32 (float64 where that overflows) ``[expert, channel]``; None before
@@ -87,7 +87,7 @@ class Channels:
         number: int,
         columns: Callable[[], Iterable[torch.Tensor]],
         width: int,
-        buffers: dict[int, torch.Tensor],
+        buffers: Buffers,
     ) -> None:
         self._number, self._columns, self._width, self._buffers = number, columns, width, buffers
         self._norms: torch.Tensor | None = None  # of the columns, squared, [expert, channel]

@@ -12,7 +12,7 @@ from moecover.llama.experts import Recorder, Routed
 from moecover.llama.library import Library
 from moecover.profiling.channels import Channels
 from moecover.profiling.hooks import Tap
-from moecover.profiling.reductions import norms_and_peaks, scratch
+from moecover.profiling.reductions import Buffers, norms_and_peaks, scratch
 from moecover.runtime.finite import is_finite, not_finite
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class GgufTaps:
     """
 
     def __init__(self, library: Library, structure: Structure) -> None:
-        topology, buffers = structure.topology, dict[int, "torch.Tensor"]()
+        topology, buffers = structure.topology, Buffers()
         layers = topology.decoder_layers
         self.recorder = Recorder(library, layers, frozenset(structure.checkpoint.tensors), self._use)
         self._downs: dict[int, Any] = {}  # the down projections of the layers that have run

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
 from moecover.profiling.channels import Channels, down_projections, entering, width_of
-from moecover.profiling.reductions import norms_and_peaks, scratch
+from moecover.profiling.reductions import Buffers, norms_and_peaks, scratch
 from moecover.runtime.finite import not_finite
+from moecover.runtime.forwards import with_forward
 from moecover.runtime.loading import routers
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Tap:
 
     Args:
         decoder_layer: decoder index of the layer.
-        buffers: scratch memory by width, shared by all taps.
+        buffers: scratch memory, shared by all taps.
         channels: records what enters the down projections, None where that is not seen.
 
     Attributes:
@@ -58,7 +59,7 @@ class Tap:
     experts: torch.Tensor
     order: torch.Tensor
 
-    def __init__(self, decoder_layer: int, buffers: dict[int, torch.Tensor], channels: Channels | None) -> None:
+    def __init__(self, decoder_layer: int, buffers: Buffers, channels: Channels | None) -> None:
         self.decoder_layer, self.buffers, self.channels = decoder_layer, buffers, channels
         self.weighs_inputs = False
         self.mask: torch.Tensor | None = None
@@ -92,7 +93,7 @@ class Tap:
         """Record what enters the down projections, ``[pair, channel]``, sorted by expert; returns it unchanged."""
         if self.channels is not None and len(values) == len(self.experts):
             factors = self.weights.new_ones(self.weights.shape) if self.weighs_inputs else self.weights
-            keep = None if self.mask is None else self.mask[self.order // self.index.shape[-1]]
+            keep = None if self.mask is None else self.mask.to(self.order.device)[self.order // self.index.shape[-1]]
             self.channels.record(values, factors.reshape(-1)[self.order], self.experts, keep)
         return values
 
@@ -168,13 +169,12 @@ def _around_loop(tap: Tap, experts: Any, router: torch.nn.Module) -> Iterator[No
         return weighted.sum(1).to(hidden.dtype)
 
     handle = router.register_forward_hook(tap.after_router)
-    experts.forward = forward
     if tap.channels is not None:
         experts.__dict__["_apply_gate"] = apply_gate
     try:
-        yield
+        with with_forward(experts, forward):
+            yield
     finally:
-        del experts.__dict__["forward"]
         experts.__dict__.pop("_apply_gate", None)
         handle.remove()
 
@@ -207,11 +207,11 @@ def _after_dense(tap: Tap, experts: Any, router: Any) -> Iterator[None]:
         return by_expert[tap.experts, tap.order // tap.index.shape[1]]
 
     tap.weighs_inputs, dense = True, experts.forward
-    handle, experts.forward = router.register_forward_hook(after_router), forward
+    handle = router.register_forward_hook(after_router)
     try:
-        yield
+        with with_forward(experts, forward):
+            yield
     finally:
-        del experts.__dict__["forward"]
         handle.remove()
 
 
@@ -237,7 +237,7 @@ def recording(model: torch.nn.Module, structure: Structure) -> Iterator[list[Tap
         InputError: the experts of this family cannot be recorded.
     """
     topology = structure.topology
-    buffers: dict[int, torch.Tensor] = {}  # shared, so that it stays in the cache
+    buffers: Buffers = {}  # shared, so that it stays in the cache
     modules: list[Any] = [model.get_submodule(name) for name in structure.experts_modules]
     width = width_of(model, structure)
     columns = [functools.partial(down_projections, experts) for experts in modules]

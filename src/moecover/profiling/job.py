@@ -76,6 +76,7 @@ def _opened(
         batch_tokens=how.batch_size * max(corpus.tokens.shape[1] for corpus in corpora),
         dtype=how.dtype,
         device=own_device(here, how.device),
+        device_map=how.device_map,
         memory_limit=how.memory_limit,
         extra=extra + channel_bytes(structure, len(corpora)),
         processes=here.local_size,

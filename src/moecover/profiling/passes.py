@@ -112,8 +112,12 @@ class Job:
         if rows <= 0:
             return None
         mask = batch.token_mask
-        kept = slice(None) if mask is None else mask[: rows * length]
-        return lambda hidden: writer.add(batch.corpus.name, layer, batch.first, hidden[: rows * length][kept])
+
+        def keep(hidden: torch.Tensor) -> None:
+            kept = slice(None) if mask is None else mask[: rows * length].to(hidden.device)
+            writer.add(batch.corpus.name, layer, batch.first, hidden[: rows * length][kept])
+
+        return keep
 
 
 def in_memory(model: Running, job: Job) -> None:

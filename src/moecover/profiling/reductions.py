@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     import torch
 
 
-def scratch(buffers: dict[int, torch.Tensor], width: int, device: torch.device) -> torch.Tensor:
+Buffers = dict[tuple[int, str], "torch.Tensor"]  # scratch memory by width and device
+
+
+def scratch(buffers: Buffers, width: int, device: torch.device) -> torch.Tensor:
     """The buffer for rows of a width, float32 ``[chunk, width]``; made when it is first asked for."""
     import torch
 
-    if width not in buffers:
+    if (key := (width, str(device))) not in buffers:
         rows = 512 if device.type == "cpu" else 16384
-        buffers[width] = torch.empty(rows, width, dtype=torch.float32, device=device)
-    return buffers[width]
+        buffers[key] = torch.empty(rows, width, dtype=torch.float32, device=device)
+    return buffers[key]
 
 
 def norms_and_peaks(outputs: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

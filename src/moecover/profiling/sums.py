@@ -11,8 +11,8 @@ from moecover.checkpoints.topology import Topology
 from moecover.errors import MoecoverError
 from moecover.profiling.artifact import CHANNELS, PARTS, STATISTICS, SUMS, Statistics
 from moecover.profiling.hooks import Tap
+from moecover.runtime.devices import has_float64
 from moecover.runtime.finite import not_finite
-from moecover.runtime.loading import has_float64
 from moecover.runtime.segments import segment_sums
 
 if TYPE_CHECKING:
@@ -69,14 +69,12 @@ class Sums:
             InputError: the weights of a router are not finite.
             MoecoverError: a layer did not run exactly once.
         """
-        import torch
-
         self._note([at for at, end in enumerate(self._ends) if batch >= end], slice(first, first + len(taps)))
         if not all(len(tap.left) == 1 and tap.logits is not None and self._has_energy(tap) for tap in taps):
             raise MoecoverError(
                 "the pass did not run every MoE layer once through the kernel that is recorded: please report this"
             )
-        weights = torch.stack([tap.weights for tap in taps]).to(self._device).double()  # [layer, token, slot]
+        weights = self._stacked([tap.weights for tap in taps]).double()  # [layer, token, slot]
         token_mask = None if taps[0].mask is None else taps[0].mask.to(self._device)
         _check_finite(weights, taps)
         self._add_probabilities(taps, first, weights, token_mask)
@@ -86,13 +84,19 @@ class Sums:
         for tap in taps:
             tap.clear()
 
+    def _stacked(self, of_layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Tensors of several layers, each on its layer's device, as one where the sums are."""
+        import torch
+
+        return torch.stack([one.to(self._device) for one in of_layers])
+
     def _add_probabilities(
         self, taps: Sequence[Tap], first: int, weights: torch.Tensor, token_mask: torch.Tensor | None
     ) -> None:
         """Add the routing probabilities of all experts, selected or not."""
         import torch
 
-        logits = torch.stack([tap.logits for tap in taps if tap.logits is not None]).to(self._device)
+        logits = self._stacked([tap.logits for tap in taps if tap.logits is not None])
         if self._scoring is None:  # logits are [layer, token, expert]
             self._scoring = scoring_function(logits[0, :64], weights[0, :64], taps[0].index[:64].to(self._device))
         # Layer by layer: the last bit of a vectorised function depends on where in the tensor an element lies.
@@ -109,7 +113,7 @@ class Sums:
         import torch
 
         recorded = zip(*(tap.left[0] for tap in taps), strict=True)
-        experts, order, norms, peaks = (torch.stack(part).to(self._device) for part in recorded)
+        experts, order, norms, peaks = map(self._stacked, recorded)
         offsets = (first + torch.arange(len(taps), device=self._device)[:, None]) * self.topology.num_experts
         factors = torch.ones_like(weights) if taps[0].weighs_inputs else weights  # of the outputs, in their sum
         total = factors.sum(-1, keepdim=True)

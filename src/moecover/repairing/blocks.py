@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moecover.checkpoints.structure import Structure
 from moecover.repairing.sums import Block
 from moecover.repairing.targets import Place, refused
+from moecover.runtime.forwards import with_forward
 
 if TYPE_CHECKING:
     import torch
@@ -154,29 +155,26 @@ def _terms(
     beside = torch.empty(total, place.widths[1], device=experts.down_proj.device)
     found, at = _Terms(([], [], []), beside, torch.empty(0)), 0
     shared = model.get_submodule(place.shared[0].removesuffix(".weight")) if place.shared is not None else None
-    try:
-        with _watched(experts, shared) as seen:
-            for batch, mask in zip(arrived, masks, strict=True):
-                output = output_of(structure, forward(batch))[mask].double()
-                if len(seen.experts) != 3 or seen.routed.shape != seen.experts[0].shape:
-                    raise refused(structure, "its experts are not called with hidden states, experts and weights")
-                for values, given in zip(found.called, seen.experts, strict=True):
-                    values.append(given[mask])
-                rest = output - seen.routed.reshape(-1, output.shape[-1])[mask].double()
-                if shared is not None:
-                    activated, added = (part[mask] for part in seen.shared)
-                    added = added.double()
-                    factor = (rest * added).sum(-1) / added.square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
-                    beside[at : at + len(output)] = activated.float() * factor.float()[:, None]
-                    rest -= factor[:, None] * added
-                found.missed += float(rest.square().sum())
-                found.norm += float(output.square().sum())
-                at += len(output)
-                if "forward" not in experts.__dict__:
-                    found.first = output
-                    experts.forward = lambda hidden, *others: torch.zeros_like(hidden)
-    finally:
-        experts.__dict__.pop("forward", None)
+    with contextlib.ExitStack() as zeros, _watched(experts, shared) as seen:
+        for number, (batch, mask) in enumerate(zip(arrived, masks, strict=True)):
+            output = output_of(structure, forward(batch))[mask].double()
+            if len(seen.experts) != 3 or seen.routed.shape != seen.experts[0].shape:
+                raise refused(structure, "its experts are not called with hidden states, experts and weights")
+            for values, given in zip(found.called, seen.experts, strict=True):
+                values.append(given[mask])
+            rest = output - seen.routed.reshape(-1, output.shape[-1])[mask].double()
+            if shared is not None:
+                activated, added = (part[mask] for part in seen.shared)
+                added = added.double()
+                factor = (rest * added).sum(-1) / added.square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
+                beside[at : at + len(output)] = activated.float() * factor.float()[:, None]
+                rest -= factor[:, None] * added
+            found.missed += float(rest.square().sum())
+            found.norm += float(output.square().sum())
+            at += len(output)
+            if number == 0:
+                found.first = output
+                zeros.enter_context(with_forward(experts, lambda hidden, *others: torch.zeros_like(hidden)))
     return found
 
 

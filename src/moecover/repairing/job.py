@@ -79,6 +79,7 @@ def _opened(
         batch_tokens=how.batch_size * max(c.tokens.shape[1] for c in corpora),
         dtype=how.dtype,
         device=how.device,
+        device_map=how.device_map,
         memory_limit=how.memory_limit,
         extra=extra,
         say=progress.say,

@@ -23,13 +23,15 @@ from moecover.planning.fitting import check_plan
 from moecover.repairing.applied import LayerRepair, repaired_layer
 from moecover.repairing.blocks import SHARED, blocks_of, output_of
 from moecover.repairing.calibration import Calibration
-from moecover.repairing.moving import moved_block, restored
+from moecover.repairing.moving import moved_block
 from moecover.repairing.refit import needed_bytes as refit_bytes
 from moecover.repairing.solver import HELD_SHARE, REFIT, FitOptions, fit, peak_bytes
 from moecover.repairing.sums import Block
 from moecover.repairing.targets import Place, check_dtype, check_understood, places, refused, thinned
+from moecover.runtime.devices import check_float64
 from moecover.runtime.finite import is_finite, naming, not_finite, rows_text
-from moecover.runtime.loading import backbone_of, check_float64, routers
+from moecover.runtime.forwards import give_back, with_forward
+from moecover.runtime.loading import backbone_of, device_of, routers
 from moecover.runtime.lockstep import Here, Passing
 from moecover.runtime.masking import masked_layer
 from moecover.runtime.running import Running, running
@@ -119,14 +121,15 @@ class _Passes:
                 self._names.append(f"corpus {corpus.name}, {rows}")
                 inputs.append({key: value.to(runs.device) for key, value in one.items()})
                 mask = one.get("attention_mask", torch.ones_like(one["input_ids"]))
-                self._masks.append(mask.flatten().bool().to(runs.device))
-                numbers.append(torch.full((int(self._masks[-1].sum()),), number, device=runs.device))
+                self._masks.append(mask.flatten().bool())
+                numbers.append(torch.full((int(self._masks[-1].sum()),), number))
         self._corpus_of = torch.cat(numbers)
         backbone = backbone_of(self._model)
         self.calls = [functools.partial(backbone, **one, use_cache=False) for one in inputs] * 2
         self._stops = [self._model.get_submodule(runs.layers[n]) for n in structure.topology.decoder_layers]
         self._blocks = [self._model.get_submodule(name.rpartition(".")[0]) for name in structure.experts_modules]
         self._forwards = [block.forward for block in self._blocks]
+        self._own = [vars(block).get("forward") for block in self._blocks]
         self._given: dict[int, torch.Tensor] = {}  # what the block of the current layer gives to a pass
         self._running = 0  # the pass whose layer runs
 
@@ -158,43 +161,51 @@ class _Passes:
 
     def restore(self) -> None:
         """Give all blocks their own forward again."""
-        for block in self._blocks:
-            block.__dict__.pop("forward", None)
+        for block, own in zip(self._blocks, self._own, strict=True):
+            give_back(block, own)
 
     def _made(self, layer: int, pruned: Sequence[torch.Tensor]) -> LayerRepair:
         """The repair of a masked layer."""
         import torch
 
-        structure = self._structure
-        outputs = [output_of(structure, self._given[i])[mask] for i, mask in enumerate(self._masks)]
+        structure, device = self._structure, device_of(self._blocks[layer])
+        masks = [mask.to(device) for mask in self._masks]
+        corpus_of = self._corpus_of.to(device)
+        outputs = [output_of(structure, self._given[i])[mask] for i, mask in enumerate(masks)]
         for name, output in zip(self._names, outputs, strict=True):
             if not is_finite(output):
                 raise not_finite(name, "the output of the original's experts is")
         target = torch.cat(outputs)
         del outputs
         place, kept = self._places[layer], self._plan.layers[layer].kept
-        parts = blocks_of(self._model, structure, layer, place, self._forwards[layer], pruned, self._masks, kept)
-        solved = self._solved(layer, parts, target)
+        parts = blocks_of(self._model, structure, layer, place, self._forwards[layer], pruned, masks, kept)
+        solved = self._solved(layer, parts, target, corpus_of)
         if self._kind != REFIT:
             return solved
-        trial = self._solved(layer, parts, target, everything=False)
+        trial = self._solved(layer, parts, target, corpus_of, everything=False)
         del parts
-        arrived = torch.cat([b.reshape(-1, b.shape[-1])[m] for b, m in zip(pruned, self._masks, strict=True)])
-        calibration = Calibration(target, self._corpus_of, self.weights, HELD_SHARE)
-        with restored(self._blocks[layer], self._forwards[layer]):
+        arrived = torch.cat([b.reshape(-1, b.shape[-1])[m] for b, m in zip(pruned, masks, strict=True)])
+        calibration = Calibration(target, corpus_of, self.weights, HELD_SHARE)
+        with with_forward(self._blocks[layer], self._forwards[layer]):
             return moved_block(
                 self._model, structure, layer, place, kept, (trial, solved), arrived, target, calibration
             )
 
     def _solved(
-        self, layer: int, parts: Sequence[Block], target: torch.Tensor, *, everything: bool = True
+        self,
+        layer: int,
+        parts: Sequence[Block],
+        target: torch.Tensor,
+        corpus_of: torch.Tensor,
+        *,
+        everything: bool = True,
     ) -> LayerRepair:
         """The repair in closed form; ``everything``: also on the tokens that are held out."""
         structure, place = self._structure, self._places[layer]
         made = fit(
             parts,
             target,
-            self._corpus_of,
+            corpus_of,
             kind=self._kind,
             weights=self.weights,
             everything=everything,

@@ -6,8 +6,7 @@ experts only; a step spreads them over all experts' places, which the router's i
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,20 +19,6 @@ if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
     from moecover.repairing.calibration import Calibration
     from moecover.repairing.targets import Place
-
-
-@contextlib.contextmanager
-def restored(block: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Give a block its own forward, until the context exits."""
-    other = block.__dict__.get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
-        if other is None:
-            block.__dict__.pop("forward")
-        else:
-            block.forward = other
 
 
 def moved_block(

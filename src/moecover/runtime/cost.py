@@ -34,6 +34,7 @@ class Cost:
         hidden: bytes of the hidden states of all passes; ``streamed`` holds them `COPIES` times.
         read: bytes read from disk.
         flops: floating-point operations of the pass.
+        layer: bytes of the largest decoder layer.
         by_layer: whether the model runs layer by layer.
         room: tokens whose hidden states fit into the limit, for passes that can run in parts.
     """
@@ -44,6 +45,7 @@ class Cost:
     hidden: int
     read: int
     flops: float
+    layer: int
     by_layer: bool
     room: int
 
@@ -166,6 +168,7 @@ def cost(
         hidden=hidden,
         read=max(1, reads) * checkpoint.num_bytes,
         flops=2.0 * (tokens + in_parts[0]) * max(active, 0.0),
+        layer=int(largest),
         by_layer=whole > limit,
         room=room,
     )

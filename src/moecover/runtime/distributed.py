@@ -84,17 +84,18 @@ def own_device(here: World, device: str) -> str:
     Raises:
         InputError: there are fewer GPUs than processes, or all of them are given the same GPU.
     """
-    from moecover.runtime.loading import check_device
+    from moecover.runtime.devices import check_device, has_own_memory, kind_of
 
     device = check_device("auto", device)
-    if here.size == 1 or not device.startswith("cuda"):
+    if here.size == 1 or not has_own_memory(device):
         return device
-    if device != "cuda" and here.local_size > 1:
+    kind = kind_of(device)
+    if device != kind and here.local_size > 1:
         raise InputError(
-            f"{arg('device', device)} would be the device of {here.local_size} processes: give {arg('device', 'cuda')},"
+            f"{arg('device', device)} would be the device of {here.local_size} processes: give {arg('device', kind)},"
             " each takes its own"
         )
-    return check_device("auto", f"cuda:{here.local_rank}") if device == "cuda" else device
+    return check_device("auto", f"{kind}:{here.local_rank}") if device == kind else device
 
 
 @functools.cache
@@ -170,9 +171,11 @@ def joined(here: World, device: str) -> Iterator[None]:
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    gpu = device.startswith("cuda")
+    from moecover.runtime.devices import has_own_memory, kind_of
+
+    gpu = has_own_memory(device)
     if gpu:
-        torch.cuda.set_device(device)
+        getattr(torch, kind_of(device)).set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, other launchers may not
         torch.set_num_threads(max(1, torch.get_num_threads() // here.local_size))
     _lost.clear()
@@ -184,7 +187,8 @@ def joined(here: World, device: str) -> Iterator[None]:
         watch.start()
         wait_for_all(here)
         with _together():
-            backend, group = "cpu:gloo,cuda:nccl" if gpu else "gloo", PrefixStore("group", shared)
+            own = f",{kind_of(device)}:{dist.get_default_backend_for_device(kind_of(device))}" if gpu else ""
+            backend, group = f"cpu:gloo{own}", PrefixStore("group", shared)
             dist.init_process_group(backend, store=group, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
         yield
     finally:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moecover.runtime.forwards import with_forward
 from moecover.runtime.lockstep import Here, Passing, current_call, lockstep
 from moecover.runtime.running import Result, Within
 from moecover.runtime.weights import Weights
@@ -205,13 +206,10 @@ def at_layers(stream: Layered, calls: Sequence[Callable[[], object]], here: Here
 @contextlib.contextmanager
 def _skipping(modules: Sequence[torch.nn.Module], skipped: Callable[[int, torch.Tensor], object]) -> Iterator[None]:
     """Layers that return what ``skipped`` gives instead of running."""
-    try:
+    with contextlib.ExitStack() as stack:
         for number, module in enumerate(modules):
-            module.forward = functools.partial(_skip, skipped, number)
+            stack.enter_context(with_forward(module, functools.partial(_skip, skipped, number)))
         yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 def _skip(skipped: Callable[[int, torch.Tensor], object], number: int, *args: Any, **kwargs: Any) -> object:

@@ -3,66 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.deepseek.registration import register_deepseek
 from moecover.checkpoints.model_class import auto_class
 from moecover.checkpoints.structure import Structure
-from moecover.errors import InputError, arg, is_out_of_memory
-from moecover.runtime.loadable import DTYPES, check_loadable, not_loaded
-from moecover.signals import held
+from moecover.errors import InputError, is_out_of_memory
+from moecover.runtime.devices import check_device
+from moecover.runtime.loadable import check_loadable, not_loaded
 
 if TYPE_CHECKING:
     import torch
 
 
-def check_device(dtype: str, device: str) -> str:
-    """Check a dtype and resolve a device.
-
-    Args:
-        dtype: one of `DTYPES`.
-        device: a torch device by name; ``auto`` is the first GPU, else the CPU.
-
-    Returns:
-        The device by name, never ``auto``.
-
-    Raises:
-        InputError: unknown dtype, or a device that this machine does not have.
-    """
-    with held():
-        import torch
-
-    if dtype not in DTYPES:
-        raise InputError(f"unknown {arg('dtype', dtype)}. Allowed: {', '.join(DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{arg('device', device)} is not available: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64."""
-    return device.type != "mps"
-
-
-def check_float64(device: torch.device, what: str) -> None:
-    """Refuse work that needs float64 on a device that has none.
-
-    Raises:
-        InputError: names the work and the device.
-    """
-    if not has_float64(device):
-        raise InputError(
-            f"{what} computes in float64, which {arg('device', device.type)} does not have. Give {arg('device', 'cpu')}"
-        )
-
-
-def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
-    """Load the model of a checkpoint in evaluation mode.
+def load_model(
+    structure: Structure, *, dtype: str = "auto", device: str = "auto", device_map: Mapping[str, str] | None = None
+) -> torch.nn.Module:
+    """Load the model of a checkpoint in evaluation mode; its weights go to their device one by one.
 
     Its experts run in the grouped kernel of transformers, which is the default there; a few families have none.
 
@@ -70,23 +28,30 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
         structure: the checkpoint.
         dtype: a torch dtype by name; ``auto`` takes the checkpoint's.
         device: a torch device by name; ``auto`` takes the first GPU, else the CPU.
+        device_map: devices by name of a module, instead of one for all; see `placement.placed`.
 
     Raises:
         InputError: unknown dtype or device, or tensors that are missing in the files.
     """
-    device = check_device(dtype, device)
+    device = check_device(dtype, device) if device_map is None else ""
     check_loadable(structure, dtype)
     from transformers import AutoConfig
 
     register_deepseek()
 
     source = {"trust_remote_code": False, "local_files_only": True}
+    places = dict(device_map or ({"": device} if device != "cpu" else {})) or None
     try:
         config = AutoConfig.from_pretrained(structure.checkpoint.path, **source)
         auto = auto_class(type(config))
         with _no_bars():
             model, info = auto.from_pretrained(
-                structure.checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
+                structure.checkpoint.path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=places,
+                **source,
             )
     except Exception as error:  # the libraries that read the folder's files may raise anything
         if is_out_of_memory(error):
@@ -94,7 +59,7 @@ def load_model(structure: Structure, *, dtype: str = "auto", device: str = "auto
         raise not_loaded(structure, error) from error
     if missing := sorted(info["missing_keys"]):
         raise missing_tensors(structure.checkpoint.name, missing)
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    return model.eval()  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -123,6 +88,11 @@ def backbone_of(model: torch.nn.Module) -> Any:
     """The model without its language-model head."""
     names = (str(model.base_model_prefix), "model")
     return next(getattr(model, name) for name in names if hasattr(model, name))
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """The device of a module: of its first parameter."""
+    return next(module.parameters()).device
 
 
 def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Module, ...]:

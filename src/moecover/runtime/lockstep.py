@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moecover.errors import MoecoverError, arg
+from moecover.runtime.forwards import give_back
 
 if TYPE_CHECKING:
     import torch
@@ -161,9 +162,7 @@ class _Steps:
         for thread in self._threads:
             thread.join()
         for module, own in zip(self.stops, self._own, strict=True):
-            del module.forward
-            if own is not None:
-                module.forward = own
+            give_back(module, own)
 
     def _run(self, index: int) -> None:
         """The body of a call's thread."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.pieces import Channels
 from moecover.checkpoints.structure import Structure
-from moecover.runtime.loading import routers
+from moecover.runtime.loading import device_of, routers
 from moecover.runtime.running import Within
 from moecover.runtime.thinning import thinned_layer
 
@@ -53,7 +53,7 @@ def masked_layer(
     import torch
 
     num_experts = structure.topology.num_experts
-    ids = torch.tensor(list(kept), device=next(router.parameters()).device)
+    ids = torch.tensor(list(kept), device=device_of(router))
     owners = {id(router): router}
     with contextlib.ExitStack() as undo:
         for key, axis in router_tensors(structure, layer).items():

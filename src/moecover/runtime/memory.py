@@ -11,12 +11,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
-from moecover.runtime.cgroups import free_in_cgroups
-from moecover.runtime.cost import Cost, cost, gb, seconds_of
-from moecover.runtime.loading import check_device, load_model
+from moecover.runtime.cost import Cost, cost, gb, itemsizes, seconds_of
+from moecover.runtime.devices import available_memory, check_device, has_own_memory, release
+from moecover.runtime.loading import load_model
+from moecover.runtime.placement import placed
 from moecover.runtime.running import Running, running
 from moecover.runtime.streaming import streamed
 from moecover.runtime.weights import limit_caches
@@ -36,19 +38,6 @@ def parse_size(text: str) -> int:
     if match is None or unit is None:
         raise InputError(f"{text!r} is no size. Give a number and a unit, such as 4GB or 512MiB")
     return int(float(match[1]) * unit)
-
-
-def available_memory(device: str) -> int:
-    """Bytes that are free on a device now, within the limits of the process's control groups."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    within = free_in_cgroups()
-    return free if within is None else min(free, within)
 
 
 def _resident() -> int:
@@ -77,6 +66,15 @@ def _check_room(name: str, estimate: Cost, scratch: Path | None, *, spills: bool
         )
 
 
+def _check_pinned(name: str, estimate: Cost, device: str) -> None:
+    """Refuse a device whose layers do not fit into the machine's memory on their way: one is read, one is copied."""
+    if has_own_memory(device) and 2 * estimate.layer > (free := available_memory("cpu")):
+        raise InputError(
+            f"{name}: two layers at a time are read into memory of the machine on their way to {device},"
+            f" {gb(2 * estimate.layer)}, and {gb(free)} are free. Give {arg('device', 'cpu')}, or free memory"
+        )
+
+
 @contextlib.contextmanager
 def opened(
     structure: Structure,
@@ -87,6 +85,7 @@ def opened(
     unit: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | dict[str, str] | None = None,
     memory_limit: int | None = None,
     head: bool = False,
     extra: int = 0,
@@ -104,8 +103,9 @@ def opened(
         unit: see `cost.cost`.
         dtype: torch dtype by name, ``auto`` for the checkpoint's.
         device: torch device by name, ``auto`` for the first GPU, else the CPU.
-        memory_limit: bytes of memory that may be used beside what this process has taken; nine tenths of what is free
-            by default.
+        device_map: see `placement.parsed_map`; the model is in the memory of several devices, or refused.
+        memory_limit: bytes of memory that may be used beside what this process has taken, of every device of a map;
+            nine tenths of what is free by default.
         head: see `cost.cost`.
         extra: see `cost.cost`.
         processes: number of processes that share the free memory of this machine.
@@ -115,15 +115,22 @@ def opened(
     Raises:
         InputError: not even one layer fits, the disk is too full, or what `load_model` and `streamed` raise.
     """
+    shape: Any = {"tokens": tokens, "batch_tokens": batch_tokens, "unit": unit, "extra": extra}
+    if device_map is not None:
+        with _spread(structure, device_map, shape, dtype=dtype, limit=memory_limit, head=head, say=say) as spread:
+            yield spread
+        return
     device = check_device(dtype, device)
+    release(device)
     if memory_limit is None:
-        sharing = 1 if device.startswith("cuda") else processes
-        memory_limit = int(0.9 * available_memory(device) / sharing)
-    resident = 0 if device.startswith("cuda") else _resident()
-    shape = {"tokens": tokens, "batch_tokens": batch_tokens, "unit": unit, "limit": memory_limit, "extra": extra}
-    estimate = cost(structure, in_parts=in_parts, dtype=dtype, head=head, resident=resident, **shape)
+        memory_limit = int(0.9 * available_memory(device) / (1 if has_own_memory(device) else processes))
+    resident = 0 if has_own_memory(device) else _resident()
+    estimate = cost(
+        structure, in_parts=in_parts, dtype=dtype, head=head, resident=resident, limit=memory_limit, **shape
+    )
     _check_room(structure.checkpoint.name, estimate, scratch, spills=device == "cpu")
     if estimate.by_layer:
+        _check_pinned(structure.checkpoint.name, estimate, device)
         limit_caches()
     if estimate.by_layer or estimate.read > 10**9:
         say(estimate.line(seconds_of(estimate, structure, dtype=dtype, device=device)))
@@ -133,3 +140,24 @@ def opened(
         return
     say(f"loading {structure.checkpoint.name}")
     yield running(load_model(structure, dtype=dtype, device=device), structure)
+
+
+@contextlib.contextmanager
+def _spread(
+    structure: Structure,
+    device_map: str | dict[str, str],
+    shape: Any,
+    *,
+    dtype: str,
+    limit: int | None,
+    head: bool,
+    say: Callable[[str], None],
+) -> Iterator[Running]:
+    """A model over several devices; see `opened`."""
+    estimate = cost(structure, dtype=dtype, head=head, limit=UNITS["TB"] ** 2, **shape)
+    on_disk, itemsize = itemsizes(structure, dtype)
+    working = estimate.whole - structure.checkpoint.num_bytes * itemsize // on_disk
+    places = placed(structure, device_map, dtype=dtype, limit=limit, working=working)
+    say(places.line(estimate))
+    say(f"loading {structure.checkpoint.name}")
+    yield running(load_model(structure, dtype=dtype, device_map=places.devices), structure)

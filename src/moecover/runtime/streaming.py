@@ -17,8 +17,9 @@ from moecover.checkpoints.model_class import auto_class
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
 from moecover.runtime import layerwise
+from moecover.runtime.devices import check_device
 from moecover.runtime.loadable import check_loadable
-from moecover.runtime.loading import check_device, missing_tensors
+from moecover.runtime.loading import missing_tensors
 from moecover.runtime.lockstep import Here, Passing
 from moecover.runtime.running import Result, Within, layer_names
 from moecover.runtime.weights import Weights, limit_caches

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.names import read_names
 from moecover.checkpoints.structure import Structure
+from moecover.runtime.devices import has_own_memory
 from moecover.runtime.shards import TORCH_NAMES, Files, LazyTensor
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class Weights:
         empty = self._state[parameter]
         dtype = next((d for pattern, d in self._dtypes if pattern.search(parameter)), empty.dtype)
         spare = self._spare.get((empty.shape, dtype))
-        pinned = self._ahead and self._device.startswith("cuda")  # a GPU fetches from it at its full speed
+        pinned = self._ahead and has_own_memory(self._device)  # which is filled from it at its full speed
         whole = spare.pop() if spare else torch.empty(empty.shape, dtype=dtype, pin_memory=pinned)
         for entry, index in places:
             place = whole[index] if index else whole

@@ -168,6 +168,7 @@ def _made(structure: Structure, asked: Asked, texts: Texts, extra: int, progress
         asked.output,
         dtype=asked.how.dtype,
         device=asked.how.device,
+        device_map=asked.how.device_map,
         memory_limit=asked.how.memory_limit,
         progress=progress,
     )

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from moecover.evaluation.shape_search import MOST
 from moecover.runtime.cost import arithmetic_speed, cost
-from moecover.runtime.loading import check_device
-from moecover.runtime.memory import available_memory
+from moecover.runtime.devices import available_memory, check_device
 from moecover.text import duration_text
 
 if TYPE_CHECKING:

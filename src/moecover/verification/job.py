@@ -15,6 +15,8 @@ from moecover.gguf.parts import is_gguf
 from moecover.llama.opening import check_options, check_unused
 from moecover.progress import Progress, resolve
 from moecover.runtime.memory import parse_size
+from moecover.runtime.passes import checked_map
+from moecover.runtime.placement import DeviceMap
 from moecover.verification.gguf import verify_gguf
 from moecover.verification.verify import Verification
 from moecover.verification.verify import verify as run_verification
@@ -29,6 +31,7 @@ def verify(
     tolerance: float = 0.0,
     dtype: str | None = None,
     device: str | None = None,
+    device_map: DeviceMap | None = None,
     memory_limit: int | str | None = None,
     libllama: str | Path | None = None,
     revision: str | None = None,
@@ -45,6 +48,7 @@ def verify(
         tolerance: largest difference allowed, as a share of the layer's largest value; 0 for bit equality.
         dtype: torch dtype by name for both; None for the checkpoint's.
         device: torch device by name; None for a GPU where there is one.
+        device_map: devices of the parts of a model, see `RunOptions`.
         memory_limit: memory that may be used, in bytes or as text; None for nine tenths of what is free.
         libllama: shared library of llama.cpp, which runs GGUF files; None for the optional dependency's.
         revision: branch, tag or commit of a hub model.
@@ -60,11 +64,12 @@ def verify(
     texts = [source if isinstance(source, Corpus) else (name, source or "") for name, source in named.items()]
     if is_gguf(pruned) or is_gguf(original.name if isinstance(original, Checkpoint) else original):
         _check_given({"tolerance": tolerance, "revision": revision})
-        check_options({"dtype": dtype, "device": device, "memory_limit": memory_limit})
+        check_options({"dtype": dtype, "device": device, "device_map": device_map, "memory_limit": memory_limit})
         with resolve(progress).spinner("comparing the files"):
             return verify_gguf(checkpoint, pruned, corpora=texts, libllama=libllama, on_cpu=device == "cpu")
     check_unused(libllama)
     limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    places = checked_map(device_map, device)
     with resolve(progress).spinner("reading both checkpoints") as advance:
         return run_verification(
             original,
@@ -73,6 +78,7 @@ def verify(
             corpora=texts,
             dtype=dtype or "auto",
             device=device or "auto",
+            device_map=places,
             tolerance=tolerance,
             memory_limit=limit,
             advance=advance,

@@ -157,6 +157,7 @@ def verify(
     corpora: Sequence[Corpus | tuple[str, str]] = (),
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | dict[str, str] | None = None,
     tolerance: float = 0.0,
     memory_limit: int | None = None,
     advance: Callable[[str], None] = lambda step: None,
@@ -171,6 +172,7 @@ def verify(
             held-out text.
         dtype: torch dtype by name for both, ``auto`` for the checkpoint's.
         device: torch device by name.
+        device_map: see `runtime.placement.parsed_map`.
         tolerance: largest difference allowed, as a share of the largest value of the layer; 0: every bit equal.
         memory_limit: bytes of memory that may be used, see `runtime.memory.opened`.
         advance: called with a line on the next step.
@@ -194,7 +196,7 @@ def verify(
     cut = read_structure(cut_checkpoint)
     repairs = _repairs(original, plan, cut_checkpoint, manifest, advance) if "repair" in manifest else None
     wrong = repairs.changed if repairs is not None else []
-    opening = _Opening(texts, dtype, device, memory_limit, advance)
+    opening = _Opening(texts, dtype, device, device_map, memory_limit, advance)
     expected = opening.masked(original, plan, cut_checkpoint, repairs)
     compared = differences(expected, opening.pruned(cut), tolerance=tolerance)
     return Verification(
@@ -217,6 +219,7 @@ class _Opening:
     texts: Sequence[Corpus]
     dtype: str
     device: str
+    device_map: str | dict[str, str] | None
     memory_limit: int | None
     advance: Callable[[str], None]
 
@@ -231,6 +234,7 @@ class _Opening:
             batch_tokens=max(corpus.tokens.shape[1] for corpus in self.texts),
             dtype=self.dtype,
             device=self.device,
+            device_map=self.device_map,
             memory_limit=self.memory_limit,
             head=True,
             extra=extra,

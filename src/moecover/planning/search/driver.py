@@ -26,8 +26,9 @@ from moecover.planning.search.exhaust import exhaust, kind_of_search
 from moecover.planning.search.hidden_states import Sample, sample_of
 from moecover.planning.search.products import Products, WorstCorpusProducts
 from moecover.planning.search.routing import AskRouter, observe_calls, recognise
+from moecover.runtime.devices import check_float64
 from moecover.runtime.finite import is_finite, naming, not_finite, watched
-from moecover.runtime.loading import backbone_of, check_float64, routers
+from moecover.runtime.loading import backbone_of, routers
 from moecover.runtime.masking import masked_layer
 from moecover.runtime.running import Running, running
 

@@ -12,7 +12,7 @@ from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError
 from moecover.profiling.layer_inputs import Inputs
-from moecover.runtime.loading import backbone_of
+from moecover.runtime.loading import backbone_of, device_of
 from moecover.runtime.lockstep import Here, Passing
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ class Sample:
         assert self.stored is not None
         for layer, number in enumerate(structure.topology.decoder_layers):
             with runs.loaded(number):
-                yield [hidden.to(runs.device, runs.dtype) for hidden in self.stored.layer(layer)]
+                device = device_of(runs.module.get_submodule(structure.experts_modules[layer]))
+                yield [hidden.to(device, runs.dtype) for hidden in self.stored.layer(layer)]
 
 
 class _ArrivedError(Exception):
@@ -132,7 +133,7 @@ def _tokens(arrived: Sequence[torch.Tensor], inputs: Sequence[dict[str, torch.Te
     """Hidden states ``[token, hidden]`` of every batch without padding."""
     return [
         hidden.reshape(-1, hidden.shape[-1])[
-            one["attention_mask"].flatten().bool() if "attention_mask" in one else slice(None)
+            one["attention_mask"].flatten().bool().to(hidden.device) if "attention_mask" in one else slice(None)
         ]
         for hidden, one in zip(arrived, inputs, strict=True)
     ]

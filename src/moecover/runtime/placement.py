@@ -1,0 +1,175 @@
+"""A model over several devices: reads a device map as it is asked for and what is free, says what lies where.
+
+Maps are accelerate's, and so are the hooks that carry the hidden states from one device to the next. Nothing is
+offloaded: a model that the devices do not hold runs layer by layer, without a map.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moecover.checkpoints.structure import Structure
+from moecover.errors import InputError, arg
+from moecover.runtime.cost import Cost, gb
+from moecover.runtime.devices import AUTOMATIC, available_memory, check_device, kind_of, release
+from moecover.runtime.running import layer_names
+from moecover.runtime.streaming import skeleton
+
+if TYPE_CHECKING:
+    import torch
+
+WAYS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate; the first is another name of the second
+DeviceMap = str | Path | Mapping[str, str | int]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What lies where.
+
+    Attributes:
+        devices: device by name of a module, for all of them together; see accelerate's `dispatch_model`.
+        needed: bytes of every device that are taken, weights and work.
+        limits: bytes of every device that may be taken.
+    """
+
+    devices: dict[str, str]
+    needed: dict[str, int]
+    limits: dict[str, int]
+
+    def line(self, estimate: Cost) -> str:
+        """The estimate in words."""
+        each = ", ".join(f"{gb(size)} of {gb(self.limits[device])} on {device}" for device, size in self.needed.items())
+        on = f"{len(self.needed)} device{'s' if len(self.needed) > 1 else ''}"
+        return (
+            f"running in memory on {on}: about {each}, {gb(estimate.read)} to read, {estimate.flops / 1e12:,.1f} TFLOP"
+        )
+
+
+def parsed_map(asked: DeviceMap) -> str | dict[str, str]:
+    """A device map as it is asked for: one of `WAYS`, or devices by name of a module, checked as far as that needs no
+    model.
+
+    Raises:
+        InputError: neither a way nor a file with a JSON object, a device that this machine does not have, or one that
+            holds no weights while the model runs.
+    """
+    if asked in WAYS:
+        return str(asked)
+    what = arg("device_map", str(asked) if not isinstance(asked, Mapping) else "")
+    if not isinstance(asked, Mapping):
+        try:
+            asked = json.loads(Path(asked).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{what} is neither {', '.join(WAYS)} nor a JSON file with devices by name of a module"
+            ) from error
+    if not isinstance(asked, Mapping) or not asked or not all(type(value) in (str, int) for value in asked.values()):
+        raise InputError(f'{what} must be an object with devices by name of a module, such as {{"model": "cuda:0"}}')
+    kind = kind_of(check_device("auto", "auto"))
+    found = {name: f"{kind}:{value}" if isinstance(value, int) else value for name, value in asked.items()}
+    apart = sorted({device for device in found.values() if device in ("cpu", "disk", "meta")})
+    if apart and len(set(found.values())) > 1:
+        raise InputError(
+            f"{what} puts parts on {apart[0]}, from where they would be fetched for every batch. Name devices that"
+            " compute, or leave the map out: a model that does not fit runs layer by layer"
+        )
+    for device in set(found.values()):
+        check_device("auto", device)
+    return found
+
+
+def placed(
+    structure: Structure, asked: str | dict[str, str], *, dtype: str, limit: int | None, working: int
+) -> Placement:
+    """What lies where.
+
+    Args:
+        structure: the checkpoint.
+        asked: see `parsed_map`.
+        dtype: torch dtype by name, ``auto`` for the checkpoint's.
+        limit: bytes that may be used of every device; nine tenths of what is free by default.
+        working: bytes that a pass takes on every device beside the weights.
+
+    Raises:
+        InputError: the devices do not hold the model, or a map leaves parts out or cuts a decoder layer.
+    """
+    model = skeleton(structure, dtype=dtype)
+    devices = _all_devices() if isinstance(asked, str) else sorted(set(asked.values()))
+    for device in devices:
+        release(device)
+    limits = {one: int(0.9 * available_memory(one)) if limit is None else limit for one in devices}
+    room = {device: size - working for device, size in limits.items()}
+    found = _inferred(model, asked, room) if isinstance(asked, str) else asked
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    lies = {name: _device_of(name, found, structure) for name in tensors}
+    for layer in layer_names(model, structure):
+        if len(parts := {device for name, device in lies.items() if name.startswith(f"{layer}.")}) > 1:
+            raise InputError(f"{arg('device_map')} puts {layer} on {' and '.join(sorted(parts))}: give it one device")
+    needed = dict.fromkeys(devices, 0)
+    for name, parameter in model.named_parameters():
+        needed[lies[name]] += parameter.numel() * parameter.element_size()
+    needed = {device: size + working for device, size in needed.items() if size}
+    for device, size in needed.items():
+        if size > limits[device]:
+            raise InputError(
+                f"{structure.checkpoint.name} would take {gb(size)} of {device}, {gb(limits[device])} may be used."
+                f" Leave {arg('device_map')} out: a model that does not fit runs layer by layer"
+            )
+    return Placement(dict(_parts(model, "", lies)), needed, limits)
+
+
+def _parts(module: torch.nn.Module, name: str, lies: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The largest modules whose tensors all lie on one device, with the device; none lies in another."""
+    prefix = f"{name}." if name else ""
+    devices = {device for tensor, device in lies.items() if tensor.startswith(prefix)}
+    if len(devices) == 1:
+        yield name, devices.pop()
+        return
+    for child, part in module.named_children() if devices else ():
+        yield from _parts(part, f"{prefix}{child}", lies)
+
+
+def _all_devices() -> list[str]:
+    """All devices of the kind that ``auto`` takes."""
+    import torch
+
+    kind = check_device("auto", "auto")
+    return (
+        [f"{kind}:{number}" for number in range(getattr(torch, kind).device_count())] if kind in AUTOMATIC else [kind]
+    )
+
+
+def _inferred(model: torch.nn.Module, way: str, room: dict[str, int]) -> dict[str, str]:
+    """The map that accelerate makes for devices with some room, decoder layers whole."""
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole: Any = list(getattr(model, "_no_split_modules", None) or [])
+    names = list(room)
+    memory: dict[int | str, int] = {number: max(0, room[name]) for number, name in enumerate(names)}
+    if way != "sequential" and len(names) > 1:
+        memory = get_balanced_memory(model, memory, whole, low_zero=way == "balanced_low_0")
+        memory = {number: size for number, size in memory.items() if isinstance(number, int)}
+    if len(names) == 1:
+        return {"": names[0]}
+    found = infer_auto_device_map(model, memory, no_split_module_classes=whole)
+    if any(device == "disk" for device in found.values()):
+        raise InputError(
+            f"{arg('device_map', way)}: {', '.join(gb(max(0, size)) for size in room.values())} for weights on"
+            f" {len(names)} devices do not hold the model. Leave {arg('device_map')} out: a model that does not fit"
+            " runs layer by layer"
+        )
+    return {name: names[int(number)] for name, number in found.items()}
+
+
+def _device_of(parameter: str, devices: Mapping[str, str], structure: Structure) -> str:
+    """The device of a parameter: that of the longest name in the map that it is under."""
+    parts = parameter.split(".")
+    for end in range(len(parts), -1, -1):
+        if (name := ".".join(parts[:end])) in devices:
+            return devices[name]
+    raise InputError(f"{arg('device_map')} names no device for {parameter} of {structure.checkpoint.name}")
