@@ -86,7 +86,7 @@ def test_answers_are_to_the_last_bit(data: Path, checkpoints: Callable[..., Path
     structure = read_structure(checkpoints("qwen2_moe", max_position_embeddings=32))
     from lm_eval.models.huggingface import HFLM
 
-    from moecover.evaluation.streamed_tasks import Replay
+    from moecover.evaluation.replayed_tasks import Replay
 
     tasks = found_tasks(structure, ["arc_easy", "letters"], data, batch_size=2, include_path=own_task(data))
     assert tasks.longest > 32

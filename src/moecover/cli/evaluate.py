@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moecover.evaluation.artifact import Evaluation, Row
 
 HELP = "measure perplexity and zero-shot tasks of a model and of plans of it"
+SHARED = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> Outcome:
     """Write the evaluation; print a table of its rows."""
     from moecover.evaluation.artifact import FILE
     from moecover.evaluation.job import evaluate
+    from moecover.runtime.world import world
 
     load_plugins(args)
     found = evaluate(
@@ -118,6 +120,7 @@ def run(args: argparse.Namespace) -> Outcome:
         num_concurrent=args.num_concurrent,
         timeout=args.timeout,
         libllama=args.libllama,
+        here=world(),
         **pass_arguments(args),
     )
     return Outcome(found.to_dict(), f"{table(found)}\n\n{args.output / FILE}: {len(found.rows)} rows")

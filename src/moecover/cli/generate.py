@@ -10,6 +10,7 @@ from moecover.cli.options import add_device, add_model, add_output, pass_argumen
 from moecover.cli.verb import Outcome
 
 HELP = "have a model write its own calibration text, for text that no named corpus has"
+SHARED = True
 SHOWN = 3  # rows of which the beginning is printed
 
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.corpora.own_text import generate
     from moecover.corpora.tokenizer import load_tokenizer
     from moecover.progress import SILENT
+    from moecover.runtime.world import world
 
     made = generate(
         args.model,
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace) -> Outcome:
         seed=args.seed,
         bos=args.bos,
         overwrite=args.overwrite,
+        here=world(),
         **pass_arguments(args),
     )
     rows, length = made.tokens.shape

@@ -21,7 +21,8 @@ from typing import Any, NoReturn, TextIO, cast
 from moecover import progress
 from moecover.cli.verb import Verb
 from moecover.errors import InputError, MoecoverError, is_out_of_memory, is_panic, printable, shortened
-from moecover.runtime.distributed import ALONE, STOPPED, World, first_to_fail, world
+from moecover.runtime.distributed import STOPPED, first_to_fail
+from moecover.runtime.world import ALONE, World, world
 from moecover.signals import behind
 from moecover.version import VERSION
 
@@ -177,8 +178,9 @@ def _run(argv: list[str]) -> int:
     args.argv = argv
     _quiet_libraries(quiet=args.quiet)
     here = world()
-    if here.size > 1 and args.verb != "profile":
-        raise InputError(f"{args.verb} runs in one process, torchrun started {here.size}: only profile runs in several")
+    if here.size > 1 and not getattr(verb(args.verb), "SHARED", False):
+        several = ", ".join(name for name in VERBS if getattr(verb(name), "SHARED", False))
+        raise InputError(f"{args.verb} runs in one process, torchrun started {here.size}. In several run {several}")
     progress.quiet = args.quiet or here.rank > 0
     try:
         outcome = verb(args.verb).run(args)

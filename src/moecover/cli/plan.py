@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moecover.profiling.artifact import Profile
 
 HELP = "choose the experts to keep from a profile"
+SHARED = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.planning.lines import plan_line
     from moecover.planning.methods import METHODS
     from moecover.planning.saliency import default_saliency
+    from moecover.runtime.world import check_alone, world
 
     method, options = method_arguments(args, shared_seed=False)
     bound = which_bound(args)
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.model and not needs_model:
         raise InputError(f"--model is no option of method {method}: it plans from the profile alone")
     check_model_options(args, bound, method)
+    if not METHODS[method].runs_experts or bound in (*OF_BYTES, "max_perplexity_increase"):
+        check_alone(world(), f"plan {flag(bound)} with method {method}")
     profile = _profile(args)
     if args.imatrix and any(option.name == "saliency" for option in METHODS[method].options):
         options = {"saliency": default_saliency(profile), **options}
@@ -67,7 +71,8 @@ def run(args: argparse.Namespace) -> Outcome:
     lines, results, experts = [], [], profile.topology.num_experts
     for one in made:
         path = args.output / file_name(one) if several else args.output
-        one.save(path)
+        if world().rank == 0:
+            one.save(path)
         result = {"plan": str(path), "method": method, "options": one.options, "keep": one.keep, "experts": experts}
         if profile.width is not None:
             result |= {"width": one.width or profile.width, "channels": profile.width}
@@ -106,6 +111,7 @@ def _plans(
     from moecover.planning.job import plans
     from moecover.planning.lines import calibration_notes
     from moecover.progress import resolve
+    from moecover.runtime.world import world
 
     dtype, device, revision = args.dtype, args.device, args.revision
     if bound == "max_perplexity_increase":
@@ -154,6 +160,7 @@ def _plans(
         device_map=args.device_map,
         memory_limit=args.memory_limit,
         revision=revision,
+        here=world(),
         progress=resolve(),
     )
     remedy = "Make the importance matrices of more text" if args.imatrix else None

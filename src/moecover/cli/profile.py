@@ -19,6 +19,7 @@ from moecover.cli.options import (
 from moecover.cli.verb import Outcome
 
 HELP = "run corpora through a model and record the statistics of every expert"
+SHARED = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.planning.lines import stability_at_half
     from moecover.profiling.artifact import FILE
     from moecover.profiling.job import profile
-    from moecover.runtime.distributed import world
+    from moecover.runtime.world import world
 
     load_plugins(args)
     made = profile(

@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
 class Verb(Protocol):
     """A module of this folder; its name is the verb's."""
 
-    HELP: str
+    HELP: str  # and, where it is true, SHARED: processes that torchrun starts share out the work
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Declare the verb's arguments."""

@@ -27,8 +27,10 @@ from moecover.files.atomic import PARTIAL, canonical_json, kept_file
 from moecover.files.locks import locked
 from moecover.files.reading import parse_json
 from moecover.runtime.devices import own_generators
+from moecover.runtime.distributed import shared_out
 from moecover.runtime.finite import naming, rows_text, watched
 from moecover.runtime.running import Running, running
+from moecover.runtime.world import World
 
 if TYPE_CHECKING:
     import torch
@@ -226,21 +228,41 @@ def write_generated(
     first = first_tokens(structure)
     seeds = np.random.default_rng(seed).integers(2**63, size=sequences).tolist()  # a batch uses its first row's
     runs = running(model, structure)
+    here = runs.world
     sampling = {"sequences": sequences, "length": length, "seed": seed, "batch_size": batch_size}
     draft = draft_of(path, _inputs(structure, runs, sampling, prefix))
+
+    def batch(start: int) -> list[list[int]]:
+        number = min(batch_size, sequences - start)
+        with watched(runs), naming(rows_text("row", start, number)):
+            sizes = {"sequences": number, "length": length, "seed": seeds[start]}
+            made: list[list[int]] = generate(runs.module, first, **sizes, prefix=prefix, advance=advance).tolist()
+        return made
+
+    with _draft_file(path, draft, here, say) as file:
+        (done,) = shared_out(here, [file], lambda mine: [_rows_done(f, length, batch_size) for f in mine if f])
+        if done:
+            say(f"resuming: {done} of {sequences} sequences are done")
+            advance(done * length // here.size)
+        try:
+            for start in range(done, sequences, batch_size * here.size):
+                starts = range(start, min(start + batch_size * here.size, sequences), batch_size)
+                for rows in shared_out(here, starts, lambda mine: [batch(one) for one in mine]):
+                    if file is not None:
+                        file.write(b"".join(json.dumps({"input_ids": row}).encode() + b"\n" for row in rows))
+                        file.flush()
+        except BaseException as error:
+            if file is not None:
+                error.add_note(f"Progress saved in {draft}; rerun the same command to resume")
+            raise
+
+
+@contextlib.contextmanager
+def _draft_file(path: Path, draft: Path, here: World, say: Callable[[str], None]) -> Iterator[BinaryIO | None]:
+    """The file that becomes the output when the block ends; only the first of several processes writes one."""
+    if here.rank > 0:
+        yield None
+        return
     with locked(path), kept_file(path, draft) as file:
         _remove_others(path, draft, say)
-        if done := _rows_done(file, length, batch_size):
-            say(f"resuming: {done} of {sequences} sequences are done")
-            advance(done * length)
-        try:
-            for start in range(done, sequences, batch_size):
-                number = min(batch_size, sequences - start)
-                with watched(runs), naming(rows_text("row", start, number)):
-                    sizes = {"sequences": number, "length": length, "seed": seeds[start]}
-                    rows = generate(runs.module, first, **sizes, prefix=prefix, advance=advance)
-                file.write(b"".join(json.dumps({"input_ids": row}).encode() + b"\n" for row in rows.tolist()))
-                file.flush()
-        except BaseException as error:
-            error.add_note(f"Progress saved in {draft}; rerun the same command to resume")
-            raise
+        yield file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -15,11 +16,13 @@ from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.progress import Progress, resolve
 from moecover.runtime.cost import itemsizes
+from moecover.runtime.distributed import check_same, joined, wait_for_all
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running
+from moecover.runtime.world import ALONE, World, own_device
 
 ENDING, NAME, BATCH_SIZE = ".jsonl", "self", 16
 
@@ -47,6 +50,7 @@ def generate(
     seed: int = 0,
     bos: str | None = None,
     overwrite: bool = False,
+    here: World = ALONE,
     progress: bool | Progress = True,
     **options: Unpack[RunOptions],
 ) -> Corpus:
@@ -60,6 +64,7 @@ def generate(
         seed: of the draws.
         bos: what every row begins with, before its first document: see `TextOptions`.
         overwrite: replace a file that is there.
+        here: this process among others under torchrun, which share out the batches; each gets the corpus.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions`; batch size (rows at a time) 16 by default.
 
@@ -84,7 +89,9 @@ def generate(
     tokens, rows = _length(headers, length), sequences or SEQUENCES
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
     prefix = _prefix(structure, bos or "auto", tokens)
-    with _opened(structure, rows, tokens, how, shown) as model:
+    device = own_device(here, how.device)
+    with joined(here, device), _opened(structure, rows, tokens, replace(how, device=device), here, shown) as model:
+        check_same(here, {"model": structure.model_fingerprint, "sizes": [rows, tokens, how.batch_size, seed]})
         if model.by_layer:
             raise InputError(
                 f"{structure.checkpoint.name} does not fit into memory, and layer by layer all of it would be read for "
@@ -92,8 +99,9 @@ def generate(
                 "write text and give it as --corpus self=FILE"
             )
         sizes = {"sequences": rows, "length": tokens, "batch_size": min(how.batch_size, rows), "seed": seed}
-        with shown.bar("generating", rows * tokens) as advance:
+        with shown.bar("generating", -(-rows * tokens // here.size)) as advance:
             write_generated(structure, model, path.resolve(), **sizes, prefix=prefix, advance=advance, say=shown.say)
+        wait_for_all(here)
     return load_corpus(NAME, path, structure=structure)
 
 
@@ -127,7 +135,7 @@ def _prefix(structure: Structure, bos: str, length: int) -> tuple[int, ...]:
 
 
 def _opened(
-    structure: Structure, rows: int, tokens: int, how: Passes, progress: Progress
+    structure: Structure, rows: int, tokens: int, how: Passes, here: World, progress: Progress
 ) -> contextlib.AbstractContextManager[Running]:
     """The model, with room for its key-value cache."""
     at_once = min(how.batch_size, rows)
@@ -142,5 +150,6 @@ def _opened(
         memory_limit=how.memory_limit,
         head=True,
         extra=cache,
+        here=here,
         say=progress.say,
     )

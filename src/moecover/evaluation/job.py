@@ -25,13 +25,15 @@ from moecover.evaluation.task_loading import resolve as resolve_tasks
 from moecover.evaluation.tasks import Tasks
 from moecover.files.atomic import check_output
 from moecover.llama.opening import check_options, check_unused
-from moecover.planning.artifact import Plan
+from moecover.planning.artifact import Plan, kept_hash
 from moecover.planning.fitting import check_plan
 from moecover.progress import Progress, resolve
+from moecover.runtime.distributed import check_same, joined, wait_for_all
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.passes import Passes, check_least, passes
+from moecover.runtime.world import ALONE, World, check_alone, own_device
 
 
 class TaskOptions(TypedDict, total=False):
@@ -66,6 +68,7 @@ def evaluate(
     length: int | None = None,
     bos: str | None = None,
     libllama: str | Path | None = None,
+    here: World = ALONE,
     progress: bool | Progress = True,
     **options: Unpack[EvaluateOptions],
 ) -> Evaluation:
@@ -86,6 +89,7 @@ def evaluate(
         bos: what a window begins with: ``auto`` (default) what the tokenizer adds by itself, ``always`` its BOS token,
             ``never`` nothing. Tasks begin as the harness has them.
         libllama: shared library of llama.cpp, which runs GGUF files; None for the optional dependency's.
+        here: this process among others under torchrun, which share out windows and requests; each gets the evaluation.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions` (batch size 1 by default), `TaskOptions` and `EndpointOptions`.
 
@@ -106,6 +110,7 @@ def evaluate(
     variants = named_plans(plans)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     if server is not None:
+        check_alone(here, "a server")
         if files or libllama is not None:
             name = "files" if files else "libllama"
             raise InputError(f"{arg(name)} is for GGUF files that run here, with {arg('endpoint')} a server runs one")
@@ -130,24 +135,43 @@ def evaluate(
         check_plan(plan, headers)
     read = functools.partial(load_texts, named, length=length, windows=windows, bos=bos, progress=shown)
     if headers.checkpoint.gguf is not None:
+        check_alone(here, headers.checkpoint.name)
         check_options({**options, "tasks": tasks or None}, "tasks", "batch_size")
         device = options.get("device")
         found = evaluated_gguf(headers, variants, others, read, libllama=libllama, device=device, progress=shown)
         return _finished(found, output, shown)
     check_unused(libllama)
     check_loadable(headers, how.dtype)
-    structure = fetched(headers, revision=options.get("revision"), progress=shown)
-    loaded = read(structure)
-    note_overlaps(loaded, variants, structure, shown)
-    found_tasks = _tasks(tasks, structure, variants, options, how, shown) if tasks else None
-    return _finished(_measured(structure, variants, loaded, found_tasks, how, shown), output, shown)
+    with joined(here, own_device(here, how.device)):
+        structure = fetched(headers, revision=options.get("revision"), progress=shown)
+        loaded = read(structure)
+        note_overlaps(loaded, variants, structure, shown)
+        found_tasks = _tasks(tasks, structure, variants, options, how, shown) if tasks else None
+        _check_same(here, structure, variants, loaded, tasks, how)
+        measured = _measured(structure, variants, loaded, found_tasks, how, here, shown)
+        return _finished(measured, output, shown, here)
 
 
-def _finished(found: Evaluation, output: str | Path | None, progress: Progress) -> Evaluation:
+def _check_same(
+    here: World,
+    structure: Structure,
+    plans: Mapping[str, Plan],
+    texts: Sequence[Corpus],
+    tasks: Sequence[str],
+    how: Passes,
+) -> None:
+    """Refuse processes that measure different things."""
+    inputs = {"model": structure.model_fingerprint, "batch size": how.batch_size, "tasks": list(tasks)}
+    inputs |= {"plans": {name: kept_hash(plan) for name, plan in plans.items()}}
+    check_same(here, inputs | {"texts": {text.name: text.record for text in texts}})
+
+
+def _finished(found: Evaluation, output: str | Path | None, progress: Progress, here: World = ALONE) -> Evaluation:
     """Say what was cut, and write the folder where there is to be one."""
     note_cuts(found, progress)
-    if output is not None:
+    if output is not None and here.rank == 0:
         found.save(Path(output))
+    wait_for_all(here)
     return found
 
 
@@ -219,6 +243,7 @@ def _measured(
     texts: Sequence[Corpus],
     tasks: Tasks | None,
     how: Passes,
+    here: World,
     progress: Progress,
 ) -> Evaluation:
     """Open the model as it fits, and measure."""
@@ -232,13 +257,14 @@ def _measured(
         structure,
         tokens=0,
         batch_tokens=how.batch_size * longest,
-        in_parts=(tokens * variants, batches * variants),
+        in_parts=(-(-tokens * variants // here.size), -(-batches * variants // here.size)),
         unit=how.batch_size * max((text.tokens.shape[1] for text in texts), default=0) * variants,
         dtype=how.dtype,
-        device=how.device,
+        device=own_device(here, how.device),
         device_map=how.device_map,
         memory_limit=how.memory_limit,
         head=True,
+        here=here,
         say=progress.say,
     ) as model:
         return run_evaluation(

@@ -9,7 +9,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,15 +17,14 @@ from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import TextResult
-from moecover.runtime.finite import naming, not_finite, rows_text, watched
-from moecover.runtime.layerwise import run_in_parts
+from moecover.evaluation.sharing import run_shared
+from moecover.runtime.finite import naming, not_finite, rows_text
 from moecover.runtime.running import InMemory, Running, Within, unmasked
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from moecover.runtime.streaming import Streamed
 
 POSITIONS = 256  # positions whose logits are converted to float32 at a time
 
@@ -144,11 +143,7 @@ def window_sums(
             calls.append(functools.partial(run, place * batch_size, number, inputs))
             within.append(variant)
             tokens.append(inputs["input_ids"].numel())
-    with watched(model):
-        if model.by_layer:
-            found = run_in_parts(cast("Streamed", model), calls, tokens, within=within, together=len(variants))
-        else:
-            found = model.run(calls, within=within)
+    found = run_shared(model, calls, tokens, within=within, together=len(variants))
     return [np.concatenate(found[number :: len(variants)]) for number in range(len(variants))]
 
 

@@ -146,7 +146,7 @@ def _sums_by_text(
     bar: Bar | None,
 ) -> dict[str, list[NDArray[np.float64]]]:
     """`window_sums` of every text."""
-    total = sum(text.num_tokens for text in texts) * len(within)
+    total = -(-sum(text.num_tokens for text in texts) * len(within) // runs.world.size)
     found = {}
     with bar("measuring perplexity", total) if bar and texts else contextlib.nullcontext(_ignored) as advance:
         for text in texts:
@@ -158,7 +158,7 @@ def _scored(runs: Running, within: Sequence[Within], tasks: Tasks | None, *, bar
     """Scores of all tasks and of every document, one a variant."""
     if tasks is None:
         return [({}, {})] * len(within)
-    total = tasks.num_requests * len(within) if bar else 0
+    total = -(-tasks.num_requests * len(within) // runs.world.size) if bar else 0
     with bar("scoring tasks", total, unit="requests") if bar else contextlib.nullcontext(_ignored) as advance:
         return tasks.score(runs, within, advance=advance)
 

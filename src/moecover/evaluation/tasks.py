@@ -1,6 +1,7 @@
 """Zero-shot tasks: reads a model that runs, gives the scores of lm-evaluation-harness, document by document.
 
-Task definitions, their versions and the scoring are the harness's own, layer by layer too (`streamed_tasks`).
+Task definitions, their versions and the scoring are the harness's own, layer by layer and in several processes too
+(`replayed_tasks`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,13 +27,13 @@ from moecover.evaluation.harness import (
 from moecover.evaluation.records import TaskRecord
 from moecover.evaluation.task_scores import document_samples, document_scores, task_record, task_scores
 from moecover.runtime.finite import watched
+from moecover.runtime.world import check_alone
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from moecover.runtime.running import Running, Within
-    from moecover.runtime.streaming import Streamed
 
 # Scores by task and metric, and the same of every document, float64 [item].
 Scored = tuple[dict[str, dict[str, Score]], dict[str, dict[str, "NDArray[np.float64]"]]]
@@ -82,17 +83,17 @@ class Tasks:
         """
         self.check(model)
         with watched(model):
-            if model.by_layer:
-                return self._by_layer(cast("Streamed", model), within, advance)
+            if model.by_layer or model.world.size > 1:
+                return self._replayed(model, within, advance)
             return self._whole(model, within, advance)
 
-    def _by_layer(self, stream: Streamed, within: Sequence[Within], answered: Callable[[int], None]) -> list[Scored]:
-        """Scores of all variants of a model that runs layer by layer."""
-        from moecover.evaluation.streamed_tasks import Replay
+    def _replayed(self, model: Running, within: Sequence[Within], answered: Callable[[int], None]) -> list[Scored]:
+        """Scores of all variants of a model that runs layer by layer, or in several processes."""
+        from moecover.evaluation.replayed_tasks import Replay
 
         settings: dict[str, Any] = {"tokenizer": self.tokenizer, "batch_size": self.batch_size}
         with quiet():
-            replay = Replay(stream, within, answered=answered, **settings)
+            replay = Replay(model, within, answered=answered, **settings)
         results = []
         for number in range(len(within)):
             replay.variant = number
@@ -126,8 +127,11 @@ class Tasks:
         """Refuse a model that cannot answer all tasks.
 
         Raises:
-            InputError: the model runs layer by layer, and a task generates text or scores whole texts.
+            InputError: the model runs layer by layer or in several processes, and a task generates text or scores whole
+                texts.
         """
+        if wrong := self.in_memory():
+            check_alone(model.world, f"{arg('tasks', ','.join(wrong))}, which generates text or scores whole texts,")
         if model.by_layer and (wrong := self.in_memory()):
             raise InputError(
                 f"{arg('tasks', ','.join(wrong))}: generating text or scoring whole texts needs the model in memory, "

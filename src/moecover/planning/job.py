@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan
 from moecover.planning.lines import calibration_notes
+from moecover.planning.live import live_model
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.options import LAYERWISE
 from moecover.planning.run import check_options, plan_budgets
 from moecover.planning.shapes import resolve_shape
 from moecover.profiling.artifact import Profile
 from moecover.progress import Progress, resolve
+from moecover.runtime.world import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +101,7 @@ def plans(
     device_map: str | Path | Mapping[str, str | int] | None = None,
     memory_limit: int | str | None = None,
     revision: str | None = None,
+    here: World = ALONE,
     progress: Progress,
 ) -> list[Plan]:
     """Plans for several budgets; a method that runs the experts has its model opened here where it is not open yet.
@@ -116,6 +119,7 @@ def plans(
         device_map: devices of the parts of a model, see `RunOptions`.
         memory_limit: memory that may be used, see `RunOptions`; a model that does not fit runs layer by layer.
         revision: branch, tag or commit of a hub model.
+        here: this process among others under torchrun, which share out the layers; each gets the plans.
         progress: shows the search.
 
     Raises:
@@ -132,62 +136,11 @@ def plans(
     with contextlib.ExitStack() as stack:
         resources: dict[str, Any] = {}
         if METHODS[method].runs_experts and model is not None:
-            opening = _live(profile, model, structure, how, progressive=progressive, progress=progress)
+            opening = live_model(profile, model, structure, how, progressive=progressive, here=here, progress=progress)
             found, live = stack.enter_context(opening)
             searching = search_resources(method, options, found, live, budgets=len(keeps), progress=progress)
             resources = stack.enter_context(searching)
         return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **resources, **options)
-
-
-@contextlib.contextmanager
-def _live(
-    profile: Profile,
-    model: Model | torch.nn.Module | Running,
-    structure: Structure | None,
-    how: RunOptions,
-    *,
-    progressive: bool,
-    progress: Progress,
-) -> Iterator[tuple[Structure, Running]]:
-    """The model, opened as it fits where it is not live yet.
-
-    Imports here: planning from a profile alone starts quickly.
-    """
-    from moecover.checkpoints.opening import described, fetched
-    from moecover.checkpoints.structure import Structure
-    from moecover.planning.search.products import peak_bytes
-    from moecover.runtime.loadable import check_loadable
-    from moecover.runtime.memory import opened
-    from moecover.runtime.options import check_live
-    from moecover.runtime.passes import passes
-    from moecover.runtime.running import running
-
-    if not isinstance(model, (str, Path, Structure)):
-        if structure is None:
-            raise InputError(f"a live {arg('model')} comes with its {arg('structure')}")
-        check_live(model, how)
-        yield structure, running(model, structure)
-        return
-    if structure is not None:
-        raise InputError(f"{arg('structure')} goes with a live {arg('model')}")
-    run = passes({**how, "dtype": how.get("dtype") or profile.settings.get("dtype")})
-    headers = described(model, revision=how.get("revision"), progress=progress)
-    check_loadable(headers, run.dtype)
-    found = fetched(headers, revision=how.get("revision"), progress=progress)
-    sample = profile.inputs
-    tokens, batch = (sample.num_tokens, max(map(max, sample.batch_tokens.values()))) if sample is not None else (0, 1)
-    with opened(
-        found,
-        tokens=2 * tokens if progressive else 0,
-        batch_tokens=batch,
-        dtype=run.dtype,
-        device=run.device,
-        device_map=run.device_map,
-        memory_limit=run.memory_limit,
-        extra=peak_bytes(found.topology, tokens),
-        say=progress.say,
-    ) as live:
-        yield found, live
 
 
 def plan(

@@ -26,16 +26,16 @@ from moecover.profiling.gguf_job import profiled_gguf
 from moecover.profiling.layer_inputs import num_bytes, sample_of
 from moecover.profiling.merging import differing, merged, without_energy
 from moecover.profiling.reuse import finished
-from moecover.profiling.run import check_alone
 from moecover.profiling.run import profile as run_profile
 from moecover.progress import Progress, resolve
-from moecover.runtime.distributed import ALONE, World, joined, own_device, wait_for_all
+from moecover.runtime.distributed import joined, wait_for_all
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import check_known, check_live
 from moecover.runtime.pass_state import kept_for_later, of_process, remove, remove_all
 from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running, running
+from moecover.runtime.world import ALONE, World, check_alone, own_device
 from moecover.text import size_text
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _opened(
         device_map=how.device_map,
         memory_limit=how.memory_limit,
         extra=extra + channel_bytes(structure, len(corpora)),
-        processes=here.local_size,
+        here=here,
         scratch=state,
         say=progress.say,
     )
@@ -219,7 +219,7 @@ def profile(
     parsed(corpora)
     check_live(model, options)
     if keep_inputs is not None:
-        check_alone(here)
+        check_alone(here, arg("keep_inputs"))
     _check_folder(folder, keep_inputs, overwrite=overwrite)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     scratch = None if folder is None else scratch_beside(folder, "profile")

@@ -17,7 +17,6 @@ from moecover.corpora.packing import Corpus
 from moecover.profiling.hooks import Tap, recording
 from moecover.profiling.inputs_writer import Writer
 from moecover.profiling.sums import Sums
-from moecover.runtime.distributed import World
 from moecover.runtime.finite import name_pass, naming, rows_text
 from moecover.runtime.layerwise import run
 from moecover.runtime.loading import backbone_of
@@ -25,6 +24,7 @@ from moecover.runtime.lockstep import Passing, current_call
 from moecover.runtime.pass_state import Output, State, footprint
 from moecover.runtime.running import Running
 from moecover.runtime.streaming import Streamed
+from moecover.runtime.world import World
 
 if TYPE_CHECKING:
     import torch

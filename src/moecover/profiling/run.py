@@ -26,12 +26,13 @@ from moecover.profiling.layer_inputs import open_inputs, sample_of
 from moecover.profiling.passes import Job, in_memory, layer_by_layer
 from moecover.profiling.records import Settings, model_record
 from moecover.profiling.sums import Sums
-from moecover.runtime.distributed import ALONE, World, add_up, check_same, checking
+from moecover.runtime.distributed import add_up, check_same, checking
 from moecover.runtime.finite import not_finite, watched
 from moecover.runtime.loading import load_model
 from moecover.runtime.pass_state import State
 from moecover.runtime.running import Running, running
 from moecover.runtime.streaming import Streamed
+from moecover.runtime.world import ALONE, World, check_alone
 from moecover.version import library_versions
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def profile(
     if batch_size < 1:
         raise InputError(f"{arg('batch_size', batch_size)} is out of range: 1 or more")
     if keep_inputs is not None:
-        check_alone(here)
+        check_alone(here, arg("keep_inputs"))
     runs = running(load_model(structure, dtype=dtype, device=device) if model is None else model, structure)
     kind = str(runs.dtype).removeprefix("torch.")
     width = width_of(runs.module, structure)
@@ -108,20 +109,6 @@ def check_names(corpora: Sequence[Corpus]) -> None:
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names) or not names:
         raise InputError(f"corpora {', '.join(names) or '(none)'}: at least one is needed, and every name once")
-
-
-def check_alone(here: World, what: str = arg("keep_inputs")) -> None:
-    """Refuse what one process does alone where several share the batches.
-
-    Args:
-        here: this process among others.
-        what: a sample of the layers' inputs, or a GGUF file.
-
-    Raises:
-        InputError: there are several processes.
-    """
-    if here.size > 1:
-        raise InputError(f"{what} does not go together with several processes: profile in one")
 
 
 def _depends_on(

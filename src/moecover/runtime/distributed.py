@@ -1,9 +1,10 @@
-"""One profile by many processes: reads the environment set by torchrun, distributes the batches, adds up the sums.
+"""One job by many processes: reads the environment set by torchrun, shares out the work, brings together the results.
 
-    torchrun --nnodes N --nproc-per-node M -m moecover profile ...
+    torchrun --nnodes N --nproc-per-node M -m moecover profile|evaluate|plan|generate ...
 
-Each process takes every (N x M)-th batch as a whole, so a batch gives the same numbers wherever it runs and only the
-order of additions differs. Each holds the model in memory or runs it layer by layer, as it fits; rank 0 writes.
+Each process takes every (N x M)-th batch (or layer) as a whole, so a batch gives the same numbers wherever it runs, and
+of sums only the order of additions differs. Each holds the model in memory or runs it layer by layer, as it fits; rank
+0 writes.
 
 Processes wait for each other by polling torchrun's key-value store and only then start an operation of gloo or nccl:
 those wait in C++, where no signal gets through. Meanwhile a thread sends heartbeats and looks for failures, so that all
@@ -14,88 +15,33 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from moecover.errors import InputError, MoecoverError, arg
+from moecover.errors import InputError, MoecoverError
+from moecover.runtime.world import World
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+T = TypeVar("T")
+R = TypeVar("R")
 TIMEOUT = timedelta(minutes=10)  # of one operation, which starts when all have arrived; and to reach the store
 PULSE = 5.0  # seconds between two heartbeats
 SILENCE = 300.0  # seconds without a heartbeat after which a process counts as lost
 GRACE = 30.0  # seconds for the thread to end: the C++ runtime aborts a process that exits while it waits for the store
 GONE = "another process of the job has failed: its own message or torchrun's report says which"
 STOPPED = "stopped with the job: another process of it has failed, or torchrun was terminated"
+_groups = itertools.count()  # process groups that were made, one for each job of this process
 _lost: list[str] = []  # why the job cannot be finished, as the thread has found
-
-
-@dataclass(frozen=True)
-class World:
-    """The place of a process in the job.
-
-    Attributes:
-        rank: rank of the process.
-        size: number of processes.
-        local_rank: rank on its machine.
-        local_size: number of processes on its machine.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-    def mine(self, number: int) -> bool:
-        """Whether a batch, counted over all corpora, belongs to this process."""
-        return number % self.size == self.rank
-
-
-ALONE = World()
-
-
-def world() -> World:
-    """The place of this process, from the environment set by torchrun; alone without it.
-
-    Raises:
-        InputError: the environment is incomplete.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return ALONE
-    for name in names:
-        if not os.environ.get(name, "").isdecimal():
-            raise InputError(f"WORLD_SIZE is set but {name} is not a number in the environment. Start with torchrun")
-    return World(*(int(os.environ[name]) for name in names))
-
-
-def own_device(here: World, device: str) -> str:
-    """The device of this process, by name: each process of a machine has its own GPU.
-
-    Raises:
-        InputError: there are fewer GPUs than processes, or all of them are given the same GPU.
-    """
-    from moecover.runtime.devices import check_device, has_own_memory, kind_of
-
-    device = check_device("auto", device)
-    if here.size == 1 or not has_own_memory(device):
-        return device
-    kind = kind_of(device)
-    if device != kind and here.local_size > 1:
-        raise InputError(
-            f"{arg('device', device)} would be the device of {here.local_size} processes: give {arg('device', kind)},"
-            " each takes its own"
-        )
-    return check_device("auto", f"{kind}:{here.local_rank}") if device == kind else device
 
 
 @functools.cache
@@ -188,7 +134,7 @@ def joined(here: World, device: str) -> Iterator[None]:
         wait_for_all(here)
         with _together():
             own = f",{kind_of(device)}:{dist.get_default_backend_for_device(kind_of(device))}" if gpu else ""
-            backend, group = f"cpu:gloo{own}", PrefixStore("group", shared)
+            backend, group = f"cpu:gloo{own}", PrefixStore(f"group/{next(_groups)}", shared)
             dist.init_process_group(backend, store=group, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
         yield
     finally:
@@ -277,3 +223,30 @@ def add_up(
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX if name in maxima else dist.ReduceOp.SUM)
         found[name] = tensor.cpu().numpy()
     return found
+
+
+def shared_out(
+    here: World, items: Sequence[T], work: Callable[[list[T]], Sequence[R]], *, together: int = 1
+) -> list[R]:
+    """Results of items that the processes share out, all of them, in order, in every process.
+
+    Args:
+        here: this process.
+        items: the same in every process.
+        work: gives the results of some items, one each, picklable.
+        together: so many consecutive items are never in different processes.
+
+    Raises:
+        MoecoverError: a process is lost.
+    """
+    if here.size == 1:
+        return list(work(list(items)))
+    import torch.distributed as dist
+
+    found = work([item for number, item in enumerate(items) if here.mine(number // together)])
+    wait_for_all(here)
+    everyone: list[list[R]] = [[]] * here.size
+    with _together():
+        dist.all_gather_object(everyone, list(found))
+    left = [iter(results) for results in everyone]
+    return [next(left[number // together % here.size]) for number in range(len(items))]

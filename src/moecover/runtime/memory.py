@@ -22,6 +22,7 @@ from moecover.runtime.placement import placed
 from moecover.runtime.running import Running, running
 from moecover.runtime.streaming import streamed
 from moecover.runtime.weights import limit_caches
+from moecover.runtime.world import ALONE, World
 
 UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 UNITS |= {unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)}
@@ -89,7 +90,7 @@ def opened(
     memory_limit: int | None = None,
     head: bool = False,
     extra: int = 0,
-    processes: int = 1,
+    here: World = ALONE,
     scratch: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Running]:
@@ -108,7 +109,7 @@ def opened(
             nine tenths of what is free by default.
         head: see `cost.cost`.
         extra: see `cost.cost`.
-        processes: number of processes that share the free memory of this machine.
+        here: this process among those that share the work; those of one machine share its free memory.
         scratch: folder for the state of the pass, if there is one; its disk must have room.
         say: receives lines of log.
 
@@ -117,29 +118,36 @@ def opened(
     """
     shape: Any = {"tokens": tokens, "batch_tokens": batch_tokens, "unit": unit, "extra": extra}
     if device_map is not None:
-        with _spread(structure, device_map, shape, dtype=dtype, limit=memory_limit, head=head, say=say) as spread:
+        if here.local_size > 1:
+            raise InputError(
+                f"{arg('device_map')} gives the devices of a machine to one process, torchrun started {here.local_size}"
+                " on it: start one a machine"
+            )
+        way: Any = {"dtype": dtype, "limit": memory_limit, "head": head, "here": here, "say": say}
+        with _spread(structure, device_map, shape, **way) as spread:
             yield spread
         return
     device = check_device(dtype, device)
     release(device)
     if memory_limit is None:
-        memory_limit = int(0.9 * available_memory(device) / (1 if has_own_memory(device) else processes))
+        memory_limit = int(0.9 * available_memory(device) / (1 if has_own_memory(device) else here.local_size))
     resident = 0 if has_own_memory(device) else _resident()
     estimate = cost(
         structure, in_parts=in_parts, dtype=dtype, head=head, resident=resident, limit=memory_limit, **shape
     )
     _check_room(structure.checkpoint.name, estimate, scratch, spills=device == "cpu")
+    how: Any = {"dtype": dtype, "device": device}
     if estimate.by_layer:
         _check_pinned(structure.checkpoint.name, estimate, device)
         limit_caches()
     if estimate.by_layer or estimate.read > 10**9:
         say(estimate.line(seconds_of(estimate, structure, dtype=dtype, device=device)))
     if estimate.by_layer:
-        with streamed(structure, dtype=dtype, device=device, spill=estimate.spill, room=estimate.room) as stream:
+        with streamed(structure, **how, spill=estimate.spill, room=estimate.room, world=here) as stream:
             yield stream
         return
     say(f"loading {structure.checkpoint.name}")
-    yield running(load_model(structure, dtype=dtype, device=device), structure)
+    yield running(load_model(structure, **how), structure, here)
 
 
 @contextlib.contextmanager
@@ -151,6 +159,7 @@ def _spread(
     dtype: str,
     limit: int | None,
     head: bool,
+    here: World,
     say: Callable[[str], None],
 ) -> Iterator[Running]:
     """A model over several devices; see `opened`."""
@@ -160,4 +169,4 @@ def _spread(
     places = placed(structure, device_map, dtype=dtype, limit=limit, working=working)
     say(places.line(estimate))
     say(f"loading {structure.checkpoint.name}")
-    yield running(load_model(structure, dtype=dtype, device_map=places.devices), structure)
+    yield running(load_model(structure, dtype=dtype, device_map=places.devices), structure, here)

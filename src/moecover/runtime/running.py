@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from moecover.runtime.lockstep import Here, Passing, lockstep
+from moecover.runtime.world import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,11 @@ class Running(Protocol):
         """Whether one decoder layer is in memory at a time."""
         ...
 
+    @property
+    def world(self) -> World:
+        """The place of this process among others that have the same model open and share the work on it."""
+        ...
+
     def run(
         self, calls: Sequence[Callable[[], Result]], *, head: bool = True, within: Sequence[Within] = ()
     ) -> list[Result]:
@@ -92,6 +98,7 @@ class InMemory:
 
     module: torch.nn.Module
     layers: tuple[str, ...]
+    world: World = ALONE
 
     by_layer = False
 
@@ -162,10 +169,10 @@ def layer_names(model: torch.nn.Module, structure: Structure) -> tuple[str, ...]
     return tuple(f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children())
 
 
-def running(model: torch.nn.Module | Running, structure: Structure) -> Running:
+def running(model: torch.nn.Module | Running, structure: Structure, world: World = ALONE) -> Running:
     """The model behind the common interface: a live model is wrapped, one that runs already is returned as it is."""
     import torch
 
     if isinstance(model, torch.nn.Module):
-        return InMemory(model, layer_names(model, structure))
+        return InMemory(model, layer_names(model, structure), world)
     return model

@@ -23,6 +23,7 @@ from moecover.runtime.loading import missing_tensors
 from moecover.runtime.lockstep import Here, Passing
 from moecover.runtime.running import Result, Within, layer_names
 from moecover.runtime.weights import Weights, limit_caches
+from moecover.runtime.world import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class Streamed:
         device: where they run.
         spill: keep the hidden states between layers in files instead of memory, where a state of the pass is kept.
         room: tokens whose hidden states may be held between two layers, where the passes can run in parts.
+        world: see `Running.world`.
     """
 
     module: torch.nn.Module
@@ -50,6 +52,7 @@ class Streamed:
     device: torch.device
     spill: bool = False
     room: float = math.inf
+    world: World = ALONE
 
     by_layer = True
 
@@ -114,7 +117,13 @@ def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
 
 @contextlib.contextmanager
 def streamed(
-    structure: Structure, *, dtype: str = "auto", device: str = "auto", spill: bool = False, room: float = math.inf
+    structure: Structure,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    spill: bool = False,
+    room: float = math.inf,
+    world: World = ALONE,
 ) -> Iterator[Streamed]:
     """Open a model that runs layer by layer; its memory is freed when the block ends.
 
@@ -124,6 +133,7 @@ def streamed(
         device: torch device by name, ``auto`` for the first GPU, else the CPU.
         spill: see `Streamed`.
         room: see `Streamed`.
+        world: see `Streamed`.
 
     Raises:
         InputError: unknown dtype or device, quantised weights, or tensors that are missing in the files.
@@ -144,7 +154,7 @@ def streamed(
         if ends is None:
             empty = {name for name, value in model.state_dict().items() if value.is_meta}
             model.tie_weights(missing_keys=empty, recompute_mapping=False)  # type: ignore[operator]
-        yield Streamed(model, layers, ends, weights, torch.device(device), spill, room)
+        yield Streamed(model, layers, ends, weights, torch.device(device), spill, room, world)
 
 
 def _ends(model: Any) -> tuple[str, str] | None:

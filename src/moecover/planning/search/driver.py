@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moecover.errors import InputError, arg
@@ -24,13 +23,14 @@ from moecover.planning.search.eliminate import eliminate
 from moecover.planning.search.exchange import exchange
 from moecover.planning.search.exhaust import exhaust, kind_of_search
 from moecover.planning.search.hidden_states import Sample, sample_of
-from moecover.planning.search.products import Products, WorstCorpusProducts
-from moecover.planning.search.routing import AskRouter, observe_calls, recognise
+from moecover.planning.search.live_layer import LiveLayer, squared_errors, worst_error
+from moecover.planning.search.routing import observe_calls
 from moecover.runtime.devices import check_float64
-from moecover.runtime.finite import is_finite, naming, not_finite, watched
+from moecover.runtime.distributed import shared_out
+from moecover.runtime.finite import naming, not_finite, watched
 from moecover.runtime.loading import backbone_of, routers
-from moecover.runtime.masking import masked_layer
 from moecover.runtime.running import Running, running
+from moecover.runtime.world import check_alone
 
 if TYPE_CHECKING:
     import torch
@@ -39,93 +39,6 @@ if TYPE_CHECKING:
     from moecover.corpora.packing import Corpus
     from moecover.planning.selection import Budget
     from moecover.profiling.artifact import Profile
-
-
-@dataclass(frozen=True)
-class LiveLayer:
-    """One MoE layer of a live model.
-
-    Attributes:
-        model: the live model.
-        structure: its checkpoint.
-        router: of the layer.
-        ask: calls the router as the model does, see `observe_calls`.
-        layer: MoE layer.
-    """
-
-    model: torch.nn.Module
-    structure: Structure
-    router: torch.nn.Module
-    ask: AskRouter
-    layer: int
-
-    @property
-    def experts(self) -> torch.nn.Module:
-        """The module of the routed experts."""
-        return self.model.get_submodule(self.structure.experts_modules[self.layer])
-
-    def masked(self, kept: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-        """A block in which the layer routes to the kept experts only."""
-        return masked_layer(self.model, self.structure, self.router, self.layer, kept)
-
-    def routed(self, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Routed output of every batch ``[token, hidden]``."""
-        found = []
-        for batch in hidden:
-            _, weights, index, *_ = self.ask(batch)
-            found.append(self.experts(batch, index, weights))
-        return found
-
-    def products(
-        self,
-        hidden: Sequence[torch.Tensor],
-        corpus_of: Sequence[int] | None,
-        targets: Sequence[torch.Tensor] | None = None,
-    ) -> Products:
-        """What the losses of subsets follow from; see `search_layer`.
-
-        Raises:
-            InputError: the router cannot be re-routed.
-        """
-        import torch
-
-        sample = torch.cat(list(hidden))
-        if not is_finite(sample):
-            raise not_finite("", "the hidden states that enter the experts are")
-        routing = recognise(self.model, self.structure, self.router, self.ask, self.layer, sample[:256])
-        logits = torch.cat([self.ask(batch)[0] for batch in hidden])
-        target = None if targets is None else torch.cat(list(targets))
-        if corpus_of is None:
-            return Products(self.experts, routing, hidden, logits, target)
-        sizes = [0] * (1 + max(corpus_of))
-        for batch, corpus in zip(hidden, corpus_of, strict=True):
-            sizes[corpus] += len(batch)
-        return WorstCorpusProducts(self.experts, routing, torch.split(sample, sizes), logits, target)
-
-
-def squared_errors(
-    live: LiveLayer,
-    kept: Sequence[int],
-    hidden: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor] | None = None,
-) -> list[tuple[float, float]]:
-    """||Z - Z_S||^2 and ||Z||^2 of every batch: forward passes in the model's dtype, differences in float64."""
-    whole = live.routed(hidden) if targets is None else targets
-    with live.masked(kept):
-        cut = live.routed(hidden)
-    return [
-        (float((a.double() - b.double()).square().sum()), float(a.double().square().sum()))
-        for a, b in zip(whole, cut, strict=True)
-    ]
-
-
-def worst_error(squares: Sequence[tuple[float, float]], corpus_of: Sequence[int]) -> float:
-    """The largest over corpora of ||Z - Z_S||_F / ||Z||_F, from the squares of every batch."""
-    sums = [[0.0, 0.0] for _ in range(1 + max(corpus_of))]
-    for (difference, whole), corpus in zip(squares, corpus_of, strict=True):
-        sums[corpus][0] += difference
-        sums[corpus][1] += whole
-    return max(math.sqrt(difference / whole) if whole else 0.0 for difference, whole in sums)
 
 
 def search_layer(
@@ -219,21 +132,28 @@ def search_layers(
         kind_of_search(budget, search)
     runs = running(model, structure)
     check_float64(runs.device, "a search")
+    if mode != LAYERWISE:  # every layer waits for the one before
+        check_alone(runs.world, arg("mode", mode))
     live, stops = _live_layers(runs, structure)
     corpus_of = text.corpus_of if worst else None
-    found: list[list[LayerPlan]] = [[] for _ in budgets]
-    every = list(range(len(budgets)))
-    for chosen in [every] if mode == LAYERWISE else [[i] for i in every]:
+
+    def searched(chosen: Sequence[Budget], mine: Callable[[int], bool]) -> list[list[LayerPlan]]:
+        """The best subsets for some budgets, a list of budgets for every layer that is searched here."""
         kept: list[list[int]] = []
+        found: list[list[LayerPlan]] = []
         steps = _steps(mode, text, runs, structure, stops, live, kept)
         with torch.inference_mode(), contextlib.closing(steps):
             for layer, (hidden, targets) in enumerate(steps):
-                rows = search_layer(live[layer], hidden, [budgets[i] for i in chosen], search, corpus_of, targets)
-                for i, row in zip(chosen, rows, strict=True):
-                    found[i].append(row)
-                kept.append(rows[0].kept)
+                if mine(layer):
+                    found.append(search_layer(live[layer], hidden, chosen, search, corpus_of, targets))
+                    kept.append(found[-1][0].kept)
                 advance(1)
-    return found
+        return found
+
+    if mode == LAYERWISE:  # no layer waits for another one
+        layers = shared_out(runs.world, range(len(live)), lambda some: searched(budgets, set(some).__contains__))
+        return [list(rows) for rows in zip(*layers, strict=True)]
+    return [[row for (row,) in searched([budget], lambda layer: True)] for budget in budgets]
 
 
 def _live_layers(runs: Running, structure: Structure) -> tuple[list[LiveLayer], list[torch.nn.Module]]:

@@ -1,9 +1,9 @@
-"""Zero-shot tasks of a model that runs layer by layer: reads the harness's requests, gives every variant's answers.
+"""Zero-shot tasks layer by layer or in several processes: reads the harness's requests, gives every variant's answers.
 
 The harness takes a batch's logits and scores them before it asks for the next batch; layer by layer all batches run
-side by side. So the harness first runs with empty logits, to learn which requests it puts into which batch. Then every
-batch is a forward pass of its own, for every variant, scored at its end by the harness's own code, and the results are
-replayed when the harness asks again.
+side by side, and several processes share them out. So the harness first runs with empty logits, to learn which requests
+it puts into which batch. Then every batch is a forward pass of its own, for every variant, scored at its end by the
+harness's own code, and the results are replayed when the harness asks again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from moecover.errors import MoecoverError
 from moecover.evaluation.checked_requests import Encoded
 from moecover.evaluation.harness_model import CheckedLM
-from moecover.runtime.layerwise import run_in_parts
-from moecover.runtime.running import Within
-from moecover.runtime.streaming import Streamed
+from moecover.evaluation.sharing import run_shared
+from moecover.runtime.running import Running, Within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +40,7 @@ class _Batch:
 class _Batching(HFLM):  # type: ignore[misc]
     """Records what would run: every call of the model is a batch, the requests answered after it are in that batch."""
 
-    def __init__(self, stream: Streamed, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    def __init__(self, stream: Running, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         super().__init__(pretrained=stream.module, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self._device = stream.device
 
@@ -71,7 +70,7 @@ class _Batching(HFLM):  # type: ignore[misc]
 
 
 class Replay(CheckedLM):
-    """A model of the harness that stands for all variants of a model that runs layer by layer.
+    """A model of the harness that stands for all variants of a model.
 
     Attributes:
         variant: the number of the current variant. At the first requests, all of them are run for all variants.
@@ -79,7 +78,7 @@ class Replay(CheckedLM):
 
     def __init__(
         self,
-        stream: Streamed,
+        stream: Running,
         within: Sequence[Within],
         *,
         tokenizer: PreTrainedTokenizerBase,
@@ -118,7 +117,7 @@ class Replay(CheckedLM):
         """Answers of every variant."""
         batches = _Batching(self._stream, self.tokenizer, self.batch_size).batches(requests)
         passes = [(variant, batch) for variant in range(len(self._within)) for batch in batches]
-        found = run_in_parts(
+        found = run_shared(
             self._stream,
             [functools.partial(self._scored, requests, batch) for _, batch in passes],
             [batch.tokens.numel() for _, batch in passes],

@@ -1,0 +1,132 @@
+"""The long verbs in several processes: the same files as one process writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecover.checkpoints.shipped import shipped_model
+from moecover.checkpoints.structure import read_structure
+from moecover.cli import main as cli
+from moecover.evaluation.artifact import Evaluation
+from moecover.planning.artifact import Plan
+from tests.runtime.test_distributed import torchrun
+from tests.support.tasks import ARC, BLIMP, random_plan, write_rows
+
+WORKER = """
+import json, sys
+from moecover.cli import main as cli
+from moecover.runtime import cost
+cost.OVERHEAD = 0
+for arguments in json.loads(open(sys.argv[1]).read()):
+    if status := cli.main(arguments):
+        sys.exit(status)
+"""
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the processes that torchrun starts
+
+
+def commands(source: Path, folder: Path, tiny: Path, *, limit: str = "", tasks: bool = False) -> list[list[str]]:
+    """Every verb that shares out its work, on a tiny and on the shipped model, into a folder."""
+    shipped, device = str(shipped_model()), ["--device", "cpu", "-q", *(["--memory-limit", limit] if limit else [])]
+    measured = ["--perplexity", "web-heldout", "--windows", "5", "--length", "24", "--batch-size", "2"]
+    scored = ["--tasks", "arc_easy,blimp", "--data-dir", str(source)] if tasks else []
+    generate = ["generate", str(tiny), "--sequences", "5", "--length", "8", "--batch-size", "2", "-o"]
+    return [
+        [
+            *("plan", str(source / "profile"), "--method", "expert-sparsity", "--keep", "6", "--model", str(tiny)),
+            *("--search", "greedy", *device, "-o", str(folder / "plan.json")),
+        ],
+        [
+            *("evaluate", shipped, "--plan", str(source / "half.json"), *measured, *scored),
+            *(*device, "-o", str(folder / "evaluation")),
+        ],
+        *([] if limit else [[*generate, str(folder / "own.jsonl"), *device]]),
+    ]
+
+
+@pytest.fixture
+def tiny(checkpoints: Callable[..., Path]) -> Path:
+    return checkpoints("qwen2_moe")
+
+
+@pytest.fixture
+def source(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Text, documents of tasks, a plan and a profile that keeps inputs."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "source"
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(5, 100, size=(5, 24)).tolist()
+    rows[-1] = rows[-1][:15]  # padding
+    (folder / "text.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    write_rows(folder / "arc_easy", validation=ARC[:2], test=ARC)
+    write_rows(folder / "blimp", blimp=BLIMP)
+    random_plan(read_structure(shipped_model()), 30).save(folder / "half.json")
+    text = ["--corpus", f"a={folder / 'text.jsonl'}", "--keep-inputs", "64", "-o", str(folder / "profile"), "-q"]
+    assert cli.main(["profile", str(tiny), *text]) == 0
+    return folder
+
+
+def in_processes(processes: int, folder: Path, arguments: list[list[str]]) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "commands.json").write_text(json.dumps(arguments))
+    started = torchrun(processes, folder, [str(folder / "commands.json")])
+    return subprocess.run(started, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("processes", "limit", "tasks"),
+    [
+        (2, "", False),
+        pytest.param(4, "", True, marks=pytest.mark.slow),
+        pytest.param(3, "15MB", True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_files(source: Path, tiny: Path, tmp_path: Path, processes: int, limit: str, tasks: bool) -> None:
+    """In memory and, with a limit, layer by layer."""
+    one, many = tmp_path / "one", tmp_path / "many"
+    for arguments in commands(source, one, tiny, tasks=tasks):
+        assert cli.main(arguments) == 0
+    done = in_processes(processes, many, commands(source, many, tiny, limit=limit, tasks=tasks))
+    assert done.returncode == 0, done.stderr
+    assert Plan.load(many / "plan.json").to_json() == Plan.load(one / "plan.json").to_json()
+    found, expected = (Evaluation.load(folder / "evaluation") for folder in (many, one))
+    assert found.to_dict() == expected.to_dict()
+    for row, texts in expected.windows.items():
+        for text, windows in texts.items():
+            np.testing.assert_array_equal(found.windows[row][text], windows)
+    for row, tasks in expected.items.items():
+        for task, metrics in tasks.items():
+            for metric, values in metrics.items():
+                np.testing.assert_array_equal(found.items[row][task][metric], values)
+    if not limit:
+        assert (many / "own.jsonl").read_bytes() == (one / "own.jsonl").read_bytes()
+    left = {path.name for path in many.iterdir()}
+    assert left - {"own.jsonl"} == {"worker.py", "commands.json", "plan.json", "evaluation"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "P", "--keep", "30", "-o", "x"], "plan --keep with method tb-coverage does not go together with sev"),
+        (["split", "M", "--corpus", "self=x.jsonl", "-o", "x"], "In several run generate, profile, plan, evaluate"),
+    ],
+)
+def test_refusals(
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    known = {"P": str(source / "profile"), "M": str(shipped_model())}
+    assert cli.main([known.get(one, one) for one in arguments]) == 2
+    assert message in capsys.readouterr().err
