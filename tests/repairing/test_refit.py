@@ -21,6 +21,7 @@ from moecover.profiling.run import profile
 from moecover.repairing.applied import repaired
 from moecover.repairing.calibration import Calibration
 from moecover.repairing.layers import needed_bytes, repair_layers
+from moecover.repairing.parts import whole
 from moecover.repairing.refit import refit
 from moecover.repairing.targets import Place, check_understood, places_on_disk
 from moecover.runtime.loading import load_model
@@ -49,7 +50,7 @@ def problem(noise: float = 0.0) -> tuple[dict[str, torch.Tensor], torch.Tensor, 
     inputs = torch.randn(TOKENS, HIDDEN, generator=rng)
     target = block(true, inputs) + noise * torch.randn(TOKENS, HIDDEN, generator=rng)
     corpus = torch.tensor([0] * 40 + [1] * 20)
-    return start, inputs, target, Calibration(target, corpus, [1.0, 3.0], 0.2)
+    return start, inputs, target, Calibration(target, whole(corpus), [1.0, 3.0], 0.2)
 
 
 def test_steps_are_adams_on_the_weighted_error() -> None:
@@ -115,10 +116,10 @@ def test_what_does_not_hold_on_other_tokens_is_not_taken() -> None:
     noise = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
     wanted[~calibration.held] += noise[~calibration.held]
     wanted[calibration.held] *= 1.001  # the held-out tokens are fitted as well as can be
-    other = Calibration(wanted, calibration.corpus, [1.0, 3.0], 0.2)
+    other = Calibration(wanted, calibration.part, [1.0, 3.0], 0.2)
     assert refit(block, start, start, inputs, wanted, other, dtypes, ANY, step=5.0) is None
     # A corpus of weight 0 has no say; one that counts may not lose.
-    alone = Calibration(target, calibration.corpus, [0.0, 1.0], 0.2)
+    alone = Calibration(target, calibration.part, [0.0, 1.0], 0.2)
     assert refit(block, start, start, inputs, target, alone, dtypes, [0.0, math.inf]) is not None
     assert refit(block, start, start, inputs, target, calibration, dtypes, [0.0, math.inf]) is None
     exact = block(start, inputs)  # nothing is left to gain

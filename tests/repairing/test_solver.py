@@ -12,6 +12,7 @@ import torch
 
 from moecover.errors import InputError
 from moecover.repairing import ridge, sums
+from moecover.repairing.parts import whole
 from moecover.repairing.solver import KINDS, Fit, fit
 from moecover.repairing.sums import CHUNK, Block, moments
 
@@ -42,7 +43,7 @@ def corpora() -> torch.Tensor:
 
 
 def fitted(blocks: list[Block], target: torch.Tensor, **options: object) -> Fit:
-    return fit(blocks, target, corpora(), **{"kind": "ridge", **EXACT, **options})
+    return fit(blocks, target, whole(corpora()), **{"kind": "ridge", **EXACT, **options})
 
 
 def test_a_removed_duplicate_is_taken_over() -> None:
@@ -199,7 +200,7 @@ def test_corpora_weigh_the_same_whatever_their_length_and_size() -> None:
     # The same corpus at seven times the size, three times over.
     again = torch.cat([torch.arange(TOKENS), *[torch.arange(300, 400)] * 2])
     repeated = Block("expert 1", block.weight, torch.arange(len(again)), (block.features * louder)[again])
-    found = fit([repeated], (target * louder)[again], corpora()[again], kind="ridge", **EXACT)
+    found = fit([repeated], (target * louder)[again], whole(corpora()[again]), kind="ridge", **EXACT)
     torch.testing.assert_close(found.weights["expert 1"], once.weights["expert 1"], rtol=1e-9, atol=1e-9)
 
 
@@ -242,7 +243,7 @@ def test_never_worse_on_the_calibration_text_in_the_dtype_of_the_file(kind: str,
     blocks = [expert(seed, dtype=dtype), expert(seed + 10, tokens=torch.arange(seed, 400, 3), dtype=dtype)]
     rounding = 1e-3 * torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for target in (output(blocks) + rounding, output([*blocks, expert(seed + 20)])):
-        found = fit(blocks, target, corpora(), kind=kind)
+        found = fit(blocks, target, whole(corpora()), kind=kind)
         assert all(after <= before for after, before in zip(found.after, found.before, strict=True))
         assert all(weight.dtype == dtype for weight in found.weights.values())
         residual = target - output(blocks, found.weights)
@@ -256,12 +257,12 @@ def test_the_penalty_comes_from_the_held_out_tokens() -> None:
     block = expert(1)
     lost = expert(2).weight
     target = output([block]) + block.features @ lost.T
-    kept = fit([block], target, corpora(), kind="ridge", penalties=(1.0, 1e-6))
+    kept = fit([block], target, whole(corpora()), kind="ridge", penalties=(1.0, 1e-6))
     assert kept.penalties["ridge"] == 1e-6  # what holds everywhere asks for the weakest
     # What the first tokens show and the last ones contradict is not learnt at all.
     held = torch.cat([torch.arange(300) >= 240, torch.arange(100) >= 80])
     against = output([block]) + torch.where(held, -1.0, 1.0)[:, None] * (block.features @ lost.T)
-    assert fit([block], against, corpora(), kind="ridge").kept == {
+    assert fit([block], against, whole(corpora()), kind="ridge").kept == {
         "expert 1": "the held-out calibration text is not fitted better"
     }
 
@@ -278,12 +279,13 @@ def test_the_sketch_chooses_what_the_whole_output_does(monkeypatch: pytest.Monke
     target += 2.0 * features @ weight.roll(1, 0).T + 40 * torch.randn(
         tokens, hidden, generator=generator, dtype=torch.float64
     )  # asks for a strong penalty
-    penalties = (10.0, 1.0, 0.1, 0.01)
-    found = [fit(blocks, target * f, torch.zeros(tokens).long(), kind="ridge", penalties=penalties) for f in (1.0, 1.2)]
+    given = {"kind": "ridge", "penalties": (10.0, 1.0, 0.1, 0.01)}
+    part = whole(torch.zeros(tokens).long())
+    found = [fit(blocks, target * f, part, **given) for f in (1.0, 1.2)]
     monkeypatch.setattr(ridge, "SKETCH", hidden)
-    whole = [fit(blocks, target * f, torch.zeros(tokens).long(), kind="ridge", penalties=penalties) for f in (1.0, 1.2)]
-    assert [f.penalties["ridge"] for f in found] == [f.penalties["ridge"] for f in whole]
-    assert whole[1].penalties["ridge"] in (10.0, 1.0)
+    exact = [fit(blocks, target * f, part, **given) for f in (1.0, 1.2)]
+    assert [f.penalties["ridge"] for f in found] == [f.penalties["ridge"] for f in exact]
+    assert exact[1].penalties["ridge"] in (10.0, 1.0)
 
 
 def test_a_corpus_counts_by_its_weight() -> None:
@@ -292,7 +294,7 @@ def test_a_corpus_counts_by_its_weight() -> None:
     alone = fit(
         [Block("expert 1", block.weight, torch.arange(300), block.features[:300])],
         target[:300],
-        torch.zeros(300).long(),
+        whole(torch.zeros(300).long()),
         kind="ridge",
         **EXACT,
     )
@@ -334,6 +336,7 @@ def test_products_in_float32_end_at_the_same_weights() -> None:
 
 MEMORY = """
 import torch
+from moecover.repairing.parts import whole
 from moecover.repairing.solver import fit, peak_bytes
 from moecover.repairing.sums import Block
 torch.set_num_threads(1)
@@ -353,7 +356,7 @@ for part in (64, tokens):  # the first time libraries take memory of their own
     if part < tokens:
         small = [Block(b.name, b.weight, torch.arange(part), b.features[:part]) for b in blocks]
     before = peak()
-    fit(small, target[:part], corpus[:part], kind="ridge", penalties=(1.0, 0.1), sweeps=2)
+    fit(small, target[:part], whole(corpus[:part]), kind="ridge", penalties=(1.0, 0.1), sweeps=2)
 print(peak() - before, peak_bytes(tokens=tokens, hidden_size=hidden, widths=widths))
 """
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import read_structure
@@ -33,7 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as in the processes that t
 
 def commands(source: Path, folder: Path, tiny: Path, *, limit: str = "", tasks: bool = False) -> list[list[str]]:
     """Every verb that shares out its work, on a tiny and on the shipped model, into a folder."""
-    shipped, device = str(shipped_model()), ["--device", "cpu", "-q", *(["--memory-limit", limit] if limit else [])]
+    shipped, device = str(shipped_model()), ["--device", "cpu", "-q"]
+    limited = ["--memory-limit", limit] if limit else []
     measured = ["--perplexity", "web-heldout", "--windows", "5", "--length", "24", "--batch-size", "2"]
     scored = ["--tasks", "arc_easy,blimp", "--data-dir", str(source)] if tasks else []
     generate = ["generate", str(tiny), "--sequences", "5", "--length", "8", "--batch-size", "2", "-o"]
@@ -44,10 +47,18 @@ def commands(source: Path, folder: Path, tiny: Path, *, limit: str = "", tasks: 
         ],
         [
             *("evaluate", shipped, "--plan", str(source / "half.json"), *measured, *scored),
-            *(*device, "-o", str(folder / "evaluation")),
+            *(*device, *limited, "-o", str(folder / "evaluation")),
         ],
-        *([] if limit else [[*generate, str(folder / "own.jsonl"), *device]]),
+        [*generate, str(folder / "own.jsonl"), *device],
+        [
+            *("prune", str(tiny), "--corpus", f"a={source / 'text.jsonl'}", "--batch-size", "2", "--keep", "6"),
+            *("--repair", "refit", *device, "-o", str(folder / "pruned")),
+        ],
     ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture
@@ -105,17 +116,21 @@ def test_the_same_files(source: Path, tiny: Path, tmp_path: Path, processes: int
         for task, metrics in tasks.items():
             for metric, values in metrics.items():
                 np.testing.assert_array_equal(found.items[row][task][metric], values)
-    if not limit:
-        assert (many / "own.jsonl").read_bytes() == (one / "own.jsonl").read_bytes()
+    assert (many / "own.jsonl").read_bytes() == (one / "own.jsonl").read_bytes()
+    for name, expected_weight in weights(one / "pruned").items():
+        torch.testing.assert_close(weights(many / "pruned")[name], expected_weight, rtol=1e-3, atol=1e-5)
     left = {path.name for path in many.iterdir()}
-    assert left - {"own.jsonl"} == {"worker.py", "commands.json", "plan.json", "evaluation"}
+    assert left == {"worker.py", "commands.json", "plan.json", "evaluation", "own.jsonl", "pruned"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["plan", "P", "--keep", "30", "-o", "x"], "plan --keep with method tb-coverage does not go together with sev"),
-        (["split", "M", "--corpus", "self=x.jsonl", "-o", "x"], "In several run generate, profile, plan, evaluate"),
+        (
+            ["split", "M", "--corpus", "self=x.jsonl", "-o", "x"],
+            "In several run generate, profile, plan, prune, evaluate",
+        ),
     ],
 )
 def test_refusals(

@@ -21,6 +21,7 @@ from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
 
 HELP = "write the pruned checkpoint, from a plan or in one shot from corpora"
+SHARED = True
 NONE = "none"
 OF_PASS = (
     "corpus",
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.evaluation.artifact import Evaluation
     from moecover.planning.artifact import shape_text
     from moecover.pruning.job import prune
+    from moecover.runtime.world import world
 
     check(args)
     if args.plan is not None:  # in one shot the method's arguments load them
@@ -137,6 +139,7 @@ def run(args: argparse.Namespace) -> Outcome:
         overwrite=args.overwrite,
         other_weights=args.other_weights,
         mtp=args.mtp,
+        here=world(),
         evaluations={str(folder): Evaluation.load(folder) for folder in args.evaluation},
         command=shlex.join(["moecover", *args.argv]),
         **text_arguments(args),

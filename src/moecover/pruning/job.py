@@ -25,7 +25,9 @@ from moecover.pruning.other_files import check_settings
 from moecover.pruning.request import Pruned, Repair, Request, WriteOptions
 from moecover.pruning.writer import check_mtp
 from moecover.registry import unknown_name
+from moecover.runtime.distributed import joined, wait_for_all
 from moecover.runtime.options import check_known
+from moecover.runtime.world import ALONE, World, check_alone, own_device
 
 if TYPE_CHECKING:
     from moecover.corpora.loading import Corpora
@@ -47,6 +49,7 @@ def prune(
     repair: str | None = None,
     repair_tokens: int | None = None,
     repaired: Repaired | None = None,
+    here: World = ALONE,
     progress: bool | Progress = True,
     **options: Unpack[PruneOptions],
 ) -> Pruned:
@@ -62,6 +65,7 @@ def prune(
         repair: ``scale`` or ``ridge``: refit the down projections of what stays on ``corpora``; None for none.
         repair_tokens: calibration tokens of the repair; None for 65,536.
         repaired: a repair from `repair`, instead of ``repair``.
+        here: this process among others under torchrun, which share profile and repair; the first one writes.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions`, `TextOptions`, `ChoiceOptions` (one shot) and `WriteOptions`.
 
@@ -92,7 +96,7 @@ def prune(
     choice = choice_of(headers, options, say=shown.say) if given is None else given
     mending = repaired if repair is None else Repair(repair, repair_tokens)
     writing = cast("WriteOptions", {k: v for k, v in options.items() if k in WriteOptions.__annotations__})
-    request = Request(Path(output), choice, corpora if how is not None else None, options, mending, how, writing)
+    request = Request(Path(output), choice, corpora if how is not None else None, options, mending, how, writing, here)
     return carry_out(headers, request, progress=shown)
 
 
@@ -117,25 +121,30 @@ def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pr
         InputError: what the stages raise.
         MoecoverError: the disk is full, or a file cannot be read or written.
     """
+    here = request.here
     if request.how is None:
+        check_alone(here, "prune by a plan, without a repair,")
         making = contextlib.nullcontext((cast("Plan", request.choice), cast("Repaired | None", request.repair)))
         with _fetched(headers, request, progress) as structure, making as (plan, made):
             return _written(structure, plan, request, made, progress)
     from moecover.pruning.one_shot import made_from_text, memory_needed
 
     extra = memory_needed(headers, request)
-    with _fetched(headers, request, progress) as structure:
+    with joined(here, own_device(here, request.how.device)), _fetched(headers, request, progress) as structure:
         mtp = request.writing.get("mtp", "drop")
         check_mtp(structure, request.choice.width, mtp)
         check_settings(structure, request.choice, mtp=mtp)
         with made_from_text(structure, request, extra=extra, progress=progress) as (plan, made):
-            return _written(structure, plan, request, made, progress)
+            found = _written(structure, plan, request, made, progress)
+            wait_for_all(here)
+            return found
 
 
 @contextlib.contextmanager
 def _fetched(headers: Structure, request: Request, progress: Progress) -> Iterator[Structure]:
     """The checkpoint's files on this machine, which a plan fits, while the output is locked."""
-    with locked(output_of(headers, request.output, overwrite=request.writing.get("overwrite", False))):
+    output = output_of(headers, request.output, overwrite=request.writing.get("overwrite", False))
+    with locked(output) if request.here.rank == 0 else contextlib.nullcontext():
         structure = fetched(headers, revision=request.text.get("revision"), progress=progress)
         if isinstance(request.choice, Plan):
             check_plan(request.choice, structure, other_weights=request.writing.get("other_weights", False))
@@ -152,6 +161,8 @@ def _written(structure: Structure, plan: Plan, request: Request, made: Repaired 
         progress.say(line)  # in one shot the profile has said it
     before = structure.checkpoint.num_bytes
     after = structure.num_bytes(plan.kept, width=plan.width, mtp=request.writing.get("mtp", "drop"))
+    if request.here.rank > 0:
+        return Pruned(request.output, plan, structure.topology, before, after, made)
     with progress.bar("writing", after, unit="bytes") as advance:
         path = write(
             structure, plan, request.output, repaired=made, advance=advance, say=progress.say, **request.writing

@@ -66,7 +66,8 @@ def made_from_text(
     state = scratch_beside(request.output.resolve(), "repair")
     with kept_for_later(state):
         yield _made(structure, request, request.how, extra, state, progress)
-    remove(state)
+    if request.here.rank == 0:
+        remove(state)
 
 
 def _made(
@@ -91,6 +92,7 @@ def _made(
             tokens=asked.tokens,
             folder=state,
             model=model,
+            here=request.here,
             progress=progress,
         )
         return plan, made
@@ -117,6 +119,7 @@ def _chosen(
             keep_inputs=choice.search_tokens,
             reuse=not request.writing.get("overwrite", False),
             extra=extra,
+            here=request.here,
             progress=progress,
         )
     )

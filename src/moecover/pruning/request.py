@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from moecover.planning.artifact import Plan
+from moecover.runtime.world import ALONE, World
 from moecover.text import Cell, Shown, size_text
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Request:
         repair: what to repair, a finished repair, or None.
         how: see `Passes`; None where no model runs.
         writing: see `WriteOptions`.
+        here: this process among those that share the work.
     """
 
     output: Path
@@ -79,6 +81,7 @@ class Request:
     repair: Repair | Repaired | None
     how: Passes | None
     writing: WriteOptions
+    here: World = ALONE
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moecover.repairing.parts import Total, alone
 from moecover.repairing.sums import Block, moments
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ def best_factors(
     penalties: Sequence[float],
     *,
     everything: bool = True,
+    any_held: bool = True,
+    total: Total = alone,
 ) -> tuple[torch.Tensor, float] | None:
     """Solve for the factors that the blocks' outputs are multiplied by.
 
@@ -29,9 +32,11 @@ def best_factors(
         blocks: that may change.
         residual: target minus the output of all blocks, ``[token, hidden]``.
         share: the tokens' weight, float64 ``[token]``.
-        held: which tokens are held out, bool ``[token]``; none to take the last penalty.
+        held: which tokens are held out, bool ``[token]``.
         penalties: strongest first.
         everything: whether the held-out tokens are solved on too, with the penalty that they chose.
+        any_held: whether a token is held out, in any process; else the last penalty is taken.
+        total: of processes that have other tokens.
 
     Returns:
         Factors minus 1, float64 ``[block]``, and the penalty; None where no penalty is better on the held-out tokens
@@ -40,8 +45,8 @@ def best_factors(
     import torch
 
     found = moments(blocks, residual, torch.stack([share * ~held, share * held]))
-    products, right, energy = found.products, found.right, found.energy
-    if not bool(held.any()):
+    products, right, energy = map(total, (found.products, found.right, found.energy))
+    if not any_held:
         return _solved(products[0], right[0], penalties[-1]), penalties[-1]
     best, chosen = float(energy[1]), None
     for penalty in penalties:

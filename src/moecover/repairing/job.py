@@ -31,6 +31,7 @@ from moecover.runtime.memory import opened
 from moecover.runtime.options import check_known, check_live
 from moecover.runtime.passes import Passes, check_least, passes
 from moecover.runtime.running import Running, running
+from moecover.runtime.world import ALONE, World, own_device
 
 if TYPE_CHECKING:
     import torch
@@ -70,18 +71,19 @@ def memory_beside(
 
 
 def _opened(
-    structure: Structure, corpora: Sequence[Corpus], how: Passes, extra: int, progress: Progress
+    structure: Structure, corpora: Sequence[Corpus], how: Passes, extra: int, here: World, progress: Progress
 ) -> contextlib.AbstractContextManager[Running]:
     """The model, with room for the repair of a layer beside it."""
     return opened(
         structure,
-        tokens=sum(c.num_tokens for c in corpora),
+        tokens=-(-sum(c.num_tokens for c in corpora) // here.size),
         batch_tokens=how.batch_size * max(c.tokens.shape[1] for c in corpora),
         dtype=how.dtype,
-        device=how.device,
+        device=own_device(here, how.device),
         device_map=how.device_map,
         memory_limit=how.memory_limit,
         extra=extra,
+        here=here,
         say=progress.say,
     )
 
@@ -96,6 +98,7 @@ def repaired(
     tokens: int | None,
     folder: Path,
     model: Running | None = None,
+    here: World = ALONE,
     progress: Progress,
 ) -> Repaired:
     """Repair a plan's kept experts; finished layers are saved in ``folder``, from which an interrupted run resumes.
@@ -109,6 +112,7 @@ def repaired(
         tokens: of all corpora together; None for 65,536.
         folder: for the finished layers; the caller removes it.
         model: the model where it is open already.
+        here: this process among those that share the text; the first one has the files.
         progress: shows the repair.
 
     Raises:
@@ -117,7 +121,9 @@ def repaired(
     """
     sample = sample_of(corpora, tokens or TOKENS, argument="repair_tokens")
     extra = memory_beside(structure, kind=kind, keep=plan.keep, width=plan.width, tokens=tokens, dtype=how.dtype)
-    opening = contextlib.nullcontext(model) if model is not None else _opened(structure, sample, how, extra, progress)
+    opening: contextlib.AbstractContextManager[Running] = contextlib.nullcontext(model)  # type: ignore[arg-type]
+    if model is None:
+        opening = _opened(structure, sample, how, extra, here, progress)
     with progress.bar("repairing", len(plan.layers), unit="layers") as advance:
         return repair_to_files(
             structure,
@@ -129,6 +135,7 @@ def repaired(
             batch_size=how.batch_size,
             dtype=how.dtype,
             device=how.device,
+            here=here,
             advance=advance,
             say=progress.say,
         )

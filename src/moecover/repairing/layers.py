@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Unpack
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
-from moecover.errors import InputError
+from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
 from moecover.repairing.applied import LayerRepair, repaired_layer
 from moecover.repairing.blocks import SHARED, blocks_of, output_of
 from moecover.repairing.calibration import Calibration
 from moecover.repairing.moving import moved_block
+from moecover.repairing.parts import Part
 from moecover.repairing.refit import needed_bytes as refit_bytes
 from moecover.repairing.solver import HELD_SHARE, REFIT, FitOptions, fit, peak_bytes
 from moecover.repairing.sums import Block
@@ -112,18 +113,26 @@ class _Passes:
         self.weights = [float(said.get(corpus.name, 1.0)) for corpus in corpora]
         if not sum(self.weights) > 0:
             raise InputError("every corpus has weight 0 in the plan: there is nothing to repair on")
-        inputs, numbers = list[dict[str, torch.Tensor]](), list[torch.Tensor]()
+        inputs, corpus_of, mine = list[dict[str, torch.Tensor]](), list[torch.Tensor](), list[torch.Tensor]()
         self._masks: list[torch.Tensor] = []
         self._names: list[str] = []  # of the batches, for messages
         for number, corpus in enumerate(corpora):
             for place, one in enumerate(batches(corpus, batch_size)):
+                mask = one.get("attention_mask", torch.ones_like(one["input_ids"])).flatten().bool()
+                corpus_of.append(torch.full((int(mask.sum()),), number))
+                mine.append(torch.full_like(corpus_of[-1], runs.world.mine(len(mine)), dtype=torch.bool))
+                if not runs.world.mine(len(mine) - 1):
+                    continue
                 rows = rows_text("block", place * batch_size, len(one["input_ids"]))
                 self._names.append(f"corpus {corpus.name}, {rows}")
                 inputs.append({key: value.to(runs.device) for key, value in one.items()})
-                mask = one.get("attention_mask", torch.ones_like(one["input_ids"]))
-                self._masks.append(mask.flatten().bool())
-                numbers.append(torch.full((int(self._masks[-1].sum()),), number))
-        self._corpus_of = torch.cat(numbers)
+                self._masks.append(mask)
+        if len(mine) < runs.world.size:
+            raise InputError(
+                f"{runs.world.size} processes share {len(mine)} batches of the repair: start fewer, or give a smaller"
+                f" {arg('batch_size')} or more text"
+            )
+        self._part = Part(torch.cat(corpus_of), torch.cat(mine).nonzero()[:, 0], runs.world)
         backbone = backbone_of(self._model)
         self.calls = [functools.partial(backbone, **one, use_cache=False) for one in inputs] * 2
         self._stops = [self._model.get_submodule(runs.layers[n]) for n in structure.topology.decoder_layers]
@@ -170,7 +179,7 @@ class _Passes:
 
         structure, device = self._structure, device_of(self._blocks[layer])
         masks = [mask.to(device) for mask in self._masks]
-        corpus_of = self._corpus_of.to(device)
+        part = self._part.to(device)
         outputs = [output_of(structure, self._given[i])[mask] for i, mask in enumerate(masks)]
         for name, output in zip(self._names, outputs, strict=True):
             if not is_finite(output):
@@ -179,13 +188,13 @@ class _Passes:
         del outputs
         place, kept = self._places[layer], self._plan.layers[layer].kept
         parts = blocks_of(self._model, structure, layer, place, self._forwards[layer], pruned, masks, kept)
-        solved = self._solved(layer, parts, target, corpus_of)
+        solved = self._solved(layer, parts, target, part)
         if self._kind != REFIT:
             return solved
-        trial = self._solved(layer, parts, target, corpus_of, everything=False)
+        trial = self._solved(layer, parts, target, part, everything=False)
         del parts
         arrived = torch.cat([b.reshape(-1, b.shape[-1])[m] for b, m in zip(pruned, masks, strict=True)])
-        calibration = Calibration(target, corpus_of, self.weights, HELD_SHARE)
+        calibration = Calibration(target, part, self.weights, HELD_SHARE)
         with with_forward(self._blocks[layer], self._forwards[layer]):
             return moved_block(
                 self._model, structure, layer, place, kept, (trial, solved), arrived, target, calibration
@@ -196,7 +205,7 @@ class _Passes:
         layer: int,
         parts: Sequence[Block],
         target: torch.Tensor,
-        corpus_of: torch.Tensor,
+        part: Part,
         *,
         everything: bool = True,
     ) -> LayerRepair:
@@ -205,7 +214,7 @@ class _Passes:
         made = fit(
             parts,
             target,
-            corpus_of,
+            part,
             kind=self._kind,
             weights=self.weights,
             everything=everything,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from moecover.repairing.calibration import Calibration
+    from moecover.repairing.parts import Part
 
 EPOCHS = 6  # over the tokens that are not held out
 TOKENS = 512  # of a step
@@ -86,25 +87,25 @@ def refit(
     with torch.inference_mode(False), torch.no_grad():
         # Copies: tensors of inference mode take no gradients.
         given, wanted = inputs.to(torch.float32, copy=True), target.to(torch.float32, copy=True)
-        share, held = calibration.share(), calibration.held
+        share, held, total = calibration.share(), calibration.held, calibration.part.total
 
         def errors(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
             parts = zip(torch.split(given, CHUNK), torch.split(wanted, CHUNK), strict=True)
             return torch.cat([squares(y - run(values, x)) for x, y in parts])
 
         def on_held(each: torch.Tensor) -> float:
-            return float((each * share * held).sum())
+            return float(total((each * share * held).sum()))
 
         whole, before = on_held(squares(wanted)), on_held(errors(trial))
         if not (whole > 0 and before > 0):
             return None
         scale = step * math.sqrt(before / whole)
-        rows = [part.nonzero()[:, 0] for part in (~held & (share > 0), share > 0)]
         text = given, wanted, share.float()
-        tried = _moved(run, trial, text, rows[0], scale, epochs=-(-epochs // 3), tokens=tokens)
+        part, fitted = calibration.part, calibration.counting(held=False)
+        tried = _moved(run, trial, text, fitted, part, scale, epochs=-(-epochs // 3), tokens=tokens)
         if not (after := on_held(errors(tried))) < before:
             return None
-        moved = _moved(run, start, text, rows[1], scale, epochs=epochs, tokens=tokens)
+        moved = _moved(run, start, text, calibration.counting(held=True), part, scale, epochs=epochs, tokens=tokens)
         values = {name: value.to(dtypes[name]) for name, value in moved.items()}
         each = errors({name: value.float() for name, value in values.items()})
         found = calibration.by_corpus(each) * calibration.inverse
@@ -117,12 +118,24 @@ def _moved(
     start: Mapping[str, torch.Tensor],
     text: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     rows: torch.Tensor,
+    part: Part,
     scale: float,
     *,
     epochs: int,
     tokens: int,
 ) -> dict[str, torch.Tensor]:
-    """The parameters after all steps over some tokens; ``text``: inputs, target and share of every token."""
+    """The parameters after all steps over some tokens.
+
+    Args:
+        run: see `refit`.
+        start: see `refit`.
+        text: inputs, target and share of every token of this process.
+        rows: tokens of all processes.
+        part: which of them are here.
+        scale: of a step.
+        epochs: turns over the tokens.
+        tokens: of a step, of all processes.
+    """
     import torch
 
     inputs, target, share = text
@@ -135,14 +148,20 @@ def _moved(
         optimiser, lambda at: min(1.0, (at + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * at / steps))
     )
     generator = torch.Generator().manual_seed(0)
+    place = torch.full_like(part.everyone, -1)  # of a token among those of this process
+    place[part.mine] = torch.arange(len(part.mine), device=rows.device)
     for _ in range(epochs):
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
         for some in torch.split(rows[order], tokens):
-            with torch.enable_grad():
-                errors = (run(moved, inputs[some]) - target[some]).square().sum(1)
-                loss = (errors * share[some]).mean()
-                optimiser.zero_grad()
-                torch.autograd.backward(loss)
+            here = place[some]
+            here = here[here >= 0]
+            optimiser.zero_grad()
+            if len(here) > 0:
+                with torch.enable_grad():
+                    errors = (run(moved, inputs[here]) - target[here]).square().sum(1)
+                    torch.autograd.backward((errors * share[here]).sum() / len(some))
+            for value in moved.values() if part.here.size > 1 else ():
+                value.grad = part.total(torch.zeros_like(value) if value.grad is None else value.grad)
             optimiser.step()
             schedule.step()
     return {name: value.detach() for name, value in moved.items()}

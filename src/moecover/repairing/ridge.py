@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moecover.repairing.parts import Total, alone
 from moecover.repairing.sums import Block, gram, squares
 
 if TYPE_CHECKING:
@@ -77,18 +78,22 @@ def ridge_changes(
     sweeps: int,
     tolerance: float,
     everything: bool = True,
+    any_held: bool = True,
+    total: Total = alone,
 ) -> tuple[list[torch.Tensor], float | None]:
     """Solve for the changes of the blocks' weights, with a penalty that is chosen on held-out tokens.
 
     Args:
         blocks: that may change.
         share: the tokens' weight, float64 ``[token]``.
-        held: which tokens are held out, bool ``[token]``; none to take the last penalty.
+        held: which tokens are held out, bool ``[token]``.
         residual: target minus the output of all blocks, ``[token, hidden]``; brought up to date in place.
         penalties: strongest first.
         sweeps: at most this many turns of all blocks.
         tolerance: see `TOLERANCE`.
         everything: whether the held-out tokens are solved on too, with the penalty that they chose.
+        any_held: whether a token is held out, in any process; else the last penalty is taken.
+        total: of processes that have other tokens.
 
     Returns:
         Changes, float64 ``[width, hidden]`` each, and the penalty; no changes and None where no penalty is better on
@@ -96,19 +101,18 @@ def ridge_changes(
     """
     import torch
 
-    some_held = bool(held.any())
-    grams = [gram(block, share, ~held) for block in blocks]
-    penalty = _best_penalty(blocks, grams, share, held, residual, penalties) if some_held else penalties[-1]
+    grams = [total(gram(block, share, ~held)) for block in blocks]
+    penalty = _best_penalty(blocks, grams, share, held, residual, penalties, total) if any_held else penalties[-1]
     if penalty is None:
         return [], None
     if not everything:
         share = share * ~held
-    elif some_held:
+    elif any_held:
         for matrix, block in zip(grams, blocks, strict=True):
-            matrix += gram(block, share, held)
+            matrix += total(gram(block, share, held))
     solvers = [_solver(matrix, penalty, residual.dtype) for matrix in grams]
     changes = [torch.zeros(b.weight.shape[::-1], dtype=torch.float64, device=residual.device) for b in blocks]
-    _descend(blocks, solvers, share, residual, changes, sweeps=sweeps, tolerance=tolerance)
+    _descend(blocks, solvers, share, residual, changes, sweeps=sweeps, tolerance=tolerance, total=total)
     return changes, penalty
 
 
@@ -121,13 +125,14 @@ def _descend(
     *,
     sweeps: int,
     tolerance: float,
+    total: Total,
 ) -> None:
     """Solve block after block until the objective settles; ``residual`` and ``changes`` are updated in place."""
     import torch
 
     def objective() -> float:
         costs = sum(solver.cost(change) for solver, change in zip(solvers, changes, strict=True))
-        return float((squares(residual) * share).sum()) + costs
+        return float(total((squares(residual) * share).sum())) + costs
 
     last, parts = objective(), share.to(residual.dtype)
     for _ in range(sweeps):
@@ -135,6 +140,7 @@ def _descend(
             slope = torch.zeros_like(changes[at])
             for tokens, features in block.chunks():
                 slope += features.T @ residual[tokens].mul_(parts[tokens, None])
+            slope = total(slope)
             step = solver.step(slope, changes[at])
             del slope
             if not bool(torch.isfinite(step).all()):
@@ -156,6 +162,7 @@ def _best_penalty(
     held: torch.Tensor,
     residual: torch.Tensor,
     penalties: Sequence[float],
+    total: Total,
 ) -> float | None:
     """The penalty whose fit on the other tokens is best on the held-out ones; None where none beats no change.
 
@@ -172,12 +179,12 @@ def _best_penalty(
         sketch = torch.eye(hidden, dtype=torch.float64, device=device)
     small = residual @ sketch.to(residual.dtype)
     changes = [torch.zeros(b.weight.shape[1], sketch.shape[1], dtype=torch.float64, device=device) for b in blocks]
-    best, chosen = float((squares(small) * share * held).sum()), None
+    best, chosen = float(total((squares(small) * share * held).sum())), None
     for penalty in penalties:
         solvers = [_solver(matrix, penalty, small.dtype) for matrix in grams]
-        _descend(blocks, solvers, share * ~held, small, changes, sweeps=TRIAL_SWEEPS, tolerance=TOLERANCE)
+        _descend(blocks, solvers, share * ~held, small, changes, sweeps=TRIAL_SWEEPS, tolerance=TOLERANCE, total=total)
         del solvers  # before the next ones are made
-        if (loss := float((squares(small) * share * held).sum())) < best:
+        if (loss := float(total((squares(small) * share * held).sum()))) < best:
             best, chosen = loss, penalty
         elif chosen is not None:
             break  # beyond the best one

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypedDict
 from moecover.registry import unknown_name
 from moecover.repairing.calibration import Calibration
 from moecover.repairing.factors import best_factors
+from moecover.repairing.parts import Part, Total
 from moecover.repairing.ridge import TOLERANCE, ridge_changes
 from moecover.repairing.sums import CHUNK, Block, all_finite, residual_of
 from moecover.runtime.finite import not_finite
@@ -44,6 +45,14 @@ class FitOptions(TypedDict, total=False):
     held_share: float
     sweeps: int
     tolerance: float
+
+
+class _Shared(TypedDict):
+    """Arguments of both solvers."""
+
+    everything: bool
+    any_held: bool
+    total: Total
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def peak_bytes(*, tokens: int, hidden_size: int, widths: Sequence[int]) -> int:
 def fit(
     blocks: Sequence[Block],
     target: torch.Tensor,
-    corpus: torch.Tensor,
+    part: Part,
     *,
     kind: str,
     weights: Sequence[float] | None = None,
@@ -93,7 +102,7 @@ def fit(
     Args:
         blocks: all that adds to the layer's output.
         target: the original's output, ``[token, hidden]``.
-        corpus: index of every token's corpus, int64 ``[token]``; the tokens of a corpus in their order.
+        part: the tokens among those of all processes, with their corpora; the tokens of a corpus in their order.
         kind: a name in `KINDS`; ``refit`` begins with ``ridge``.
         weights: of every corpus; None weighs all the same. One of weight 0 is not fitted.
         penalties: strongest first; one of them is chosen on the last tokens of every corpus.
@@ -110,7 +119,7 @@ def fit(
     if kind not in KINDS:
         raise unknown_name("repair", kind, KINDS)
     _check_finite(blocks, target)
-    calibration = Calibration(target, corpus, weights, held_share)
+    calibration = Calibration(target, part, weights, held_share)
     residual = residual_of(blocks, [block.weight for block in blocks], target)
     before = calibration.losses(residual)
     kept = calibration.too_few(blocks, kind)
@@ -118,15 +127,16 @@ def fit(
     if not solved or not bool((calibration.inverse > 0).any()):
         return _unchanged(before, blocks, "the target is zero", kept)
     share, held = calibration.share(), calibration.held
+    shared: _Shared = {"everything": everything, "any_held": calibration.any_held, "total": part.total}
     used, factor_of, changes = dict[str, float](), dict[str, float](), list["torch.Tensor"]()
-    if (factors := best_factors(solved, residual, share, held, penalties, everything=everything)) is not None:
+    if (factors := best_factors(solved, residual, share, held, penalties, **shared)) is not None:
         used["scale"] = factors[1]
         factor_of = dict(zip((block.name for block in solved), factors[0].tolist(), strict=True))
         scaled = (b.weight.to(residual.dtype) * (1 + factor_of.get(b.name, 0.0)) for b in blocks)
         residual = residual_of(blocks, scaled, target)
     if kind == "ridge":
         changes, penalty = ridge_changes(
-            solved, share, held, residual, penalties, sweeps=sweeps, tolerance=tolerance, everything=everything
+            solved, share, held, residual, penalties, sweeps=sweeps, tolerance=tolerance, **shared
         )
         used |= {} if penalty is None else {"ridge": penalty}
     if not used:

@@ -37,7 +37,9 @@ from moecover.repairing.tensors import (
     stored_bytes,
     written_tensors,
 )
+from moecover.runtime.distributed import of_first
 from moecover.runtime.pass_state import remove
+from moecover.runtime.world import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -179,6 +181,7 @@ def repair(
     batch_size: int = 4,
     dtype: str = "auto",
     device: str = "auto",
+    here: World = ALONE,
     advance: Callable[[int], None] = lambda layers: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Repaired:
@@ -194,6 +197,7 @@ def repair(
         batch_size: sequences per forward pass.
         dtype: of the model, by name.
         device: of the model, by name.
+        here: this process among those that share the text; the first one has the files.
         advance: called with the number of layers that are done.
         say: called with a line on what an earlier run left.
 
@@ -205,25 +209,32 @@ def repair(
     stamped = _as_json(stamps(structure))
     settings = {"--repair": kind, "--batch-size": batch_size, "--dtype": dtype, "--device": device}
     layers = _Layers(structure, plan, folder, _as_json(_inputs(structure, plan, records, settings)))
-    layers.resume(say)
-    finished = len(layers.rows)
+    if here.rank == 0:
+        layers.resume(say)
+    finished = of_first(here, len(layers.rows))
     advance(finished)
     made = Repaired(kind, records, layers.rows, layers.hashes, layers.pieces)
     if finished == len(plan.layers):
         return made
+
+    def done(layer: int) -> LayerRepair | None:
+        return of_first(here, layers.done(layer) if here.rank == 0 else None) if layer < finished else None
+
     with (
         model as live,
         contextlib.closing(
-            repair_layers(live, structure, plan, corpora, kind=kind, batch_size=batch_size, done=layers.done)
+            repair_layers(live, structure, plan, corpora, kind=kind, batch_size=batch_size, done=done)
         ) as repairs,
     ):
         for layer, one in enumerate(repairs):
             if layer >= finished:
-                layers.add(one, [corpus.name for corpus in corpora])
+                if here.rank == 0:
+                    layers.add(one, [corpus.name for corpus in corpora])
                 advance(1)
             del one
-    _check_unchanged(structure, stamped, folder)
-    return made
+    if here.rank == 0:
+        _check_unchanged(structure, stamped, folder)
+    return of_first(here, made)
 
 
 @contextlib.contextmanager

@@ -126,7 +126,7 @@ def moments(blocks: Sequence[Block], residual: torch.Tensor, shares: torch.Tenso
     right = torch.zeros(len(shares), number + 1, dtype=torch.float64, device=device)
     energy = torch.zeros(len(shares), dtype=torch.float64, device=device)
     outputs_of = _Outputs(blocks)
-    size = min(max(1, PRODUCTS // (outputs_of.slots * hidden)), CHUNK // 4)
+    size = min(max(1, PRODUCTS // (max(outputs_of.slots, 1) * hidden)), CHUNK // 4)
     for first in range(0, len(residual), size):
         last = min(first + size, len(residual))
         outputs, owners = outputs_of.between(first, last, residual)
@@ -159,7 +159,7 @@ class _Outputs:
         self._orders = [torch.argsort(block.tokens) for block in blocks]
         self._tokens = [block.tokens[order] for block, order in zip(blocks, self._orders, strict=True)]
         self._weights = [block.weight.to(block.features.dtype).T for block in blocks]
-        self.slots = int(torch.bincount(torch.cat(self._tokens)).max())
+        self.slots = int(torch.bincount(torch.cat(self._tokens), minlength=1).max())
 
     def between(self, first: int, last: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs ``[token, slot, hidden]`` and the block index of every slot, the number of blocks in an empty one."""

@@ -133,8 +133,9 @@ def joined(here: World, device: str) -> Iterator[None]:
         watch.start()
         wait_for_all(here)
         with _together():
-            own = f",{kind_of(device)}:{dist.get_default_backend_for_device(kind_of(device))}" if gpu else ""
-            backend, group = f"cpu:gloo{own}", PrefixStore(f"group/{next(_groups)}", shared)
+            kind = kind_of(device)
+            own = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}" if gpu else "gloo"
+            backend, group = own, PrefixStore(f"group/{next(_groups)}", shared)
             dist.init_process_group(backend, store=group, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
         yield
     finally:
@@ -250,3 +251,29 @@ def shared_out(
         dist.all_gather_object(everyone, list(found))
     left = [iter(results) for results in everyone]
     return [next(left[number // together % here.size]) for number in range(len(items))]
+
+
+def total(here: World, values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, the same bits in each of them.
+
+    Raises:
+        MoecoverError: a process is lost.
+    """
+    if here.size == 1:
+        return values
+    import torch.distributed as dist
+
+    found = values.contiguous().clone()
+    with _together():
+        dist.all_reduce(found)
+    return found
+
+
+def of_first(here: World, value: T) -> T:
+    """What the first process has, in every process; it must be picklable.
+
+    Raises:
+        MoecoverError: a process is lost.
+    """
+    (found,) = shared_out(here, [value], list)
+    return found
