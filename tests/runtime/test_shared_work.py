@@ -145,3 +145,21 @@ def test_refusals(
     known = {"P": str(source / "profile"), "M": str(shipped_model())}
     assert cli.main([known.get(one, one) for one in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_shrink(tmp_path: Path) -> None:
+    """Its own text is the same, and so is what it keeps; weights but for the order of additions."""
+    folders = tmp_path / "one", tmp_path / "many"
+    text = ["--corpus", "encyclopedia", "--corpus", "web", "--quality", "fast", "--device", "cpu", "--dtype", "float32"]
+    made = [["shrink", str(shipped_model()), "--budget", "50%", *text, "-q", "-o", str(f / "out")] for f in folders]
+    folders[0].mkdir()
+    assert cli.main(made[0]) == 0
+    done = in_processes(2, folders[1], [made[1]])
+    assert done.returncode == 0, done.stderr
+    work = [folder / "out-work" for folder in folders]
+    assert (work[1] / "own-text.jsonl").read_bytes() == (work[0] / "own-text.jsonl").read_bytes()
+    plans = [Plan.load(next(folder.glob("*/plan.json"))) for folder in work]
+    assert plans[0].kept == plans[1].kept
+    for name, expected in weights(folders[0] / "out").items():
+        torch.testing.assert_close(weights(folders[1] / "out")[name], expected, rtol=1e-2, atol=1e-3)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moecover.shrinking.steps import Step
 
 HELP = "make a model smaller by the best known way, in one command"
+SHARED = True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> Outcome:
     """Write the checkpoint; print the shapes that were measured, and what the result loses on held-out text."""
     from moecover.cli.corpus_options import corpus_arguments
     from moecover.cli.options import pass_arguments
+    from moecover.runtime.world import world
     from moecover.shrinking.job import shrink
 
     made = shrink(
@@ -89,6 +91,7 @@ def run(args: argparse.Namespace) -> Outcome:
         dry_run=args.dry_run,
         overwrite=args.overwrite,
         libllama=args.libllama,
+        here=world(),
         command=shlex.join(["moecover", *args.argv]),
         **pass_arguments(args),
     )

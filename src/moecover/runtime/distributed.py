@@ -105,7 +105,7 @@ def checking(here: World, advance: Callable[[int], None]) -> Callable[[int], Non
 
 @contextlib.contextmanager
 def joined(here: World, device: str) -> Iterator[None]:
-    """Join the process group of the job until the block ends; does nothing for a process alone.
+    """Join the process group of the job until the block ends; does nothing for a process alone, or in another block.
 
     Raises:
         MoecoverError: the processes do not find each other, or one of them is lost.
@@ -116,6 +116,10 @@ def joined(here: World, device: str) -> Iterator[None]:
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    if dist.is_initialized():
+        yield
+        return
 
     from moecover.runtime.devices import has_own_memory, kind_of
 

@@ -6,6 +6,7 @@ way: own text, profile, plan, evaluation.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -19,10 +20,12 @@ from moecover.progress import Progress, resolve
 from moecover.pruning.writer import check_target
 from moecover.repairing.job import check_kind
 from moecover.repairing.store import kept_for_later
+from moecover.runtime.distributed import joined, of_first, wait_for_all
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.pass_state import remove
 from moecover.runtime.passes import passes
+from moecover.runtime.world import ALONE, World, check_alone, own_device
 from moecover.shrinking.gguf import check_gguf, shrunk_gguf, steps_of_gguf
 from moecover.shrinking.quality import DEFAULT, quality_of
 from moecover.shrinking.request import Asked, Shrunk, memory_needed, shapes_of
@@ -34,6 +37,7 @@ from moecover.verification.job import verify
 
 if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
+    from moecover.verification.verify import Verification
 
 NONE = "none"
 REPAIR = "repair"  # folder of the finished layers of a repair
@@ -56,6 +60,7 @@ def shrink(
     overwrite: bool = False,
     command: str = "",
     libllama: str | Path | None = None,
+    here: World = ALONE,
     progress: bool | Progress = True,
     **options: Unpack[RunOptions],
 ) -> Shrunk | list[Step]:
@@ -81,6 +86,7 @@ def shrink(
         overwrite: replace an output that this program wrote.
         command: what the user typed, for the model card.
         libllama: shared library of llama.cpp, which runs GGUF files; None for the optional dependency's.
+        here: this process among others under torchrun, which share the work and see the same ``work`` folder.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions`.
 
@@ -98,6 +104,7 @@ def shrink(
         parsed(corpora)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     if headers.checkpoint.gguf is not None:
+        check_alone(here, headers.checkpoint.name)
         check_gguf(headers, path, repair if repair != NONE else None, options, overwrite=overwrite)
         kind, own_text = None, False
     else:
@@ -105,7 +112,7 @@ def shrink(
         check_loadable(headers, how.dtype)
         check_target(headers, path, overwrite=overwrite)
     place = path.with_name(f"{path.name}-work") if work is None else Path(work)
-    asked = Asked(path, place, budget, max_size, shape, kind, amount, how, overwrite, command)
+    asked = Asked(path, place, budget, max_size, shape, kind, amount, how, overwrite, command, here)
     check_folder(place, [path, *([headers.checkpoint.folder] if headers.checkpoint.folder is not None else [])])
     shapes = shapes_of(headers, asked)
     extra = memory_needed(headers, asked, shapes)
@@ -121,9 +128,13 @@ def shrink(
     for number, step in enumerate(steps, 1):
         shown.say(step.line(number, len(steps)))
     shown.say(total_line(steps))
-    with locked(path.resolve()), locked(place.resolve()):
+    with joined(here, own_device(here, how.device)), contextlib.ExitStack() as locks:
+        for one in (path, place) if here.rank == 0 else ():
+            locks.enter_context(locked(one.resolve()))
         structure = fetched(headers, revision=options.get("revision"), progress=shown)
-        claim(place, structure, quality, own_text=own_text)
+        if here.rank == 0:
+            claim(place, structure, quality, own_text=own_text)
+        wait_for_all(here)
         if structure.checkpoint.gguf is not None:
             device = options.get("device")
             return shrunk_gguf(structure, asked, corpora, libllama=libllama, device=device, progress=shown)
@@ -143,7 +154,7 @@ def _texts(
     found = named_corpora(corpora, progress=progress, structure=structure)
     if own_text:
         try:
-            found += own_corpora(structure, asked.work, asked.quality, options, progress=progress)
+            found += own_corpora(structure, asked.work, asked.quality, options, here=asked.here, progress=progress)
         except InputError as error:
             if not found:
                 raise
@@ -162,8 +173,21 @@ def _made(structure: Structure, asked: Asked, texts: Texts, extra: int, progress
             mended = repair_of(structure, asked, texts, plan, model, state, progress)
             evaluation = evaluation_of(structure, asked, texts, plan, mended, model, progress)
         pruned = written(structure, asked, plan, mended, evaluation, progress)
-        remove(state)
-    proof = verify(
+        if asked.here.rank == 0:
+            remove(state)
+    proof = of_first(asked.here, _proof(structure, asked, progress) if asked.here.rank == 0 else None)
+    assert proof is not None
+    if not proof.equal:
+        raise MoecoverError(
+            f"{asked.output} does not compute what the masked original computes, first difference at "
+            f"{proof.first_difference}: please report this"
+        )
+    return Shrunk(pruned, evaluation, proof, asked.of_budget)
+
+
+def _proof(structure: Structure, asked: Asked, progress: Progress) -> Verification:
+    """The written checkpoint against the masked original."""
+    return verify(
         structure,
         asked.output,
         dtype=asked.how.dtype,
@@ -172,9 +196,3 @@ def _made(structure: Structure, asked: Asked, texts: Texts, extra: int, progress
         memory_limit=asked.how.memory_limit,
         progress=progress,
     )
-    if not proof.equal:
-        raise MoecoverError(
-            f"{asked.output} does not compute what the masked original computes, first difference at "
-            f"{proof.first_difference}: please report this"
-        )
-    return Shrunk(pruned, evaluation, proof, asked.of_budget)

@@ -11,6 +11,7 @@ from moecover.evaluation.budgets import check_within, fits_budget, shapes_within
 from moecover.planning.curve import EXPERTS, parse_shape
 from moecover.planning.shapes import Shape
 from moecover.repairing.job import memory_beside
+from moecover.runtime.world import ALONE, World
 
 if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
@@ -36,6 +37,7 @@ class Asked:
         how: how the model runs.
         overwrite: whether an output of this program may be replaced.
         command: what the user typed.
+        here: this process among those that share the work; the first one writes.
     """
 
     output: Path
@@ -48,6 +50,7 @@ class Asked:
     how: Passes
     overwrite: bool
     command: str
+    here: World = ALONE
 
     @property
     def of_budget(self) -> Path:

@@ -19,6 +19,7 @@ from moecover.profiling.job import profiled, scratch_beside
 from moecover.pruning.request import Pruned
 from moecover.pruning.writer import prune as write_checkpoint
 from moecover.repairing.job import repaired
+from moecover.runtime.distributed import of_first
 from moecover.shrinking.request import Asked, shapes_of
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def profile_of(
         scratch=scratch_beside(folder, "profile"),
         reuse=True,
         extra=extra,
+        here=asked.here,
         progress=progress,
     ) as found:
         yield found
@@ -56,11 +58,11 @@ def plan_of(
 ) -> Plan:
     """The plan, from its file where an earlier run has made it."""
     file, method = asked.of_budget / PLAN, default_method().name
-    if file.is_file():
-        earlier = Plan.load(file)
-        if earlier.profile_fingerprint == profile.fingerprint:
-            progress.say(f"resuming: {file} is made")
-            return earlier
+    made = Plan.load(file) if asked.here.rank == 0 and file.is_file() else None
+    earlier = of_first(asked.here, made)
+    if earlier is not None and earlier.profile_fingerprint == profile.fingerprint:
+        progress.say(f"resuming: {file} is made")
+        return earlier
     shapes = shapes_of(structure, asked)
     if len(shapes) > 1:
         size = asked.how.batch_size
@@ -69,7 +71,8 @@ def plan_of(
         one = shapes[0]
         given = of_shapes(shapes, {}, structure)
         (plan,) = plan_budgets(profile, method=method, keeps=[one.keep], widths=[one.width], **given)
-    plan.save(file)
+    if asked.here.rank == 0:
+        plan.save(file)
     for line in calibration_notes(plan, profile, remedy=asked.quality.remedy):
         progress.say(line)
     return plan
@@ -89,6 +92,7 @@ def repair_of(
         tokens=min(asked.quality.repair_tokens, texts.tokens),
         folder=state,
         model=model,
+        here=asked.here,
         progress=progress,
     )
 
@@ -118,7 +122,8 @@ def evaluation_of(
             for row in found.rows
         ]
         found = replace(found, rows=rows)
-    found.save(asked.of_budget / EVALUATION)
+    if asked.here.rank == 0:
+        found.save(asked.of_budget / EVALUATION)
     return found
 
 
@@ -126,6 +131,8 @@ def written(
     structure: Structure, asked: Asked, plan: Plan, mended: Repaired | None, evaluation: Evaluation, progress: Progress
 ) -> Pruned:
     after = structure.num_bytes(plan.kept, width=plan.width)
+    if asked.here.rank > 0:
+        return Pruned(asked.output, plan, structure.topology, structure.checkpoint.num_bytes, after, mended)
     with progress.bar("writing", after, unit="bytes") as advance:
         path = write_checkpoint(
             structure,

@@ -20,6 +20,8 @@ from moecover.corpora.rare_tokens import rare_tokens
 from moecover.corpora.splitting import split
 from moecover.errors import InputError, MoecoverError, arg
 from moecover.progress import Progress
+from moecover.runtime.distributed import of_first, wait_for_all
+from moecover.runtime.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +50,7 @@ class Texts:
 
 
 def own_corpora(
-    structure: Structure, work: Path, quality: Quality, options: RunOptions, *, progress: Progress
+    structure: Structure, work: Path, quality: Quality, options: RunOptions, *, here: World = ALONE, progress: Progress
 ) -> list[str]:
     """What the model writes, as corpora by kind: ``NAME=FOLDER``; files that are there are taken as they are.
 
@@ -57,17 +59,18 @@ def own_corpora(
         work: folder for the text.
         quality: how much.
         options: how the model runs.
+        here: this process among those that share the work.
         progress: shows the steps.
 
     Raises:
         InputError: a model that does not fit into memory, or cannot generate.
     """
     file, folder = work / OWN_FILE, work / KINDS_FOLDER
-    if not file.exists():
+    if not of_first(here, file.exists()):
         small = cache_bytes(structure, tokens=quality.rows * length_of(structure), itemsize=4) < ROOM
         running: RunOptions = {**options, "batch_size": quality.rows if small else None}
-        generate(structure, file, sequences=quality.rows, progress=progress, **running)
-    if not folder.exists():
+        generate(structure, file, sequences=quality.rows, here=here, progress=progress, **running)
+    if here.rank == 0 and not folder.exists():
         split(
             structure,
             f"{OWN}={file}",
@@ -75,6 +78,7 @@ def own_corpora(
             kinds=max(2, min(KINDS, quality.rows // ROWS_OF_KIND)),
             progress=progress,
         )
+    wait_for_all(here)
     return [f"{OWN}={folder}"]
 
 
