@@ -4,8 +4,8 @@
 
 Every process has one thread, as torchrun starts them, so that two processes are two cores. The verbs run on a shipped
 model (or MODEL) with shipped text; rounds alternate. Prints, for every verb, the median seconds of the whole command
-(start included, and without it: less that of `moecover --help` started the same way), the ratio to one process, and
-the largest resident memory of a process.
+(start included, and without it: less those of a profile of a few tokens), the ratio to one process, and the largest
+resident memory of a process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def verbs(model: str, source: Path, output: Path) -> dict[str, list[str]]:
     measured = ["--perplexity", "encyclopedia-heldout", "--perplexity", "web-heldout", "--windows", "16"]
     search = ["--method", "expert-sparsity", "--retain", "0.5", "--model", model]
     return {
-        "start": ["--help"],
+        "start": ["profile", model, *TEXT, "--sequences", "1", "--length", "8", "-o", str(output / "profile")],
         "profile": ["profile", model, *TEXT, *sizes, "-o", str(output / "profile")],
         "evaluate": ["evaluate", model, *measured, "--batch-size", "4", "-o", str(output / "evaluation")],
         "plan": ["plan", str(source / "profile"), *search, "-o", str(output / "plan.json")],
@@ -92,18 +92,14 @@ def main() -> None:
                     took, peak = run(verbs(args.model, source, output)[name], processes)
                     seconds.setdefault((name, processes), []).append(took)
                     peaks[name, processes] = max(peak, peaks.get((name, processes), 0))
-    print(
-        "| verb | processes | s | without the start | over one process | MB a process |\n|---|---:|---:|---:|---:|---:|"
-    )
-    for (name, processes), took in seconds.items():
-        start = statistics.median(seconds["start", processes])
-        work = statistics.median(took) - start
-        alone = statistics.median(seconds[name, args.processes[0]]) - statistics.median(
-            seconds["start", args.processes[0]]
-        )
-        ratio = "" if name == "start" or processes == args.processes[0] else f"{work / alone:.2f}"
-        cells = [name, processes, f"{statistics.median(took):.1f}", f"{work:.1f}" if name != "start" else "", ratio]
-        print(f"| {' | '.join(map(str, cells))} | {peaks[name, processes] / 1e6:,.0f} |")
+    print("| verb | processes | s | without the start | over one process | MB a process |\n|---|" + "---:|" * 5)
+    middle = {key: statistics.median(took) for key, took in seconds.items()}
+    first = args.processes[0]
+    for (name, processes), took in middle.items():
+        work, alone = (middle[name, n] - middle["start", n] for n in (processes, first))
+        cells = [name, str(processes), f"{took:.1f}"]
+        cells += ["", ""] if name == "start" else [f"{work:.1f}", "" if processes == first else f"{work / alone:.2f}"]
+        print(f"| {' | '.join(cells)} | {peaks[name, processes] / 1e6:,.0f} |")
 
 
 if __name__ == "__main__":
