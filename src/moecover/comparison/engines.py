@@ -24,6 +24,7 @@ from moecover.planning.artifact import Plan
 from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
 from moecover.repairing.applied import LayerRepair
+from moecover.runtime.devices import name_of, peak_memory
 from moecover.runtime.running import Running
 
 Repairs = Mapping[str, Callable[[int], LayerRepair]]  # by row, what gives the repair of a MoE layer
@@ -123,14 +124,12 @@ class Transformers:
 
     def facts(self) -> RunFacts:
         """See `Engine`."""
-        import torch
-
         device = self.running.device
         return {
             "dtype": str(self.running.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "device": name_of(device),
             "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            "peak_device_bytes": peak_memory(device),
             "cpu": processor(),
             "layer_by_layer": self.by_layer,
             "batch_size": self._batch_size,
