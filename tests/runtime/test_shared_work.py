@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +19,23 @@ from moecover.checkpoints.structure import read_structure
 from moecover.cli import main as cli
 from moecover.evaluation.artifact import Evaluation
 from moecover.planning.artifact import Plan
-from tests.runtime.test_distributed import torchrun
+from tests.runtime.test_distributed import said, started, torchrun, workers
 from tests.support.tasks import ARC, BLIMP, random_plan, write_rows
 
 WORKER = """
 import json, sys
 from moecover.cli import main as cli
-from moecover.runtime import cost
+from moecover.runtime import cost, distributed
 cost.OVERHEAD = 0
+distributed.PULSE, distributed.SILENCE = 0.5, 5
+if "--slowly" in sys.argv:
+    import time
+    wait = distributed.wait_for_all
+    def slowly(here):
+        time.sleep(1)
+        wait(here)
+        print("waited", flush=True)
+    distributed.wait_for_all = slowly
 for arguments in json.loads(open(sys.argv[1]).read()):
     if status := cli.main(arguments):
         sys.exit(status)
@@ -163,3 +174,26 @@ def test_shrink(tmp_path: Path) -> None:
     assert plans[0].kept == plans[1].kept
     for name, expected in weights(folders[0] / "out").items():
         torch.testing.assert_close(weights(folders[1] / "out")[name], expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(4), ids=["plan", "evaluate", "generate", "prune"])
+def test_a_dead_process_ends_the_job_which_runs_again_later(
+    source: Path, tiny: Path, tmp_path: Path, number: int
+) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "commands.json").write_text(json.dumps([commands(source, folder, tiny)[number]]))
+    process = started(torchrun(2, folder, [str(folder / "commands.json"), "--slowly"]))
+    assert process.stdout is not None
+    for _ in range(3):
+        assert "waited" in process.stdout.readline()
+    os.kill(workers(process)[1], signal.SIGKILL)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert len(said(log)) <= 1, log
+    assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"worker.py", "commands.json"}
+    done = in_processes(2, folder, [commands(source, folder, tiny)[number]])
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder.iterdir() if path.name[0] == "."] == []
