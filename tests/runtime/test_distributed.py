@@ -232,7 +232,7 @@ def test_no_thread_uses_the_store_any_more_at_the_end(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["ls", "methods"], "only profile runs in several"),
+        (["ls", "methods"], "ls runs in one process, torchrun started 2"),
         (["profile", "x", "--corpus", "web", "-o", "y"], "is not a number in the environment"),
     ],
 )
