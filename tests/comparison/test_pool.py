@@ -13,6 +13,13 @@ from moecover.comparison.jobs import EvaluationJob
 from moecover.comparison.pool import Died, Ended, work
 
 
+class Jobs(deque[EvaluationJob]):
+    """A queue that nobody else works on."""
+
+    def take(self, model: str) -> EvaluationJob | None:
+        return self.popleft() if self else None
+
+
 def _echo() -> Any:
     @contextmanager
     def bench() -> Any:
@@ -28,7 +35,7 @@ def _echo() -> Any:
 
 
 def test_a_worker_that_dies_costs_its_job_alone() -> None:
-    jobs = deque(EvaluationJob(name, (), {}) for name in ("a", "dies", "b", "c"))
+    jobs = Jobs(EvaluationJob(name, (), {}) for name in ("a", "dies", "b", "c"))
     found = [(job.model, report) for job, report in work(jobs, _echo, jobs=2)]
     assert sorted(r for _, r in found if isinstance(r, str)) == [
         "a begins",
@@ -70,7 +77,7 @@ def _told_while_dying() -> Any:
 
 
 def test_a_worker_that_is_told_to_end_in_a_destructor_ends() -> None:
-    jobs = deque([EvaluationJob("a", (), {})])
+    jobs = Jobs([EvaluationJob("a", (), {})])
     ((_, report),) = work(jobs, _told_while_dying, jobs=2)
     assert isinstance(report, Died)
     assert report.code == 143

@@ -19,11 +19,10 @@ from moecover.comparison.schedule import GROUP
 from moecover.corpora.windows import load_windows
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.perplexity import perplexity
-from moecover.files.locks import locked
 from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
 from moecover.runtime.loading import load_model
-from tests.support.grids import finished, rows, run, start, written
+from tests.support.grids import finished, rows, run, written
 
 
 def test_tiny_grid(grid: Callable[..., Path], tmp_path: Path) -> None:
@@ -118,14 +117,6 @@ def test_a_damaged_cell_is_recomputed(grid: Callable[..., Path], tmp_path: Path)
     assert (out / "results.csv").read_bytes() == results
     assert not (out / "cells" / ".qwen-full.abc.partial").exists()
     assert written(out)["qwen-random-keep6-seed1"] == before["qwen-random-keep6-seed1"]
-
-
-def test_two_runs_do_not_share_a_folder(grid: Callable[..., Path], tmp_path: Path) -> None:
-    with locked(tmp_path / "run"):
-        process = start(grid(methods=["random"]), tmp_path / "run")
-        _, errors = process.communicate()
-    assert process.returncode == 2
-    assert b"is being written by another run" in errors
 
 
 def test_groups_do_not_change_figures(grid: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:

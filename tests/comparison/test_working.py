@@ -60,7 +60,7 @@ def test_a_dead_worker_fails_its_cells(grid: Callable[..., Path], tmp_path: Path
 
     def reports(queue: Any, bench: Any, *, jobs: int) -> Any:
         while queue:
-            job = queue.popleft()
+            job = queue.take("")
             if isinstance(job, EvaluationJob):
                 with bench() as handle:
                     first = next(r for r in handle(job) if isinstance(r, (CellDone, CellFailed)))

@@ -7,12 +7,13 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from moecover.errors import InputError, MoecoverError
-from moecover.files.locks import locked
+from moecover.files.locks import claim, is_claimed, locked
 from tests.support.folders import names_in
 
 
@@ -35,6 +36,46 @@ def test_two_runs_on_one_output(tmp_path: Path) -> None:
     with locked(output), locked(output):
         assert names_in(output.parent) == [".out.lock"]
     assert names_in(output.parent) == []
+
+
+def test_a_run_that_waits_for_another_one(tmp_path: Path) -> None:
+    output, order, waits = tmp_path / "out", list[str](), threading.Event()
+
+    def wait() -> None:
+        with locked(output, waiting=waits.set):
+            order.append("second")
+
+    with locked(output):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert waits.wait(10)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert names_in(tmp_path) == []
+
+
+def test_a_claim_is_free_when_given_back_or_its_process_has_died(tmp_path: Path) -> None:
+    file = tmp_path / "part.lock"
+    assert not is_claimed(file)
+    give_back = claim(file)
+    assert give_back is not None
+    assert claim(file) is None
+    assert is_claimed(file)
+    give_back()
+    assert not is_claimed(file)
+    assert names_in(tmp_path) == ["part.lock"]
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom moecover.files.locks import claim\n"
+        "held = claim(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    assert claim(file) is None
+    process.kill()
+    process.wait()
+    assert claim(file) is not None
 
 
 def test_a_lock_leaves_no_folder_of_a_failed_run(tmp_path: Path) -> None:

@@ -115,6 +115,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} is damaged: {error}. Remove it and run `moecover compare` again") from error
 
 
+def finished_cell(run: Path, cell: Cell, fingerprint: str) -> StoredCell | None:
+    """cell.json of a cell that is done and has a fingerprint, else None."""
+    found = stored_cell(run, cell)
+    return found if found is not None and (found["status"], found["fingerprint"]) == (DONE, fingerprint) else None
+
+
 def stored_cell(run: Path, cell: Cell) -> StoredCell | None:
     """cell.json of a cell, None if there is none or it is damaged."""
     try:

@@ -126,7 +126,7 @@ def _plan_group(model: OpenModel, name: str, found: Profile, group: Sequence[Cel
     live: dict[str, object] = {}
     if variant.searches and found.inputs is not None:
         group = [cell for cell in group if not _is_searched(model.run / plan_path(cell), cell, found)]
-        live = {"model": model.running(name), "structure": model.structure(name)}
+        live = {"model": model.running(name), "structure": model.structure(name)} if group else {}
     if group:
         shapes = list(dict.fromkeys(Shape(cell.keep, cell.width) for cell in group))
         plans = dict(zip(shapes, _plans(found, model.structure(name), variant, seed, shapes, live), strict=True))

@@ -1,7 +1,8 @@
 """A pool of processes that work on one queue of jobs: yields what they report, as it comes.
 
 A worker is a fresh process (spawn) that handles job after job; a single worker runs in this process. A worker that dies
-(killed, out of memory) loses the job it had and is replaced. Workers end with this process, however that ends.
+(killed, out of memory) loses the job it had and is replaced. Workers end with this process, however that ends. While
+others have all jobs of the queue that are left, it is asked again and again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from multiprocessing.process import BaseProcess
 from typing import Generic, Protocol, TypeVar
 
 from moecover.signals import deliver_again
+
+POLL_S = 0.5  # between two looks at a queue of which other pools have all jobs
 
 
 class HasModel(Protocol):
@@ -33,6 +36,21 @@ class HasModel(Protocol):
 
 J = TypeVar("J", bound=HasModel)
 R = TypeVar("R")
+T = TypeVar("T", covariant=True)
+
+
+class Queue(Protocol[T]):
+    """Jobs that are to be done; its owner may add some between two reports."""
+
+    def __bool__(self) -> bool:
+        """Whether jobs are left."""
+        ...
+
+    def take(self, model: str) -> T | None:
+        """Take a job, one of a model if there is one; None while others have all jobs that are left."""
+        ...
+
+
 Opened = Callable[
     [], AbstractContextManager[Callable[[J], Iterator[R]]]
 ]  # opens what a worker needs, gives its handler
@@ -77,8 +95,8 @@ class _Worker(Generic[J]):
     model: str = ""
 
 
-def work(queue: deque[J], opened: Opened[J, R], *, jobs: int) -> Generator[tuple[J, R | Ended | Died]]:
-    """Handle all jobs of a queue, to which the caller may add between two reports.
+def work(queue: Queue[J], opened: Opened[J, R], *, jobs: int) -> Generator[tuple[J, R | Ended | Died]]:
+    """Handle all jobs of a queue.
 
     Args:
         queue: of jobs; emptied.
@@ -97,25 +115,30 @@ def work(queue: deque[J], opened: Opened[J, R], *, jobs: int) -> Generator[tuple
     with opened() as handle:
         model = ""
         while queue:
-            job = _next(queue, model)
+            if (job := queue.take(model)) is None:
+                time.sleep(POLL_S if queue else 0)
+                continue
             model = job.model
             for report in handle(job):
                 yield job, report
             yield job, Ended()
 
 
-def _in_processes(queue: deque[J], opened: Opened[J, R], jobs: int) -> Generator[tuple[J, R | Ended | Died]]:
+def _in_processes(queue: Queue[J], opened: Opened[J, R], jobs: int) -> Generator[tuple[J, R | Ended | Died]]:
     workers: list[_Worker[J]] = []
     try:
         while queue or any(w.job is not None for w in workers):
             for worker in workers:
-                if queue and worker.job is None:
-                    _give(worker, queue)
-            while queue and len(workers) < jobs:
+                if worker.job is None and (job := queue.take(worker.model)) is not None:
+                    _give(worker, job)
+            while len(workers) < jobs and (job := queue.take("")) is not None:
                 workers.append(_started(opened))
-                _give(workers[-1], queue)
+                _give(workers[-1], job)
             busy = [w for w in workers if w.job is not None]
-            wait([w.pipe for w in busy])
+            if not busy:
+                time.sleep(POLL_S if queue else 0)
+                continue
+            wait([w.pipe for w in busy], POLL_S if queue and len(busy) < jobs else None)
             for worker in busy:
                 yield from _reports(worker, workers)
     finally:
@@ -159,15 +182,7 @@ def _serve(opened: Opened[J, R], pipe: Connection) -> None:
                 raise
 
 
-def _next(queue: deque[J], model: str) -> J:
-    """Take a job from the queue: the first of a model if there is one, else the first."""
-    job = next((job for job in queue if job.model == model), queue[0])
-    queue.remove(job)
-    return job
-
-
-def _give(worker: _Worker[J], queue: deque[J]) -> None:
-    job = _next(queue, worker.model)
+def _give(worker: _Worker[J], job: J) -> None:
     worker.job, worker.model = job, job.model
     with contextlib.suppress(BrokenPipeError):  # it has died: the end of its pipe will say so
         worker.pipe.send(job)

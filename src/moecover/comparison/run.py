@@ -2,13 +2,16 @@
 
 Everything that can be checked is checked before the first cell. A cell is written as soon as it is finished and found
 again by its fingerprint: the same command continues an interrupted run, and an extended grid computes only new cells.
+Several processes may fill one folder side by side: it is locked while one prepares or writes the results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from moecover.comparison.cell_files import DONE, plan_path, stored_cell
@@ -17,8 +20,9 @@ from moecover.comparison.checks import checked
 from moecover.comparison.config import Config
 from moecover.comparison.costs import check_fits, estimated_seconds, memory_limit, setup_of
 from moecover.comparison.fingerprints import remember
-from moecover.comparison.jobs import ModelSetup, PlanJob, TaskProfileJob, WorkerSetup
-from moecover.comparison.models import ComparedModel, stored_facts, write_models
+from moecover.comparison.jobs import ModelSetup, PlanJob, RunFacts, TaskProfileJob, WorkerSetup
+from moecover.comparison.members import Members
+from moecover.comparison.models import ComparedModel, stored_facts, with_peaks, write_models
 from moecover.comparison.planning_jobs import MADE_FROM
 from moecover.comparison.preparing import prepare
 from moecover.comparison.reading import Request, request
@@ -28,7 +32,7 @@ from moecover.comparison.working import work_through
 from moecover.errors import InputError, arg
 from moecover.evaluation.task_usage import FILE as USAGE
 from moecover.evaluation.task_usage import save, usage
-from moecover.files.atomic import PARTIAL, write_text
+from moecover.files.atomic import PARTIAL, digest, write_text
 from moecover.files.locks import locked
 from moecover.planning.artifact import Plan
 from moecover.profiling.artifact import Profile
@@ -48,7 +52,8 @@ def compare(
 ) -> Comparison:
     """Evaluate a grid of models, calibration sets, methods, budgets and seeds, and compare the methods.
 
-    Only cells that the run folder does not hold yet are computed, so the same call continues an interrupted run.
+    Only cells that the run folder does not hold yet are computed, so the same call continues an interrupted run. The
+    same call in other processes, on any machine that sees the folder, shares the cells with this one.
 
     Args:
         config: a `Config`, its fields as a mapping, or the path of a YAML file; docs/compare.md describes the fields.
@@ -61,18 +66,19 @@ def compare(
         The results of all cells of the grid.
 
     Raises:
-        InputError: something in the configuration cannot run, or the folder is not a run folder.
+        InputError: something in the configuration cannot run, the folder is not a run folder, or another process fills
+            it with another grid.
         MoecoverError: the disk is full or the folder cannot be written.
     """
     if jobs < 1:
         raise InputError(f"{arg('jobs', jobs)} is out of range: 1 or more")
     shown = resolve(progress)
     folder = Path(os.path.abspath(run))  # noqa: PTH100
-    _check_folder(folder)
+    _check_folder(folder, shown)
     asked = config if isinstance(config, Request) else request(config)
     models = checked(asked, shown)
-    with locked(folder):
-        made = _fill(asked, folder, models, jobs, shown)
+    with contextlib.ExitStack() as stack:
+        made = _fill(asked, folder, models, jobs, shown, stack)
         results = write_results(folder, [cell for m in models for cell in m.cells], command=command)
     for name, notes in cut_texts(results["cut"]).items():
         for note in notes:
@@ -80,47 +86,87 @@ def compare(
     return Comparison(Path(run), results, made)
 
 
-def _check_folder(run: Path) -> None:
+def _check_folder(run: Path, progress: Progress) -> None:
     """Refuse a folder that holds something else than a run."""
-    if run.exists() and (not run.is_dir() or (any(run.iterdir()) and not (run / CONFIG).is_file())):
-        raise InputError(f"{run} was not written by `moecover compare` (it holds no {CONFIG}). Choose another folder")
+    if not run.exists():
+        return
+    with _locked(run, progress):
+        if not run.is_dir() or (any(run.iterdir()) and not (run / CONFIG).is_file()):
+            raise InputError(
+                f"{run} was not written by `moecover compare` (it holds no {CONFIG}). Choose another folder"
+            )
 
 
-def _fill(asked: Request, run: Path, models: Sequence[ComparedModel], jobs: int, progress: Progress) -> int:
-    """Fill a run folder that nobody else writes to.
+def _locked(run: Path, progress: Progress) -> AbstractContextManager[None]:
+    """The lock on the run folder, after other processes that hold it for a while."""
+    return locked(run, waiting=lambda: progress.say(f"{run} is being prepared or written by another process: waiting"))
+
+
+def _fill(
+    asked: Request,
+    run: Path,
+    models: Sequence[ComparedModel],
+    jobs: int,
+    progress: Progress,
+    stack: contextlib.ExitStack,
+) -> int:
+    """Fill a run folder, beside other processes that do the same.
+
+    Args:
+        asked: the comparison.
+        run: the run folder.
+        models: of it.
+        jobs: number of workers.
+        progress: shows the stages.
+        stack: holds the lock of the folder when the cells are done, until it is closed.
 
     Returns:
-        How many cells were computed.
+        How many cells were computed here.
     """
-    config = asked.config
-    _remove_partial(run)
-    for model in models:
-        prepare(asked, model, run, progress)
-    write_text(run / CONFIG, config.text())
-    remember(run, {name: one for model in models for name, one in model.shard_hashes.items()})
-    _find_pending(run, models, progress)
+    config, members = asked.config, Members(run)
+    stack.callback(members.close)
+    with _locked(run, progress):
+        _prepare(asked, run, models, members, progress)
     limit = memory_limit(config, jobs)
     setups = {m.name: setup_of(m, config, limit) for m in models}
     for model in models:
         check_fits(asked, model, setups[model.name])
     progress.say(f"{run}: {_outlook(models, setups, config, jobs)}")
-    made = sum(len(m.pending) for m in models)
+    made, pending = 0, any(m.pending for m in models)
     profiles = [TaskProfileJob(m.name) for m in models if config.tasks and m.samples]
-    profiles = [job for job in profiles if made or not (run / job.folder / MADE_FROM).is_file()]
-    facts = stored_facts(run)
+    profiles = [job for job in profiles if pending or not (run / job.folder / MADE_FROM).is_file()]
+    facts: dict[str, RunFacts] = {}
     try:
-        if made or profiles:
+        if pending or profiles:
             threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
             setup = WorkerSetup(run, config, setups, threads)
-            work_through(setup, models, Schedule(models, setups, profiles, config, jobs), jobs, facts, progress)
+            schedule = Schedule(models, setups, profiles, config, jobs)
+            made = work_through(setup, models, schedule, members, jobs, facts, progress)
     finally:
-        write_models(run, models, facts)
+        stack.enter_context(_locked(run, progress))
+        stack.callback(members.leave)
+        before = stored_facts(run)
+        write_models(run, models, before | {name: with_peaks(one, before.get(name)) for name, one in facts.items()})
     _write_usage(run, models, config)
     return made
 
 
+def _prepare(asked: Request, run: Path, models: Sequence[ComparedModel], members: Members, progress: Progress) -> None:
+    """Prepare the models and the locked run folder, and note which cells are pending."""
+    for model in models:
+        prepare(asked, model, run, progress)
+    members.join(digest([[cell.to_json(), m.fingerprints[cell.id]] for m in models for cell in m.cells]))
+    if others := members.others():
+        progress.say(f"{run}: cells are shared with {others} other {'process' if others == 1 else 'processes'}")
+    else:
+        _remove_partial(run)
+    write_text(run / CONFIG, asked.config.text())
+    remember(run, {name: one for model in models for name, one in model.shard_hashes.items()})
+    _find_pending(run, models, alone=not others, progress=progress)
+
+
 def _remove_partial(run: Path) -> None:
-    """Remove what a killed run left half-written: no other run holds the folder."""
+    """Remove what a killed run left half-written: no other process fills the folder."""
     for folder in ("cells", "plans"):
         for left in (run / folder).glob(f".*{PARTIAL}") if (run / folder).is_dir() else ():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -128,8 +174,11 @@ def _remove_partial(run: Path) -> None:
             shutil.rmtree(left)
 
 
-def _find_pending(run: Path, models: Sequence[ComparedModel], progress: Progress) -> None:
-    """Note which cells are pending; say which finished ones have to be recomputed."""
+def _find_pending(run: Path, models: Sequence[ComparedModel], *, alone: bool, progress: Progress) -> None:
+    """Note which cells are pending; say which finished ones have to be recomputed, from new plans.
+
+    Beside other processes the plans stay: the first of them has made them anew.
+    """
     changed: list[Cell] = []
     for model in models:
         for cell in model.cells:
@@ -141,7 +190,8 @@ def _find_pending(run: Path, models: Sequence[ComparedModel], progress: Progress
                 continue
             if done:
                 changed.append(cell)
-                (run / plan_path(cell)).unlink(missing_ok=True)
+                if alone:
+                    (run / plan_path(cell)).unlink(missing_ok=True)
             model.pending.append(cell)
     if changed:
         others = f" and {len(changed) - 1} other cells" if len(changed) > 1 else ""

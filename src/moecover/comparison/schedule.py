@@ -45,7 +45,7 @@ class Schedule:
         self._jobs, self._failed = jobs, set[str]()
         self._models = {m.name: m for m in models}
         self._per_pass = {m.name: cells_per_pass(m, setups[m.name], config) for m in models}
-        self._planning: dict[str, set[int]] = {}  # jobs that are not done, by their id()
+        self._planning: dict[str, set[str]] = {}  # profiles of jobs that are not done
         self._gathered: dict[str, list[Cell]] = {}  # cells with a plan, layer by layer
         for model in models:
             self._enter(model)
@@ -59,7 +59,7 @@ class Schedule:
             for sample, corpora in model.samples.items()
             if (mine := tuple(c for c in model.pending if c.calibrated_on == sample))
         ]
-        self._planning[model.name] = {id(job) for job in plannings}
+        self._planning[model.name] = {job.folder for job in plannings}
         if self._per_pass[model.name] and plannings:
             self._gathered[model.name] = free
             self.queue.extend(plannings)
@@ -89,7 +89,7 @@ class Schedule:
         """A job has ended: queue what waited for it, before everything else."""
         if not isinstance(job, PlanJob):
             return
-        self._planning[job.model].discard(id(job))
+        self._planning[job.model].discard(job.folder)
         ready = [cell for cell in job.cells if cell.id not in self._failed]
         if self._per_pass[job.model]:
             gathered = self._gathered.setdefault(job.model, [])

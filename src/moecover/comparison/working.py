@@ -1,59 +1,100 @@
-"""Working through the pending cells of a run: gives jobs to workers, counts cells, writes those that failed."""
+"""Working through the pending cells of a run: gives jobs to workers, counts cells, writes those that failed.
+
+Other processes may do the same in the same run folder: each takes what nobody else has, and all end when all is done.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from moecover.comparison.cell_files import write_cell
+from moecover.comparison.cell_files import DONE, StoredCell, finished_cell, write_cell
 from moecover.comparison.cells import Cell
-from moecover.comparison.jobs import CellDone, CellFailed, Job, ModelRan, Note, RunFacts, TaskProfileJob, WorkerSetup
+from moecover.comparison.claims import SharedJobs
+from moecover.comparison.jobs import (
+    CellDone,
+    CellFailed,
+    Job,
+    ModelRan,
+    Note,
+    Report,
+    RunFacts,
+    TaskProfileJob,
+    WorkerSetup,
+)
+from moecover.comparison.members import Members
 from moecover.comparison.models import ComparedModel, with_peaks
-from moecover.comparison.pool import Died, Ended, work
+from moecover.comparison.pool import Died, Ended, Opened, work
 from moecover.comparison.schedule import Schedule
 from moecover.comparison.worker import worker
 from moecover.errors import MoecoverError
 from moecover.progress import Progress
 from moecover.text import duration_text
 
+Reports = Generator[tuple[Job, Report | Ended | Died]]
+
 
 def work_through(
     setup: WorkerSetup,
     models: Sequence[ComparedModel],
     schedule: Schedule,
+    members: Members,
     jobs: int,
     facts: dict[str, RunFacts],
     progress: Progress,
-) -> None:
-    """Work through all pending cells and task profiles; ``facts``, how the models ran, is brought up to date."""
+) -> int:
+    """Work through all pending cells and task profiles, until this process or another one has done each.
+
+    Args:
+        setup: of the workers.
+        models: with their pending cells.
+        schedule: of this process.
+        members: the processes that fill the run folder.
+        jobs: number of workers.
+        facts: how the models ran here, by name; brought up to date.
+        progress: shows cells and a line of log for each.
+
+    Returns:
+        How many cells this process has computed.
+    """
     total = sum(len(m.pending) for m in models)
-    reports = work(schedule.queue, partial(worker, setup), jobs=jobs)
-    with contextlib.closing(reports), progress.bar("comparing", total, unit="cells") as advance:
-        count = _Count(total, advance, progress)
+    with contextlib.ExitStack() as stack:
+        count = _Count(total, stack.enter_context(progress.bar("comparing", total, unit="cells")), progress)
         ledger = _Ledger(setup.run, models, schedule, count, progress)
+        queue = SharedJobs(setup.run, models, schedule, members, jobs, ledger.found, progress.say)
+        stack.enter_context(contextlib.closing(queue))
+        opened: Opened[Job, Report] = partial(worker, setup)
+        reports: Reports = work(queue, opened, jobs=jobs)
+        stack.enter_context(contextlib.closing(reports))
         with _noted(count):
             for job, report in reports:
                 match report:
                     case CellDone():
                         ledger.done(report)
+                        queue.release([report.cell.id])
                     case CellFailed():
                         ledger.failed(report.cell, report.reason)
+                        queue.release([report.cell.id])
                     case ModelRan():
                         facts[report.model] = with_peaks(report.facts, facts.get(report.model))
                     case Note():
                         progress.say(report.line)
                     case Died() | Ended():
                         ledger.ended(job, report)
+                        queue.ended(job)
+    if count.found:
+        progress.say(f"{setup.run}: {count.found} of {total} cells came from other processes")
+    return count.done - count.found
 
 
 class _Count:
     """Cells that are done, with an estimate for the rest."""
 
     def __init__(self, total: int, advance: Callable[[int], None], progress: Progress) -> None:
-        self.total, self.done, self._started = total, 0, time.monotonic()
+        self.total, self.done, self.found, self._started = total, 0, 0, time.monotonic()
         self._advance, self._say = advance, progress.say
 
     def add(self, cell: Cell, words: str) -> None:
@@ -81,11 +122,22 @@ class _Ledger:
         self._count.add(report.cell, report.words)
 
     def failed(self, cell: Cell, reason: str) -> None:
-        """A cell failed: say so in its folder."""
+        """A cell failed: say so in its folder, unless another process has finished it."""
+        if (record := finished_cell(self._run, cell, self._fingerprints[cell.id])) is not None:
+            self._schedule.failed(cell)
+            self.found(cell, record)
+            return
         self._settled.add(cell.id)
         write_cell(self._run, cell, self._fingerprints[cell.id], reason=reason)
         self._schedule.failed(cell)
         self._count.add(cell, f"FAILED: {reason}")
+
+    def found(self, cell: Cell, record: StoredCell) -> None:
+        """Another process has finished a cell, or failed with it."""
+        self._settled.add(cell.id)
+        self._count.found += 1
+        done = record["status"] == DONE
+        self._count.add(cell, "done by another process" if done else f"FAILED in another process: {record['reason']}")
 
     def ended(self, job: Job, report: Died | Ended) -> None:
         """A job has ended; if its worker died, cells without a report have failed."""
@@ -95,7 +147,6 @@ class _Ledger:
             for cell in job.cells:
                 if cell.id not in self._settled:
                     self.failed(cell, report.reason)
-        self._schedule.ended(job)
 
 
 @contextlib.contextmanager
