@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SECONDS ?= 3600
 
-.PHONY: demo test test-slow test-servers fuzz lint format docs bench clean
+.PHONY: demo test test-slow test-servers test-cluster fuzz lint format docs bench clean
 demo: $(STAMP)
 	$(BIN)/moecover demo
 
@@ -18,6 +18,13 @@ test-slow: $(STAMP)
 
 test-servers: $(STAMP) .venv-vllm/.installed
 	$(BIN)/python -m pytest -m servers
+
+test-cluster: $(VENV)/.ray
+	$(BIN)/python -m pytest -m cluster
+
+$(VENV)/.ray: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	touch $@
 
 .venv-vllm/.installed:
 	$(PYTHON) -m venv --clear .venv-vllm

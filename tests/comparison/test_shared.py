@@ -78,7 +78,7 @@ def test_other_cells_wait_until_the_folder_is_free(grid: Callable[..., Path], tm
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_three_processes_of_which_one_is_killed(grid: Callable[..., Path], tmp_path: Path, jobs: int) -> None:
-    path, out, whole = grid(seeds=list(range(60)), samples=[0, 1]), tmp_path / "run", tmp_path / "whole"
+    path, out, whole = grid(seeds=list(range(30)), samples=[0, 1]), tmp_path / "run", tmp_path / "whole"
     assert run(path, whole) == 0
     processes = [start(path, out, "--jobs", str(jobs)) for _ in range(3)]
     deadline = time.monotonic() + 300

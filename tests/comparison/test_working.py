@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moecover.comparison import working
+from moecover.comparison import pool
 from moecover.comparison.jobs import CellDone, CellFailed, EvaluationJob
 from moecover.comparison.pool import Died
 from tests.support.grids import cells_of, rows, run, start
@@ -69,7 +69,7 @@ def test_a_dead_worker_fails_its_cells(grid: Callable[..., Path], tmp_path: Path
                 yield job, first
                 yield job, Died(-9)
 
-    monkeypatch.setattr(working, "work", reports)
+    monkeypatch.setattr(pool, "work", reports)
     assert run(grid(methods=["random"]), tmp_path / "run") == 1
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["failed"] == ["qwen-random-keep6-seed0", "qwen-random-keep6-seed1"]

@@ -151,6 +151,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="processes, each with a model of its own (default: 1)"
     )
+    cluster = parser.add_argument_group("on a cluster (docs/cluster.md)")
+    cluster.add_argument(
+        "--engine",
+        default="local",
+        metavar="NAME",
+        help="where jobs run: local (this machine), ray (default: local)",
+    )
+    cluster.add_argument(
+        "--address", metavar="HOST:PORT", help="the Ray cluster: auto or HOST:PORT (default: one on this machine)"
+    )
+    cluster.add_argument("--gpus-per-job", type=float, default=0, metavar="N", help="GPUs of each job (default: 0)")
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -179,7 +190,15 @@ def run(args: argparse.Namespace) -> Outcome:
             flags["models"] = [{"model": args.what[0], "files": args.files}]
         if args.corpus is None:
             raise InputError("give calibration corpora with --corpus NAME[=SOURCE], or a configuration CONFIG.yaml")
-    made = compare(read(path, flags), args.output, jobs=args.jobs, command=shlex.join(["moecover", *args.argv]))
+    made = compare(
+        read(path, flags),
+        args.output,
+        jobs=args.jobs,
+        engine=args.engine,
+        address=args.address,
+        gpus_per_job=args.gpus_per_job,
+        command=shlex.join(["moecover", *args.argv]),
+    )
     lines = [(args.output / MARKDOWN).read_text(encoding="utf-8").rstrip(), ""]
     lines += [f"FAILED {name}: {reason}" for name, reason in made.failures.items()]
     problem = f"{len(made.failures)} cells failed, the first is {next(iter(made.failures))}" if made.failures else ""

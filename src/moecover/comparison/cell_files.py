@@ -14,6 +14,7 @@ from moecover.files.hashing import sealed, unsealed
 from moecover.files.reading import read_json
 
 SCHEMA = 1
+CONFIG = "config.yaml"  # of the run folder
 CELL = "cell.json"
 Status = Literal["done", "failed"]
 DONE: Status = "done"

@@ -20,6 +20,11 @@ from moecover.files.atomic import digest, stamp
 from moecover.files.locks import claim
 
 
+def _names(job: Job) -> list[str]:
+    """The names of a job's claims."""
+    return [cell.id for cell in job.cells] if isinstance(job, EvaluationJob) else [job.folder]
+
+
 class SharedJobs:
     """The queue of a schedule, from which a job is taken once no other process has it; see `pool.Queue`.
 
@@ -79,8 +84,16 @@ class SharedJobs:
 
     def ended(self, job: Job) -> None:
         """A job that was taken has ended: give its claims back, and queue what waited for it."""
-        self.release([cell.id for cell in job.cells] if isinstance(job, EvaluationJob) else [job.folder])
+        self.release(_names(job))
         self._schedule.ended(job)
+
+    def again(self, job: Job, left: Job | None) -> None:
+        """The worker of a job was lost: give its claims back, and queue what is left of it first."""
+        if left is None:
+            self.ended(job)
+        else:
+            self.release(_names(job))
+            self._schedule.queue.appendleft(left)
 
     def release(self, names: Iterable[str]) -> None:
         """Give claims back that are still held; a cell's has the name of its id."""

@@ -56,12 +56,14 @@ class WorkerSetup:
         config: the comparison.
         models: setups by name of the model.
         threads: of torch in this process; None leaves them as they are.
+        device: that cells are computed on.
     """
 
     run: Path
     config: Config
     models: Mapping[str, ModelSetup]
     threads: int | None
+    device: str
 
 
 # ----------------------------------------------------------------------------------------------------------------- jobs

@@ -81,6 +81,17 @@ class Died:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """The worker of a job was lost for a reason that need not be the job's: it can be tried again.
+
+    Attributes:
+        reason: what was lost.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Crash:
     """An error that a handler must not raise, with its traceback as text."""
 

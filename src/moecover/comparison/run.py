@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from moecover.comparison.cell_files import DONE, plan_path, stored_cell
+from moecover.comparison.cell_files import CONFIG, DONE, plan_path, stored_cell
 from moecover.comparison.cells import Cell
 from moecover.comparison.checks import checked
 from moecover.comparison.config import Config
@@ -24,11 +24,12 @@ from moecover.comparison.jobs import ModelSetup, PlanJob, RunFacts, TaskProfileJ
 from moecover.comparison.members import Members
 from moecover.comparison.models import ComparedModel, stored_facts, with_peaks, write_models
 from moecover.comparison.planning_jobs import MADE_FROM
+from moecover.comparison.pools import LOCAL, opened_engine
 from moecover.comparison.preparing import prepare
 from moecover.comparison.reading import Request, request
 from moecover.comparison.results import Comparison, cut_texts, write_results
 from moecover.comparison.schedule import Schedule
-from moecover.comparison.working import work_through
+from moecover.comparison.working import Workers, work_through
 from moecover.errors import InputError, arg
 from moecover.evaluation.task_usage import FILE as USAGE
 from moecover.evaluation.task_usage import save, usage
@@ -37,9 +38,8 @@ from moecover.files.locks import locked
 from moecover.planning.artifact import Plan
 from moecover.profiling.artifact import Profile
 from moecover.progress import Progress, resolve
+from moecover.runtime.devices import check_device
 from moecover.text import duration_text
-
-CONFIG = "config.yaml"
 
 
 def compare(
@@ -47,6 +47,9 @@ def compare(
     run: Path | str,
     *,
     jobs: int = 1,
+    engine: str = LOCAL,
+    address: str | None = None,
+    gpus_per_job: float = 0,
     command: str = "",
     progress: bool | Progress = True,
 ) -> Comparison:
@@ -59,6 +62,9 @@ def compare(
         config: a `Config`, its fields as a mapping, or the path of a YAML file; docs/compare.md describes the fields.
         run: the run folder, created or extended.
         jobs: number of processes; each loads a model of its own.
+        engine: where they run: ``local``, this machine, or ``ray``, a cluster whose machines share the run folder.
+        address: of the cluster: ``auto`` or HOST:PORT; None starts one on this machine.
+        gpus_per_job: GPUs of each process on a cluster.
         command: the command line, for the results.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
 
@@ -66,8 +72,8 @@ def compare(
         The results of all cells of the grid.
 
     Raises:
-        InputError: something in the configuration cannot run, the folder is not a run folder, or another process fills
-            it with another grid.
+        InputError: something in the configuration cannot run, the folder is not a run folder, another process fills
+            it with another grid, or there is no such cluster.
         MoecoverError: the disk is full or the folder cannot be written.
     """
     if jobs < 1:
@@ -76,9 +82,11 @@ def compare(
     folder = Path(os.path.abspath(run))  # noqa: PTH100
     _check_folder(folder, shown)
     asked = config if isinstance(config, Request) else request(config)
-    models = checked(asked, shown)
     with contextlib.ExitStack() as stack:
-        made = _fill(asked, folder, models, jobs, shown, stack)
+        work = stack.enter_context(opened_engine(engine, address=address, gpus_per_job=gpus_per_job))
+        models = checked(asked, shown)
+        workers = Workers(work, jobs, jobs if engine == LOCAL else 1)
+        made = _fill(asked, folder, models, workers, shown, stack)
         results = write_results(folder, [cell for m in models for cell in m.cells], command=command)
     for name, notes in cut_texts(results["cut"]).items():
         for note in notes:
@@ -106,7 +114,7 @@ def _fill(
     asked: Request,
     run: Path,
     models: Sequence[ComparedModel],
-    jobs: int,
+    workers: Workers,
     progress: Progress,
     stack: contextlib.ExitStack,
 ) -> int:
@@ -116,7 +124,7 @@ def _fill(
         asked: the comparison.
         run: the run folder.
         models: of it.
-        jobs: number of workers.
+        workers: what computes the cells.
         progress: shows the stages.
         stack: holds the lock of the folder when the cells are done, until it is closed.
 
@@ -127,7 +135,7 @@ def _fill(
     stack.callback(members.close)
     with _locked(run, progress):
         _prepare(asked, run, models, members, progress)
-    limit = memory_limit(config, jobs)
+    limit, jobs = memory_limit(config, workers.here), workers.jobs
     setups = {m.name: setup_of(m, config, limit) for m in models}
     for model in models:
         check_fits(asked, model, setups[model.name])
@@ -138,10 +146,10 @@ def _fill(
     facts: dict[str, RunFacts] = {}
     try:
         if pending or profiles:
-            threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
-            setup = WorkerSetup(run, config, setups, threads)
+            threads = max(1, (os.cpu_count() or 1) // workers.here) if workers.here > 1 else None
+            setup = WorkerSetup(run, config, setups, threads, check_device(config.dtype, config.device))
             schedule = Schedule(models, setups, profiles, config, jobs)
-            made = work_through(setup, models, schedule, members, jobs, facts, progress)
+            made = work_through(setup, models, schedule, members, workers, facts, progress)
     finally:
         stack.enter_context(_locked(run, progress))
         stack.callback(members.leave)

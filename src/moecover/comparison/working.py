@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,14 +29,30 @@ from moecover.comparison.jobs import (
 )
 from moecover.comparison.members import Members
 from moecover.comparison.models import ComparedModel, with_peaks
-from moecover.comparison.pool import Died, Ended, Opened, work
+from moecover.comparison.pool import Died, Ended, Lost, Opened
+from moecover.comparison.pools import Reports, Work
 from moecover.comparison.schedule import Schedule
 from moecover.comparison.worker import worker
 from moecover.errors import MoecoverError
 from moecover.progress import Progress
 from moecover.text import duration_text
 
-Reports = Generator[tuple[Job, Report | Ended | Died]]
+RETRIES = 2  # of a cell whose worker was lost
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What computes the cells.
+
+    Attributes:
+        work: the pool.
+        jobs: number of workers.
+        here: how many of them share this machine.
+    """
+
+    work: Work
+    jobs: int
+    here: int
 
 
 def work_through(
@@ -42,7 +60,7 @@ def work_through(
     models: Sequence[ComparedModel],
     schedule: Schedule,
     members: Members,
-    jobs: int,
+    workers: Workers,
     facts: dict[str, RunFacts],
     progress: Progress,
 ) -> int:
@@ -53,7 +71,7 @@ def work_through(
         models: with their pending cells.
         schedule: of this process.
         members: the processes that fill the run folder.
-        jobs: number of workers.
+        workers: what computes the cells.
         facts: how the models ran here, by name; brought up to date.
         progress: shows cells and a line of log for each.
 
@@ -64,10 +82,10 @@ def work_through(
     with contextlib.ExitStack() as stack:
         count = _Count(total, stack.enter_context(progress.bar("comparing", total, unit="cells")), progress)
         ledger = _Ledger(setup.run, models, schedule, count, progress)
-        queue = SharedJobs(setup.run, models, schedule, members, jobs, ledger.found, progress.say)
+        queue = SharedJobs(setup.run, models, schedule, members, workers.jobs, ledger.found, progress.say)
         stack.enter_context(contextlib.closing(queue))
         opened: Opened[Job, Report] = partial(worker, setup)
-        reports: Reports = work(queue, opened, jobs=jobs)
+        reports: Reports = workers.work(queue, opened, jobs=workers.jobs)
         stack.enter_context(contextlib.closing(reports))
         with _noted(count):
             for job, report in reports:
@@ -82,6 +100,8 @@ def work_through(
                         facts[report.model] = with_peaks(report.facts, facts.get(report.model))
                     case Note():
                         progress.say(report.line)
+                    case Lost():
+                        queue.again(job, ledger.lost(job, report))
                     case Died() | Ended():
                         ledger.ended(job, report)
                         queue.ended(job)
@@ -115,6 +135,7 @@ class _Ledger:
         self._run, self._schedule, self._count, self._say = run, schedule, count, progress.say
         self._fingerprints = {name: one for m in models for name, one in m.fingerprints.items()}
         self._settled: set[str] = set()
+        self._losses = Counter[str]()  # of workers, by cell or by a job without cells
 
     def done(self, report: CellDone) -> None:
         """A worker has written a cell."""
@@ -138,6 +159,25 @@ class _Ledger:
         self._count.found += 1
         done = record["status"] == DONE
         self._count.add(cell, "done by another process" if done else f"FAILED in another process: {record['reason']}")
+
+    def lost(self, job: Job, report: Lost) -> Job | None:
+        """A worker was lost: what is to be tried again of its job; cells that were lost too often have failed."""
+        left = [cell for cell in job.cells if cell.id not in self._settled]
+        names = [cell.id for cell in left] or [job.model]
+        self._losses.update(names)
+        again = [cell for cell in left if self._losses[cell.id] <= RETRIES]
+        for cell in left:
+            if cell not in again:
+                self.failed(cell, f"{report.reason}, {RETRIES + 1} times")
+        if isinstance(job, TaskProfileJob):
+            is_tried = self._losses[job.model] <= RETRIES
+            self._say(
+                f"{job.model}: {report.reason}" + ("" if is_tried else ": which experts the tasks use is unknown")
+            )
+            return job if is_tried else None
+        if again:
+            self._say(f"{report.reason}: {len(again)} of its cells are tried again")
+        return replace(job, cells=tuple(again)) if again else None
 
     def ended(self, job: Job, report: Died | Ended) -> None:
         """A job has ended; if its worker died, cells without a report have failed."""
