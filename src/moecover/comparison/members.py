@@ -58,11 +58,17 @@ class Members:
         """How many other processes fill the folder at the moment."""
         return len(self._others())
 
-    def leave(self) -> None:
-        """Be a member no longer; the last one removes the lock files."""
+    def leave(self) -> bool:
+        """Be a member no longer; the last one removes the lock files.
+
+        Returns:
+            Whether it was the last one.
+        """
         self.close()
-        if not self._others():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._others():
+            return False
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return True
 
     def close(self) -> None:
         """Give the membership back, if there is one."""

@@ -152,7 +152,7 @@ def _fill(
             made = work_through(setup, models, schedule, members, workers, facts, progress)
     finally:
         stack.enter_context(_locked(run, progress))
-        stack.callback(members.leave)
+        stack.callback(_leave, run, members)
         before = stored_facts(run)
         write_models(run, models, before | {name: with_peaks(one, before.get(name)) for name, one in facts.items()})
     _write_usage(run, models, config)
@@ -171,6 +171,12 @@ def _prepare(asked: Request, run: Path, models: Sequence[ComparedModel], members
     write_text(run / CONFIG, asked.config.text())
     remember(run, {name: one for model in models for name, one in model.shard_hashes.items()})
     _find_pending(run, models, alone=not others, progress=progress)
+
+
+def _leave(run: Path, members: Members) -> None:
+    """Leave the locked run folder, the last one without what killed processes left."""
+    if members.leave():
+        _remove_partial(run)
 
 
 def _remove_partial(run: Path) -> None:
