@@ -65,6 +65,7 @@ def test_maps_of_the_user(monkeypatch: pytest.MonkeyPatch, structure: Structure,
     with pretending(monkeypatch):
         file.write_text(json.dumps({"model": 1, "lm_head": "cuda:0"}))
         assert parsed_map(file) == {"model": "cuda:1", "lm_head": "cuda:0"}
+        assert parsed_map({"model": "cuda", "lm_head": 0}) == {"model": "cuda:0", "lm_head": "cuda:0"}
         for asked, message in {
             "fast": "neither auto, balanced, balanced_low_0, sequential nor a JSON file",
             '["cuda:0"]': "must be an object with devices by name of a module",
@@ -72,6 +73,7 @@ def test_maps_of_the_user(monkeypatch: pytest.MonkeyPatch, structure: Structure,
             '{"model": "cuda:0", "lm_head": "cpu"}': "puts parts on cpu, from where they would be fetched",
             '{"model": "cuda:0", "lm_head": "disk"}': "puts parts on disk",
             '{"model": "moon"}': "device=moon is not available",
+            '{"": "meta"}': "puts parts on meta",
         }.items():
             if asked[0] in "[{":
                 file.write_text(asked)
@@ -86,6 +88,19 @@ def test_maps_of_the_user(monkeypatch: pytest.MonkeyPatch, structure: Structure,
         cut = {"": "cuda:0", "model.layers.1.mlp": "cuda:1"}
         with pytest.raises(InputError, match=r"puts model.layers.1 on cuda:0 and cuda:1: give it one device"):
             placed(structure, cut, dtype="auto", limit=None, working=0)
+
+
+def test_tied_weights_lie_on_one_device(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[..., Path], gpus: int
+) -> None:
+    tied = read_structure(checkpoints("qwen2_moe", tie_word_embeddings=True))
+    with pretending(monkeypatch):
+        found = placed(tied, "auto", dtype="auto", limit=None, working=0)
+        assert found.devices["model.embed_tokens"] == found.devices["lm_head"]
+        assert sum(found.needed.values()) == tied.checkpoint.num_bytes  # counted once
+        apart = {"": "cuda:0", "lm_head": "cuda:1"}
+        with pytest.raises(InputError, match="lm_head.weight, which is the same, on cuda:1: give them one device"):
+            placed(tied, apart, dtype="auto", limit=None, working=0)
 
 
 def test_a_map_takes_the_place_of_a_device() -> None:

@@ -140,7 +140,7 @@ def test_the_same_files(source: Path, tiny: Path, tmp_path: Path, processes: int
         (["plan", "P", "--keep", "30", "-o", "x"], "plan --keep with method tb-coverage does not go together with sev"),
         (
             ["split", "M", "--corpus", "self=x.jsonl", "-o", "x"],
-            "In several run generate, profile, plan, prune, evaluate",
+            "torchrun started 2. In several run shrink, gen",
         ),
     ],
 )

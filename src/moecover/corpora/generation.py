@@ -125,7 +125,7 @@ def generate(
 
     before = torch.tensor([list(prefix)] * sequences, dtype=torch.int64, device=live.device).reshape(sequences, -1)
     tokens = body_length(length, prefix) - 1
-    with _plain_sampling(live, tokens), own_generators(live):
+    with _plain_sampling(live, tokens), own_generators():
         torch.manual_seed(seed)
         ids = begins[torch.randint(len(begins), (sequences,), device=live.device)][:, None]
         ids = torch.cat([before, ids], dim=1)

@@ -16,7 +16,7 @@ from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.progress import Progress, resolve
 from moecover.runtime.cost import itemsizes
-from moecover.runtime.distributed import check_same, joined, wait_for_all
+from moecover.runtime.distributed import check_same, joined, shared_out, wait_for_all
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import RunOptions, check_known
@@ -92,7 +92,7 @@ def generate(
     device = own_device(here, how.device)
     with joined(here, device), _opened(structure, rows, tokens, replace(how, device=device), here, shown) as model:
         check_same(here, {"model": structure.model_fingerprint, "sizes": [rows, tokens, how.batch_size, seed]})
-        if model.by_layer:
+        if any(shared_out(here, range(here.size), lambda mine: [model.by_layer for _ in mine])):
             raise InputError(
                 f"{structure.checkpoint.name} does not fit into memory, and layer by layer all of it would be read for "
                 f"every token. Give a smaller {arg('batch_size')} or a larger {arg('memory_limit')}, or have a server "

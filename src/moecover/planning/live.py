@@ -55,14 +55,14 @@ def live_model(
         return
     if structure is not None:
         raise InputError(f"{arg('structure')} goes with a live {arg('model')}")
+    if progressive:
+        check_alone(here, arg("mode"))
     run = passes({**how, "dtype": how.get("dtype") or profile.settings.get("dtype")})
     headers = described(model, revision=how.get("revision"), progress=progress)
     check_loadable(headers, run.dtype)
     found = fetched(headers, revision=how.get("revision"), progress=progress)
     sample = profile.inputs
     tokens, batch = (sample.num_tokens, max(map(max, sample.batch_tokens.values()))) if sample is not None else (0, 1)
-    if progressive:
-        check_alone(here, arg("mode"))
     device = own_device(here, run.device)
     with (
         joined(here, device),

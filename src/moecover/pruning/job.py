@@ -22,7 +22,7 @@ from moecover.progress import Progress, resolve
 from moecover.pruning.choosing import ChoiceOptions, choice_of
 from moecover.pruning.formats import output_of, write
 from moecover.pruning.other_files import check_settings
-from moecover.pruning.request import Pruned, Repair, Request, WriteOptions
+from moecover.pruning.request import Choice, Pruned, Repair, Request, WriteOptions
 from moecover.pruning.writer import check_mtp
 from moecover.registry import unknown_name
 from moecover.runtime.distributed import joined, wait_for_all
@@ -129,6 +129,8 @@ def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pr
             return _written(structure, plan, request, made, progress)
     from moecover.pruning.one_shot import made_from_text, memory_needed
 
+    if isinstance(request.choice, Choice) and request.choice.search_tokens is not None:
+        check_alone(here, arg("keep_inputs"))
     extra = memory_needed(headers, request)
     with joined(here, own_device(here, request.how.device)), _fetched(headers, request, progress) as structure:
         mtp = request.writing.get("mtp", "drop")

@@ -23,6 +23,7 @@ from moecover.progress import Progress
 from moecover.pruning.request import Choice, Repair, Request
 from moecover.repairing.artifact import Repaired
 from moecover.repairing.job import memory_beside, repaired
+from moecover.repairing.layers import TOKENS
 from moecover.repairing.store import kept_for_later
 from moecover.runtime.pass_state import remove
 from moecover.runtime.passes import Passes
@@ -41,7 +42,7 @@ def memory_needed(headers: Structure, request: Request) -> int:
     if not isinstance(request.repair, Repair) or request.how is None:
         return 0
     choice, kind, tokens = request.choice, request.repair.kind, request.repair.tokens
-    dtype = request.how.dtype
+    dtype, tokens = request.how.dtype, -(-(tokens or TOKENS) // request.here.size)
     return memory_beside(headers, kind=kind, keep=choice.keep, width=choice.width, tokens=tokens, dtype=dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moecover.repairing.parts import Total, alone
+from moecover.repairing.parts import Total
 from moecover.repairing.sums import Block, moments
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ def best_factors(
     penalties: Sequence[float],
     *,
     everything: bool = True,
-    any_held: bool = True,
-    total: Total = alone,
+    any_held: bool,
+    total: Total,
 ) -> tuple[torch.Tensor, float] | None:
     """Solve for the factors that the blocks' outputs are multiplied by.
 

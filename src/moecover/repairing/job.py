@@ -120,7 +120,8 @@ def repaired(
         MoecoverError: the disk is full.
     """
     sample = sample_of(corpora, tokens or TOKENS, argument="repair_tokens")
-    extra = memory_beside(structure, kind=kind, keep=plan.keep, width=plan.width, tokens=tokens, dtype=how.dtype)
+    shared = -(-(tokens or TOKENS) // here.size)
+    extra = memory_beside(structure, kind=kind, keep=plan.keep, width=plan.width, tokens=shared, dtype=how.dtype)
     opening: contextlib.AbstractContextManager[Running] = contextlib.nullcontext(model)  # type: ignore[arg-type]
     if model is None:
         opening = _opened(structure, sample, how, extra, here, progress)

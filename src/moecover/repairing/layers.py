@@ -30,6 +30,7 @@ from moecover.repairing.solver import HELD_SHARE, REFIT, FitOptions, fit, peak_b
 from moecover.repairing.sums import Block
 from moecover.repairing.targets import Place, check_dtype, check_understood, places, refused, thinned
 from moecover.runtime.devices import check_float64
+from moecover.runtime.distributed import wait_for_all
 from moecover.runtime.finite import is_finite, naming, not_finite, rows_text
 from moecover.runtime.forwards import give_back, with_forward
 from moecover.runtime.loading import backbone_of, device_of, routers
@@ -177,6 +178,7 @@ class _Passes:
         """The repair of a masked layer."""
         import torch
 
+        wait_for_all(self._runs.world)
         structure, device = self._structure, device_of(self._blocks[layer])
         masks = [mask.to(device) for mask in self._masks]
         part = self._part.to(device)

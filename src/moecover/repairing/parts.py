@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 Total = Callable[["torch.Tensor"], "torch.Tensor"]  # the sum of a tensor over all processes, the same in each of them
 
 
-def alone(values: torch.Tensor) -> torch.Tensor:
-    """The sum over one process."""
-    return values
-
-
 @dataclass(frozen=True)
 class Part:
     """The tokens of this process.

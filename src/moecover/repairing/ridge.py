@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moecover.repairing.parts import Total, alone
+from moecover.repairing.parts import Total
 from moecover.repairing.sums import Block, gram, squares
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def ridge_changes(
     sweeps: int,
     tolerance: float,
     everything: bool = True,
-    any_held: bool = True,
-    total: Total = alone,
+    any_held: bool,
+    total: Total,
 ) -> tuple[list[torch.Tensor], float | None]:
     """Solve for the changes of the blocks' weights, with a penalty that is chosen on held-out tokens.
 

@@ -37,7 +37,7 @@ from moecover.repairing.tensors import (
     stored_bytes,
     written_tensors,
 )
-from moecover.runtime.distributed import of_first
+from moecover.runtime.distributed import check_same, of_first
 from moecover.runtime.pass_state import remove
 from moecover.runtime.world import ALONE, World
 
@@ -209,13 +209,14 @@ def repair(
     stamped = _as_json(stamps(structure))
     settings = {"--repair": kind, "--batch-size": batch_size, "--dtype": dtype, "--device": device}
     layers = _Layers(structure, plan, folder, _as_json(_inputs(structure, plan, records, settings)))
+    check_same(here, {"model": structure.model_fingerprint, "plan": plan.to_dict(), "text": records, **settings})
     if here.rank == 0:
         layers.resume(say)
     finished = of_first(here, len(layers.rows))
     advance(finished)
     made = Repaired(kind, records, layers.rows, layers.hashes, layers.pieces)
     if finished == len(plan.layers):
-        return made
+        return of_first(here, made)
 
     def done(layer: int) -> LayerRepair | None:
         return of_first(here, layers.done(layer) if here.rank == 0 else None) if layer < finished else None

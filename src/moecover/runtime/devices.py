@@ -124,10 +124,11 @@ def peak_memory(device: torch.device) -> int | None:
     return int(module.max_memory_allocated(device)) if hasattr(module, "max_memory_allocated") else None
 
 
-def own_generators(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Random numbers of the CPU and of the model's devices that are the caller's again when the block ends."""
+def own_generators() -> contextlib.AbstractContextManager[None]:
+    """Random numbers, of the CPU and of all GPUs in use, that are the caller's again when the block ends."""
     import torch
 
-    found = {str(one.device) for one in model.parameters() if has_own_memory(str(one.device))}
-    kinds = {kind_of(device) for device in found}
-    return torch.random.fork_rng(devices=sorted(found), device_type=kinds.pop() if kinds else "cuda")
+    kind = next((kind for kind in AUTOMATIC if _module(kind).is_initialized()), None)
+    if kind is None:
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=range(_module(kind).device_count()), device_type=kind)

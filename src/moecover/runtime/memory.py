@@ -17,6 +17,7 @@ from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
 from moecover.runtime.cost import Cost, cost, gb, itemsizes, seconds_of
 from moecover.runtime.devices import available_memory, check_device, has_own_memory, release
+from moecover.runtime.distributed import wait_for_all
 from moecover.runtime.loading import load_model
 from moecover.runtime.placement import placed
 from moecover.runtime.running import Running, running
@@ -67,9 +68,9 @@ def _check_room(name: str, estimate: Cost, scratch: Path | None, *, spills: bool
         )
 
 
-def _check_pinned(name: str, estimate: Cost, device: str) -> None:
+def _check_pinned(name: str, estimate: Cost, device: str, here: World) -> None:
     """Refuse a device whose layers do not fit into the machine's memory on their way: one is read, one is copied."""
-    if has_own_memory(device) and 2 * estimate.layer > (free := available_memory("cpu")):
+    if has_own_memory(device) and 2 * estimate.layer > (free := available_memory("cpu") // here.local_size):
         raise InputError(
             f"{name}: two layers at a time are read into memory of the machine on their way to {device},"
             f" {gb(2 * estimate.layer)}, and {gb(free)} are free. Give {arg('device', 'cpu')}, or free memory"
@@ -123,7 +124,7 @@ def opened(
                 f"{arg('device_map')} gives the devices of a machine to one process, torchrun started {here.local_size}"
                 " on it: start one a machine"
             )
-        way: Any = {"dtype": dtype, "limit": memory_limit, "head": head, "here": here, "say": say}
+        way: Any = {"dtype": dtype, "limit": memory_limit, "head": head, "in_parts": in_parts, "here": here, "say": say}
         with _spread(structure, device_map, shape, **way) as spread:
             yield spread
         return
@@ -136,9 +137,10 @@ def opened(
         structure, in_parts=in_parts, dtype=dtype, head=head, resident=resident, limit=memory_limit, **shape
     )
     _check_room(structure.checkpoint.name, estimate, scratch, spills=device == "cpu")
+    wait_for_all(here)  # what the others load is not to be measured
     how: Any = {"dtype": dtype, "device": device}
     if estimate.by_layer:
-        _check_pinned(structure.checkpoint.name, estimate, device)
+        _check_pinned(structure.checkpoint.name, estimate, device, here)
         limit_caches()
     if estimate.by_layer or estimate.read > 10**9:
         say(estimate.line(seconds_of(estimate, structure, dtype=dtype, device=device)))
@@ -159,14 +161,15 @@ def _spread(
     dtype: str,
     limit: int | None,
     head: bool,
+    in_parts: tuple[int, int],
     here: World,
     say: Callable[[str], None],
 ) -> Iterator[Running]:
     """A model over several devices; see `opened`."""
-    estimate = cost(structure, dtype=dtype, head=head, limit=UNITS["TB"] ** 2, **shape)
+    estimate = cost(structure, dtype=dtype, head=head, in_parts=in_parts, limit=UNITS["TB"] ** 2, **shape)
     on_disk, itemsize = itemsizes(structure, dtype)
     working = estimate.whole - structure.checkpoint.num_bytes * itemsize // on_disk
-    places = placed(structure, device_map, dtype=dtype, limit=limit, working=working)
+    places = placed(structure, device_map, dtype=dtype, limit=limit, working=working, here=here)
     say(places.line(estimate))
     say(f"loading {structure.checkpoint.name}")
     yield running(load_model(structure, dtype=dtype, device_map=places.devices), structure, here)

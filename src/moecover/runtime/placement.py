@@ -6,6 +6,7 @@ offloaded: a model that the devices do not hold runs layer by layer, without a m
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
 from moecover.runtime.cost import Cost, gb
 from moecover.runtime.devices import AUTOMATIC, available_memory, check_device, kind_of, release
+from moecover.runtime.distributed import of_first
 from moecover.runtime.running import layer_names
 from moecover.runtime.streaming import skeleton
+from moecover.runtime.world import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +63,8 @@ def parsed_map(asked: DeviceMap) -> str | dict[str, str]:
     if asked in WAYS:
         return str(asked)
     what = arg("device_map", str(asked) if not isinstance(asked, Mapping) else "")
+    if not isinstance(asked, (str, Path, Mapping)):
+        raise InputError(f"{what} is neither {', '.join(WAYS)}, a file nor a mapping")
     if not isinstance(asked, Mapping):
         try:
             asked = json.loads(Path(asked).read_text(encoding="utf-8"))
@@ -70,9 +75,9 @@ def parsed_map(asked: DeviceMap) -> str | dict[str, str]:
     if not isinstance(asked, Mapping) or not asked or not all(type(value) in (str, int) for value in asked.values()):
         raise InputError(f'{what} must be an object with devices by name of a module, such as {{"model": "cuda:0"}}')
     kind = kind_of(check_device("auto", "auto"))
-    found = {name: f"{kind}:{value}" if isinstance(value, int) else value for name, value in asked.items()}
+    found = {name: _named(f"{kind}:{value}" if isinstance(value, int) else value) for name, value in asked.items()}
     apart = sorted({device for device in found.values() if device in ("cpu", "disk", "meta")})
-    if apart and len(set(found.values())) > 1:
+    if apart and (len(set(found.values())) > 1 or apart != ["cpu"]):
         raise InputError(
             f"{what} puts parts on {apart[0]}, from where they would be fetched for every batch. Name devices that"
             " compute, or leave the map out: a model that does not fit runs layer by layer"
@@ -82,8 +87,22 @@ def parsed_map(asked: DeviceMap) -> str | dict[str, str]:
     return found
 
 
+def _named(device: str) -> str:
+    """A device by its kind and number, one of a kind that has no numbers by its kind."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu" or kind not in AUTOMATIC:
+        return kind if number in ("", "0") else device
+    return f"{kind}:{number or 0}"
+
+
 def placed(
-    structure: Structure, asked: str | dict[str, str], *, dtype: str, limit: int | None, working: int
+    structure: Structure,
+    asked: str | dict[str, str],
+    *,
+    dtype: str,
+    limit: int | None,
+    working: int,
+    here: World = ALONE,
 ) -> Placement:
     """What lies where.
 
@@ -93,19 +112,31 @@ def placed(
         dtype: torch dtype by name, ``auto`` for the checkpoint's.
         limit: bytes that may be used of every device; nine tenths of what is free by default.
         working: bytes that a pass takes on every device beside the weights.
+        here: this process among others, one a machine, that all take the map of the first one.
 
     Raises:
-        InputError: the devices do not hold the model, or a map leaves parts out or cuts a decoder layer.
+        InputError: the weights are quantised, the devices do not hold the model, or a map leaves parts out, cuts a
+            decoder layer or parts tensors that are one.
     """
-    model = skeleton(structure, dtype=dtype)
+    if how := structure.quantised or structure.checkpoint.declared_quantisation:
+        raise InputError(f"{structure.checkpoint.name} is quantised ({how}): {arg('device_map')} takes no such model")
+    model: Any = skeleton(structure, dtype=dtype)
+    model.tie_weights(missing_keys=set(model.state_dict()), recompute_mapping=False)
     devices = _all_devices() if isinstance(asked, str) else sorted(set(asked.values()))
     for device in devices:
         release(device)
     limits = {one: int(0.9 * available_memory(one)) if limit is None else limit for one in devices}
     room = {device: size - working for device, size in limits.items()}
-    found = _inferred(model, asked, room) if isinstance(asked, str) else asked
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = of_first(here, _inferred(model, asked, room) if isinstance(asked, str) else asked)
+    tensors = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers()))
     lies = {name: _device_of(name, found, structure) for name in tensors}
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    for name, tensor in tensors.items():
+        if lies[name] != lies[other := first[id(tensor)]]:
+            raise InputError(
+                f"{arg('device_map')} puts {other} on {lies[other]} and {name}, which is the same, on {lies[name]}:"
+                " give them one device"
+            )
     for layer in layer_names(model, structure):
         if len(parts := {device for name, device in lies.items() if name.startswith(f"{layer}.")}) > 1:
             raise InputError(f"{arg('device_map')} puts {layer} on {' and '.join(sorted(parts))}: give it one device")
@@ -129,6 +160,8 @@ def _parts(module: torch.nn.Module, name: str, lies: Mapping[str, str]) -> Itera
     if len(devices) == 1:
         yield name, devices.pop()
         return
+    direct = (tensor for tensor in lies if tensor.startswith(prefix) and "." not in tensor.removeprefix(prefix))
+    yield from ((tensor, lies[tensor]) for tensor in direct)
     for child, part in module.named_children() if devices else ():
         yield from _parts(part, f"{prefix}{child}", lies)
 

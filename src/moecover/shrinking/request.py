@@ -76,7 +76,7 @@ def memory_needed(headers: Structure, asked: Asked, shapes: list[Shape]) -> int:
     """Bytes that a repair needs beside the model; refuses a model that cannot be repaired."""
     if asked.repair is None:
         return 0
-    kind, tokens, dtype = asked.repair, asked.quality.repair_tokens, asked.how.dtype
+    kind, tokens, dtype = asked.repair, -(-asked.quality.repair_tokens // asked.here.size), asked.how.dtype
     return max(
         memory_beside(headers, kind=kind, keep=s.keep, width=s.width, tokens=tokens, dtype=dtype) for s in shapes
     )

@@ -20,7 +20,7 @@ from moecover.corpora.rare_tokens import rare_tokens
 from moecover.corpora.splitting import split
 from moecover.errors import InputError, MoecoverError, arg
 from moecover.progress import Progress
-from moecover.runtime.distributed import of_first, wait_for_all
+from moecover.runtime.distributed import of_first
 from moecover.runtime.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -70,15 +70,15 @@ def own_corpora(
         small = cache_bytes(structure, tokens=quality.rows * length_of(structure), itemsize=4) < ROOM
         running: RunOptions = {**options, "batch_size": quality.rows if small else None}
         generate(structure, file, sequences=quality.rows, here=here, progress=progress, **running)
+    refused: str | None = None
     if here.rank == 0 and not folder.exists():
-        split(
-            structure,
-            f"{OWN}={file}",
-            folder,
-            kinds=max(2, min(KINDS, quality.rows // ROWS_OF_KIND)),
-            progress=progress,
-        )
-    wait_for_all(here)
+        kinds = max(2, min(KINDS, quality.rows // ROWS_OF_KIND))
+        try:
+            split(structure, f"{OWN}={file}", folder, kinds=kinds, progress=progress)
+        except InputError as error:
+            refused = str(error)
+    if (refused := of_first(here, refused)) is not None:  # in every process
+        raise InputError(refused)
     return [f"{OWN}={folder}"]
 
 
