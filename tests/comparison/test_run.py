@@ -127,3 +127,18 @@ def test_groups_do_not_change_figures(grid: Callable[..., Path], tmp_path: Path,
     monkeypatch.setattr(schedule, "GROUP", 1)
     compare(read(path, {}), tmp_path / "two")
     assert (tmp_path / "one" / "results.csv").read_bytes() == (tmp_path / "two" / "results.csv").read_bytes()
+
+
+def test_a_model_over_devices(grid: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine with one device the same cells; with several workers it is refused."""
+    small = {"retain": [0.5], "methods": [{"method": "random"}], "seeds": [0]}
+    path = grid(**small, device_map="auto", memory_limit="4GB")
+    assert run(path, tmp_path / "run", "--jobs", "2") == 2
+    assert "every worker would take all devices of `device_map`" in capsys.readouterr().err
+    assert run(path, tmp_path / "run") == 0
+    assert run(grid(**small), tmp_path / "plain") == 0
+    assert written(tmp_path / "run").keys() == written(tmp_path / "plain").keys()
+    found, expected = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "plain"))
+    assert [cell["row"]["perplexity"] for cell in found["cells"]] == [
+        cell["row"]["perplexity"] for cell in expected["cells"]
+    ]

@@ -15,7 +15,7 @@ from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
 from moecover.corpora.arguments import parse_corpora, source_of
 from moecover.corpora.windows import check_text
-from moecover.errors import InputError
+from moecover.errors import InputError, arg
 from moecover.planning.lines import unused_weights
 from moecover.planning.methods import METHODS
 from moecover.progress import Progress
@@ -24,6 +24,8 @@ from moecover.repairing.targets import Place, check_dtype, check_understood, pla
 from moecover.runtime.devices import check_device
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import parse_size
+from moecover.runtime.passes import checked_map
+from moecover.runtime.placement import WAYS
 from moecover.signals import held
 
 
@@ -98,6 +100,12 @@ def _check_machine(request: Request) -> None:
         check_device(config.dtype, config.device)
     except InputError as error:
         raise request.error(error, "device" if "device" in str(error) else "dtype") from error
+    try:
+        if isinstance(config.device_map, str) and config.device_map not in WAYS:
+            raise InputError(f"{arg('device_map', config.device_map)} is none of {', '.join(WAYS)}, nor a mapping")
+        checked_map(config.device_map, config.device)
+    except InputError as error:
+        raise request.error(error, "device_map") from error
 
 
 def _headers(request: Request, number: int, progress: Progress) -> Structure:

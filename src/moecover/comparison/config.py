@@ -177,6 +177,7 @@ class Config(BaseModel):
     include_path: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | dict[str, str | int] | None = None
     memory_limit: str | None = None
     libllama: str | None = None
     plugins: Texts = []

@@ -20,6 +20,7 @@ from moecover.runtime.cost import Cost, cost, seconds_of
 from moecover.runtime.devices import available_memory, check_device
 from moecover.runtime.memory import parse_size
 
+UNBOUNDED = 10**18  # bytes: what several devices hold is checked when the model is opened
 REPAIR_PASSES = 10  # passes over its text that a repair is taken to cost, until one was timed
 
 
@@ -74,7 +75,7 @@ def pass_cost(
         batch_tokens=setup.batch_tokens,
         in_parts=in_parts,
         dtype=config.dtype,
-        limit=setup.limit,
+        limit=setup.limit if config.device_map is None else UNBOUNDED,
         head=True,
         extra=setup.extra,
     )

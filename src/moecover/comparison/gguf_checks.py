@@ -60,6 +60,8 @@ def check_coordinates(request: Request, name: str) -> None:
         raise request.error(
             f"{why}, mapped from the disk: `memory_limit` has no use here. Leave it out", "memory_limit"
         )
+    if config.device_map is not None:
+        raise request.error(f"{why}: `device_map` has no use here. Leave it out", "device_map")
     if config.device not in DEVICES:
         text = f"{why}: `device` {config.device} is none of auto (a GPU where llama.cpp has one) and cpu"
         raise request.error(text, "device")

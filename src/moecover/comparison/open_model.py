@@ -15,7 +15,8 @@ from moecover.evaluation.task_loading import resolve
 from moecover.evaluation.tasks import Tasks
 from moecover.llama.library import load
 from moecover.llama.model import opened as opened_gguf
-from moecover.runtime.memory import opened
+from moecover.runtime.memory import opened, parse_size
+from moecover.runtime.passes import checked_map
 from moecover.runtime.running import Running
 
 
@@ -85,6 +86,9 @@ class OpenModel:
             on_cpu, library = self.config.device == "cpu", load(self.config.libllama)
             model = self._stack.enter_context(opened_gguf(setup.path, library, on_cpu=on_cpu))
             return Llama(structure, model, setup.files, batch_size, on_cpu=on_cpu)
+        limit: int | None = setup.limit
+        if self.config.device_map is not None:  # of every device
+            limit = None if self.config.memory_limit is None else parse_size(self.config.memory_limit)
         opening = opened(
             structure,
             tokens=setup.tokens,
@@ -92,7 +96,8 @@ class OpenModel:
             in_parts=setup.in_parts,
             dtype=self.config.dtype,
             device=self.config.device,
-            memory_limit=setup.limit,
+            device_map=checked_map(self.config.device_map, None),
+            memory_limit=limit,
             head=True,
             extra=setup.extra,
         )

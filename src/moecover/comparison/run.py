@@ -82,6 +82,8 @@ def compare(
     folder = Path(os.path.abspath(run))  # noqa: PTH100
     _check_folder(folder, shown)
     asked = config if isinstance(config, Request) else request(config)
+    if jobs > 1 and asked.config.device_map is not None:
+        raise InputError(f"{arg('jobs', jobs)}: every worker would take all devices of `device_map`. Give one")
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(opened_engine(engine, address=address, gpus_per_job=gpus_per_job))
         models = checked(asked, shown)
