@@ -137,7 +137,7 @@ perplexity: [test=test.jsonl]
         ("retain: [0.5]", "retain: [0.5]\nmemory_limit: much", 9, "'much' is no size"),
         ("retain: [0.5]", "retain: [0.5]\ndtype: int3", 9, "int3"),
         ("retain: [0.5]", "retain: [0.5]\ndevice_map: fast", 9, "device_map=fast is none of auto, balanced"),
-        ("retain: [0.5]", "retain: [0.5]\ndevice_map: {model: moon}", 9, "device=moon is not available"),
+        ("retain: [0.5]", "retain: [0.5]\ndevice_map: {{model: moon}}", 9, "device=moon is not available"),
         ("retain: [0.5]", "retain: [0.5]\nrepairs: [rigde]", 9, "unknown repair 'rigde'. Did you mean ridge?"),
         ("    protect: 0.5", "    repair: some", 7, "unknown repair 'some'. Known: none, refit, ridge, scale"),
         (
