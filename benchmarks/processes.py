@@ -30,7 +30,10 @@ PORT = 29_700
 
 def verbs(model: str, source: Path, output: Path) -> dict[str, list[str]]:
     """Command lines; ``source`` has what they read, ``output`` what they write."""
-    sizes = ["--sequences", "32", "--batch-size", "4"]
+    sizes, written = (
+        ["--sequences", "16", "--batch-size", "4"],
+        ["--sequences", "8", "--length", "128", "--batch-size", "4"],
+    )
     measured = ["--perplexity", "encyclopedia-heldout", "--perplexity", "web-heldout", "--windows", "16"]
     search = ["--method", "expert-sparsity", "--retain", "0.5", "--model", model]
     return {
@@ -38,7 +41,7 @@ def verbs(model: str, source: Path, output: Path) -> dict[str, list[str]]:
         "profile": ["profile", model, *TEXT, *sizes, "-o", str(output / "profile")],
         "evaluate": ["evaluate", model, *measured, "--batch-size", "4", "-o", str(output / "evaluation")],
         "plan": ["plan", str(source / "profile"), *search, "-o", str(output / "plan.json")],
-        "generate": ["generate", model, *sizes, "-o", str(output / "own.jsonl")],
+        "generate": ["generate", model, *written, "-o", str(output / "own.jsonl")],
         "prune": ["prune", model, *TEXT, *sizes, "--retain", "0.5", "--repair", "ridge", "-o", str(output / "pruned")],
     }
 
@@ -81,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         source.mkdir()
-        kept = [*TEXT, "--sequences", "8", "--keep-inputs", "4096", "-o", str(source / "profile")]
+        kept = [*TEXT, "--sequences", "8", "--keep-inputs", "1024", "-o", str(source / "profile")]
         run(["profile", args.model, *kept], 1)
         names = ["start", *(args.verbs or [name for name in verbs("", source, source) if name != "start"])]
         for number in range(args.rounds):
@@ -90,6 +93,7 @@ def main() -> None:
                     output = Path(folder) / f"{name}-{processes}-{number}"
                     output.mkdir()
                     took, peak = run(verbs(args.model, source, output)[name], processes)
+                    print(f"{name}, {processes}: {took:.1f} s", file=sys.stderr, flush=True)
                     seconds.setdefault((name, processes), []).append(took)
                     peaks[name, processes] = max(peak, peaks.get((name, processes), 0))
     print("| verb | processes | s | without the start | over one process | MB a process |\n|---|" + "---:|" * 5)
