@@ -85,6 +85,10 @@ def test_maps_of_the_user(monkeypatch: pytest.MonkeyPatch, structure: Structure,
         }.items():
             with pytest.raises(InputError, match=message):
                 placed(structure, {given: "cuda:0"}, dtype="auto", limit=None, working=0)
+        with pytest.raises(
+            InputError, match=r"unknown module in device_map 'model.layer.1'. Did you mean model.layers.1"
+        ):
+            placed(structure, {"": "cuda:0", "model.layer.1": "cuda:1"}, dtype="auto", limit=None, working=0)
         cut = {"": "cuda:0", "model.layers.1.mlp": "cuda:1"}
         with pytest.raises(InputError, match=r"puts model.layers.1 on cuda:0 and cuda:1: give it one device"):
             placed(structure, cut, dtype="auto", limit=None, working=0)

@@ -19,6 +19,8 @@ from moecover.checkpoints.structure import read_structure
 from moecover.cli import main as cli
 from moecover.evaluation.artifact import Evaluation
 from moecover.planning.artifact import Plan
+from moecover.runtime.distributed import shared_out
+from moecover.runtime.world import World
 from tests.runtime.test_distributed import said, started, torchrun, workers
 from tests.support.tasks import ARC, BLIMP, random_plan, write_rows
 
@@ -197,3 +199,21 @@ def test_a_dead_process_ends_the_job_which_runs_again_later(
     done = in_processes(2, folder, [commands(source, folder, tiny)[number]])
     assert done.returncode == 0, done.stderr
     assert [path.name for path in folder.iterdir() if path.name[0] == "."] == []
+
+
+def test_a_process_does_its_own_share_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of items stay together; the results of both processes come back in the order of the items."""
+    done: list[list[int]] = []
+
+    def gather(everyone: list[list[str]], mine: list[str]) -> None:
+        everyone[:] = [["0", "1", "4"], mine]
+
+    def work(items: list[int]) -> list[str]:
+        done.append(items)
+        return list(map(str, items))
+
+    monkeypatch.setattr("moecover.runtime.distributed.wait_for_all", lambda here: None)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    second = World(rank=1, size=2, local_rank=1, local_size=2)
+    assert shared_out(second, range(5), work, together=2) == list("01234")
+    assert done == [[2, 3]]

@@ -7,7 +7,6 @@ offloaded: a model that the devices do not hold runs layer by layer, without a m
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
+from moecover.files.reading import read_json
+from moecover.registry import unknown_name
 from moecover.runtime.cost import Cost, gb
 from moecover.runtime.devices import AUTOMATIC, available_memory, check_device, kind_of, release
 from moecover.runtime.distributed import of_first
@@ -67,7 +68,7 @@ def parsed_map(asked: DeviceMap) -> str | dict[str, str]:
         raise InputError(f"{what} is neither {', '.join(WAYS)}, a file nor a mapping")
     if not isinstance(asked, Mapping):
         try:
-            asked = json.loads(Path(asked).read_text(encoding="utf-8"))
+            asked = read_json(Path(asked))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{what} is neither {', '.join(WAYS)} nor a JSON file with devices by name of a module"
@@ -90,7 +91,9 @@ def parsed_map(asked: DeviceMap) -> str | dict[str, str]:
 def _named(device: str) -> str:
     """A device by its kind and number, one of a kind that has no numbers by its kind."""
     kind, _, number = device.partition(":")
-    if kind == "cpu" or kind not in AUTOMATIC:
+    if kind == "cpu":
+        return kind
+    if kind not in AUTOMATIC:
         return kind if number in ("", "0") else device
     return f"{kind}:{number or 0}"
 
@@ -115,8 +118,8 @@ def placed(
         here: this process among others, one a machine, that all take the map of the first one.
 
     Raises:
-        InputError: the weights are quantised, the devices do not hold the model, or a map leaves parts out, cuts a
-            decoder layer or parts tensors that are one.
+        InputError: the weights are quantised, the devices do not hold the model, or a map leaves parts out, names
+            others, cuts a decoder layer or parts tensors that are one.
     """
     if how := structure.quantised or structure.checkpoint.declared_quantisation:
         raise InputError(f"{structure.checkpoint.name} is quantised ({how}): {arg('device_map')} takes no such model")
@@ -129,6 +132,9 @@ def placed(
     room = {device: size - working for device, size in limits.items()}
     found = of_first(here, _inferred(model, asked, room) if isinstance(asked, str) else asked)
     tensors = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers()))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if unknown := [name for name in found if name not in modules and name not in tensors]:
+        raise unknown_name(f"module in {arg('device_map')}", unknown[0], modules)
     lies = {name: _device_of(name, found, structure) for name in tensors}
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     for name, tensor in tensors.items():
