@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+from moecover import progress
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus, make_corpus
 from moecover.planning.artifact import LayerPlan, Plan
@@ -52,6 +53,12 @@ def remembered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("remembered")
     os.environ["MOECOVER_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def not_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run says does not depend on the ``--quiet`` of a command that ran before it in this process."""
+    monkeypatch.setattr(progress, "quiet", False)
 
 
 @pytest.fixture

@@ -22,10 +22,7 @@ from tests.support.grids import cells_of, finished, run, start, written
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the processes that `start` starts
 
 
-def test_three_runs_share_the_cells(
-    grid: Callable[..., Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moecover.progress.quiet", False)  # whatever a command before has set
+def test_three_runs_share_the_cells(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
     path, out, alone = grid(seeds=list(range(8))), tmp_path / "run", tmp_path / "alone"
     compare(path, alone, progress=False)
     with ThreadPoolExecutor(3) as pool:
