@@ -19,7 +19,8 @@ import numpy as np
 
 from moecover.checkpoints.topology import Topology
 from moecover.cli.main import main as moecover
-from moecover.profiling.artifact import COUNTS, PARTS, STATISTICS, Profile
+from moecover.profiling.artifact import Profile
+from moecover.profiling.statistics import COUNTS, PARTS, STATISTICS
 
 LAYERS, EXPERTS, CORPORA = 61, 256, 5
 

@@ -32,8 +32,8 @@ from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked as masked_by
 from moecover.planning.run import plan
 from moecover.planning.search.routing import describe, observe_calls, recognise
-from moecover.profiling.artifact import CHANNELS
 from moecover.profiling.run import profile
+from moecover.profiling.wide import CHANNELS
 from moecover.pruning.writer import prune
 from moecover.runtime import masking
 from moecover.runtime.loading import load_model, routers
@@ -58,7 +58,15 @@ def naive_statistics(model: torch.nn.Module, structure: Structure, tokens: torch
     for module, router in zip(modules, routers(model, structure), strict=True):
         s: dict[str, np.ndarray] = {
             n: np.zeros(experts)
-            for n in ("count", "weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "max_abs")
+            for n in (
+                "count",
+                "weight_sum",
+                "norm_sum",
+                "weighted_norm_sum",
+                "weighted_sq_sum",
+                "norm_sq_sum",
+                "max_abs",
+            )
         }
         slots = dense_slots if len(calls[module][0]) == 1 else weighted_slots
         energy: dict[int, np.ndarray] = {}
@@ -69,6 +77,7 @@ def naive_statistics(model: torch.nn.Module, structure: Structure, tokens: torch
             s["norm_sum"][e] += norm
             s["weighted_norm_sum"][e] += factor * norm
             s["weighted_sq_sum"][e] += (factor * norm) ** 2
+            s["norm_sq_sum"][e] += norm**2
             s["max_abs"][e] = max(s["max_abs"][e], np.abs(output).max())
             energy[e] = energy.get(e, 0) + factor**2 * channels
         s[CHANNELS] = np.array([energy.get(e, np.zeros_like(channels)) for e in range(experts)])

@@ -23,8 +23,9 @@ from moecover.evaluation.task_usage import kept_weight, save, task_corpora, usag
 from moecover.files.hashing import unsealed
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.run import plan
-from moecover.profiling.artifact import STATISTICS, Profile
+from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
+from moecover.profiling.statistics import STATISTICS
 from moecover.reporting.figures.kept_weight import kept_by_layer_picture
 from moecover.reporting.figures.style import STYLE
 from moecover.runtime.loading import load_model

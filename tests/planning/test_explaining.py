@@ -21,8 +21,9 @@ from moecover.planning.explaining.stability import settled_text
 from moecover.planning.explaining.text import text_of
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan
-from moecover.profiling.artifact import MAXIMA, STATISTICS, Profile
+from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
+from moecover.profiling.statistics import MAXIMA, STATISTICS
 from tests.conftest import hand_plan, random_corpus
 
 TOPOLOGY = Topology("qwen2_moe", (1, 2), 6, 2, 8, 3)

@@ -23,7 +23,8 @@ from moecover.planning.run import plan, plan_budgets
 from moecover.planning.saliency import SALIENCIES
 from moecover.planning.selection import Room, cover, ranked
 from moecover.planning.super_experts import super_experts
-from moecover.profiling.artifact import STATISTICS, Profile
+from moecover.profiling.artifact import Profile
+from moecover.profiling.statistics import STATISTICS
 from tests.conftest import hand_plan
 
 # ------------------------------------------------------------------------------------------------------- saliencies
@@ -50,6 +51,9 @@ def statistics_of(
             "weighted_norm_sum": g * norm,
             "weighted_sq_sum": (g * norm) ** 2,
             "renorm_weighted_norm_sum": g / total * norm,
+            "norm_sq_sum": norm**2,
+            "change_norm_sum": g * norm * 0.5,
+            "prob_sum": g,
         }.items():
             s[name][0, e] += value
         s["max_abs"][0, e] = max(s["max_abs"][0, e], max(map(abs, y)))
@@ -63,6 +67,9 @@ def statistics_of(
         ("router-weight", [0.75, 0.5, 0]),
         ("ean", [5 + 13, 10, 0]),
         ("ean-mean", [9, 10, 0]),
+        ("msan", [(25 + 169) / 2, 100, 0]),
+        ("router-probability", [0.75 / 4, 0.5 / 4, 0]),
+        ("easy-ep", [(0.5 * 5 + 0.25 * 13) / 2, 0.5 * 10 / 2, 0]),
         ("reap", [(0.5 * 5 + 0.5 * 13) / 2, 0.5 * 10, 0]),
         ("reap-raw", [(0.5 * 5 + 0.25 * 13) / 2, 0.5 * 10, 0]),
         ("contribution", [(0.5 * 5 + 0.25 * 13) / 4, 0.5 * 10 / 4, 0]),
@@ -246,7 +253,7 @@ def test_required_experts_that_do_not_fit_are_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
-@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])  # those have files of their own
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].from_profile])  # those have files of their own
 def test_every_method_is_deterministic_and_keeps_exactly_k(small_profile: Profile, method: str) -> None:
     topology = small_profile.topology
     for keep in range(topology.top_k, topology.num_experts + 1):
@@ -308,7 +315,10 @@ def test_one_corpus_and_five(small_profile: Profile, corpora: int) -> None:
 
 
 def profile_of(statistics: dict[str, dict[str, np.ndarray]], topology: Topology) -> Profile:
-    return Profile(topology, statistics, {c: [{"sha256": c}] for c in statistics}, {"name": "m", "fingerprint": "f"})
+    records, rng = {c: [{"sha256": c}] for c in statistics}, np.random.default_rng(0)
+    pairs = topology.num_experts * (topology.num_experts + 1) // 2
+    found = {c: rng.gamma(0.5, size=(2, len(topology.decoder_layers), pairs)) for c in statistics}
+    return Profile(topology, statistics, records, {"name": "m", "fingerprint": "f"}, pairs=found)
 
 
 def random_statistics(topology: Topology, seed: int) -> dict[str, np.ndarray]:
@@ -318,7 +328,7 @@ def random_statistics(topology: Topology, seed: int) -> dict[str, np.ndarray]:
     return found | {"count": rng.integers(0, 9, shape), "num_tokens": np.full(shape, 99)}
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].from_profile])
 @pytest.mark.parametrize("extreme", [False, True])
 def test_group_limited_routers_keep_the_same_number_in_every_group(method: str, extreme: bool) -> None:
     topology = Topology("deepseek_v3", (3, 4, 5), 32, 4, 8, 6, num_groups=4, top_groups=2)
@@ -386,7 +396,7 @@ def test_the_quantile_limits_super_experts_too() -> None:
     assert super_experts(profile_of({"a": s}, SPARSE)) == (frozenset(), frozenset({198, 199}))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].from_profile])
 @pytest.mark.parametrize("saliency", ["frequency", "reap"])
 def test_every_method_keeps_the_super_experts(method: str, saliency: str) -> None:
     """Also with the score `frequency`, where a rival's protection has no effect."""
@@ -395,7 +405,7 @@ def test_every_method_keeps_the_super_experts(method: str, saliency: str) -> Non
     for s in (first, second):
         for name in ("count", "weighted_norm_sum", "renorm_weighted_norm_sum"):
             s[name][0, 5] = 0
-    options = {} if method == "random" else {"saliency": saliency}
+    options = {"saliency": saliency} if METHODS[method].has("saliency") else {}
     profile = profile_of({"a": first, "b": second}, SPARSE)
     without, with_them = (
         plan(profile, method=method, keep=20, protect_super_experts=p, **options) for p in (False, True)

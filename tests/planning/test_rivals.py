@@ -298,7 +298,7 @@ def test_code_of_a_known_type_is_not_run(checkpoints: Callable[..., Path], tmp_p
     assert (out / "code.py").read_bytes() == (folder / "code.py").read_bytes()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].from_profile])
 def test_no_method_depends_on_an_unseeded_choice(checkpoints: Callable[..., Path], method: str) -> None:
     """llm-compressor B8: keep-sets differ between runs."""
     structure = read_structure(checkpoints("qwen2_moe"))

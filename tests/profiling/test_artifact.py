@@ -17,10 +17,12 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import InputError
 from moecover.files.tensor_file import read_tensors, tensor_bytes
 from moecover.planning.run import plan
-from moecover.profiling.artifact import CHANNELS, STATISTICS, Profile
+from moecover.profiling.artifact import FILE, Profile
 from moecover.profiling.job import merge
 from moecover.profiling.merging import merged
 from moecover.profiling.run import profile
+from moecover.profiling.statistics import LATER, STATISTICS
+from moecover.profiling.wide import CHANNELS, PAIRS, WIDE
 from tests.conftest import random_corpus
 
 
@@ -52,10 +54,12 @@ def test_saved_file_has_the_documented_layout(small_profile: Profile, tmp_path: 
     with safe_open(path, framework="pt") as file:
         keys = set(file.keys())
         running = {f"{c}/{s}{part}" for c in "ab" for s in STATISTICS for part in ("", "/parts")}
-        assert keys == running | {f"{c}/{CHANNELS}" for c in "ab"}
+        assert keys == running | {f"{c}/{name}" for c in "ab" for name in WIDE}
         for c in "ab":
             energy = file.get_tensor(f"{c}/{CHANNELS}")
             assert (list(energy.shape), energy.dtype) == ([*shape, small_profile.width], torch.float64)
+            pairs = file.get_tensor(f"{c}/{PAIRS}")
+            assert list(pairs.shape) == [2, shape[0], shape[1] * (shape[1] + 1) // 2]
         for key in running:
             tensor = file.get_tensor(key)
             assert list(tensor.shape) == ([1, *shape] if key.endswith("/parts") else shape)  # two batches, one part
@@ -176,16 +180,22 @@ def without_channels(made: Profile, *corpora: str) -> Profile:
 
 
 def test_a_profile_of_an_older_version(small_profile: Profile, tmp_path: Path) -> None:
-    """It loads, has no channels, and the fingerprint that it had."""
+    """It loads, has neither channels nor pairs nor the later sums, and the fingerprint that it had."""
     path = small_profile.save(tmp_path)
     document, tensors = read_tensors(path)
-    path.write_bytes(tensor_bytes({k: v for k, v in tensors.items() if CHANNELS not in k}, document))
+    left = {k: v for k, v in tensors.items() if not {*WIDE, *LATER} & set(k.split("/"))}
+    path.write_bytes(tensor_bytes(left, document))
     found = Profile.load(tmp_path)
-    assert (found.channels, found.width) == ({}, None)
+    assert (found.channels, found.pairs, found.width) == ({}, {}, None)
+    with pytest.raises(InputError, match="saliency msan needs statistics that the profile does not have"):
+        plan(found, method="pooled", saliency="msan", keep=6)
+    assert plan(found, keep=6).kept == plan(small_profile, keep=6).kept
+    found.save(tmp_path / "again")
+    assert set(read_tensors(tmp_path / "again" / FILE)[1]) == set(left)
     model, corpora = small_profile.model["fingerprint"], list(small_profile.corpora.items())
     digest = hashlib.sha256(json.dumps([model, corpora], sort_keys=True, separators=(",", ":")).encode())
     for corpus, statistics in small_profile.statistics.items():
-        for name in STATISTICS:
+        for name in [name for name in STATISTICS if name not in LATER]:
             digest.update(f"{corpus}/{name}".encode() + statistics[name].tobytes())
     assert found.fingerprint == digest.hexdigest() != small_profile.fingerprint
     changed = {**small_profile.channels, "b": small_profile.channels["b"] * 2}

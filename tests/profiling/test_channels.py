@@ -13,12 +13,11 @@ import torch
 from moecover.checkpoints.structure import read_structure
 from moecover.corpora.packing import load_corpus
 from moecover.errors import InputError
-from moecover.profiling.artifact import CHANNELS
-from moecover.profiling.channels import num_bytes
 from moecover.profiling.hooks import recording
 from moecover.profiling.reductions import weighted_squares
 from moecover.profiling.run import checked, profile
 from moecover.profiling.sums import Sums
+from moecover.profiling.wide import CHANNELS, num_bytes
 from moecover.runtime.loading import load_model
 from tests.conftest import random_corpus, write_rows
 from tests.support import zoo
@@ -105,4 +104,6 @@ def test_the_estimate_of_memory(checkpoints: Callable[..., Path]) -> None:
     structure = read_structure(checkpoints("qwen2_moe"))
     made = profile(structure, [random_corpus("a"), random_corpus("b", seed=1)])
     one = made.channels["a"].nbytes
-    assert one * 7 <= num_bytes(structure, 2) <= one * 8
+    experts = structure.topology.num_experts
+    pairs = 8 * 2 * len(structure.topology.decoder_layers) * experts * (experts + 1) // 2
+    assert (one + pairs) * 7 <= num_bytes(structure, 2) <= (one + pairs) * 8

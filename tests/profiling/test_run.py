@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,10 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.batches import batches
 from moecover.corpora.packing import load_corpus, make_corpus
 from moecover.errors import InputError
-from moecover.profiling.artifact import CHANNELS, STATISTICS, Profile
+from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
+from moecover.profiling.statistics import STATISTICS
+from moecover.profiling.wide import CHANNELS, PAIRS, square
 from moecover.runtime.loading import load_model
 from tests.conftest import random_corpus, write_rows
 from tests.support.passes import spoiled
@@ -38,8 +40,9 @@ NAMES = {
 NAMES["qwen3_moe"] = NAMES["olmoe"] = NAMES["qwen2_moe"]
 
 
-def naive_statistics(structure: Structure, corpus, block_inputs: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """The definitions, spelled out: one token and one expert at a time, in float64."""
+def naive_statistics(model, structure: Structure, corpus) -> dict[str, np.ndarray]:
+    """The definitions, spelled out: one token and one expert at a time, in float64, on a plain pass's hidden states."""
+    entering, residuals = block_inputs(model, structure, corpus), residual_streams(model, structure, corpus)
     topology = structure.topology
     family, experts, k = topology.family, topology.num_experts, topology.top_k
     normalise = family == "mixtral" or structure.checkpoint.config.get("norm_topk_prob", False)
@@ -48,13 +51,14 @@ def naive_statistics(structure: Structure, corpus, block_inputs: list[torch.Tens
         tensors.update(load_file(structure.checkpoint.path / shard))
     out = {name: np.zeros((len(topology.decoder_layers), experts)) for name in STATISTICS}
     energy: dict[tuple[int, int], np.ndarray] = {}
+    pairs = np.zeros((2, len(topology.decoder_layers), experts, experts))
     mask = corpus.mask.reshape(-1)
     for layer, decoder_layer in enumerate(topology.decoder_layers):
         prefix = f"model.layers.{decoder_layer}."
         router, *projections = NAMES[family]
         w = tensors[prefix + router].double()
         weights = [[tensors[prefix + name.format(e)].double() for name in projections] for e in range(experts)]
-        for token, x in enumerate(block_inputs[layer].double()):
+        for token, (x, stream) in enumerate(zip(entering[layer].double(), residuals[layer].double(), strict=True)):
             if not mask[token]:
                 continue
             p = torch.softmax(w @ x, -1)
@@ -64,6 +68,7 @@ def naive_statistics(structure: Structure, corpus, block_inputs: list[torch.Tens
                 g = {e: v / sum(g.values()) for e, v in g.items()}
             out["num_tokens"][layer] += 1
             out["prob_sum"][layer] += p.numpy()
+            norms, routed = {}, torch.zeros_like(x)
             for e in order:
                 gate, up, down = weights[e]
                 h = torch.nn.functional.silu(gate @ x) * (up @ x)
@@ -77,21 +82,41 @@ def naive_statistics(structure: Structure, corpus, block_inputs: list[torch.Tens
                 out["weighted_norm_sum"][layer, e] += g[e] * norm
                 out["weighted_sq_sum"][layer, e] += (g[e] * norm) ** 2
                 out["renorm_weighted_norm_sum"][layer, e] += g[e] / sum(g.values()) * norm
+                out["norm_sq_sum"][layer, e] += norm**2
                 out["max_abs"][layer, e] = max(out["max_abs"][layer, e], y.abs().max().item())
+                norms[e], routed = norm, routed + g[e] * y
+            turned = stream + routed
+            change = max(1 - (stream @ turned / (stream.norm() * turned.norm())).item(), 0)
+            for e in order:
+                out["change_norm_sum"][layer, e] += g[e] * norms[e] * change
+                for other in order:
+                    pairs[:, layer, e, other] += 1, g[e] * norms[e] * g[other] * norms[other]
     out[CHANNELS] = np.zeros((len(topology.decoder_layers), experts, len(h)))
     for place, values in energy.items():
         out[CHANNELS][place] = values
+    out[PAIRS] = pairs
     return out
 
 
+def residual_streams(model, structure: Structure, corpus) -> list[torch.Tensor]:
+    """Hidden states that the norm before every MoE block is given in a plain forward pass, ``[token, hidden]``."""
+    names = [f"model.layers.{number}.post_attention_layernorm" for number in structure.topology.decoder_layers]
+    return entering_modules(model, names, corpus)
+
+
 def block_inputs(model, structure: Structure, corpus) -> list[torch.Tensor]:
-    """Hidden states that enter every MoE block in a plain forward pass, ``[token, hidden]``, row by row."""
-    seen: list[list[torch.Tensor]] = [[] for _ in structure.experts_modules]
+    """Hidden states that enter every MoE block in a plain forward pass, ``[token, hidden]``."""
+    return entering_modules(model, [name.rpartition(".")[0] for name in structure.experts_modules], corpus)
+
+
+def entering_modules(model, names: Sequence[str], corpus) -> list[torch.Tensor]:
+    """What enters some modules in a plain forward pass, ``[token, hidden]``, row by row."""
+    seen: list[list[torch.Tensor]] = [[] for _ in names]
     handles = [
-        model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
+        model.get_submodule(name).register_forward_pre_hook(
             lambda module, args, i=i: seen[i].append(args[0].flatten(0, 1))
         )
-        for i, name in enumerate(structure.experts_modules)
+        for i, name in enumerate(names)
     ]
     with torch.inference_mode():
         for row, keep in zip(corpus.tokens, corpus.mask, strict=True):
@@ -107,20 +132,21 @@ def block_inputs(model, structure: Structure, corpus) -> list[torch.Tensor]:
 
 
 def recorded(made: Profile, corpus: str) -> dict[str, np.ndarray]:
-    """All statistics of a corpus, those of the channels among them."""
-    return {**made.statistics[corpus], CHANNELS: made.channels[corpus]}
+    """All statistics of a corpus, those of channels and pairs among them."""
+    pairs = square(made.pairs[corpus], made.topology.num_experts)
+    return {**made.statistics[corpus], CHANNELS: made.channels[corpus], PAIRS: pairs}
 
 
 def assert_equal_statistics(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float = 3e-6) -> None:
     """Equal but for the rounding of float32 kernels, which differs between batch shapes and processors."""
-    assert set(found) == {*STATISTICS, CHANNELS}
+    assert set(found) == {*STATISTICS, CHANNELS, PAIRS}
     for name in ("count", "num_tokens"):
         assert found[name].dtype == np.int64
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
     for name in set(found) - {"count", "num_tokens"}:
         assert found[name].dtype == np.float64
-        # A channel of few tokens is squared from the rounding of a single h, which may be near 0.
-        near = 1e-6 * expected[name].max() if name == CHANNELS else 1e-9
+        # A channel of few tokens is squared from the rounding of a single h, which may be near 0, a cosine near 1.
+        near = 1e-6 * expected[name].max() if name in (CHANNELS, "change_norm_sum") else 1e-9
         np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=near, err_msg=name)
 
 
@@ -128,7 +154,7 @@ def test_every_statistic_equals_the_naive_reference(structure: Structure) -> Non
     corpus = random_corpus(sequences=5, length=20)
     model = load_model(structure, dtype="float32")
     found = recorded(profile(structure, [corpus], model=model, batch_size=2), "random")
-    expected = naive_statistics(structure, corpus, block_inputs(model, structure, corpus))
+    expected = naive_statistics(model, structure, corpus)
     assert expected["count"].sum() == corpus.num_tokens * structure.topology.top_k * len(
         structure.topology.decoder_layers
     )
@@ -153,9 +179,7 @@ def test_padding_is_in_no_statistic(structure: Structure, side: str, tmp_path: P
     found = recorded(profile(structure, [corpus], model=model, batch_size=3), "rows")
     assert (found["num_tokens"] == 53).all()
     # Padded batches and single rows round the hidden states of float32 differently, so the tolerance is wider here.
-    assert_equal_statistics(
-        found, naive_statistics(structure, corpus, block_inputs(model, structure, corpus)), rtol=1e-5
-    )
+    assert_equal_statistics(found, naive_statistics(model, structure, corpus), rtol=1e-5)
 
 
 def test_rows_without_mask_of_different_lengths_count_every_token_once(structure: Structure, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from moecover.cli.main import main
 from moecover.errors import InputError
 from moecover.planning.explaining.facts import explain
 from moecover.planning.run import plan
-from moecover.profiling.artifact import COUNTS, STATISTICS, Profile
+from moecover.profiling.artifact import Profile
+from moecover.profiling.statistics import COUNTS, STATISTICS
 from moecover.reporting.figures.heatmap import arrangement, outlines, scale_ticks, utility_picture
 from moecover.reporting.figures.overlap import expected_overlap, overlap_picture
 from moecover.reporting.figures.plan_figures import NAMES, changes_picture, draw, stability_picture

@@ -18,7 +18,8 @@ import pytest
 from moecover.checkpoints.structure import read_structure
 from moecover.cli import main as cli
 from moecover.errors import InputError
-from moecover.profiling.artifact import COUNTS, MAXIMA, Profile
+from moecover.profiling.artifact import Profile
+from moecover.profiling.statistics import COUNTS, MAXIMA
 from moecover.runtime import cost as fitting
 from moecover.runtime import distributed
 from tests.support.passes import limit_between

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from moecover.checkpoints.topology import Topology
-from moecover.profiling.artifact import STATISTICS, Profile
+from moecover.profiling.artifact import Profile
+from moecover.profiling.statistics import STATISTICS
 
 
 def profile_with_channels(energies: Mapping[str, np.ndarray], *, tokens: Mapping[str, int] | None = None) -> Profile:

@@ -16,7 +16,8 @@ from moecover.checkpoints.topology import Topology
 from moecover.planning.methods import METHODS as METHOD_RECORDS
 from moecover.planning.methods import default_method
 from moecover.planning.run import plan
-from moecover.profiling.artifact import COUNTS, STATISTICS, Profile
+from moecover.profiling.artifact import Profile
+from moecover.profiling.statistics import COUNTS, STATISTICS
 
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande")
 TEXTS = ("wikitext2", "c4")

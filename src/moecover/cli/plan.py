@@ -55,16 +55,17 @@ def run(args: argparse.Namespace) -> Outcome:
 
     method, options = method_arguments(args, shared_seed=False)
     bound = which_bound(args)
-    needs_model = METHODS[method].runs_experts or bound in (*OF_BYTES, "max_perplexity_increase") or args.imatrix
+    searches, from_profile = METHODS[method].runs_experts, METHODS[method].from_profile
+    needs_model = not from_profile or bound in (*OF_BYTES, "max_perplexity_increase") or args.imatrix
     if args.model and not needs_model:
         raise InputError(f"--model is no option of method {method}: it plans from the profile alone")
     check_model_options(args, bound, method)
-    if not METHODS[method].runs_experts or bound in (*OF_BYTES, "max_perplexity_increase"):
+    if not searches or bound in (*OF_BYTES, "max_perplexity_increase"):
         check_alone(world(), f"plan {flag(bound)} with method {method}")
     profile = _profile(args)
     if args.imatrix and any(option.name == "saliency" for option in METHODS[method].options):
         options = {"saliency": default_saliency(profile), **options}
-    if METHODS[method].runs_experts:
+    if not from_profile:
         check_search(method, profile, args.model, name=str(args.profile))
     made = _plans(args, bound, profile, method, options)
     several = len(made) > 1

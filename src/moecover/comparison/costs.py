@@ -14,7 +14,7 @@ from moecover.comparison.jobs import ModelSetup
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
 from moecover.errors import arg
-from moecover.profiling.channels import num_bytes as channel_bytes
+from moecover.profiling.wide import num_bytes as wide_bytes
 from moecover.repairing.layers import needed_bytes
 from moecover.runtime.cost import Cost, cost, seconds_of
 from moecover.runtime.devices import available_memory, check_device
@@ -36,7 +36,7 @@ def setup_of(model: ComparedModel, config: Config, limit: int) -> ModelSetup:
     texts = [*model.texts, *(corpus for sample in model.samples.values() for corpus in sample)]
     longest = max([corpus.tokens.shape[1] for corpus in texts] + [model.longest])
     passes = [model.texts, *model.samples.values()]
-    extra = max((channel_bytes(model.structure, len(sample)) for sample in model.samples.values()), default=0)
+    extra = max((wide_bytes(model.structure, len(sample)) for sample in model.samples.values()), default=0)
     if model.places:
         keep = max(cell.keep for cell in model.cells if cell.repaired)
         tokens = max(sum(c.num_tokens for c in corpora) for corpora in model.repaired_on.values())

@@ -43,9 +43,10 @@ def check_coordinates(request: Request, name: str) -> None:
     """
     config, why = request.config, f"{name} is a GGUF file, which llama.cpp runs as it is stored"
     for number, entry in enumerate(config.methods):
-        if METHODS[entry.method].runs_experts:
-            others = [known for known, method in METHODS.items() if not method.runs_experts]
-            text = f"{why}: method {entry.method} runs the experts in transformers. Allowed: {', '.join(others)}"
+        if not METHODS[entry.method].from_profile:
+            others = [known for known, one in METHODS.items() if one.from_profile]
+            does = "runs the experts in transformers" if METHODS[entry.method].runs_experts else "reads float weights"
+            text = f"{why}: method {entry.method} {does}. Allowed: {', '.join(others)}"
             raise request.error(text, "methods", number)
         if repairs := [kind for kind in entry.repair or () if kind != UNREPAIRED]:
             raise request.error(f"{why}: {_unrepaired(repairs[0])}", "methods", number)

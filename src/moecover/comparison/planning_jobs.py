@@ -147,7 +147,7 @@ def _plans(
     Of weights that are stored in blocks of channels, whole blocks stay, as in what `prune` writes.
     """
     thin = any(shape.width is not None for shape in shapes)
-    options = {**variant.plan_options(seed), **(live or {})}
+    options = {**variant.plan_options(seed), **METHODS[variant.method].given(structure=structure), **(live or {})}
     protect, turns = bool(options.pop(SUPER_EXPERTS, False)), options.pop(CHANNELS, 0.0)
     assert isinstance(turns, float)
     return plan_budgets(

@@ -210,7 +210,7 @@ def _found(
 ) -> Plan:
     """Open the model as it fits, and search."""
     with opened_for(structure, texts, how, progress) as model:
-        more: dict[str, Any] = {"model": model, "structure": structure} if METHODS[method].runs_experts else {}
+        more = METHODS[method].given(model=model, structure=structure)
         return find(
             profile,
             structure,

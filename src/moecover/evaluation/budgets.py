@@ -240,7 +240,7 @@ def measured_shape(
     progress: Progress,
 ) -> Plan:
     """The plan of the best of some shapes, measured in an open model; see `best_shape`."""
-    more: dict[str, Any] = {"model": model, "structure": structure} if METHODS[method].runs_experts else {}
+    more = METHODS[method].given(model=model, structure=structure)
 
     def make(asked: list[Shape]) -> list[Plan]:
         keeps, widths, given = (

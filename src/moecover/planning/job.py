@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan
 from moecover.planning.lines import calibration_notes
-from moecover.planning.live import live_model
+from moecover.planning.live import live_model, profiled_checkpoint
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.options import LAYERWISE
 from moecover.planning.run import check_options, plan_budgets
@@ -43,7 +43,7 @@ def search_resources(
     sample: Sequence[Corpus] | None = None,
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """What a method that runs the experts works with, as arguments of `plan_budgets`; nothing for other methods.
+    """What a method works with beside the profile, as arguments of `plan_budgets`.
 
     Args:
         method: its name.
@@ -55,7 +55,7 @@ def search_resources(
         progress: shows the search.
     """
     if not METHODS[method].runs_experts:
-        yield {}
+        yield METHODS[method].given(structure=structure)
         return
     rounds = 1 if options.get("mode", LAYERWISE) == LAYERWISE else budgets
     with progress.bar("searching", rounds * len(structure.topology.decoder_layers), unit="layers") as advance:
@@ -74,13 +74,15 @@ def check_search(method: str, profile: Profile, model: object, *, name: str = "t
     Raises:
         InputError: a method that runs the experts without a model or saved inputs, or a model that it does not need.
     """
-    if not METHODS[method].runs_experts:
+    searches = METHODS[method].runs_experts
+    if METHODS[method].from_profile:
         if model is not None:
             raise InputError(f"{arg('model')} is no option of method {method}: it plans from the profile alone")
         return
     if model is None:
-        raise InputError(f"{arg('method', method)} runs the experts: give {arg('model')}, the model of the profile")
-    if profile.inputs is None:
+        does = "runs the experts" if searches else "reads the weights"
+        raise InputError(f"{arg('method', method)} {does}: give {arg('model')}, the model of the profile")
+    if searches and profile.inputs is None:
         raise InputError(
             f"{name} holds no expert-layer inputs, which {method} needs. "
             f"Make it with `moecover profile ... --keep-inputs {SEARCH_TOKENS}`"
@@ -140,6 +142,9 @@ def plans(
             found, live = stack.enter_context(opening)
             searching = search_resources(method, options, found, live, budgets=len(keeps), progress=progress)
             resources = stack.enter_context(searching)
+        elif METHODS[method].reads_weights and model is not None:
+            found = profiled_checkpoint(profile, model, structure, revision, progress)
+            resources = METHODS[method].given(structure=found)
         return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **resources, **options)
 
 

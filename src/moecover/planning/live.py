@@ -21,6 +21,35 @@ if TYPE_CHECKING:
     from moecover.runtime.world import World
 
 
+def profiled_checkpoint(
+    profile: Profile,
+    model: Model | torch.nn.Module | Running,
+    structure: Structure | None,
+    revision: str | None,
+    progress: Progress,
+) -> Structure:
+    """The checkpoint of a profile, its files on this machine, for methods that read its weights.
+
+    Raises:
+        InputError: it cannot be read, or is another model than the profile's.
+    """
+    from moecover.checkpoints.opening import described, fetched
+    from moecover.checkpoints.structure import Structure
+
+    if not isinstance(model, (str, Path, Structure)):
+        if structure is None:
+            raise InputError(f"a live {arg('model')} comes with its {arg('structure')}")
+        found = structure
+    else:
+        found = fetched(described(model, revision=revision, progress=progress), revision=revision, progress=progress)
+    if not found.has_routers(profile.model["fingerprint"]):
+        raise InputError(
+            f"the profile is of another model ({profile.model['name']}), not of {found.checkpoint.name}: topology or "
+            f"routers differ. Give the {arg('model')} that was profiled"
+        )
+    return found
+
+
 @contextlib.contextmanager
 def live_model(
     profile: Profile,

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moecover.errors import InputError, arg
 from moecover.planning.options import SHARED, Option, json_or_text
@@ -92,6 +92,20 @@ class Method:
                     raise InputError(f"method {self.name} needs {arg(name)}")
                 own[name].validate(found[name])
         return found
+
+    @property
+    def from_profile(self) -> bool:
+        """Whether it plans from the profile alone: it neither runs the experts nor reads the weights."""
+        return not self.runs_experts and not self.reads_weights
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether it reads the checkpoint's weights, but runs nothing."""
+        return not self.runs_experts and "structure" in inspect.signature(self.function).parameters
+
+    def given(self, **found: object) -> dict[str, Any]:
+        """What it works with of model, checkpoint and the like, as arguments of `plan_budgets`."""
+        return {name: value for name, value in found.items() if name in inspect.signature(self.function).parameters}
 
     def needs(self, options: Mapping[str, object]) -> list[str]:
         """What the function cannot do without and is not among its options: ``model``, ``structure``."""

@@ -72,7 +72,8 @@ def plan_budgets(
     complete = chosen.complete(_with_weights(chosen, options, profile))
     if missing := chosen.needs(complete):
         needed = " and ".join(arg(name) for name in missing)
-        raise InputError(f"{method} runs the experts: give {needed} of the profile's model")
+        does = "reads the weights" if chosen.reads_weights else "runs the experts"
+        raise InputError(f"{method} {does}: give {needed} of the profile's model")
     _check_corpora(chosen, complete, profile)
     widths = [None] * len(keeps) if widths is None else list(widths)
     _check_widths(profile, widths, protect_channels, channel_groups)

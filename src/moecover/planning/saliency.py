@@ -17,7 +17,8 @@ from moecover.registry import Registry
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from moecover.profiling.artifact import Profile, Statistics
+    from moecover.profiling.artifact import Profile
+    from moecover.profiling.statistics import Statistics
 
     Saliency = Callable[[Statistics], NDArray[np.float64]]
 
@@ -101,7 +102,25 @@ def ean(s: Statistics) -> NDArray[np.float64]:
     return np.asarray(s["norm_sum"], dtype=np.float64)
 
 
-@SALIENCIES("ean-mean", paper="mean activation norm, arXiv 2606.15716")
+@SALIENCIES("ean-mean", paper="MAN, mean activation norm, arXiv 2606.15716")
 def ean_mean(s: Statistics) -> NDArray[np.float64]:
     """Mean output norm over routed tokens."""
     return _per_token(s["norm_sum"], s["count"])
+
+
+@SALIENCIES("msan", paper="mean squared activation norm, arXiv 2606.15716")
+def msan(s: Statistics) -> NDArray[np.float64]:
+    """Mean squared output norm over routed tokens."""
+    return _per_token(s["norm_sq_sum"], s["count"])
+
+
+@SALIENCIES("router-probability", paper="Expert Drop on Mixtral, arXiv 2406.02500")
+def router_probability(s: Statistics) -> NDArray[np.float64]:
+    """Mean over all tokens of the router's probability, whether it selects the expert or not."""
+    return _per_token(s["prob_sum"], s["num_tokens"])
+
+
+@SALIENCIES("easy-ep", paper="EASY-EP, arXiv 2504.06792")
+def easy_ep(s: Statistics) -> NDArray[np.float64]:
+    """Sum over routed tokens of g ||f|| times how far the routed experts turn the token."""
+    return np.asarray(s["change_norm_sum"], dtype=np.float64)

@@ -19,7 +19,9 @@ from moecover.files.tensor_file import read_tensors, tensor_bytes
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import Inputs, open_inputs
 from moecover.profiling.records import ModelRecord, Settings
+from moecover.profiling.statistics import COUNTS, LATER, MAXIMA, PARTS, STATISTICS, Statistics, added, known
 from moecover.profiling.stored import REMAKE, checked, described
+from moecover.profiling.wide import CHANNELS, PAIRS, WIDE, joined, wide_shape
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
@@ -28,20 +30,7 @@ if TYPE_CHECKING:
 
 
 SCHEMA = 3
-PARTS = 8  # of a corpus, whose running sums are kept
 FILE = "profile.safetensors"
-COUNTS = ("count", "num_tokens")
-SUMS = ("weight_sum", "norm_sum", "weighted_norm_sum", "weighted_sq_sum", "renorm_weighted_norm_sum", "prob_sum")
-MAXIMA = ("max_abs",)
-CHANNELS = "channel_energy"
-STATISTICS = (*COUNTS, *SUMS, *MAXIMA)
-
-Statistics = dict[str, "NDArray[Any]"]
-
-
-def added(one: Statistics, two: Statistics) -> Statistics:
-    """The statistics of two token sets together; shapes broadcast."""
-    return {n: np.maximum(one[n], two[n]) if n in MAXIMA else one[n] + two[n] for n in STATISTICS}
 
 
 def _name(profile: Profile) -> str:
@@ -64,12 +53,15 @@ class Profile(Shown):
     ``weighted_norm_sum``            sum of g_e(x) ||f_e(x)||                               float64
     ``weighted_sq_sum``              sum of g_e(x)^2 ||f_e(x)||^2                           float64
     ``renorm_weighted_norm_sum``     sum of g_e(x) / (sum of the token's weights) ||f_e(x)|| float64
+    ``norm_sq_sum``                  sum of ||f_e(x)||^2                                    float64
+    ``change_norm_sum``              sum of g_e(x) ||f_e(x)|| c(x)                          float64
     ``prob_sum``                     sum of p_e(x) over all tokens                          float64
     ``max_abs``                      largest component of |f_e(x)|                          float64
     ================================ ====================================================== =======
 
     Where the model scales the input of an expert by the weight instead of its output (llama4), f_e(x) is the output for
-    the scaled input, and g_e(x) is 1 in all but ``weight_sum``: g_e(x) f_e(x) is always what the model adds.
+    the scaled input, and g_e(x) is 1 in all but ``weight_sum``: g_e(x) f_e(x) is always what the model adds. c(x) is
+    how far the routed experts turn a token, see `token_change`.
 
     Attributes:
         topology: shape of the routed part of the model.
@@ -84,6 +76,8 @@ class Profile(Shown):
             g_e(x)^2 h_j(x)^2 ||W_down[:, j]||_2^2, with h(x) the input of the expert's down projection W_down. A corpus
             is not in it where an older version made the profile, or the experts are not gated MLPs of one width that
             show their h, see `channels.width_of`.
+        pairs: ``pairs[corpus]``, of the experts that tokens are routed to together, see `wide`; a corpus is not in it
+            where they were not recorded.
     """
 
     topology: Topology
@@ -94,6 +88,12 @@ class Profile(Shown):
     parts: dict[str, Statistics] = field(default_factory=dict)
     inputs: Inputs | None = None
     channels: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    pairs: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def wide(self) -> dict[str, dict[str, NDArray[np.float64]]]:
+        """The statistics of `WIDE`, by name and corpus."""
+        return {CHANNELS: self.channels, PAIRS: self.pairs}
 
     @property
     def width(self) -> int | None:
@@ -103,7 +103,7 @@ class Profile(Shown):
     def __add__(self, other: Profile) -> Profile:
         """The profile of both token sets: sums add up, the larger maximum is taken, other corpora are kept as they are.
 
-        The energy of the channels of a corpus is known of the sum where both have it.
+        The statistics of `WIDE` of a corpus are known of the sum where both have them.
 
         Raises:
             InputError: the profiles are of different models, widths or dtypes; of other settings the equal ones stay.
@@ -120,19 +120,18 @@ class Profile(Shown):
         settings = cast("Settings", {k: v for k, v in self.settings.items() if other.settings.get(k) == v})
         statistics = {**self.statistics, **other.statistics}
         corpora = {**self.corpora, **other.corpora}
-        parts, channels = {**self.parts, **other.parts}, {**self.channels, **other.channels}
-        for corpus in self.statistics.keys() & other.statistics.keys():
+        parts, both = {**self.parts, **other.parts}, self.statistics.keys() & other.statistics.keys()
+        together = [joined(self.wide[name], other.wide[name], both) for name in WIDE]
+        for corpus in both:
             mine, theirs = self.statistics[corpus], other.statistics[corpus]
             statistics[corpus] = added(mine, theirs)
             corpora[corpus] = self.corpora[corpus] + other.corpora[corpus]
-            if channels.pop(corpus, None) is not None and corpus in self.channels and corpus in other.channels:
-                channels[corpus] = self.channels[corpus] + other.channels[corpus]
             if corpus in self.parts and corpus in other.parts:
                 running = [self.parts[corpus], {n: v[None] for n, v in mine.items()}, added(mine, other.parts[corpus])]
-                joined = {name: np.concatenate([part[name] for part in running]) for name in STATISTICS}
-                step = -(-len(joined["count"]) // (2 * PARTS - 1))
-                parts[corpus] = {name: values[step - 1 :: step] for name, values in joined.items()}
-        return Profile(self.topology, statistics, corpora, self.model, settings, parts, channels=channels)
+                rows = {name: np.concatenate([part[name] for part in running]) for name in STATISTICS}
+                step = -(-len(rows["count"]) // (2 * PARTS - 1))
+                parts[corpus] = {name: values[step - 1 :: step] for name, values in rows.items()}
+        return Profile(self.topology, statistics, corpora, self.model, settings, parts, None, *together)
 
     def stages(self) -> list[Profile]:
         """The profiles of growing amounts of text, up to this one, without the energy of the channels.
@@ -205,16 +204,17 @@ class Profile(Shown):
         digest = hashlib.sha256(canonical_json([self.model["fingerprint"], list(self.corpora.items())]).encode())
         for corpus, statistics in self.statistics.items():
             for name in STATISTICS:
-                digest.update(f"{corpus}/{name}".encode() + statistics[name].tobytes())
-            if corpus in self.channels:
-                digest.update(f"{corpus}/{CHANNELS}".encode() + self.channels[corpus].tobytes())
+                if known(name, statistics):
+                    digest.update(f"{corpus}/{name}".encode() + statistics[name].tobytes())
+            for name, values in self.wide.items():
+                if corpus in values:
+                    digest.update(f"{corpus}/{name}".encode() + values[corpus].tobytes())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
         """Write ``profile.safetensors`` into a folder; the file appears only when it is complete.
 
-        Tensors are named ``{corpus}/{statistic}``, the energy of the channels ``{corpus}/channel_energy``; everything
-        else is in the document of the file, see `tensor_file`.
+        Tensors are named ``{corpus}/{statistic}``; everything else is in the document of the file, see `tensor_file`.
         """
         about = {
             "schema": SCHEMA,
@@ -223,9 +223,14 @@ class Profile(Shown):
             "corpora": self.corpora,
             "settings": self.settings,
         }
-        tensors = {f"{corpus}/{name}": values for corpus, s in self.statistics.items() for name, values in s.items()}
-        tensors |= {f"{corpus}/{name}/parts": v for corpus, s in self.parts.items() for name, v in s.items()}
-        tensors |= {f"{corpus}/{CHANNELS}": energy for corpus, energy in self.channels.items()}
+        tensors = {
+            f"{corpus}/{name}": values
+            for corpus, s in self.statistics.items()
+            for name, values in s.items()
+            if known(name, s)
+        }
+        tensors |= {f"{corpus}/{n}/parts": v for corpus, s in self.parts.items() for n, v in s.items() if known(n, s)}
+        tensors |= {f"{corpus}/{name}": v for name, of in self.wide.items() for corpus, v in of.items()}
         path = Path(folder) / FILE
         if self.inputs is None or self.inputs.path != path.with_name(INPUTS):
             path.with_name(INPUTS).unlink(missing_ok=True)  # of an earlier profile
@@ -256,10 +261,12 @@ class Profile(Shown):
             raise InputError(f"{path} cannot be used: {lacks}{error}. {REMAKE}") from error
         shape = (len(topology.decoder_layers), topology.num_experts)
         statistics, parts = dict[str, Statistics](), dict[str, Statistics]()
-        channels = dict[str, "NDArray[np.float64]"]()
+        wide: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in WIDE}
         width: int | None = None  # of the first corpus that has one, then of all
 
         def values(key: str, name: str, *before: None) -> NDArray[Any]:
+            if name in LATER and key not in tensors:
+                return np.full(tensors[key.replace(name, COUNTS[0])].shape, np.nan)
             dtype = "int64" if name in COUNTS else "float64"
             return checked(path, tensors, key, (*before, *shape), dtype, negative=name not in COUNTS)
 
@@ -267,9 +274,11 @@ class Profile(Shown):
             statistics[corpus] = {n: values(f"{corpus}/{n}", n) for n in STATISTICS}
             if f"{corpus}/count/parts" in tensors:
                 parts[corpus] = {n: values(f"{corpus}/{n}/parts", n, None) for n in STATISTICS}
-            if (key := f"{corpus}/{CHANNELS}") in tensors:
-                channels[corpus] = checked(path, tensors, key, (*shape, width))
-                width = channels[corpus].shape[-1]
+            for name in WIDE:
+                if (key := f"{corpus}/{name}") in tensors:
+                    whole = wide_shape(name, topology, width)
+                    wide[name][corpus] = checked(path, tensors, key, whole)
+            width = wide[CHANNELS][corpus].shape[-1] if corpus in wide[CHANNELS] else width
         inputs = open_inputs(path.parent)
         if inputs is not None:
             known = {(c, record.get("sha256")) for c, records in about["corpora"].items() for record in records}
@@ -277,4 +286,6 @@ class Profile(Shown):
                 raise InputError(
                     f"{inputs.path} does not belong to {path.name}. Profile again with {arg('keep_inputs')}"
                 )
-        return cls(topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs, channels)
+        return cls(
+            topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs, *wide.values()
+        )

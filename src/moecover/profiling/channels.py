@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
 from moecover.profiling.reductions import Buffers, scratch, weighted_squares
-from moecover.runtime.cost import expert_width
 from moecover.runtime.devices import has_float64
 from moecover.runtime.finite import is_finite
 
 if TYPE_CHECKING:
     import torch
-
-COPIES = 3  # of the sums in memory: themselves, and twice while a file is written
 
 
 def width_of(model: torch.nn.Module, structure: Structure) -> int | None:
@@ -58,13 +55,6 @@ def down_projections(experts: Any) -> torch.Tensor:
 def _is_transposed(experts: Any) -> bool:
     """Whether the weights are ``[expert, in, out]`` and not ``[expert, out, in]``."""
     return bool(experts.gate_up_proj.shape[1] == experts.down_proj.shape[2])
-
-
-def num_bytes(structure: Structure, corpora: int) -> int:
-    """Bytes of memory that the energies of several corpora take in a pass, with what the taps hold; an estimate."""
-    topology = structure.topology
-    channels = len(topology.decoder_layers) * topology.num_experts * expert_width(structure)
-    return int(8 * channels * (COPIES * corpora + 1))
 
 
 class Channels:

@@ -17,7 +17,9 @@ from moecover.profiling.artifact import Profile
 from moecover.profiling.gguf_taps import GgufTaps, width_in
 from moecover.profiling.records import Settings, model_record
 from moecover.profiling.run import check_names, checked
+from moecover.profiling.statistics import STATISTICS
 from moecover.profiling.sums import Sums
+from moecover.profiling.wide import WIDE
 from moecover.runtime.finite import naming
 from moecover.runtime.pass_state import State
 from moecover.version import VERSION, library_versions
@@ -67,9 +69,9 @@ def profile_gguf(
         one.finish()
     statistics = {c.name: checked(sums[c.name], c, structure) for c in corpora}
     records, parts = {c.name: [c.record] for c in corpora}, {name: one.parts for name, one in sums.items()}
-    energies = {name: energy for name, one in sums.items() if (energy := one.channel_energy()) is not None}
+    wides = [{c: found[name] for c, one in sums.items() if name in (found := one.wide())} for name in WIDE]
     settings = _settings(structure, model, batch_size, threads)
-    return Profile(structure.topology, statistics, records, model_record(structure), settings, parts, channels=energies)
+    return Profile(structure.topology, statistics, records, model_record(structure), settings, parts, None, *wides)
 
 
 def _depends_on(
@@ -83,6 +85,7 @@ def _depends_on(
         "batch size": batch_size,
         "threads": threads,
         "llama.cpp": model.library.version,
+        "statistics": [*STATISTICS, *WIDE],
         "version": VERSION,
     }
 

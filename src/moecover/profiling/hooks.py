@@ -26,6 +26,7 @@ from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
 from moecover.profiling.channels import Channels, down_projections, entering, width_of
 from moecover.profiling.reductions import Buffers, norms_and_peaks, scratch
+from moecover.profiling.token_change import Change, watching
 from moecover.runtime.finite import not_finite
 from moecover.runtime.forwards import with_forward
 from moecover.runtime.loading import routers
@@ -52,6 +53,7 @@ class Tap:
         order: their places in the flattened ``index``, ``[pair]``.
         logits: router logits ``[token, expert]``.
         left: (experts, order, norms, peaks) of every call of the experts, each ``[pair]``, sorted by expert.
+        change: how far the routed experts turn each token; None where nothing watches.
     """
 
     index: torch.Tensor
@@ -62,6 +64,7 @@ class Tap:
     def __init__(self, decoder_layer: int, buffers: Buffers, channels: Channels | None) -> None:
         self.decoder_layer, self.buffers, self.channels = decoder_layer, buffers, channels
         self.weighs_inputs = False
+        self.change: Change | None = None
         self.mask: torch.Tensor | None = None
         self.keep: Callable[[torch.Tensor], None] | None = None
         self.clear()
@@ -73,6 +76,8 @@ class Tap:
         self.logits: torch.Tensor | None = None
         if self.channels is not None:
             self.channels.squares = None
+        if self.change is not None:
+            self.change.clear()
 
     def before_experts(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Hook before the experts; args: hidden states ``[token, hidden]``, experts and weights ``[token, slot]``."""
@@ -105,6 +110,11 @@ class Tap:
         self.hidden = None
         self.left.append((self.experts, self.order, norms, peaks))
         return outputs
+
+    def after_experts(self, module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        """Hook after the experts, which give their weighted sum ``[token, hidden]``."""
+        if self.change is not None:
+            self.change.after_experts(output)
 
     def _explain_non_finite(self, peaks: torch.Tensor) -> None:
         import torch
@@ -246,7 +256,7 @@ def recording(model: torch.nn.Module, structure: Structure) -> Iterator[list[Tap
     ]
     taps = [Tap(layer, buffers, one) for layer, one in zip(topology.decoder_layers, channels, strict=True)]
     with contextlib.ExitStack() as stack:
-        for experts, router, tap in zip(modules, routers(model, structure), taps, strict=True):
+        for at, (experts, router, tap) in enumerate(zip(modules, routers(model, structure), taps, strict=True)):
             if (observed := _way(experts)) is None:
                 raise InputError(
                     f"the experts of {topology.family} (decoder layer {tap.decoder_layer}) do not run through the"
@@ -254,4 +264,7 @@ def recording(model: torch.nn.Module, structure: Structure) -> Iterator[list[Tap
                     " with `load_model`; where that changes nothing, the family is not supported yet"
                 )
             stack.enter_context(observed(tap, experts, router))
+            tap.change = stack.enter_context(watching(model, structure, at))
+            if observed is not _after_dense:
+                stack.callback(experts.register_forward_hook(tap.after_experts).remove)
         yield taps

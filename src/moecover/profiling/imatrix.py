@@ -20,8 +20,9 @@ from moecover.files.hashing import file_hash
 from moecover.gguf.imatrix import Imatrix, read_imatrix
 from moecover.gguf.parts import GgufFiles
 from moecover.gguf.weights import column_squares
-from moecover.profiling.artifact import STATISTICS, Profile, Statistics
+from moecover.profiling.artifact import Profile
 from moecover.profiling.records import ModelRecord, model_record
+from moecover.profiling.statistics import STATISTICS, Statistics
 from moecover.progress import Progress, resolve
 
 if TYPE_CHECKING:

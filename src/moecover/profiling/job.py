@@ -20,13 +20,13 @@ from moecover.files.atomic import PARTIAL
 from moecover.files.locks import locked
 from moecover.llama.opening import check_options, check_unused
 from moecover.profiling.artifact import FILE, Profile
-from moecover.profiling.channels import num_bytes as channel_bytes
 from moecover.profiling.coverage import coverage_line
 from moecover.profiling.gguf_job import profiled_gguf
 from moecover.profiling.layer_inputs import num_bytes, sample_of
-from moecover.profiling.merging import differing, merged, without_energy
+from moecover.profiling.merging import differing, lost, merged
 from moecover.profiling.reuse import finished
 from moecover.profiling.run import profile as run_profile
+from moecover.profiling.wide import num_bytes as wide_bytes
 from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import joined, wait_for_all
 from moecover.runtime.loadable import check_loadable
@@ -78,7 +78,7 @@ def _opened(
         device=own_device(here, how.device),
         device_map=how.device_map,
         memory_limit=how.memory_limit,
-        extra=extra + channel_bytes(structure, len(corpora)),
+        extra=extra + wide_bytes(structure, len(corpora)),
         here=here,
         scratch=state,
         say=progress.say,
@@ -287,10 +287,8 @@ def merge(
     made = merged(loaded, names)
     if differs := differing(loaded):
         resolve(progress).say(f"note: the profiles differ in {', '.join(differs)}, which the sum does not name")
-    if lacking := without_energy(made, loaded):
-        resolve(progress).say(
-            f"note: a profile of {', '.join(lacking)} has no channel_energy, so the sum has none of it"
-        )
+    for name, lacking in lost(made, loaded).items():
+        resolve(progress).say(f"note: a profile of {', '.join(lacking)} has no {name}, so the sum has none of it")
     if output is not None:
         made.save(Path(output))
     return made

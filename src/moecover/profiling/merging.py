@@ -18,9 +18,13 @@ def differing(profiles: Sequence[Profile]) -> list[str]:
     return found
 
 
-def without_energy(total: Profile, profiles: Sequence[Profile]) -> list[str]:
-    """Corpora of which a sum has no channel energy though some of its profiles have."""
-    return [c for c in total.corpora if c not in total.channels and any(c in profile.channels for profile in profiles)]
+def lost(total: Profile, profiles: Sequence[Profile]) -> dict[str, list[str]]:
+    """By statistic of `wide`, corpora of which a sum has none of it though some of its profiles have."""
+    found = {
+        name: [c for c in total.corpora if c not in values and any(c in profile.wide[name] for profile in profiles)]
+        for name, values in total.wide.items()
+    }
+    return {name: corpora for name, corpora in found.items() if corpora}
 
 
 def merged(profiles: Sequence[Profile], names: Sequence[str]) -> Profile:

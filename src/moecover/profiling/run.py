@@ -18,14 +18,16 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, MoecoverError, arg
 from moecover.files.atomic import canonical_json
-from moecover.profiling.artifact import CHANNELS, MAXIMA, Profile, Statistics
+from moecover.profiling.artifact import Profile
 from moecover.profiling.channels import width_of
 from moecover.profiling.inputs_writer import Writer, writing
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import open_inputs, sample_of
 from moecover.profiling.passes import Job, in_memory, layer_by_layer
 from moecover.profiling.records import Settings, model_record
+from moecover.profiling.statistics import MAXIMA, STATISTICS, Statistics, known
 from moecover.profiling.sums import Sums
+from moecover.profiling.wide import PAIRS, WIDE
 from moecover.runtime.distributed import add_up, check_same, checking
 from moecover.runtime.finite import not_finite, watched
 from moecover.runtime.loading import load_model
@@ -84,7 +86,7 @@ def profile(
     resumed = None
     if state is not None or here.size > 1:
         depends_on = _depends_on(structure, corpora, runs, batch_size, keep_inputs[0] if keep_inputs else None)
-        depends_on |= {"width of the experts": width}
+        depends_on |= {"width of the experts": width, "statistics": [*STATISTICS, *WIDE]}
         resumed = _resumed(state, depends_on, sums, here, say)
     with _sample_writer(structure, corpora, keep_inputs, state, batch_size=batch_size, dtype=kind) as writer:
         _run(runs, Job(structure, corpora, sums, batch_size, writer, resumed, here, checking(here, advance)))
@@ -93,11 +95,10 @@ def profile(
         together(here, sums, runs.device)
         statistics = {c.name: checked(sums[c.name], c, structure) for c in corpora}
     records, parts = {c.name: [c.record] for c in corpora}, {name: one.parts for name, one in sums.items()}
-    energies = ((name, one.channel_energy()) for name, one in sums.items())
-    channels = {name: energy for name, energy in energies if energy is not None}
+    wides = [{c: found[name] for c, one in sums.items() if name in (found := one.wide())} for name in WIDE]
     about, settings = model_record(structure), _settings(structure, runs, batch_size)
     inputs = open_inputs(keep_inputs[1]) if keep_inputs is not None else None
-    return Profile(structure.topology, statistics, records, about, settings, parts, inputs, channels)
+    return Profile(structure.topology, statistics, records, about, settings, parts, inputs, *wides)
 
 
 def check_names(corpora: Sequence[Corpus]) -> None:
@@ -213,12 +214,13 @@ def checked(sums: Sums, corpus: Corpus, structure: Structure) -> Statistics:
             f"corpus {corpus.name} has {corpus.num_tokens} tokens, but the layers recorded"
             f" {statistics['num_tokens'][:, 0].tolist()}: please report this"
         )
-    energy = sums.channel_energy()
-    for name, values in (*statistics.items(), *(() if energy is None else ((CHANNELS, energy),))):
+    of_experts = {name: values for name, values in statistics.items() if known(name, statistics)}
+    for name, values in {**of_experts, **sums.wide()}.items():
         if not np.isfinite(values).all():
-            layer, expert = map(int, np.argwhere(~np.isfinite(values))[0][:2])
-            place = f"corpus {corpus.name}, decoder layer {structure.topology.decoder_layers[layer]}, expert {expert}"
-            raise not_finite(place, f"{name} is")
+            places = np.argwhere(~np.isfinite(values))[0].tolist()
+            layer, expert = places[:2] if name != PAIRS else (places[1], None)
+            place = f"corpus {corpus.name}, decoder layer {structure.topology.decoder_layers[layer]}"
+            raise not_finite(place + ("" if expert is None else f", expert {expert}"), f"{name} is")
     return statistics
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from moecover.checkpoints.topology import Topology
 from moecover.errors import MoecoverError
-from moecover.profiling.artifact import CHANNELS, PARTS, STATISTICS, SUMS, Statistics
 from moecover.profiling.hooks import Tap
+from moecover.profiling.statistics import LATER, PARTS, STATISTICS, SUMS, Statistics
+from moecover.profiling.wide import CHANNELS, PAIRS, WIDE, wide_shape
 from moecover.runtime.devices import has_float64
 from moecover.runtime.finite import not_finite
 from moecover.runtime.segments import segment_sums
@@ -49,7 +50,8 @@ class Sums:
         self._prob_sum = torch.zeros(slots, dtype=torch.float64, device=self._device)
         self._count = torch.zeros(slots, dtype=torch.int64, device=self._device)
         self._max_abs = torch.zeros(slots, dtype=torch.float32, device=self._device)
-        self._energy = None if width is None else self._prob_sum.new_zeros(slots, width)
+        shapes = {name: wide_shape(name, topology, width) for name in WIDE if name != CHANNELS or width is not None}
+        self._wide = {n: self._prob_sum.new_zeros([length or 0 for length in s]) for n, s in shapes.items()}
         self._num_tokens = np.zeros(len(topology.decoder_layers), dtype=np.int64)
         self._scoring: str | None = None
         self._ends = sorted({round(batches * part / PARTS) for part in range(1, PARTS)} - {0, batches})
@@ -79,7 +81,8 @@ class Sums:
         _check_finite(weights, taps)
         self._add_probabilities(taps, first, weights, token_mask)
         self._add_pairs(taps, first, weights, token_mask)
-        self._add_energy(taps, first)
+        for layer, tap in enumerate(taps, first):
+            self._add_wide(tap, layer, token_mask)
         self._num_tokens[first : first + len(taps)] += weights.shape[1] if token_mask is None else int(token_mask.sum())
         for tap in taps:
             tap.clear()
@@ -119,28 +122,55 @@ class Sums:
         total = factors.sum(-1, keepdim=True)
         renormalised = (factors / (total + (total == 0))).flatten(1).gather(1, order)
         used, norms = weights.flatten(1).gather(1, order), norms.double()
-        columns = (experts + offsets, used, factors.flatten(1).gather(1, order), renormalised, norms, peaks)
+        change = self._changes(taps, weights).gather(1, order // weights.shape[-1])
+        columns = (experts + offsets, used, factors.flatten(1).gather(1, order), renormalised, norms, change, peaks)
         if token_mask is None:
-            slots, used, factor, renormalised, norms, peaks = (c.flatten() for c in columns)
+            slots, used, factor, renormalised, norms, change, peaks = (c.flatten() for c in columns)
         else:
             keep = token_mask[order // weights.shape[-1]]
-            slots, used, factor, renormalised, norms, peaks = (c[keep] for c in columns)
+            slots, used, factor, renormalised, norms, change, peaks = (c[keep] for c in columns)
         weighted = factor * norms
-        pairs = torch.stack([used, norms, weighted, weighted.square(), renormalised * norms], dim=1)
+        pairs = torch.stack(
+            [used, norms, weighted, weighted.square(), renormalised * norms, norms.square(), weighted * change], dim=1
+        )
         self._sums = segment_sums(pairs, slots, len(self._count), start=self._sums.T).T
         self._count += torch.bincount(slots, minlength=len(self._count))
         self._max_abs.scatter_reduce_(0, slots, peaks, "amax")
 
+    def _changes(self, taps: Sequence[Tap], weights: torch.Tensor) -> torch.Tensor:
+        """How far the routed experts turn each token, ``[layer, token]``; NaN where that is not seen."""
+        found = [None if tap.change is None else tap.change.values for tap in taps]
+        unseen = weights.new_full(weights.shape[1:2], float("nan"))
+        return self._stacked([unseen if one is None else one for one in found]).double()
+
     def _has_energy(self, tap: Tap) -> bool:
         """Whether a tap recorded the channels, where they are added up."""
-        return self._energy is None or (tap.channels is not None and tap.channels.squares is not None)
+        return CHANNELS not in self._wide or (tap.channels is not None and tap.channels.squares is not None)
 
-    def _add_energy(self, taps: Sequence[Tap], first: int) -> None:
-        """Add the energy of the channels, in which padding does not count already."""
-        for layer, tap in enumerate(taps, first):
-            if self._energy is not None and tap.channels is not None:
-                experts = slice(layer * self.topology.num_experts, (layer + 1) * self.topology.num_experts)
-                self._energy[experts] += tap.channels.energy(self._device)
+    def _add_wide(self, tap: Tap, layer: int, token_mask: torch.Tensor | None) -> None:
+        """Add the statistics of `wide` of a layer; padding does not count in the energy already."""
+        if tap.channels is not None and CHANNELS in self._wide:
+            self._wide[CHANNELS][layer] += tap.channels.energy(self._device)
+        self._wide[PAIRS][:, layer] += self._pairs(tap, token_mask)
+
+    def _pairs(self, tap: Tap, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Of every pair of experts, the tokens that go to both and the sum of what they add, ``[2, pair]``.
+
+        An expert adds g ||f|| to a token, an entry of a matrix ``[token, expert]`` whose Gram matrix holds the sums.
+        """
+        import torch
+
+        _, order, norms, _ = (one.to(self._device) for one in tap.left[0])
+        index, weights = tap.index.to(self._device), tap.weights.to(self._device).double()
+        of_slots = torch.empty_like(weights).view(-1).scatter_(0, order, norms.double()).view_as(weights)
+        adds = of_slots if tap.weighs_inputs else of_slots * weights
+        rows, columns = torch.triu_indices(*2 * [self.topology.num_experts], device=self._device)
+        found = []
+        for values in (torch.ones_like(adds), adds):
+            placed = adds.new_zeros(len(index), self.topology.num_experts).scatter_(1, index, values)
+            placed = placed if token_mask is None else placed[token_mask]
+            found.append((placed.T @ placed)[rows, columns])
+        return torch.stack(found)
 
     def _note(self, parts: list[int], layers: slice) -> None:
         """Keep the running sums of some layers for the parts that do not have them yet."""
@@ -162,22 +192,20 @@ class Sums:
         tensors = {"count": self._count, **rows, "prob_sum": self._prob_sum, "max_abs": self._max_abs.double()}
         values = {name: tensor.cpu().numpy().reshape(shape).copy() for name, tensor in tensors.items()}
         tokens = np.broadcast_to(self._num_tokens[:, None], shape).copy()
+        for name in LATER:
+            if np.isnan(values[name]).any():  # not seen: of experts without tokens neither
+                values[name] = np.full(shape, np.nan)
         return {name: {**values, "num_tokens": tokens}[name] for name in STATISTICS}
 
-    def channel_energy(self) -> NDArray[np.float64] | None:
-        """The energy of the channels so far, ``[layer, expert, channel]``; on a CPU it goes on to change."""
-        if self._energy is None:
-            return None
-        shape = (len(self.topology.decoder_layers), self.topology.num_experts, -1)
-        energy: NDArray[np.float64] = self._energy.cpu().numpy().reshape(shape)
-        return energy
+    def wide(self) -> dict[str, NDArray[np.float64]]:
+        """The statistics of `wide` so far, by name; on a CPU they go on to change."""
+        return {name: values.cpu().numpy() for name, values in self._wide.items()}
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything that has been added up, by name, for a job that is resumed later; valid until more is added."""
         kept = {"scoring": np.array(SCORING_NAMES.index(self._scoring) if self._scoring else -1)}
         kept |= {f"parts.{name}": values for name, values in self.parts.items()} | {"noted": self._noted}
-        energy = self.channel_energy()
-        return kept | self.statistics() | ({} if energy is None else {CHANNELS: energy})
+        return kept | self.statistics() | self.wide()
 
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
         """Continue from the result of `state`."""
@@ -188,8 +216,7 @@ class Sums:
 
         self._sums = torch.stack([flat(name) for name in SUMS if name != "prob_sum"])
         self._prob_sum, self._count, self._max_abs = flat("prob_sum"), flat("count"), flat("max_abs").float()
-        if self._energy is not None:
-            self._energy = flat(CHANNELS).reshape(self._energy.shape)
+        self._wide = {name: flat(name).reshape(values.shape) for name, values in self._wide.items()}
         self._num_tokens = state["num_tokens"][:, 0].copy()
         self._scoring = SCORING_NAMES[number] if (number := int(state["scoring"].item())) >= 0 else None
         self.parts = {name: state[f"parts.{name}"].copy() for name in self.parts}

@@ -11,7 +11,8 @@ from moecover.planning.explaining.channels import channel_changes
 from moecover.planning.explaining.records import Changes, LayerChange, Point, Stability
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan_budgets
-from moecover.profiling.artifact import MAXIMA, Profile
+from moecover.profiling.artifact import Profile
+from moecover.profiling.statistics import MAXIMA
 
 CHANGE = 0.02  # share of the kept experts that may still change in a stable plan
 

@@ -126,7 +126,7 @@ def search_layers(
     """
     import torch
 
-    _check_model(profile, structure)
+    check_model(profile, structure)
     text = sample_of(profile, sample)
     for budget in budgets:
         kind_of_search(budget, search)
@@ -134,16 +134,16 @@ def search_layers(
     check_float64(runs.device, "a search")
     if mode != LAYERWISE:  # every layer waits for the one before
         check_alone(runs.world, arg("mode", mode))
-    live, stops = _live_layers(runs, structure)
+    live, stops = live_layers(runs, structure)
     corpus_of = text.corpus_of if worst else None
 
     def searched(chosen: Sequence[Budget], mine: Callable[[int], bool]) -> list[list[LayerPlan]]:
         """The best subsets for some budgets, a list of budgets for every layer that is searched here."""
         kept: list[list[int]] = []
         found: list[list[LayerPlan]] = []
-        steps = _steps(mode, text, runs, structure, stops, live, kept)
-        with torch.inference_mode(), contextlib.closing(steps):
-            for layer, (hidden, targets) in enumerate(steps):
+        walk = arriving(mode, text, runs, structure, stops, live, kept)
+        with torch.inference_mode(), contextlib.closing(walk):
+            for layer, (hidden, targets) in enumerate(walk):
                 if mine(layer):
                     found.append(search_layer(live[layer], hidden, chosen, search, corpus_of, targets))
                     kept.append(found[-1][0].kept)
@@ -156,7 +156,7 @@ def search_layers(
     return [[row for (row,) in searched([budget], lambda layer: True)] for budget in budgets]
 
 
-def _live_layers(runs: Running, structure: Structure) -> tuple[list[LiveLayer], list[torch.nn.Module]]:
+def live_layers(runs: Running, structure: Structure) -> tuple[list[LiveLayer], list[torch.nn.Module]]:
     """The MoE layers, and the modules that see what their experts see; from a pass over four tokens."""
     import torch
 
@@ -172,7 +172,7 @@ def _live_layers(runs: Running, structure: Structure) -> tuple[list[LiveLayer], 
     return [LiveLayer(runs.module, structure, modules[layer], ask, layer) for layer, ask in enumerate(calls)], stops
 
 
-def _steps(
+def arriving(
     mode: str,
     text: Sample,
     runs: Running,
@@ -212,7 +212,7 @@ def _steps(
                 masks.enter_context(live[layer].masked(kept[layer]))
 
 
-def _check_model(profile: Profile, structure: Structure) -> None:
+def check_model(profile: Profile, structure: Structure) -> None:
     if structure.model_fingerprint != profile.model["fingerprint"]:
         raise InputError(
             f"the profile is of another model ({profile.model['name']}), not of {structure.checkpoint.name}: topology "
