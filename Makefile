@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SECONDS ?= 3600
 
-.PHONY: demo test test-slow test-servers test-cluster fuzz lint format docs bench clean
+.PHONY: demo test test-slow test-servers test-cluster test-rivals fuzz lint format docs bench clean
 demo: $(STAMP)
 	$(BIN)/moecover demo
 
@@ -18,6 +18,14 @@ test-slow: $(STAMP)
 
 test-servers: $(STAMP) .venv-vllm/.installed
 	$(BIN)/python -m pytest -m servers
+
+test-rivals: $(STAMP) .venv-rivals/.installed
+	$(BIN)/python -m pytest -m rivals
+
+.venv-rivals/.installed: constraints-rivals.txt
+	$(PYTHON) -m venv --clear .venv-rivals
+	.venv-rivals/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-rivals.txt llmcompressor
+	touch $@
 
 test-cluster: $(VENV)/.ray
 	$(BIN)/python -m pytest -m cluster
@@ -60,4 +68,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-vllm demo-out
+	rm -rf $(VENV) .venv-vllm .venv-rivals demo-out
