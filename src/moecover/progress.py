@@ -11,9 +11,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
 
-from moecover.errors import printable
+from moecover.errors import InputError, arg, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -23,6 +24,37 @@ Relabel = Callable[[str], None]
 Bar = Callable[..., contextlib.AbstractContextManager[Advance]]  # `Progress.bar`
 
 quiet = False
+_log: TextIO | None = None  # a file that the log goes to as well
+
+
+@contextlib.contextmanager
+def logged(path: Path | None) -> Iterator[None]:
+    """A block whose log is appended to a file too, each line with its time; None for no file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    global _log
+    if path is None:
+        yield
+        return
+    try:
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{arg('log_file', path)} cannot be written: {error.strerror}") from error
+    with file:
+        _log = file
+        try:
+            yield
+        finally:
+            _log = None
+
+
+def _note(line: str) -> None:
+    """A line of the log's file."""
+    if _log is not None:
+        _log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}\n")
+        _log.flush()
 
 
 class Progress(Protocol):
@@ -71,9 +103,11 @@ class Drawn:
             progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn(),
             progress.TimeRemainingColumn(elapsed_when_finished=True),
         ]
+        started = time.monotonic()
         with progress.Progress(*columns, console=console) as drawn:
             task = drawn.add_task(printable(label), total=total)
             yield lambda amount: drawn.advance(task, amount)
+        _note(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
 
     @contextlib.contextmanager
     def spinner(self, label: str) -> Iterator[Relabel]:
@@ -88,6 +122,7 @@ class Drawn:
 
     def say(self, line: str) -> None:
         """Print one line; a closed stderr is ignored, since the job does not depend on its log."""
+        _note(line)
         with contextlib.suppress(BrokenPipeError):
             print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
@@ -111,7 +146,8 @@ class Silent:
         yield lambda text: None
 
     def say(self, line: str) -> None:
-        """Drop the line."""
+        """Keep the line for the log's file alone."""
+        _note(line)
 
 
 DRAWN, SILENT = Drawn(), Silent()

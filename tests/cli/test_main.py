@@ -227,8 +227,6 @@ def test_few_blocks_by_default_are_said(checkpoints: Callable[..., Path], tmp_pa
 
 CASES: list[tuple[str, list[str], str]] = [
     # id, arguments ({m} model, {r} rows, {t} folder), what the message must hold
-    ("no verb", [], "VERB"),
-    ("unknown verb", ["purne"], "invalid choice: 'purne'"),
     ("missing folder", ["profile", "{t}/none", "--corpus", "web", "-o", "{t}/o"], "no folder"),
     ("unknown corpus", ["profile", "{m}", "--corpus", "wikitxt", "-o", "{t}/o"], "Did you mean wikitext2"),
     ("empty corpus", ["profile", "{m}", "--corpus", "e={t}/empty.txt", "-o", "{t}/o"], "holds no text"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from moecover.registry import unknown_name
 
 DEFAULT = "qwen2-moe-tiny"
+SHIPPED = "shipped:"  # before the name of a model that comes with the package
 
 
 def shipped_model(name: str = DEFAULT) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moecover.checkpoints.config_edit import QUANTISATION_FILES, Config, quantisation
 from moecover.checkpoints.header import TensorEntry, entries_of, read_header, row_of
+from moecover.checkpoints.shipped import SHIPPED, shipped_model
 from moecover.checkpoints.weight_files import (
     INDEX_ENDING,
     OTHER_WEIGHTS,
@@ -119,8 +120,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     """Open the checkpoint in a local folder or on the hub.
 
     Args:
-        model: folder with config.json and safetensors files, a GGUF file (of a split one the first part), or
-            ``owner/name`` on the hub.
+        model: folder with config.json and safetensors files, a GGUF file (of a split one the first part),
+            ``owner/name`` on the hub, or ``shipped:NAME`` for a model that comes with the package.
         revision: branch, tag or commit of a hub model.
         headers_only: read the headers of a hub model over the network, without downloading its weights.
 
@@ -128,6 +129,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
         InputError: the folder or file is missing, truncated or malformed, or the hub does not have it.
     """
     text = os.fspath(model)
+    if text.startswith(SHIPPED):
+        return open_folder(shipped_model(text.removeprefix(SHIPPED)), name=text)
     try:
         folder = Path(text).expanduser()
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 from moecover import progress
+from moecover.cli.mistakes import unknown_arguments, unknown_verb
 from moecover.cli.verb import Verb
 from moecover.errors import InputError, MoecoverError, is_out_of_memory, is_panic, printable, shortened
 from moecover.runtime.distributed import STOPPED, first_to_fail
@@ -41,7 +42,10 @@ VERBS = (
     "compare",
     "report",
     "demo",
+    "init",
     "ls",
+    "env",
+    "completion",
 )
 EPILOG = """examples:
   moecover shrink  Qwen/Qwen1.5-MoE-A2.7B --budget 50% -o qwen-moe-half
@@ -107,8 +111,10 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument("-q", "--quiet", action="store_true", help="no log and no progress on stderr")
+    common.add_argument("-v", "--verbose", action="store_true", help="also what the libraries warn of, and tracebacks")
+    common.add_argument("--log-file", type=Path, metavar="FILE", help="append the log to a file too, with times")
     verbs: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(
-        dest="verb", metavar="VERB", required=True, parser_class=_Parser
+        dest="verb", metavar="VERB", parser_class=_Parser
     )
     for name in VERBS:
         if only not in (None, name, HELP_OF_ALL):
@@ -126,11 +132,11 @@ TRACEBACK = "MOECOVER_TRACEBACK"  # environment variable: show where an internal
 HELP_OF_ALL = "--help"  # every verb's line, no verb's options
 
 
-def _quiet_libraries(*, quiet: bool) -> None:
+def _quiet_libraries(*, quiet: bool, verbose: bool) -> None:
     """Keep other libraries' bars and advice out of the log, and their sums the same (the user's own settings stay)."""
-    if not sys.warnoptions:  # the user has asked for them with python -W
+    if not sys.warnoptions and not verbose:  # the user has asked for them with python -W
         warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if verbose else "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if quiet or not sys.stderr.isatty() else "0")
     # Without this, the last bit of MKL's products on processors without AVX-512 depends on the alignment of a matrix in
     # memory, and `verify` compares bits.
@@ -161,29 +167,56 @@ def _fail(text: str) -> None:
         _print(f"moecover: {rank}{shortened(printable(text))}", sys.stderr)
 
 
-def _internal(error: BaseException) -> int:
+def _internal(error: BaseException, *, verbose: bool) -> int:
     """A fault of this program, in one line; the traceback for its developers on request."""
-    if os.environ.get(TRACEBACK):
+    if verbose or os.environ.get(TRACEBACK):
         raise error
     at = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(at.filename).name}:{at.lineno}"
-    _fail(f"internal error: {type(error).__name__} in {place}: {error}. Set {TRACEBACK}=1 for the traceback to report")
+    _fail(f"internal error: {type(error).__name__} in {place}: {error}. Give -v for the traceback to report")
     return 1
+
+
+def _parsed(argv: list[str], asked: str | None) -> argparse.Namespace | None:
+    """The arguments; None where there is no verb.
+
+    Raises:
+        InputError: an unknown verb or option; says which may be meant.
+    """
+    if asked is not None and asked not in VERBS:
+        raise InputError(unknown_verb(asked, VERBS))
+    parser = make_parser(asked or HELP_OF_ALL)
+    args, left = parser.parse_known_args(argv)
+    if left:
+        raise InputError(unknown_arguments(left, of_verb(parser, asked)))
+    return args if args.verb else None
+
+
+def of_verb(parser: argparse.ArgumentParser, name: str | None) -> argparse.ArgumentParser:
+    """The parser of a verb among those of a parser; the parser itself where no verb is named."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and name in action.choices:
+            return cast("argparse.ArgumentParser", action.choices[name])
+    return parser
 
 
 def _run(argv: list[str]) -> int:
     asked = next((word for word in argv if not word.startswith("-")), None)
     with contextlib.redirect_stderr(None) if _place().rank > 0 else contextlib.nullcontext():
-        args = make_parser(asked if asked in VERBS else HELP_OF_ALL).parse_args(argv)
+        args = _parsed(argv, asked)
+    if args is None:
+        _print(make_parser(HELP_OF_ALL).format_help(), sys.stdout)
+        return 0
     args.argv = argv
-    _quiet_libraries(quiet=args.quiet)
+    _quiet_libraries(quiet=args.quiet, verbose=args.verbose)
     here = world()
     if here.size > 1 and not getattr(verb(args.verb), "SHARED", False):
         several = ", ".join(name for name in VERBS if getattr(verb(name), "SHARED", False))
         raise InputError(f"{args.verb} runs in one process, torchrun started {here.size}. In several run {several}")
     progress.quiet = args.quiet or here.rank > 0
     try:
-        outcome = verb(args.verb).run(args)
+        with progress.logged(args.log_file if here.rank == 0 else None):
+            outcome = verb(args.verb).run(args)
     except Exception as error:
         if behind(error):
             raise KeyboardInterrupt from error
@@ -222,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
         if not is_out_of_memory(error):
-            return _internal(error)
+            return _internal(error, verbose=not {"-v", "--verbose"}.isdisjoint(sys.argv[1:] if argv is None else argv))
         _fail("not enough memory. Give a smaller --batch-size or --length, or a smaller --dtype")
         return 1
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecover.cli.values import dtype, share
 from moecover.cli.widths import add_widths, numbers, width_arguments
 from moecover.errors import InputError, flag
 from moecover.registry import load_plugin
@@ -21,7 +22,7 @@ Group = argparse._ActionsContainer  # a parser or a group of options
 # --------------------------------------------------------------------------------------------------------- declaration
 def add_model(parser: Group, *, note: str = "") -> None:
     """The model, and which revision of it."""
-    parser.add_argument("model", metavar="MODEL", help=f"local folder or hub id (owner/name){note}")
+    parser.add_argument("model", metavar="MODEL", help=f"local folder, hub id (owner/name) or shipped:NAME{note}")
     add_revision(parser)
 
 
@@ -39,7 +40,7 @@ def add_output(parser: Group, metavar: str, text: str, *, replaced: str = "") ->
 
 def add_device(parser: Group) -> None:
     """Where and in which precision the model runs, and how much memory it may take."""
-    parser.add_argument("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")
+    parser.add_argument("--dtype", type=dtype, help="auto (the checkpoint's), bfloat16, float16 or float32")
     parser.add_argument("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
     parser.add_argument(
         "--device-map",
@@ -109,9 +110,9 @@ def add_method(parser: argparse.ArgumentParser, *, several: bool, has_seed: bool
     group.add_argument("--keep", type=numbers(int, several), metavar="K", help=f"experts kept per layer{more}")
     group.add_argument(
         "--retain",
-        type=numbers(float, several),
+        type=numbers(share, several),
         metavar="R",
-        help=f"fraction of experts kept per layer, in (0, 1]{more}",
+        help=f"fraction of experts kept per layer, in (0, 1], or as 50%%{more}",
     )
     group.add_argument(
         "--multiple-of",

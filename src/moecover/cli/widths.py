@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
+from moecover.cli.values import share
+
 Number = TypeVar("Number", int, float)
 
 
@@ -39,7 +41,7 @@ def add_widths(group: argparse._ActionsContainer, *, several: bool) -> None:
     )
     group.add_argument(
         "--retain-width",
-        type=numbers(float, several),
+        type=numbers(share, several),
         metavar="R",
         help=f"fraction of an expert's channels kept, in (0, 1], to the nearest multiple of 8{more}",
     )

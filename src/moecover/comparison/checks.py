@@ -5,11 +5,11 @@ Nothing is downloaded here but headers. An error names the line of the configura
 
 from __future__ import annotations
 
-from moecover.checkpoints.shipped import shipped_model
+from moecover.checkpoints.shipped import SHIPPED, shipped_model
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.comparison.cells import cells
-from moecover.comparison.config import SHIPPED, UNREPAIRED
+from moecover.comparison.config import UNREPAIRED
 from moecover.comparison.gguf_checks import check_coordinates, check_library, read_files
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request

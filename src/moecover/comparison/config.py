@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from moecover.checkpoints.shipped import SHIPPED
 from moecover.corpora.arguments import expanded
 from moecover.corpora.sources import set_name
 from moecover.corpora.windows import WINDOWS
@@ -21,7 +22,6 @@ from moecover.registry import unknown_name
 from moecover.repairing.solver import KINDS
 
 UNREPAIRED = "none"
-SHIPPED = "shipped:"  # before the name of a model that comes with the package
 
 
 def _listed(value: object) -> object:

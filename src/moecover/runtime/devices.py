@@ -112,6 +112,12 @@ def check_float64(device: torch.device, what: str) -> None:
         )
 
 
+def kinds_here() -> list[str]:
+    """The kinds of devices beside the CPU that this machine has."""
+    modules = {kind: _module(kind) for kind in (*AUTOMATIC, "mps")}
+    return [kind for kind, module in modules.items() if module is not None and module.is_available()]
+
+
 def name_of(device: torch.device) -> str:
     """The device by the name of its model, where torch tells that."""
     module = _module(device.type)
