@@ -35,6 +35,7 @@ from moecover.planning.run import check_options, plan_budgets
 from moecover.planning.shapes import Shape
 from moecover.profiling.artifact import Profile
 from moecover.progress import Progress, resolve
+from moecover.runtime.distributed import of_first
 from moecover.runtime.memory import parse_size
 from moecover.runtime.options import RunOptions, check_known
 from moecover.runtime.passes import Passes, check_least, passes
@@ -239,7 +240,10 @@ def measured_shape(
     batch_size: int,
     progress: Progress,
 ) -> Plan:
-    """The plan of the best of some shapes, measured in an open model; see `best_shape`."""
+    """The plan of the best of some shapes, measured in an open model; see `best_shape`.
+
+    Of several processes the first one's plans are measured, and its numbers decide which shapes come next.
+    """
     more = METHODS[method].given(model=model, structure=structure)
 
     def make(asked: list[Shape]) -> list[Plan]:
@@ -248,9 +252,11 @@ def measured_shape(
             [one.width for one in asked],
             of_shapes(asked, options, structure),
         )
-        return plan_budgets(profile, method=method, keeps=keeps, widths=widths, **more, **given)
+        plans = plan_budgets(profile, method=method, keeps=keeps, widths=widths, **more, **given)
+        return of_first(model.world, plans)
 
     def measure(rows: dict[str, Plan], full: bool) -> Evaluation:
-        return evaluate(structure, rows, model=model, texts=texts, full=full, batch_size=batch_size, bar=progress.bar)
+        how: Any = {"texts": texts, "full": full, "batch_size": batch_size, "bar": progress.bar}
+        return of_first(model.world, evaluate(structure, rows, model=model, **how))
 
     return best_shape(structure, shapes, make, measure, texts=texts, say=progress.say)

@@ -25,6 +25,7 @@ from moecover.repairing.artifact import Repaired
 from moecover.repairing.job import memory_beside, repaired
 from moecover.repairing.layers import TOKENS
 from moecover.repairing.store import kept_for_later
+from moecover.runtime.distributed import of_first
 from moecover.runtime.pass_state import remove
 from moecover.runtime.passes import Passes
 
@@ -130,6 +131,7 @@ def _chosen(
         (plan,) = plan_budgets(
             profile, method=choice.method, keeps=[choice.keep], widths=[choice.width], **more, **choice.options
         )
+    plan = of_first(request.here, plan)  # processors round differently: a tie could break in two ways
     for line in calibration_notes(plan, profile):
         progress.say(line)
     progress.say(f"{request.output}: {plan_line(plan, structure.topology.num_experts)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moecover.repairing.parts import Total
+from moecover.repairing.parts import Part
 from moecover.repairing.sums import Block, moments
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def best_factors(
     *,
     everything: bool = True,
     any_held: bool,
-    total: Total,
+    part: Part,
 ) -> tuple[torch.Tensor, float] | None:
     """Solve for the factors that the blocks' outputs are multiplied by.
 
@@ -36,7 +36,7 @@ def best_factors(
         penalties: strongest first.
         everything: whether the held-out tokens are solved on too, with the penalty that they chose.
         any_held: whether a token is held out, in any process; else the last penalty is taken.
-        total: of processes that have other tokens.
+        part: the tokens among those of all processes.
 
     Returns:
         Factors minus 1, float64 ``[block]``, and the penalty; None where no penalty is better on the held-out tokens
@@ -45,21 +45,21 @@ def best_factors(
     import torch
 
     found = moments(blocks, residual, torch.stack([share * ~held, share * held]))
-    products, right, energy = map(total, (found.products, found.right, found.energy))
+    products, right, energy = map(part.total, (found.products, found.right, found.energy))
     if not any_held:
-        return _solved(products[0], right[0], penalties[-1]), penalties[-1]
+        return part.of_first(_solved(products[0], right[0], penalties[-1])), penalties[-1]
     best, chosen = float(energy[1]), None
     for penalty in penalties:
         trial = _solved(products[0], right[0], penalty)
-        loss = float(energy[1] - 2 * trial @ right[1] + trial @ products[1] @ trial)
+        loss = float(part.of_first(energy[1] - 2 * trial @ right[1] + trial @ products[1] @ trial))
         if loss < best:
             best, chosen = loss, penalty
         elif chosen is not None:
             break  # beyond the best one
     if chosen is None:
         return None
-    part = slice(None) if everything else slice(1)
-    return _solved(products[part].sum(0), right[part].sum(0), chosen), chosen
+    fitted = slice(None) if everything else slice(1)
+    return part.of_first(_solved(products[fitted].sum(0), right[fitted].sum(0), chosen)), chosen
 
 
 def _solved(products: torch.Tensor, right: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -1,8 +1,12 @@
-"""The calibration tokens of a layer that one of several processes has: sums over all of them, and their order."""
+"""The calibration tokens of a layer that one of several processes has: sums over all of them, and their order.
+
+Processors round differently, so a number that is computed in every process may differ in its last bits from machine to
+machine. What a solver decides by such a number, all processes decide alike: it is a sum over all of them, or the first
+one's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +15,6 @@ from moecover.runtime.world import ALONE, World
 
 if TYPE_CHECKING:
     import torch
-
-Total = Callable[["torch.Tensor"], "torch.Tensor"]  # the sum of a tensor over all processes, the same in each of them
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,20 @@ class Part:
         return Part(self.everyone.to(device), self.mine.to(device), self.here)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes."""
+        """The sum over all processes, the same bits in each of them."""
         return total(self.here, values)
+
+    def of_first(self, values: torch.Tensor) -> torch.Tensor:
+        """The values of the first process, in every process."""
+        return total(self.here, values if self.here.rank == 0 else values.new_zeros(values.shape))
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether something holds in every process."""
+        import torch
+
+        if self.here.size == 1:
+            return holds
+        return int(self.total(torch.tensor(int(not holds), device=self.everyone.device))) == 0
 
 
 def whole(corpus: torch.Tensor) -> Part:

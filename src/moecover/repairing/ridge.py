@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moecover.repairing.parts import Total
+from moecover.repairing.parts import Part
 from moecover.repairing.sums import Block, gram, squares
 
 if TYPE_CHECKING:
@@ -57,15 +57,35 @@ class _Solver:
         return float(self.pull * change.square().sum())
 
 
-def _solver(matrix: torch.Tensor, penalty: float, dtype: torch.dtype) -> _Solver:
-    """The solver of a block from its Gram matrix; steps are solved for in ``dtype``."""
-    import torch
-
-    pull = float(penalty * matrix.diagonal().mean())
+def _system(matrix: torch.Tensor, pull: float) -> torch.Tensor:
+    """A Gram matrix plus the weight of the penalty."""
     system = matrix.clone()
     system.diagonal().add_(pull)
+    return system
+
+
+def _factor(system: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The Cholesky factor of a matrix in a dtype; None where it could not be factorised."""
+    import torch
+
     factor, failed = torch.linalg.cholesky_ex(system)
-    return _Solver(pull, None, system) if bool(failed) else _Solver(pull, factor.to(dtype), None)
+    return None if bool(failed) else factor.to(dtype)
+
+
+def _solvers(grams: Sequence[torch.Tensor], penalty: float, dtype: torch.dtype, part: Part) -> list[_Solver]:
+    """The solvers of blocks from their Gram matrices; steps are solved for in ``dtype``.
+
+    The factor of a matrix that some process could not factorise is used by none: all of them take the same steps.
+    """
+    import torch
+
+    pulls = [float(penalty * matrix.diagonal().mean()) for matrix in grams]
+    factors = [_factor(_system(matrix, pull), dtype) for matrix, pull in zip(grams, pulls, strict=True)]
+    failed = part.total(torch.tensor([int(factor is None) for factor in factors], device=grams[0].device)).tolist()
+    return [
+        _Solver(pull, None, _system(matrix, pull)) if fails else _Solver(pull, factor, None)
+        for matrix, pull, factor, fails in zip(grams, pulls, factors, failed, strict=True)
+    ]
 
 
 def ridge_changes(
@@ -79,7 +99,7 @@ def ridge_changes(
     tolerance: float,
     everything: bool = True,
     any_held: bool,
-    total: Total,
+    part: Part,
 ) -> tuple[list[torch.Tensor], float | None]:
     """Solve for the changes of the blocks' weights, with a penalty that is chosen on held-out tokens.
 
@@ -93,7 +113,7 @@ def ridge_changes(
         tolerance: see `TOLERANCE`.
         everything: whether the held-out tokens are solved on too, with the penalty that they chose.
         any_held: whether a token is held out, in any process; else the last penalty is taken.
-        total: of processes that have other tokens.
+        part: the tokens among those of all processes.
 
     Returns:
         Changes, float64 ``[width, hidden]`` each, and the penalty; no changes and None where no penalty is better on
@@ -101,18 +121,18 @@ def ridge_changes(
     """
     import torch
 
-    grams = [total(gram(block, share, ~held)) for block in blocks]
-    penalty = _best_penalty(blocks, grams, share, held, residual, penalties, total) if any_held else penalties[-1]
+    grams = [part.total(gram(block, share, ~held)) for block in blocks]
+    penalty = _best_penalty(blocks, grams, share, held, residual, penalties, part) if any_held else penalties[-1]
     if penalty is None:
         return [], None
     if not everything:
         share = share * ~held
     elif any_held:
         for matrix, block in zip(grams, blocks, strict=True):
-            matrix += total(gram(block, share, held))
-    solvers = [_solver(matrix, penalty, residual.dtype) for matrix in grams]
+            matrix += part.total(gram(block, share, held))
+    solvers = _solvers(grams, penalty, residual.dtype, part)
     changes = [torch.zeros(b.weight.shape[::-1], dtype=torch.float64, device=residual.device) for b in blocks]
-    _descend(blocks, solvers, share, residual, changes, sweeps=sweeps, tolerance=tolerance, total=total)
+    _descend(blocks, solvers, share, residual, changes, sweeps=sweeps, tolerance=tolerance, part=part)
     return changes, penalty
 
 
@@ -125,25 +145,27 @@ def _descend(
     *,
     sweeps: int,
     tolerance: float,
-    total: Total,
+    part: Part,
 ) -> None:
     """Solve block after block until the objective settles; ``residual`` and ``changes`` are updated in place."""
     import torch
 
     def objective() -> float:
+        """The error of all processes, with the penalty that the first one has computed."""
         costs = sum(solver.cost(change) for solver, change in zip(solvers, changes, strict=True))
-        return float(total((squares(residual) * share).sum())) + costs
+        error = (squares(residual) * share).sum()
+        return float(part.total(error + costs if part.here.rank == 0 else error))
 
-    last, parts = objective(), share.to(residual.dtype)
+    last, weights = objective(), share.to(residual.dtype)
     for _ in range(sweeps):
         for at, (block, solver) in enumerate(zip(blocks, solvers, strict=True)):
             slope = torch.zeros_like(changes[at])
             for tokens, features in block.chunks():
-                slope += features.T @ residual[tokens].mul_(parts[tokens, None])
-            slope = total(slope)
+                slope += features.T @ residual[tokens].mul_(weights[tokens, None])
+            slope = part.total(slope)
             step = solver.step(slope, changes[at])
             del slope
-            if not bool(torch.isfinite(step).all()):
+            if not part.everywhere(bool(torch.isfinite(step).all())):
                 continue
             changes[at] += step
             small = step.to(residual.dtype)
@@ -162,7 +184,7 @@ def _best_penalty(
     held: torch.Tensor,
     residual: torch.Tensor,
     penalties: Sequence[float],
-    total: Total,
+    part: Part,
 ) -> float | None:
     """The penalty whose fit on the other tokens is best on the held-out ones; None where none beats no change.
 
@@ -179,12 +201,12 @@ def _best_penalty(
         sketch = torch.eye(hidden, dtype=torch.float64, device=device)
     small = residual @ sketch.to(residual.dtype)
     changes = [torch.zeros(b.weight.shape[1], sketch.shape[1], dtype=torch.float64, device=device) for b in blocks]
-    best, chosen = float(total((squares(small) * share * held).sum())), None
+    best, chosen = float(part.total((squares(small) * share * held).sum())), None
     for penalty in penalties:
-        solvers = [_solver(matrix, penalty, small.dtype) for matrix in grams]
-        _descend(blocks, solvers, share * ~held, small, changes, sweeps=TRIAL_SWEEPS, tolerance=TOLERANCE, total=total)
+        solvers = _solvers(grams, penalty, small.dtype, part)
+        _descend(blocks, solvers, share * ~held, small, changes, sweeps=TRIAL_SWEEPS, tolerance=TOLERANCE, part=part)
         del solvers  # before the next ones are made
-        if (loss := float(total((squares(small) * share * held).sum()))) < best:
+        if (loss := float(part.total((squares(small) * share * held).sum()))) < best:
             best, chosen = loss, penalty
         elif chosen is not None:
             break  # beyond the best one

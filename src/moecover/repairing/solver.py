@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypedDict
 from moecover.registry import unknown_name
 from moecover.repairing.calibration import Calibration
 from moecover.repairing.factors import best_factors
-from moecover.repairing.parts import Part, Total
+from moecover.repairing.parts import Part
 from moecover.repairing.ridge import TOLERANCE, ridge_changes
 from moecover.repairing.sums import CHUNK, Block, all_finite, residual_of
 from moecover.runtime.finite import not_finite
@@ -52,7 +52,7 @@ class _Shared(TypedDict):
 
     everything: bool
     any_held: bool
-    total: Total
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def fit(
     if not solved or not bool((calibration.inverse > 0).any()):
         return _unchanged(before, blocks, "the target is zero", kept)
     share, held = calibration.share(), calibration.held
-    shared: _Shared = {"everything": everything, "any_held": calibration.any_held, "total": part.total}
+    shared: _Shared = {"everything": everything, "any_held": calibration.any_held, "part": part}
     used, factor_of, changes = dict[str, float](), dict[str, float](), list["torch.Tensor"]()
     if (factors := best_factors(solved, residual, share, held, penalties, **shared)) is not None:
         used["scale"] = factors[1]

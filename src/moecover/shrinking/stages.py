@@ -59,8 +59,8 @@ def plan_of(
     """The plan, from its file where an earlier run has made it."""
     file, method = asked.of_budget / PLAN, default_method().name
     made = Plan.load(file) if asked.here.rank == 0 and file.is_file() else None
-    earlier = of_first(asked.here, made)
-    if earlier is not None and earlier.profile_fingerprint == profile.fingerprint:
+    fits = made is not None and made.profile_fingerprint == profile.fingerprint
+    if (earlier := of_first(asked.here, made if fits else None)) is not None:
         progress.say(f"resuming: {file} is made")
         return earlier
     shapes = shapes_of(structure, asked)
@@ -71,6 +71,7 @@ def plan_of(
         one = shapes[0]
         given = of_shapes(shapes, {}, structure)
         (plan,) = plan_budgets(profile, method=method, keeps=[one.keep], widths=[one.width], **given)
+    plan = of_first(asked.here, plan)  # processors round differently: a tie could break in two ways
     if asked.here.rank == 0:
         plan.save(file)
     for line in calibration_notes(plan, profile, remedy=asked.quality.remedy):
