@@ -93,8 +93,8 @@ class FakeRay:
         self.deaths -= 1
         return self.deaths >= 0
 
-    def wait(self, references: list[Any], *, timeout: float) -> tuple[list[Any], list[Any]]:
-        return references[:1], references[1:]
+    def wait(self, references: list[Any], *, timeout: float, num_returns: int = 1) -> tuple[list[Any], list[Any]]:
+        return references[:num_returns], references[num_returns:]
 
     def get(self, reference: Callable[[], Any]) -> Any:
         return reference()

@@ -57,6 +57,7 @@ class WorkerSetup:
         models: setups by name of the model.
         threads: of torch in this process; None leaves them as they are.
         device: that cells are computed on.
+        marker: a file of the run folder that no other folder has.
     """
 
     run: Path
@@ -64,6 +65,7 @@ class WorkerSetup:
     models: Mapping[str, ModelSetup]
     threads: int | None
     device: str
+    marker: Path
 
 
 # ----------------------------------------------------------------------------------------------------------------- jobs

@@ -23,7 +23,6 @@ from moecover.evaluation.artifact import Evaluation
 from moecover.planning.artifact import Plan
 from moecover.repairing.applied import LayerRepair
 from moecover.repairing.store import repair
-from moecover.runtime.pass_state import remove
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,6 @@ def _measure(model: OpenModel, job: EvaluationJob, group: Ready) -> Iterator[Cel
             wall_s=wall_s,
             repair=mended.record if mended else None,
         )
-        remove(model.run / repair_path(cell))
         yield CellDone(cell, _figures(evaluation))
 
 

@@ -6,6 +6,7 @@ The kernel drops the lock of a process that dies, so a dead process is no member
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,10 +25,12 @@ class Members:
 
     Attributes:
         folder: of lock files.
+        marker: a file of this process there, by which another machine knows that it sees the folder; made by `join`.
     """
 
     def __init__(self, run: Path) -> None:
         self.folder = run / CLAIMS
+        self.marker = self.folder / f"seen-{uuid.uuid4().hex}"
         self._run, self._mine = run, Path()
         self._give_back: Callable[[], None] | None = None
 
@@ -53,6 +56,7 @@ class Members:
                 number += 1
             self._mine, self._give_back = self._file(number), give_back
             self._mine.write_text(digest)
+            self.marker.touch()
 
     def others(self) -> int:
         """How many other processes fill the folder at the moment."""
@@ -73,6 +77,7 @@ class Members:
     def close(self) -> None:
         """Give the membership back, if there is one."""
         if self._give_back is not None:
+            self.marker.unlink(missing_ok=True)
             self._give_back()
             self._give_back = None
 

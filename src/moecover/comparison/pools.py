@@ -9,8 +9,9 @@ from functools import partial
 from typing import Protocol
 
 from moecover.comparison import pool, ray_pool
-from moecover.comparison.jobs import Job, Report
-from moecover.comparison.pool import Died, Ended, Lost, Opened, Queue
+from moecover.comparison.jobs import Job, Report, WorkerSetup
+from moecover.comparison.pool import Died, Ended, Lost, Queue
+from moecover.comparison.worker import worker
 from moecover.errors import InputError, arg
 from moecover.registry import unknown_name
 
@@ -21,8 +22,8 @@ Reports = Generator[tuple[Job, Report | Ended | Died | Lost]]
 class Work(Protocol):
     """A pool, see `pool.work`."""
 
-    def __call__(self, queue: Queue[Job], opened: Opened[Job, Report], *, jobs: int) -> Reports:
-        """Handle all jobs of a queue."""
+    def __call__(self, queue: Queue[Job], setup: WorkerSetup, *, jobs: int) -> Reports:
+        """Handle all jobs of a queue by some workers."""
         ...
 
 
@@ -36,7 +37,11 @@ def _local(address: str | None, gpus: float) -> Iterator[Work]:
     for name, value in (("address", address), ("gpus_per_job", gpus)):
         if value:
             raise InputError(f"{arg(name, value)} is for a cluster. Give {arg('engine', 'ray')} too")
-    yield pool.work
+    yield _in_processes
+
+
+def _in_processes(queue: Queue[Job], setup: WorkerSetup, *, jobs: int) -> Reports:
+    return pool.work(queue, partial(worker, setup), jobs=jobs)
 
 
 @contextlib.contextmanager

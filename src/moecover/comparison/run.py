@@ -29,6 +29,7 @@ from moecover.comparison.preparing import prepare
 from moecover.comparison.reading import Request, request
 from moecover.comparison.results import Comparison, cut_texts, write_results
 from moecover.comparison.schedule import Schedule
+from moecover.comparison.shipping import ARRIVING
 from moecover.comparison.working import Workers, work_through
 from moecover.errors import InputError, arg
 from moecover.evaluation.task_usage import FILE as USAGE
@@ -62,7 +63,7 @@ def compare(
         config: a `Config`, its fields as a mapping, or the path of a YAML file; docs/compare.md describes the fields.
         run: the run folder, created or extended.
         jobs: number of processes; each loads a model of its own.
-        engine: where they run: ``local``, this machine, or ``ray``, a cluster whose machines share the run folder.
+        engine: where they run: ``local``, this machine, or ``ray``, a cluster.
         address: of the cluster: ``auto`` or HOST:PORT; None starts one on this machine.
         gpus_per_job: GPUs of each process on a cluster.
         command: the command line, for the results.
@@ -149,7 +150,8 @@ def _fill(
     try:
         if pending or profiles:
             threads = max(1, (os.cpu_count() or 1) // workers.here) if workers.here > 1 else None
-            setup = WorkerSetup(run, config, setups, threads, check_device(config.dtype, config.device))
+            device = check_device(config.dtype, config.device)
+            setup = WorkerSetup(run, config, setups, threads, device, members.marker)
             schedule = Schedule(models, setups, profiles, config, jobs)
             made = work_through(setup, models, schedule, members, workers, facts, progress)
     finally:
@@ -183,6 +185,7 @@ def _leave(run: Path, members: Members) -> None:
 
 def _remove_partial(run: Path) -> None:
     """Remove what a killed run left half-written: no other process fills the folder."""
+    shutil.rmtree(run / ARRIVING, ignore_errors=True)
     for folder in ("cells", "plans"):
         for left in (run / folder).glob(f".*{PARTIAL}") if (run / folder).is_dir() else ():
             shutil.rmtree(left) if left.is_dir() else left.unlink()

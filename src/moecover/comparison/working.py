@@ -10,10 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from moecover.comparison.cell_files import DONE, StoredCell, finished_cell, write_cell
+from moecover.comparison.cell_files import DONE, StoredCell, finished_cell, repair_path, write_cell
 from moecover.comparison.cells import Cell
 from moecover.comparison.claims import SharedJobs
 from moecover.comparison.jobs import (
@@ -22,19 +21,18 @@ from moecover.comparison.jobs import (
     Job,
     ModelRan,
     Note,
-    Report,
     RunFacts,
     TaskProfileJob,
     WorkerSetup,
 )
 from moecover.comparison.members import Members
 from moecover.comparison.models import ComparedModel, with_peaks
-from moecover.comparison.pool import Died, Ended, Lost, Opened
+from moecover.comparison.pool import Died, Ended, Lost
 from moecover.comparison.pools import Reports, Work
 from moecover.comparison.schedule import Schedule
-from moecover.comparison.worker import worker
 from moecover.errors import MoecoverError
 from moecover.progress import Progress
+from moecover.runtime.pass_state import remove
 from moecover.text import duration_text
 
 RETRIES = 2  # of a cell whose worker was lost
@@ -84,8 +82,7 @@ def work_through(
         ledger = _Ledger(setup.run, models, schedule, count, progress)
         queue = SharedJobs(setup.run, models, schedule, members, workers.jobs, ledger.found, progress.say)
         stack.enter_context(contextlib.closing(queue))
-        opened: Opened[Job, Report] = partial(worker, setup)
-        reports: Reports = workers.work(queue, opened, jobs=workers.jobs)
+        reports: Reports = workers.work(queue, setup, jobs=workers.jobs)
         stack.enter_context(contextlib.closing(reports))
         with _noted(count):
             for job, report in reports:
@@ -138,7 +135,8 @@ class _Ledger:
         self._losses = Counter[str]()  # of workers, by cell or by a job without cells
 
     def done(self, report: CellDone) -> None:
-        """A worker has written a cell."""
+        """A worker has written a cell, which needs its repair no longer."""
+        remove(self._run / repair_path(report.cell))
         self._settled.add(report.cell.id)
         self._count.add(report.cell, report.words)
 
