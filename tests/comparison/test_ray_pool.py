@@ -65,7 +65,12 @@ def test_what_a_cluster_lacks_is_said_before_the_work(
     refused("is not an address. Give auto or HOST:PORT", engine="ray", address="ray://here:1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        refused("no Ray cluster answers .*refused", engine="ray", address=f"127.0.0.1:{free.getsockname()[1]}")
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        refused("no Ray cluster answers .*refused", engine="ray", address=address)
+        free.listen()
+        monkeypatch.setattr(FakeRay, "init", lambda self, **options: 1 / 0)
+        refused("does not take this process in .division by zero.*RAY_AUTH_MODE=token", engine="ray", address=address)
+        refused("no Ray cluster answers .*division by zero.*ray start --head", engine="ray", address="auto")
 
 
 @pytest.fixture

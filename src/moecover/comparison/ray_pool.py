@@ -59,7 +59,7 @@ class Cluster:
         try:
             ray.init(address=self.address, log_to_driver=False, configure_logging=False)
         except Exception as error:  # Ray raises Exception itself
-            raise self._unreachable(str(error)) from error
+            raise self._not_connected(str(error)) from error
         try:
             found = ray.cluster_resources().get("GPU", 0)
             if found < self.gpus:
@@ -83,11 +83,19 @@ class Cluster:
             raise self._unreachable(error.strerror or str(error)) from error
 
     def _unreachable(self, why: str) -> InputError:
+        return InputError(
+            f"{arg('address', self.address)}: no Ray cluster answers ({why}). Start one: ray start --head"
+        )
+
+    def _not_connected(self, why: str) -> InputError:
         text = " ".join(why.split())
         if self.address is None:
             return InputError(f"{arg('engine', 'ray')}: Ray could not be started on this machine: {text}")
+        if self.address == "auto":
+            return self._unreachable(text)
         return InputError(
-            f"{arg('address', self.address)}: no Ray cluster answers ({text}). Start one: ray start --head"
+            f"{arg('address', self.address)}: what answers there does not take this process in ({text}). Have the "
+            "cluster's version of Ray; where it asks for a token, set RAY_AUTH_MODE=token"
         )
 
 
