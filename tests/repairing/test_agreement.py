@@ -1,13 +1,12 @@
-"""Processes that share the repair of a layer decide alike, although one computes otherwise; threads stand for them.
+"""Processes that share the repair of a layer decide alike, although one computes otherwise.
 
-The one that differs does so by far more than any rounding. A decision of its own would leave the others waiting for it.
+The one that differs does so by far more than any rounding. A decision of its own would leave the other one waiting.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,26 +17,10 @@ from moecover.repairing.parts import Part, whole
 from moecover.repairing.solver import Fit, fit
 from moecover.repairing.sums import Block
 from moecover.runtime.world import World
+from tests.support.ranks import in_ranks
 
 TOKENS, HIDDEN, WIDTH = 240, 10, 5
-OTHER = "other"  # begins the name of the thread that differs
-
-
-@pytest.fixture
-def reduced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums over two threads; one that comes alone is an error after a while."""
-    meeting, given = threading.Barrier(2, timeout=5), dict[int, torch.Tensor]()
-
-    def total(here: World, values: torch.Tensor) -> torch.Tensor:
-        if here.size == 1:
-            return values
-        given[here.rank] = values
-        meeting.wait()
-        found = given[0] + given[1]
-        meeting.wait()
-        return found
-
-    monkeypatch.setattr("moecover.repairing.parts.total", total)
+HERE = threading.local()  # has the rank of the process
 
 
 def blocks_of(mine: torch.Tensor) -> tuple[list[Block], torch.Tensor]:
@@ -53,18 +36,21 @@ def blocks_of(mine: torch.Tensor) -> tuple[list[Block], torch.Tensor]:
     return found, target[mine]
 
 
-def in_two_threads(**options: Any) -> list[Fit]:
+def shared(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Fit]:
+    """The fits of two processes, each of which has every other token."""
     corpus = (torch.arange(TOKENS) >= 150).long()
 
-    def one(rank: int) -> Fit:
-        mine = torch.arange(rank, TOKENS, 2)
+    def one(here: World) -> Fit:
+        HERE.rank = here.rank
+        mine = torch.arange(here.rank, TOKENS, 2)
         blocks, target = blocks_of(mine)
-        part = Part(corpus, mine, World(rank=rank, size=2, local_rank=rank, local_size=2))
-        return fit(blocks, target, part, kind="ridge", **options)
+        return fit(blocks, target, Part(corpus, mine, here), kind="ridge", **options)
 
-    with ThreadPoolExecutor(1, "first") as first, ThreadPoolExecutor(1, OTHER) as other:
-        waiting = first.submit(one, 0), other.submit(one, 1)
-        return [each.result() for each in waiting]
+    found = in_ranks(monkeypatch, one)
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    return found
 
 
 def alone() -> Fit:
@@ -73,65 +59,62 @@ def alone() -> Fit:
 
 
 def differing(original: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A function that gives something else in one of the threads."""
+    """A function that gives something else in the second process."""
 
     def found(*arguments: Any, **options: Any) -> Any:
         value = original(*arguments, **options)
-        return change(value) if threading.current_thread().name.startswith(OTHER) else value
+        return change(value) if getattr(HERE, "rank", 0) == 1 else value
 
     return found
 
 
-def test_two_processes_repair_as_one(reduced: None) -> None:
+def test_two_processes_repair_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = alone()
-    for found in in_two_threads():
+    for found in shared(monkeypatch):
         assert found.penalties == expected.penalties
         assert found.after == pytest.approx(expected.after, rel=1e-9)
         for name, weight in expected.weights.items():
             torch.testing.assert_close(found.weights[name], weight, rtol=1e-9, atol=1e-9)
 
 
-def test_what_one_process_computes_otherwise_chooses_no_factors(reduced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_one_process_computes_otherwise_chooses_no_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     solve = differing(torch.linalg.lstsq, lambda found: SimpleNamespace(solution=-3 * found.solution))
     monkeypatch.setattr("torch.linalg.lstsq", solve)
-    first, other = in_two_threads()
+    first, other = shared(monkeypatch)
     assert (first.penalties, first.kept, first.after) == (other.penalties, other.kept, other.after)
 
 
-def test_sweeps_end_in_all_processes(reduced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeps_end_in_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The penalty, part of the objective, is another number in one of them."""
     monkeypatch.setattr("torch.cholesky_solve", differing(torch.cholesky_solve, torch.zeros_like))
     for tolerance in (0.05 * number for number in range(1, 20)):
-        first, other = in_two_threads(penalties=(1.0,), held_share=0.0, tolerance=tolerance)
+        first, other = shared(monkeypatch, penalties=(1.0,), held_share=0.0, tolerance=tolerance)
         assert first.after == other.after
 
 
-def test_a_step_that_is_not_finite_in_one_process_is_taken_by_none(
-    reduced: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_is_not_finite_in_one_process_is_taken_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
     infinite = differing(torch.cholesky_solve, lambda step: torch.full_like(step, torch.inf))
     monkeypatch.setattr("torch.cholesky_solve", infinite)
-    first, other = in_two_threads()
+    first, other = shared(monkeypatch)
     assert list(first.penalties) == ["scale"]
     for name, weight in first.weights.items():
         torch.testing.assert_close(other.weights[name], weight, rtol=1e-9, atol=1e-9)
 
 
-def test_a_factorisation_that_fails_in_one_process_is_used_by_none(
-    reduced: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_factorisation_that_fails_in_one_process_is_used_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
     fails = differing(torch.linalg.cholesky_ex, lambda found: (found.L, torch.ones_like(found.info)))
     monkeypatch.setattr("torch.linalg.cholesky_ex", fails)
-    used: list[str] = []
+    used: list[int] = []
     solve = torch.cholesky_solve
 
     def noted(*arguments: Any) -> torch.Tensor:
-        used.append(threading.current_thread().name)
+        used.append(HERE.rank)
         return solve(*arguments)
 
     monkeypatch.setattr("torch.cholesky_solve", noted)
-    first, other = in_two_threads()
+    first, other = shared(monkeypatch)
     assert used == []
+    monkeypatch.undo()
     for name, weight in alone().weights.items():
         for found in (first, other):
             torch.testing.assert_close(found.weights[name], weight, rtol=1e-8, atol=1e-8)
