@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from moecover.comparison.members import CLAIMS, Members
 from moecover.comparison.results import Comparison
 from moecover.comparison.run import compare
 from moecover.errors import InputError
+from moecover.files.atomic import digest
 from moecover.files.locks import locked
 from tests.support.grids import cells_of, finished, run, start, written
 
@@ -73,6 +76,50 @@ def test_other_cells_wait_until_the_folder_is_free(grid: Callable[..., Path], tm
         compare(grid(methods=["random"]), tmp_path / "run", progress=False)
     members.leave()
     assert compare(grid(methods=["random"]), tmp_path / "run", progress=False).made == 3
+
+
+HOLDER = """
+import fcntl, sys
+held = [open(path, "a") for path in sys.argv[1:]]
+for file in held:
+    fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_had_claimed_is_taken_over(
+    grid: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is a member and has a cell, which it was writing when it was killed."""
+    path, out, members = grid(methods=["random"]), tmp_path / "run", list[str]()
+    join, held = Members.join, list[subprocess.Popen[str]]()
+
+    def joined(self: Members, inputs: str) -> None:
+        """The other process comes first."""
+        self.folder.mkdir(parents=True)
+        member, cell = self.folder / "member-0", self.folder / f"{digest('qwen-full')}.lock"
+        member.write_text(inputs)
+        command = [sys.executable, "-c", HOLDER, str(member), str(cell)]
+        held.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert held[0].stdout is not None
+        assert held[0].stdout.readline() == "held\n"
+        (out / "cells" / ".qwen-full.0.partial").mkdir(parents=True)
+        join(self, inputs)
+        members.append(str(self.others()))
+
+    def waited(seconds: float) -> None:
+        """The killed process's claim is what is left to wait for."""
+        assert cells_of(out) == 2
+        held[0].kill()
+        held[0].wait()
+
+    monkeypatch.setattr(Members, "join", joined)
+    monkeypatch.setattr("moecover.comparison.pool.time.sleep", waited)
+    made = compare(path, out, progress=False)
+    assert (made.made, made.failures, members) == (3, {}, ["1"])
+    assert not list((out / "cells").glob(".*"))
+    assert not (out / CLAIMS).exists()
 
 
 @pytest.mark.slow
