@@ -12,9 +12,12 @@ from moecover.checkpoints.structure import read_structure
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError
 from moecover.evaluation.task_loading import resolve
+from moecover.planning.masking import masked_layers
 from moecover.runtime.loading import load_model
-from moecover.runtime.running import InMemory, unmasked
-from tests.support.tasks import own_task
+from moecover.runtime.running import InMemory, running, unmasked
+from moecover.runtime.world import ALONE, World
+from tests.support.ranks import in_ranks
+from tests.support.tasks import own_task, random_plan
 
 BATCH, NEW = 4, 12
 
@@ -52,6 +55,42 @@ def test_batches_give_the_answers_of_single_requests(checkpoints: Callable[..., 
     assert [len(one) for one in prompts] == [BATCH, len(contexts) - BATCH]
     assert [n for one in prompts for n in one] == lengths
     assert answers(BATCH, stop) == [answer.partition(stop)[0] for answer in whole] != whole
+
+
+def test_two_processes_share_the_batches(
+    checkpoints: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts that one process generates, for the model and for a plan of it; each runs its own batches only."""
+    from moecover.evaluation.replayed_tasks import Replay
+
+    structure = read_structure(checkpoints("qwen2_moe", max_position_embeddings=300))
+    include, kept = own_task(data, "generate_until", "exact_match"), random_plan(structure, 6)
+
+    def generated(here: World) -> tuple[list[list[str]], int]:
+        tokenizer, model = load_tokenizer(structure.checkpoint.path), load_model(structure, dtype="float32")
+        tasks = resolve(["letters"], tokenizer=tokenizer, include_path=include)
+        live, prompts = running(model, structure, here), list[bool]()
+        tasks.check(live)
+        task = tasks.loaded["tasks"]["letters"]
+        task.set_fewshot_seed(seed=1)
+        task.build_all_requests()
+        for one in task.instances:
+            one.arguments = (one.args[0], {"until": ["<never>"], "max_gen_toks": NEW})
+        model.register_forward_pre_hook(
+            lambda module, given, named: prompts.append(named["input_ids"].shape[1] > 1), with_kwargs=True
+        )
+        lm = Replay(live, [unmasked, masked_layers(model, structure, kept)], tokenizer=tokenizer, batch_size=2)
+        found = []
+        for lm.variant in range(2):
+            found.append(lm.generate_until(task.instances))
+        return found, sum(prompts)
+
+    alone, batches = generated(ALONE)
+    assert alone[0] != alone[1]
+    assert batches == 2 * 4
+    for found, batches in in_ranks(monkeypatch, generated):
+        assert found == alone
+        assert batches == 2 * 2
 
 
 def test_more_text_than_positions_is_refused(checkpoints: Callable[..., Path], data: Path) -> None:

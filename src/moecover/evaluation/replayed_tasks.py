@@ -4,29 +4,44 @@ The harness takes a batch's logits and scores them before it asks for the next b
 side by side, and several processes share them out. So the harness first runs with empty logits, to learn which requests
 it puts into which batch. Then every batch is a forward pass of its own, for every variant, scored at its end by the
 harness's own code, and the results are replayed when the harness asks again.
+
+Text is generated in memory only: every process goes through all batches of the harness and runs its own of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
 from moecover.errors import MoecoverError
 from moecover.evaluation.checked_requests import Encoded
+from moecover.evaluation.harness import Request
 from moecover.evaluation.harness_model import CheckedLM
 from moecover.evaluation.sharing import run_shared
+from moecover.files.atomic import digest
+from moecover.runtime.distributed import check_same, shared_out
 from moecover.runtime.running import Running, Within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Answer = tuple[float, bool]  # log-likelihood of the continuation, whether every token of it is the most likely one
+
+
+def _numbered(request: Any, number: int) -> Request:
+    """A request to generate text whose context has its number."""
+    numbered, (context, settings) = copy.copy(request), request.args
+    numbered.arguments = _Context(context), settings
+    numbered.arguments[0].number = number
+    found: Request = numbered
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,12 @@ class _Batching(HFLM):  # type: ignore[misc]
         return torch.zeros((), dtype=torch.uint8, device=logits.device).expand(contlen or 0, vocabulary)
 
 
+class _Context(str):
+    """What is read before text is generated, with the number of its request."""
+
+    number: int
+
+
 class Replay(CheckedLM):
     """A model of the harness that stands for all variants of a model.
 
@@ -100,6 +121,46 @@ class Replay(CheckedLM):
         self._asked: list[list[list[int]]] | None = None
         self._answers: list[list[Answer]] = []
         self._expected: torch.Tensor | None = None
+        self._generated: dict[int, str] = {}  # by number of the request, in this process
+        self._calls = 0  # batches of text so far
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Text of the current variant for every request, in every process that shares the work.
+
+        Raises:
+            InputError: the tasks ask the processes different things.
+        """
+        self._generated, self._calls, world = {}, 0, self._stream.world
+        check_same(world, {"what the tasks ask": digest([one.args[0] for one in requests])})
+        with contextlib.ExitStack() as stack:
+            for layer in range(len(self._stream.layers)):
+                stack.enter_context(self._within[self.variant](layer))
+            super().generate_until([_numbered(one, n) for n, one in enumerate(requests)], disable_tqdm=disable_tqdm)
+        found: dict[int, str] = {}
+        for part in shared_out(world, range(world.size), lambda mine: [self._generated for _ in mine]):
+            found |= part
+        return [found[number] for number in range(len(requests))]
+
+    def _model_generate(self, context: torch.Tensor, **settings: Any) -> torch.Tensor:
+        """A batch's tokens, continued if the batch is this process's."""
+        self._calls += 1
+        if not self._is_mine():
+            return context
+        made: torch.Tensor = super()._model_generate(context, **settings)
+        return made
+
+    def _is_mine(self) -> bool:
+        """Whether the batch that is generated is this process's."""
+        return self._stream.world.mine(self._calls - 1)
+
+    def add_partial(self, kind: str, request: Sequence[Any], answer: Any) -> None:
+        """See `CheckedRequests`; what other processes generate is left to them."""
+        context = request[0]
+        if isinstance(context, _Context):
+            if not self._is_mine():
+                return
+            self._generated[context.number] = answer
+        super().add_partial(kind, request, answer)
 
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], *args: object, **kwargs: object) -> list[Answer]:
         self.count(requests)

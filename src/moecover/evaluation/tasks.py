@@ -40,6 +40,7 @@ Scored = tuple[dict[str, dict[str, Score]], dict[str, dict[str, "NDArray[np.floa
 
 SAMPLE = 16  # documents of a task from which the length of its texts is estimated
 CHOOSING = ("loglikelihood", "multiple_choice")  # output types whose forward passes do not depend on each other
+GENERATING = "generate_until"  # output type of tasks that generate text
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,11 @@ class Tasks:
         """Refuse a model that cannot answer all tasks.
 
         Raises:
-            InputError: the model runs layer by layer or in several processes, and a task generates text or scores whole
-                texts.
+            InputError: the model runs layer by layer, and a task generates text or scores whole texts; or it runs in
+                several processes, and a task scores whole texts.
         """
-        if wrong := self.in_memory():
-            check_alone(model.world, f"{arg('tasks', ','.join(wrong))}, which generates text or scores whole texts,")
+        if wrong := self._beyond(*CHOOSING, GENERATING):
+            check_alone(model.world, f"{arg('tasks', ','.join(wrong))}, which scores whole texts,")
         if model.by_layer and (wrong := self.in_memory()):
             raise InputError(
                 f"{arg('tasks', ','.join(wrong))}: generating text or scoring whole texts needs the model in memory, "
@@ -154,7 +155,7 @@ class Tasks:
 
         for name, parts in self.parts.items():
             for task in (self.loaded["tasks"][part] for part in parts):
-                if longest is None or task.OUTPUT_TYPE != "generate_until":
+                if longest is None or task.OUTPUT_TYPE != GENERATING:
                     continue
                 new = normalize_gen_kwargs(dict(task.config.generation_kwargs or {}))["max_gen_toks"]
                 if new + 1 >= longest:
@@ -166,15 +167,19 @@ class Tasks:
 
     def in_memory(self) -> tuple[str, ...]:
         """The tasks that need a model in memory: those that generate text or score whole texts."""
+        return self._beyond(*CHOOSING)
+
+    def _beyond(self, *kinds: str) -> tuple[str, ...]:
+        """The tasks with other output types than some."""
         tasks = self.loaded["tasks"]
-        kinds = {name: {tasks[part].OUTPUT_TYPE for part in parts} for name, parts in self.parts.items()}
-        return tuple(name for name, found in kinds.items() if not found <= set(CHOOSING))
+        found = {name: {tasks[part].OUTPUT_TYPE for part in parts} for name, parts in self.parts.items()}
+        return tuple(name for name, types in found.items() if not types <= set(kinds))
 
     def choosing(self) -> tuple[str, ...]:
         """The tasks that need the log-probabilities of given text: all but those that only generate."""
         tasks = self.loaded["tasks"]
         kinds = {name: {tasks[part].OUTPUT_TYPE for part in parts} for name, parts in self.parts.items()}
-        return tuple(name for name, found in kinds.items() if found != {"generate_until"})
+        return tuple(name for name, found in kinds.items() if found != {GENERATING})
 
     def documents(self) -> dict[str, list[str]]:
         """By task, what a model that answers right reads: context and right answer of every scored document.
