@@ -55,8 +55,8 @@ def test_comparisons_say_what_was_found() -> None:
     assert [c["verdict"] for c in found] == [
         "better",
         "worse",
-        "no significant difference",
-        "no significant difference",
+        "not resolved",
+        "not resolved",
     ]
     assert all(c["a"] == "TB-Coverage" and c["retain"] == 0.5 for c in found)
     assert found[0]["p_holm"] == pytest.approx(4 * found[0]["p"])
@@ -72,8 +72,7 @@ def test_comparisons_say_what_was_found() -> None:
         "At 50 % of the experts, this plan of TB-Coverage is worse than that of REAP in perplexity on wiki: +"
     )
     assert found[2]["words"] == (
-        "At 50 % of the experts, there is no significant difference between TB-Coverage and same "
-        "on the mean of 2 tasks: every item gives the same."
+        "At 50 % of the experts, TB-Coverage and same do not differ on the mean of 2 tasks: every item gives the same."
     )
     assert found[0]["by_task"]["arc"]["value"] == pytest.approx(good["arc"].mean() - rival["arc"].mean())
     assert found[0]["over_tasks"]["p"] is None
@@ -124,7 +123,7 @@ def test_several_seeds_of_random_against_one_plan() -> None:
     assert found["stderr"] == pytest.approx(math.sqrt(alone.stderr**2 + np.var(numbers, ddof=1) / 5))
     assert alone.p is not None
     assert alone.p < 0.05 < found["p"]
-    assert found["verdict"] == "no significant difference"
+    assert found["verdict"] == "not resolved"
     assert found["test"].endswith("with the spread over 5 runs of random")
     assert ", mean of 5 runs of random)" in found["words"]
     assert (found["runs_a"], found["runs_b"]) == (1, 5)
@@ -186,7 +185,7 @@ def test_false_alarms_with_seeds_by_simulation() -> None:
     for i in range(repetitions):
         ours = [cell("TB-Coverage", run(), sample=s) for s in range(5)]
         seeds = [cell("random", run(), calibration=[], seed=s) for s in range(5)]
-        alarms += comparisons([*ours, *seeds], resamples=500, seed=i)[0]["verdict"] != "no significant difference"
+        alarms += comparisons([*ours, *seeds], resamples=500, seed=i)[0]["verdict"] != "not resolved"
     assert alarms / repetitions < 0.08
 
 
@@ -221,8 +220,8 @@ def test_runs_of_other_items_are_refused(change: Callable[[Array], Array]) -> No
 def test_too_few_items_are_said_in_words() -> None:
     a = {"t": np.ones(5)}
     (found,) = comparisons([cell("TB-Coverage", a), cell("REAP", {"t": np.zeros(5)})])
-    assert (found["verdict"], found["p"], found["p_holm"]) == ("no significant difference", None, None)
+    assert (found["verdict"], found["p"], found["p_holm"]) == ("not resolved", None, None)
     assert found["words"] == (
-        "At 50 % of the experts, no significant difference between TB-Coverage and REAP on t can be shown: "
+        "At 50 % of the experts, the difference between TB-Coverage and REAP on t is not resolved: "
         "+100.00 points, too little for a test (5 items, at least 10 and 2 in every task are needed)."
     )

@@ -220,14 +220,14 @@ def test_no_difference_is_said_as_plainly_as_a_win(paper: Any) -> None:
     verdicts = [
         c["verdict"] for c in results["comparisons"] if c["model"] == "Qwen1.5-MoE-A2.7B" and c["kind"] == "tasks"
     ]
-    counts = [verdicts.count(v) for v in ("better", "worse", "no significant difference")]
+    counts = [verdicts.count(v) for v in ("better", "worse", "not resolved")]
     assert all(counts)
-    shown = Counter(re.findall(r"(better|worse|no significant difference) [+−]", words))
+    shown = Counter(re.findall(r"(better|worse|not resolved) [+−]", words))
     assert shown == Counter(
         c["verdict"] for c in results["comparisons"]
     )  # beside its difference, in the table of verdicts
     assert (
-        "{} on accuracy: better in {}, worse in {}, no significant difference in {} of {} comparisons.".format(
+        "{} on accuracy: better in {}, worse in {}, not resolved in {} of {} comparisons.".format(
             OURS, *counts, len(verdicts)
         )
         in words

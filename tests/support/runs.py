@@ -242,7 +242,7 @@ def _comparisons(
     for retain in sorted({c["retain"] for c in done}):
         for i, other in enumerate(x for x in labels if x != ours and ours is not None):
             for kind, name in measures:
-                verdict = ("no significant difference", "worse")[(i + int(4 * retain)) % 2]
+                verdict = ("not resolved", "worse")[(i + int(4 * retain)) % 2]
                 if other == "random":
                     verdict = "better"
                 value = {"better": 0.06, "worse": -0.008}.get(verdict, 0.002) * (1 if kind == "tasks" else -3)

@@ -11,10 +11,10 @@ from moecover.comparison.bootstrap import Difference
 from moecover.corpora.sources import set_name
 from moecover.text import size_text
 
-Verdict = Literal["better", "worse", "no significant difference"]
+Verdict = Literal["better", "worse", "not resolved"]
 BETTER: Verdict = "better"
 WORSE: Verdict = "worse"
-NONE_FOUND: Verdict = "no significant difference"
+NONE_FOUND: Verdict = "not resolved"
 
 BYTES = "' bytes"  # of the experts, where their number is another share
 ONE_SAMPLE = "One calibration sample says nothing about the methods: plan on several (`samples`)"
@@ -87,16 +87,15 @@ def sentence(compared: Compared, difference: Difference, verdict: Verdict) -> st
     size = compared.size(difference.value)
     if difference.p is None:
         why = difference.test.partition("no test: ")[2]
-        return (
-            f"{where}no significant difference between {a} and {b} {on} can be shown: {size}, too little for a test "
-            f"({why})."
-        )
+        return f"{where}the difference between {a} and {b} {on} is not resolved: {size}, too little for a test ({why})."
     if not difference.value and not difference.stderr:
         unit = "item" if compared.tasks else "window"
-        return f"{where}there is no significant difference between {a} and {b} {on}: every {unit} gives the same."
+        return f"{where}{a} and {b} do not differ {on}: every {unit} gives the same."
     figures = f"{size} ({_interval(compared, difference)}), {_p_value(difference, compared.family)}"
     if verdict == NONE_FOUND:
-        return f"{where}there is no significant difference between {a} and {b} {on}: {figures}."
+        alone = difference.low is not None and difference.high is not None and difference.low * difference.high > 0
+        why = ". The interval is of this comparison alone, p is corrected for all of them" if alone else ""
+        return f"{where}the difference between {a} and {b} {on} is not resolved: {figures}{why}."
     if compared.one_sample and compared.sizes is not None:
         return f"{where}{a} is {verdict} than {b} {on}: {figures}. {ONE_SAMPLE}."
     if compared.one_sample:

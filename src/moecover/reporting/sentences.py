@@ -18,7 +18,7 @@ from moecover.reporting.figures.overlap import expected_overlap
 from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
 from moecover.reporting.numbers import counted, listed, percentage, perplexity_text, points, size
 
-NONE_FOUND = "no significant difference"
+NONE_FOUND = "not resolved"
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,24 @@ def _tiles(model: ModelFindings) -> list[Tile]:
 
 
 def _relative(model: ModelFindings, p: Point) -> tuple[str, str] | None:
-    """A point's mean accuracy over the full model's, else its perplexity over the full model's on the first text."""
+    """A point's mean accuracy over the full model's, else its perplexity over the full model's, mean and worst text."""
     if model.full is None:
         return None
     if p.mean and model.full.mean and model.full.mean.value > 0:
         return f"{100 * (p.mean.value / model.full.mean.value):.1f}%", "of the full model's mean accuracy"
-    for text, e in p.perplexity.items():
-        before = model.full.perplexity.get(text)
-        if before and math.isfinite(e.value) and math.isfinite(before.value):
-            return f"×{e.value / before.value:.2f}", f"the full model's perplexity on {text}"
-    return None
+    found = {
+        text: e.value / before.value
+        for text, e in p.perplexity.items()
+        if (before := model.full.perplexity.get(text)) and math.isfinite(e.value) and math.isfinite(before.value)
+    }
+    if not found:
+        return None
+    worst = max(found, key=lambda text: found[text])
+    if len(found) == 1:
+        return f"×{found[worst]:.2f}", f"the full model's perplexity on {worst}"
+    mean = math.exp(statistics.fmean(map(math.log, found.values())))
+    texts = counted(len(found), "text")
+    return f"×{mean:.2f} … ×{found[worst]:.2f}", f"the full model's perplexity, mean of {texts} … the worst, {worst},"
 
 
 # ---------------------------------------------------------------------------------------------------------- other lines
