@@ -102,3 +102,12 @@ def test_init_writes_a_configuration_that_is_one(capsys: pytest.CaptureFixture[s
     assert "compare mine.yaml" in path.read_text()
     status, _, err = run(capsys, "init", path)
     assert (status, "mine.yaml exists. Choose another name, or give --overwrite" in err) == (2, True)
+
+
+def test_a_shipped_model_that_the_wheel_lacks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "assets" / "models" / "qwen2-moe-tiny").mkdir(parents=True)
+    monkeypatch.setattr("moecover.checkpoints.shipped.resources.files", lambda package: tmp_path)
+    status, _, err = run(capsys, "inspect", "shipped:deepseek-moe-tiny")
+    assert (status, "comes with the source, not with the wheel. Use qwen2-moe-tiny" in err) == (2, True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from moecover.errors import InputError
 from moecover.registry import unknown_name
 
 DEFAULT = "qwen2-moe-tiny"
+IN_SOURCE = ("deepseek-moe-tiny",)  # not in the wheel, which they would make twice as large
 SHIPPED = "shipped:"  # before the name of a model that comes with the package
 
 
@@ -18,6 +20,8 @@ def shipped_model(name: str = DEFAULT) -> Path:
         InputError: there is none of this name.
     """
     models = Path(str(resources.files("moecover") / "assets" / "models"))
+    if name in IN_SOURCE and not (models / name).is_dir():
+        raise InputError(f"shipped model {name} comes with the source, not with the wheel. Use {DEFAULT}, or a clone")
     if name not in (known := sorted(p.name for p in models.iterdir())):
         raise unknown_name("shipped model", name, known)
     return models / name
