@@ -18,6 +18,7 @@ FLAG_OF = {  # flags that are not spelled like the argument
     "files": "file",
     "keeps": "keep",
     "kind": "repair",
+    "merges": "merge",
     "methods": "method",
     "options": "option",
     "plugins": "plugin",

@@ -22,7 +22,7 @@ def test_a_family_that_cannot_be_repaired(grid: Callable[..., Path], tmp_path: P
     assert run(path, tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert ": gpt: repair does not run on gpt_oss: its experts have biases" in error
+    assert ": gpt: merge and repair do not run on gpt_oss: its experts have biases" in error
     assert f"{path}, line " in error
 
 

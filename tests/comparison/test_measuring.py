@@ -16,7 +16,7 @@ from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
 from moecover.planning.artifact import Plan
 from moecover.profiling.artifact import Profile
-from moecover.repairing.layers import needed_bytes
+from moecover.repairing.memory import needed_bytes
 from moecover.repairing.targets import places_on_disk
 from moecover.runtime import cost as cost_module
 from moecover.runtime.cost import cost

@@ -119,7 +119,9 @@ def test_padding_is_not_fitted(structure: Structure) -> None:
 
 def test_what_cannot_be_repaired_is_refused_in_one_line(checkpoints: Callable[..., Path]) -> None:
     structure = read_structure(checkpoints("gpt_oss"))
-    with pytest.raises(InputError, match="repair does not run on gpt_oss: its experts have biases.* Use repair=none"):
+    with pytest.raises(
+        InputError, match="merge and repair do not run on gpt_oss: its experts have biases.* Use merge=none"
+    ):
         repair_layers(load_model(structure), structure, half(structure), CORPORA, kind="ridge")
 
 

@@ -20,7 +20,8 @@ from moecover.planning.run import plan_budgets
 from moecover.profiling.run import profile
 from moecover.repairing.applied import repaired
 from moecover.repairing.calibration import Calibration
-from moecover.repairing.layers import needed_bytes, repair_layers
+from moecover.repairing.layers import repair_layers
+from moecover.repairing.memory import needed_bytes
 from moecover.repairing.parts import whole
 from moecover.repairing.refit import refit
 from moecover.repairing.targets import Place, check_understood, places_on_disk

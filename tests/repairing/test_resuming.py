@@ -15,7 +15,7 @@ import pytest
 
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import MoecoverError
-from moecover.repairing import layers as repairing
+from moecover.repairing import one_layer as repairing
 from moecover.repairing.store import kept_for_later
 from tests.support.repairs import CORPORA, half, mended
 

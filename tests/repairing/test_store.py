@@ -296,8 +296,8 @@ def test_families_and_formats_without_repair_are_refused_before_any_work(
     assert status == 2
     assert (
         err.splitlines()[-1]
-        == "moecover: --repair does not run on gpt_oss: its experts have biases, a norm or transposed weights. "
-        "Use --repair none"
+        == "moecover: --merge and --repair do not run on gpt_oss: its experts have biases, a norm or transposed "
+        "weights. Use --merge none and --repair none"
     )
     quantised = Path(shutil.copytree(checkpoints("mixtral"), tmp_path / "quantised"))
     tensors = load_file(quantised / "model.safetensors")

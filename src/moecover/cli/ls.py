@@ -8,7 +8,7 @@ from collections.abc import Callable
 from moecover.cli.options import add_plugin, load_plugins
 from moecover.cli.verb import Outcome
 
-HELP = "list methods, saliencies, corpora or families"
+HELP = "list methods, saliencies, merges, corpora or families"
 Rows = list[dict[str, str]]
 
 
@@ -24,6 +24,13 @@ def saliencies() -> Rows:
     from moecover.planning.saliency import SALIENCIES
 
     return [{"name": row["name"], "summary": row["summary"], "source": row["paper"]} for row in SALIENCIES.rows()]
+
+
+def merges() -> Rows:
+    """Merges of the experts that are dropped."""
+    from moecover.merging.methods import MERGES
+
+    return [{"name": m.name, "summary": m.summary, "source": m.paper} for m in MERGES.values()]
 
 
 def corpora() -> Rows:
@@ -56,6 +63,7 @@ def families() -> Rows:
 LISTS: dict[str, Callable[[], Rows]] = {
     "methods": methods,
     "saliencies": saliencies,
+    "merges": merges,
     "corpora": corpora,
     "families": families,
 }

@@ -19,10 +19,10 @@ from moecover.cli.options import (
 )
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
+from moecover.merging.methods import MERGES, NONE
 
 HELP = "write the pruned checkpoint, from a plan or in one shot from corpora"
 SHARED = True
-NONE = "none"
 OF_PASS = (
     "corpus",
     "text_field",
@@ -70,7 +70,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--save-profile", type=Path, metavar="PROFILE_DIR", help="one shot: save the profile, for other budgets"
     )
     add_keep_inputs(parser, f"one shot with {searching_methods()}; default 8192")
-    group = parser.add_argument_group("repair")
+    group = parser.add_argument_group("merge and repair")
+    group.add_argument(
+        "--merge",
+        choices=(NONE, *MERGES),
+        default=NONE,
+        help="merge the experts that are dropped into those that stay, on the text of --corpus, before the repair "
+        "(default: none, they are removed; moecover ls merges)",
+    )
     group.add_argument(
         "--repair",
         choices=(NONE, "scale", "ridge", "refit"),
@@ -83,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--repair-tokens",
         type=int,
         metavar="TOKENS",
-        help="calibration tokens of the repair, shared by the corpora, whole sequences (default: 65536)",
+        help="calibration tokens of merge and repair, shared by the corpora, whole sequences (default: 65536)",
     )
     parser.add_argument(
         "--other-weights", action="store_true", help="accept a plan made on other weights of the same shape"
@@ -117,7 +124,7 @@ def run(args: argparse.Namespace) -> Outcome:
     check(args)
     if args.plan is not None:  # in one shot the method's arguments load them
         load_plugins(args)
-    repair = None if args.repair == NONE else args.repair
+    merge, repair = (None if name == NONE else name for name in (args.merge, args.repair))
     method, options = method_arguments(args, shared_seed=True) if args.plan is None else (None, {})
     made = prune(
         args.model,
@@ -132,6 +139,7 @@ def run(args: argparse.Namespace) -> Outcome:
         width_multiple_of=args.width_multiple_of,
         method=method,
         method_options=options,
+        merge=merge,
         repair=repair,
         repair_tokens=args.repair_tokens,
         save_profile=args.save_profile,
@@ -159,12 +167,17 @@ def run(args: argparse.Namespace) -> Outcome:
     text = f"{args.output}: {made.sizes()}"
     if made.repaired is not None:
         before, after = made.repaired.mean_errors()
-        tensors = len(made.repaired.hashes)
-        result["repair"] = {"kind": repair, "tensors": tensors, "before": before, "after": after}
+        tensors, what = len(made.repaired.hashes), "merged" if repair is None else "repaired"
+        result["repair"] = {
+            "kind": args.repair,
+            "merge": args.merge,
+            "tensors": tensors,
+            "before": before,
+            "after": after,
+        }
         text += (
-            f"\nrepaired ({repair}): {tensors} tensors; squared error of a layer's output on the "
-            "calibration text "
-            f"{before:.3f} -> {after:.3f} of its square"
+            f"\n{what} ({made.repaired.what}): {tensors} tensors; squared error of a layer's output on the "
+            f"calibration text {before:.3f} -> {after:.3f} of its square"
         )
     revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""
     text += f"\nnext: moecover verify {model} {output}{revision}"
@@ -177,11 +190,11 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         InputError: names the options.
     """
-    repairs = args.repair != NONE
-    if not repairs and args.repair_tokens is not None:
-        raise InputError("--repair-tokens says what a repair runs on: give --repair scale, ridge or refit")
-    if repairs and args.evaluation:
-        raise InputError("--evaluation measured the plan without a repair: evaluate the repaired checkpoint itself")
+    asked = [f"--{name} {value}" for name in ("repair", "merge") if (value := getattr(args, name)) != NONE]
+    if not asked and args.repair_tokens is not None:
+        raise InputError("--repair-tokens says what merge and repair run on: give --repair scale, ridge or refit")
+    if asked and args.evaluation:
+        raise InputError("--evaluation measured the plan without merge and repair: evaluate the checkpoint itself")
     if args.plan is None:
         if not args.corpus:
             raise InputError("give --plan PLAN, or --corpus with --keep or --retain for one shot")
@@ -197,9 +210,9 @@ def check(args: argparse.Namespace) -> None:
     given = [
         name for name in names if (value := getattr(args, name)) is not None and value is not False and value != []
     ]
-    if repairs:
+    if asked:
         given = [name for name in given if name not in OF_PASS]
         if not args.corpus:
-            raise InputError(f"--repair {args.repair} fits weights on calibration text: give --corpus NAME[=PATH]")
+            raise InputError(f"{asked[0]} fits weights on calibration text: give --corpus NAME[=PATH]")
     if given:
         raise InputError(f"--plan and {flag(given[0])} exclude each other: the plan says what is kept")

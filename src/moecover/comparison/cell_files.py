@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from moecover.comparison.cells import Cell, CellRecord
 from moecover.errors import InputError
@@ -22,9 +22,14 @@ FAILED: Status = "failed"
 
 
 class RepairRecord(TypedDict):
-    """A cell's repair: its kind, the calibration tokens it ran on, and the mean relative error before and after."""
+    """A cell's merge and repair.
+
+    The kind of repair, the merge where there is one, the calibration tokens that they ran on, and the mean relative
+    error before and after.
+    """
 
     kind: str
+    merge: NotRequired[str]
     tokens: int
     error_before: float
     error_after: float

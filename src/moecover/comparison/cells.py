@@ -11,7 +11,7 @@ from typing import NotRequired, TypedDict
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import Topology, Width
 from moecover.comparison.budgets import budgets
-from moecover.comparison.config import UNREPAIRED, ModelEntry, corpora_of
+from moecover.comparison.config import UNMERGED, UNREPAIRED, ModelEntry, corpora_of
 from moecover.comparison.reading import BUDGETS, Request
 from moecover.comparison.variants import Variant, slug, variants
 from moecover.corpora.sources import set_folder, set_name
@@ -25,7 +25,10 @@ Sample = tuple[tuple[str, ...], int]  # a calibration sample: names of its corpo
 
 
 class CellRecord(TypedDict):
-    """The coordinates of a cell, as cell.json has them; ``width`` is missing where experts are whole."""
+    """The coordinates of a cell, as cell.json has them.
+
+    ``width`` is missing where experts are whole, ``merge`` where none are merged.
+    """
 
     id: str
     model: str
@@ -38,6 +41,7 @@ class CellRecord(TypedDict):
     keep: int
     width: NotRequired[int]
     seed: int | None
+    merge: NotRequired[str]
     repair: str
     label: str
 
@@ -80,9 +84,13 @@ class Cell:
         return self.variant.repair if self.variant else UNREPAIRED
 
     @property
+    def merge(self) -> str:
+        return self.variant.merge if self.variant else UNMERGED
+
+    @property
     def repaired(self) -> bool:
-        """Whether the experts that stay are refitted."""
-        return self.repair != UNREPAIRED
+        """Whether the experts that stay are refitted, or others merged into them."""
+        return self.repair != UNREPAIRED or self.merge != UNMERGED
 
     @property
     def calibrated_on(self) -> Sample:
@@ -128,6 +136,8 @@ class Cell:
         }
         if self.width is not None:
             found["width"] = self.width
+        if self.merge != UNMERGED:
+            found["merge"] = self.merge
         return found
 
 

@@ -5,21 +5,24 @@ Nothing is downloaded here but headers. An error names the line of the configura
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moecover.checkpoints.shipped import SHIPPED, shipped_model
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
-from moecover.comparison.cells import cells
-from moecover.comparison.config import UNREPAIRED
+from moecover.comparison.cells import Cell, cells
 from moecover.comparison.gguf_checks import check_coordinates, check_library, read_files
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
 from moecover.corpora.arguments import parse_corpora, source_of
 from moecover.corpora.windows import check_text
 from moecover.errors import InputError, arg
+from moecover.merging.methods import NONE, merge_of
 from moecover.planning.lines import unused_weights
 from moecover.planning.methods import METHODS
 from moecover.progress import Progress
 from moecover.registry import load_plugin
+from moecover.repairing.merged import check_merged
 from moecover.repairing.targets import Place, check_dtype, check_understood, places_on_disk
 from moecover.runtime.devices import check_device
 from moecover.runtime.loadable import check_loadable
@@ -47,8 +50,8 @@ def checked(request: Request, progress: Progress) -> list[ComparedModel]:
         files = read_files(request, number, structure)
         planned = cells(request, entry, structure.topology, structure.width, files)
         model = ComparedModel(entry, structure, planned, files)
-        if any(cell.repaired for cell in model.cells):
-            model.places = _repaired_places(request, entry.name, structure)
+        if repaired := [cell for cell in model.cells if cell.repaired]:
+            model.places = _repaired_places(request, entry.name, structure, repaired)
         found.append(model)
     _note_weights(request, progress)
     return found
@@ -127,24 +130,26 @@ def _headers(request: Request, number: int, progress: Progress) -> Structure:
     return structure
 
 
-def _repaired_places(request: Request, name: str, structure: Structure) -> list[Place]:
-    """What a repair refits in a model.
+def _repaired_places(request: Request, name: str, structure: Structure, repaired: Sequence[Cell]) -> list[Place]:
+    """What merges and repairs change in a model.
 
     Raises:
-        InputError: the model cannot be repaired, with the line.
+        InputError: the model can be neither merged nor repaired, with the line.
     """
     config = request.config
     try:
         found = places_on_disk(structure)
         check_dtype(structure, found, config.dtype)
-        for kind in config.repairs:
-            check_understood(structure, found, kind)
+        for cell in repaired:
+            check_understood(structure, found, cell.repair)
+            check_merged(structure, found, merge_of(cell.merge))
     except InputError as error:
-        field = "methods" if config.repairs == [UNREPAIRED] else "repairs"
+        fields = [name for name in ("merges", "repairs") if getattr(config, name) != [NONE]]
+        field = fields[0] if fields else "methods"
         raise request.error(f"{name}: {_with_fields(str(error))}", field) from error
     return found
 
 
 def _with_fields(text: str) -> str:
     """A message on arguments, in the words of the configuration."""
-    return text.replace("repair=", "repair: ").replace("dtype=", "dtype: ")
+    return text.replace("merge=", "merge: ").replace("repair=", "repair: ").replace("dtype=", "dtype: ")

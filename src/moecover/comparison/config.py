@@ -16,12 +16,13 @@ from moecover.corpora.sources import set_name
 from moecover.corpora.windows import WINDOWS
 from moecover.errors import InputError
 from moecover.gguf.parts import is_gguf, stem_of
+from moecover.merging.methods import NONE, merge_of
 from moecover.planning.methods import METHODS
 from moecover.planning.saliency import DEFAULT_SALIENCY
 from moecover.registry import unknown_name
 from moecover.repairing.solver import KINDS
 
-UNREPAIRED = "none"
+UNREPAIRED = UNMERGED = NONE
 
 
 def _listed(value: object) -> object:
@@ -47,6 +48,12 @@ def _repair(name: str) -> str:
     return name
 
 
+def _merge(name: str) -> str:
+    """The name of a merge, or ``none``."""
+    merge_of(name)
+    return name
+
+
 Count = Annotated[int, Field(ge=1)]
 Texts = Annotated[list[str], BeforeValidator(_listed)]
 Numbers = Annotated[list[int], BeforeValidator(_listed), Field(min_length=1)]
@@ -60,6 +67,12 @@ Repairs = Annotated[
     list[str],
     BeforeValidator(_listed),
     AfterValidator(lambda names: [_repair(name) for name in names]),
+    Field(min_length=1),
+]
+Merges = Annotated[
+    list[str],
+    BeforeValidator(_listed),
+    AfterValidator(lambda names: [_merge(name) for name in names]),
     Field(min_length=1),
 ]
 
@@ -126,6 +139,7 @@ class MethodEntry(BaseModel):
     method: str
     saliency: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] | None = None
     seeds: Numbers | None = None
+    merge: Merges | None = None
     repair: Repairs | None = None
     label: str | None = None
     protect_super_experts: bool = False
@@ -163,6 +177,7 @@ class Config(BaseModel):
     ] = Field(default_factory=default_methods)
     saliencies: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = [DEFAULT_SALIENCY]
     seeds: Numbers = [0, 1, 2, 3, 4]
+    merges: Merges = [UNMERGED]
     repairs: Repairs = [UNREPAIRED]
     repair_tokens: Count = 65_536
     retain: Annotated[list[float], BeforeValidator(_listed), Field(min_length=1)] | None = None
@@ -203,7 +218,7 @@ class Config(BaseModel):
 
     def _unique(self) -> dict[str, Sequence[object]]:
         """Fields whose values may occur only once, with these values."""
-        plain = ("samples", "seeds", "saliencies", "repairs", "retain", "keep", "shapes", "tasks")
+        plain = ("samples", "seeds", "saliencies", "merges", "repairs", "retain", "keep", "shapes", "tasks")
         return {
             "models": [m.name for m in self.models],
             "calibration": [set_name(corpora_of(c)) for c in self.calibration],

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from moecover.checkpoints.structure import Structure
-from moecover.comparison.config import Config
+from moecover.comparison.config import UNMERGED, Config
 from moecover.comparison.jobs import ModelSetup
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
 from moecover.errors import arg
 from moecover.profiling.wide import num_bytes as wide_bytes
-from moecover.repairing.layers import needed_bytes
+from moecover.repairing.memory import needed_bytes
 from moecover.runtime.cost import Cost, cost, seconds_of
 from moecover.runtime.devices import available_memory, check_device
 from moecover.runtime.memory import parse_size
@@ -40,9 +40,9 @@ def setup_of(model: ComparedModel, config: Config, limit: int) -> ModelSetup:
     if model.places:
         keep = max(cell.keep for cell in model.cells if cell.repaired)
         tokens = max(sum(c.num_tokens for c in corpora) for corpora in model.repaired_on.values())
-        for kind in {cell.repair for cell in model.cells if cell.repaired}:
+        for merge, kind in {(cell.merge, cell.repair) for cell in model.cells if cell.repaired}:
             beside = needed_bytes(
-                model.structure, model.places, kind=kind, keep=keep, tokens=tokens, dtype=config.dtype
+                model.structure, model.places, kind=kind, merge=merge, keep=keep, tokens=tokens, dtype=config.dtype
             )
             extra = max(extra, beside)
     return ModelSetup(
@@ -118,6 +118,8 @@ def cells_per_pass(model: ComparedModel, setup: ModelSetup, config: Config) -> i
     if not found.by_layer:
         return None
     refitted = {name for p in model.places for name in (*p.experts, *(p.shared or ())[1:])}
+    if any(cell.merge != UNMERGED for cell in model.cells):
+        refitted |= {name for name, one in model.structure.tensors.items() if one.routed}
     repairs = sum(e.num_bytes for n, e in model.structure.checkpoint.tensors.items() if n in refitted)
     each = 2 * found.hidden + repairs // max(len(model.places), 1)
     return max(1, int((setup.limit - found.streamed + each) // max(each, 1)))

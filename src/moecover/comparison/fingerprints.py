@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moecover.checkpoints.structure import Structure
 from moecover.comparison.cells import Cell
-from moecover.comparison.config import Config
+from moecover.comparison.config import UNMERGED, Config
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.variants import OF_EVERY_METHOD
 from moecover.files.atomic import canonical_json, digest, write_text
@@ -149,6 +149,8 @@ def _plan_inputs(config: Config, model: ComparedModel, cell: Cell) -> list[objec
         found.append({"width": cell.width} | ({"group": group} if group > 1 else {}))
     if cell.repaired:
         found += [cell.repair, sum(c.num_tokens for c in model.repaired_on[cell.calibrated_on])]
+    if cell.merge != UNMERGED:
+        found.append({"merge": cell.merge})
     return found
 
 

@@ -10,6 +10,7 @@ from moecover.errors import InputError
 from moecover.llama.library import load
 from moecover.llama.opening import DEVICES
 from moecover.planning.methods import METHODS
+from moecover.repairing.solver import KINDS
 
 
 def check_library(request: Request) -> None:
@@ -48,10 +49,11 @@ def check_coordinates(request: Request, name: str) -> None:
             does = "runs the experts in transformers" if METHODS[entry.method].runs_experts else "reads float weights"
             text = f"{why}: method {entry.method} {does}. Allowed: {', '.join(others)}"
             raise request.error(text, "methods", number)
-        if repairs := [kind for kind in entry.repair or () if kind != UNREPAIRED]:
-            raise request.error(f"{why}: {_unrepaired(repairs[0])}", "methods", number)
-    if repairs := [kind for kind in config.repairs if kind != UNREPAIRED]:
-        raise request.error(f"{why}: {_unrepaired(repairs[0])}", "repairs")
+        if changes := [one for one in (*(entry.merge or ()), *(entry.repair or ())) if one != UNREPAIRED]:
+            raise request.error(f"{why}: {_unrepaired(changes[0])}", "methods", number)
+    for field, given in (("merges", config.merges), ("repairs", config.repairs)):
+        if changes := [one for one in given if one != UNREPAIRED]:
+            raise request.error(f"{why}: {_unrepaired(changes[0])}", field)
     if config.tasks:
         text = f"{why}: tasks run in transformers. Give `perplexity` alone, or compare the original checkpoint"
         raise request.error(text, "tasks")
@@ -69,7 +71,8 @@ def check_coordinates(request: Request, name: str) -> None:
 
 
 def _unrepaired(kind: str) -> str:
-    return f"repair {kind} refits experts in transformers. Repair the original checkpoint, then convert it"
+    what = f"repair {kind} refits" if kind in KINDS else f"merge {kind} averages"
+    return f"{what} experts in transformers. Repair the original checkpoint, then convert it"
 
 
 def read_files(request: Request, number: int, structure: Structure) -> dict[str, Structure]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from moecover.comparison.cell_files import RepairRecord, plan_path, repair_path, write_cell
 from moecover.comparison.cells import Cell
+from moecover.comparison.config import UNMERGED, UNREPAIRED
 from moecover.comparison.jobs import CellDone, CellFailed, EvaluationJob, ModelRan, Report, why
 from moecover.comparison.open_model import OpenModel
 from moecover.comparison.planning_jobs import blind_plan
@@ -104,6 +105,7 @@ def _repair(model: OpenModel, job: EvaluationJob, cell: Cell, plan: Plan) -> Cel
         corpora,
         model=contextlib.nullcontext(running),
         kind=cell.repair,
+        merge=cell.merge,
         folder=model.run / repair_path(cell),
         batch_size=config.batch_size,
         dtype=config.dtype,
@@ -116,6 +118,8 @@ def _repair(model: OpenModel, job: EvaluationJob, cell: Cell, plan: Plan) -> Cel
         "error_before": before,
         "error_after": after,
     }
+    if cell.merge != UNMERGED:
+        record["merge"] = cell.merge
     # In memory all layers of a variant are in use at once, layer by layer only one is.
     of_layer = functools.lru_cache(1 if running.by_layer else None)(found.of_layer(structure, plan))
     return CellRepair(of_layer, record, time.monotonic() - started)
@@ -158,8 +162,10 @@ def row_of(found: Evaluation, cell: Cell) -> Evaluation:
     """The row of a cell as an evaluation of its own."""
     name = cell.id if cell.variant is not None or cell.file else FULL_ROW
     (row,) = [row for row in found.rows if row.name == name]
-    if row.plan is not None and cell.repaired:
+    if row.plan is not None and cell.repair != UNREPAIRED:
         row = dataclasses.replace(row, plan={**row.plan, "repair": cell.repair})
+    if row.plan is not None and cell.merge != UNMERGED:
+        row = dataclasses.replace(row, plan={**row.plan, "merge": cell.merge})
     items, windows = {name: found.items.get(name, {})}, {name: found.windows.get(name, {})}
     return Evaluation(found.model, found.texts, found.tasks, [row], items, windows)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypedDict, cast
 from moecover.comparison.bootstrap import mean_of_tasks
 from moecover.comparison.cell_files import CELL, DONE, StoredCell, cell_path, stored_cell
 from moecover.comparison.cells import Cell
+from moecover.comparison.config import UNMERGED
 from moecover.corpora.sources import set_name
 from moecover.errors import InputError
 from moecover.evaluation.artifact import Evaluation
@@ -29,6 +30,7 @@ class TidyRow(TypedDict):
     calibration: str
     sample: int
     seed: int | None
+    merge: str
     repair: str
     retain: float
     keep: int
@@ -75,7 +77,12 @@ def tidy(cells: Iterable[ReadCell]) -> Iterator[TidyRow]:
     for record, evaluation in cells:
         if evaluation is None:
             continue
-        coordinates: dict[str, object] = {"width": None, **record, "calibration": set_name(record["calibration"])}
+        coordinates: dict[str, object] = {
+            "width": None,
+            "merge": UNMERGED,
+            **record,
+            "calibration": set_name(record["calibration"]),
+        }
         at = {column: coordinates[column] for column in COLUMNS if column in coordinates}
         for kind, name, metric, value, stderr, n in _numbers(evaluation):
             found = {**at, "kind": kind, "name": name, "metric": metric, "value": value, "stderr": stderr, "n": n}

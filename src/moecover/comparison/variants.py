@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moecover.comparison.config import UNREPAIRED, MethodEntry
+from moecover.comparison.config import UNMERGED, UNREPAIRED, MethodEntry
 from moecover.comparison.reading import Request
 from moecover.errors import InputError
+from moecover.merging.methods import MERGES
 from moecover.planning.methods import METHODS
 
 SUPER_EXPERTS, CHANNELS = "protect_super_experts", "protect_channels"
@@ -17,7 +19,7 @@ OF_EVERY_METHOD = (SUPER_EXPERTS, CHANNELS)  # options of plans, none of a metho
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to choose experts, and the repair of those that stay: without budget and seed.
+    """One way to choose experts, and the merge and repair of those that stay: without budget and seed.
 
     Attributes:
         method: name in `METHODS`.
@@ -25,9 +27,10 @@ class Variant:
         options: the method's other options, and `OF_EVERY_METHOD`.
         seeds: one plan each; empty for a deterministic method.
         label: name in tables and figures.
-        blind: it uses no statistics and no repair, so it needs no calibration text.
+        blind: it uses no statistics, no merge and no repair, so it needs no calibration text.
         searches: it needs the live model and a sample of the inputs of its MoE layers.
         repair: of the experts that stay, see `repairing.solver.KINDS`, or ``none``.
+        merge: of the others into these, see `MERGES`, or ``none``.
     """
 
     method: str
@@ -38,6 +41,7 @@ class Variant:
     blind: bool
     searches: bool
     repair: str = UNREPAIRED
+    merge: str = UNMERGED
 
     def plan_options(self, seed: int | None) -> dict[str, object]:
         """The options of `plan_budgets`: those of the method with the saliency and a seed, where it takes them."""
@@ -78,7 +82,7 @@ def variants(request: Request) -> list[Variant]:
 
 
 def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
-    """The variants of one method: by saliency and repair."""
+    """The variants of one method: by saliency, merge and repair."""
     config, found = request.config, list[Variant]()
     method, given = METHODS[entry.method], dict[str, object](entry.model_extra or {})
     takes_saliency = method.has("saliency")
@@ -99,18 +103,20 @@ def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
         label = entry.label or label_of(entry.method, saliency, options)
         if entry.label and len(entry.saliency or [0]) > 1:
             label = f"{label} ({saliency})"
-        for repair in entry.repair or config.repairs:
-            plain = repair == UNREPAIRED
+        for merge, repair in itertools.product(entry.merge or config.merges, entry.repair or config.repairs):
+            more = [MERGES[merge].label] if merge != UNMERGED else []
+            more += [repair] if repair != UNREPAIRED else []
             found.append(
                 Variant(
                     method=entry.method,
                     saliency=saliency,
                     options=options,
                     seeds=seeds,
-                    label=label if plain else f"{label} + {repair}",
-                    blind=blind and plain,
+                    label=" + ".join([label, *more]),
+                    blind=blind and not more,
                     searches=method.runs_experts,
                     repair=repair,
+                    merge=merge,
                 )
             )
     return found

@@ -100,7 +100,7 @@ class PlanRecord(TypedDict):
     """The plan of a row.
 
     ``width`` is the number of channels of thinner experts, ``fingerprint`` is `planning.artifact.kept_hash`, ``repair``
-    the kind of repair, if any.
+    the kind of repair and ``merge`` the merge, if any.
     """
 
     method: str
@@ -109,3 +109,4 @@ class PlanRecord(TypedDict):
     width: NotRequired[int]
     fingerprint: str
     repair: NotRequired[str]
+    merge: NotRequired[str]

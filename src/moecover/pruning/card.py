@@ -12,6 +12,7 @@ import yaml
 
 from moecover.errors import printable, shortened
 from moecover.files.reading import parse_yaml
+from moecover.merging.method import NONE
 from moecover.text import markdown_block, markdown_code, markdown_table, markdown_text
 
 if TYPE_CHECKING:
@@ -69,17 +70,23 @@ def _weights(repaired: Repaired | None) -> str:
         f"{record['tokens used']:,} tokens of {markdown_text(record['name'])}" for record in repaired.corpora
     )
     before, after = repaired.mean_errors()
-    moved = any("parameters" in row for row in repaired.layers)
-    how = (
-        f"{len(repaired.hashes)} tensors of the MoE blocks were refitted (repair: {repaired.kind}; down projections in "
-        "closed form, then experts and router by gradient steps on the error of their own layer)"
-        if moved
-        else f"{len(repaired.hashes)} tensors, down projections of experts, were refitted in closed form (repair: "
-        f"{repaired.kind})"
-    )
+    moved = any("held" in row for row in repaired.layers)
+    tensors, how = f"{len(repaired.hashes)} tensors", list[str]()
+    if repaired.merge != NONE:
+        how.append(f"{tensors} hold averages of the experts that stay and of removed ones (merge: {repaired.merge})")
+        tensors = "their down projections"
+    if moved:
+        how.append(
+            f"{tensors}{'' if how else ' of the MoE blocks'} were refitted (repair: {repaired.kind}; down projections "
+            "in closed form, then experts and router by gradient steps on the error of their own layer)"
+        )
+    elif repaired.kind != NONE:
+        down = "" if how else ", down projections of experts,"
+        how.append(f"{tensors}{down} were refitted in closed form (repair: {repaired.kind})")
     return (
-        f"{how} on {texts}, to compensate in part for the removed experts: the squared error of a layer's "
-        f"output, relative to its square, fell from {before:.3f} to {after:.3f} on that text (mean over layers). "
+        f"{'; '.join(how)} on {texts}, to compensate in part for the removed experts: the squared error of a layer's "
+        f"output, relative to its square, {'fell' if after <= before else 'rose'} from {before:.3f} to {after:.3f} on "
+        "that text (mean over layers). "
         f"All other weights are those of the original, byte for byte{'' if moved else '; nothing was trained'}. "
         "`moecover.json` names every changed tensor, and gives the error before and after by layer and corpus."
     )
@@ -226,7 +233,7 @@ def model_card(
         lines += ["Command:", "", markdown_block(command), ""]
     lines += [
         f"To check it against the original (its outputs equal those of the original with the removed {parts} masked"
-        f"{' and the refitted tensors in place' if repaired else ''}):",
+        f"{' and the changed tensors in place' if repaired else ''}):",
         "",
         markdown_block(f"moecover verify {files}{revision}"),
     ]

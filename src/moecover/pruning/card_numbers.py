@@ -48,6 +48,7 @@ class PlanFacts(TypedDict):
 
     fingerprint: str
     repair: NotRequired[str]
+    merge: NotRequired[str]
 
 
 class Score(Protocol):
@@ -95,7 +96,11 @@ class Measurement(Protocol):
 
 
 def measured(
-    structure: Structure, plan: Plan, evaluations: Mapping[str, Measurement], repair: str | None = None
+    structure: Structure,
+    plan: Plan,
+    evaluations: Mapping[str, Measurement],
+    repair: str | None = None,
+    merge: str | None = None,
 ) -> str:
     """A markdown section with the numbers of a plan, beside those of the model itself where it was evaluated too.
 
@@ -104,6 +109,7 @@ def measured(
         plan: which experts stay.
         evaluations: results of `evaluate`, or cells of a comparison, by the name used in messages.
         repair: kind of the repair that the rows must have; None for none.
+        merge: the merge that they must have; None for none.
 
     Raises:
         InputError: one is of another model, none has the plan, or the measurements of plan and model
@@ -116,7 +122,7 @@ def measured(
         _check_comparable(structure, name, one, next(iter(evaluations)), about)
         about = one
         original = next((row for row in one.rows if row.plan is None), original)
-        found = next((row for row in one.rows if _is_of(row, plan, repair)), found)
+        found = next((row for row in one.rows if _is_of(row, plan, (repair, merge))), found)
     if found is None or about is None:
         raise InputError(
             f"{arg('evaluations', ', '.join(evaluations))} holds no row of this plan. "
@@ -141,9 +147,9 @@ def _check_comparable(
         )
 
 
-def _is_of(row: Row, plan: Plan, repair: str | None) -> bool:
-    """Whether a row is of this plan, with this kind of repair."""
-    if row.plan is None or row.plan.get("repair") != repair:
+def _is_of(row: Row, plan: Plan, changed: tuple[str | None, str | None]) -> bool:
+    """Whether a row is of this plan, with this kind of repair and this merge."""
+    if row.plan is None or (row.plan.get("repair"), row.plan.get("merge")) != changed:
         return False
     return row.plan["fingerprint"] == kept_hash(plan)
 

@@ -15,6 +15,7 @@ from moecover.corpora.options import JobOptions
 from moecover.errors import InputError, arg
 from moecover.files.atomic import resolved
 from moecover.files.locks import locked
+from moecover.merging.method import NONE
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
 from moecover.planning.methods import default_method
@@ -46,6 +47,7 @@ def prune(
     output: str | Path | None = None,
     *,
     corpora: Corpora | None = None,
+    merge: str | None = None,
     repair: str | None = None,
     repair_tokens: int | None = None,
     repaired: Repaired | None = None,
@@ -61,10 +63,11 @@ def prune(
         checkpoint: folder, hub id, GGUF file, or a structure from `read_structure`.
         plan: from `plan`, or its file; None for one shot.
         output: folder to write; of a GGUF file the file, of a split one its first part.
-        corpora: calibration text, as in `profile`: for one shot, and for ``repair``.
+        corpora: calibration text, as in `profile`: for one shot, and for ``merge`` and ``repair``.
+        merge: name in `MERGES`: merge the experts that are dropped into those that stay; None removes them.
         repair: ``scale`` or ``ridge``: refit the down projections of what stays on ``corpora``; None for none.
-        repair_tokens: calibration tokens of the repair; None for 65,536.
-        repaired: a repair from `repair`, instead of ``repair``.
+        repair_tokens: calibration tokens of merge and repair; None for 65,536.
+        repaired: a repair from `repair`, instead of ``merge`` and ``repair``.
         here: this process among others under torchrun, which share profile and repair; the first one writes.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions`, `TextOptions`, `ChoiceOptions` (one shot) and `WriteOptions`.
@@ -81,11 +84,13 @@ def prune(
     given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if output is None:
         raise InputError(f"give {arg('output')}, the folder or file to write")
-    _check_repair(repair, repaired, corpora)
-    _check_used(given, corpora, repair, repair_tokens, options)
+    asked = _asked(merge, repair, repair_tokens, corpora)
+    if asked is not None and repaired is not None:
+        raise InputError(f"give {arg('repair' if merge is None else 'merge')} or {arg('repaired')}, not both")
+    _check_used(given, corpora, asked, repair_tokens, options)
     if given is None and corpora is None:
         raise InputError(f"give a plan, or {arg('corpora')} with {arg('keep')} or {arg('retain')} for one shot")
-    how = _how(options, repair_tokens) if given is None or repair is not None else None
+    how = _how(options, repair_tokens) if given is None or asked is not None else None
     if given is None:
         check_choice(checkpoint, Path(output), corpora or (), options)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
@@ -94,9 +99,10 @@ def prune(
 
         check_loadable(headers, how.dtype)
     choice = choice_of(headers, options, say=shown.say) if given is None else given
-    mending = repaired if repair is None else Repair(repair, repair_tokens)
     writing = cast("WriteOptions", {k: v for k, v in options.items() if k in WriteOptions.__annotations__})
-    request = Request(Path(output), choice, corpora if how is not None else None, options, mending, how, writing, here)
+    request = Request(
+        Path(output), choice, corpora if how is not None else None, options, asked or repaired, how, writing, here
+    )
     return carry_out(headers, request, progress=shown)
 
 
@@ -173,7 +179,11 @@ def _written(structure: Structure, plan: Plan, request: Request, made: Repaired 
 
 
 def _check_used(
-    plan: Plan | None, corpora: Corpora | None, repair: str | None, repair_tokens: int | None, options: PruneOptions
+    plan: Plan | None,
+    corpora: Corpora | None,
+    asked: Repair | None,
+    repair_tokens: int | None,
+    options: PruneOptions,
 ) -> None:
     """Refuse arguments that nothing would look at.
 
@@ -181,8 +191,10 @@ def _check_used(
         InputError: names the argument.
     """
     given = {name for name, value in options.items() if value is not None and value is not False and value != {}}
-    if repair_tokens is not None and repair is None:
-        raise InputError(f"{arg('repair_tokens')} says what a repair runs on: give {arg('repair')}")
+    if repair_tokens is not None and asked is None:
+        raise InputError(
+            f"{arg('repair_tokens')} says what merge and repair run on: give {arg('merge')} or {arg('repair')}"
+        )
     if plan is None:
         if stray := sorted(given & {"other_weights", "evaluations"}):
             raise InputError(f"{arg(stray[0])} goes with a plan: in one shot the plan is made here")
@@ -190,21 +202,29 @@ def _check_used(
     if stray := sorted(given & ChoiceOptions.__annotations__.keys()):
         raise InputError(f"a plan and {arg(stray[0])} exclude each other: the plan says what is kept")
     unread = sorted(given & (JobOptions.__annotations__.keys() - {"revision"}))
-    if repair is None and (corpora is not None or unread):
-        name = "corpora" if corpora is not None else unread[0]
-        raise InputError(f"{arg(name)} has no use here: pruning by a plan without {arg('repair')} runs no model")
+    if asked is None and (corpora is not None or unread):
+        name, none = "corpora" if corpora is not None else unread[0], f"{arg('merge')} or {arg('repair')}"
+        raise InputError(f"{arg(name)} has no use here: pruning by a plan without {none} runs no model")
 
 
-def _check_repair(repair: str | None, repaired: Repaired | None, corpora: Corpora | None) -> None:
-    if repair is None:
-        return
+def _asked(merge: str | None, repair: str | None, repair_tokens: int | None, corpora: Corpora | None) -> Repair | None:
+    """The merge and the repair that are asked for; None for neither.
+
+    Raises:
+        InputError: an unknown one, or no text for it.
+    """
+    if repair is None and merge is None:
+        return None
     from moecover.repairing.job import check_kind
 
-    check_kind(repair)
-    if repaired is not None:
-        raise InputError(f"give {arg('repair')} or {arg('repaired')}, not both")
+    if repair is not None:
+        check_kind(repair)
+    if merge is not None:
+        check_kind(NONE, merge)
     if corpora is None:
-        raise InputError(f"{arg('repair', repair)} fits weights on calibration text: give {arg('corpora')}")
+        given = arg("merge", merge) if repair is None else arg("repair", repair)
+        raise InputError(f"{given} fits weights on calibration text: give {arg('corpora')}")
+    return Repair(repair or NONE, repair_tokens, merge or NONE)
 
 
 def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOptions | PruneOptions) -> None:

@@ -23,7 +23,7 @@ from moecover.progress import Progress
 from moecover.pruning.request import Choice, Repair, Request
 from moecover.repairing.artifact import Repaired
 from moecover.repairing.job import memory_beside, repaired
-from moecover.repairing.layers import TOKENS
+from moecover.repairing.memory import TOKENS
 from moecover.repairing.store import kept_for_later
 from moecover.runtime.distributed import of_first
 from moecover.runtime.pass_state import remove
@@ -42,9 +42,16 @@ def memory_needed(headers: Structure, request: Request) -> int:
     """
     if not isinstance(request.repair, Repair) or request.how is None:
         return 0
-    choice, kind, tokens = request.choice, request.repair.kind, request.repair.tokens
-    dtype, tokens = request.how.dtype, -(-(tokens or TOKENS) // request.here.size)
-    return memory_beside(headers, kind=kind, keep=choice.keep, width=choice.width, tokens=tokens, dtype=dtype)
+    choice, asked = request.choice, request.repair
+    return memory_beside(
+        headers,
+        kind=asked.kind,
+        merge=asked.merge,
+        keep=choice.keep,
+        width=choice.width,
+        tokens=-(-(asked.tokens or TOKENS) // request.here.size),
+        dtype=request.how.dtype,
+    )
 
 
 @contextlib.contextmanager
@@ -91,6 +98,7 @@ def _made(
             corpora,
             how,
             kind=asked.kind,
+            merge=asked.merge,
             tokens=asked.tokens,
             folder=state,
             model=model,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from moecover.merging.method import NONE
 from moecover.planning.artifact import Plan
 from moecover.runtime.world import ALONE, World
 from moecover.text import Cell, Shown, size_text
@@ -53,10 +54,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Repair:
-    """The repair that is asked for: its kind, and calibration tokens (None for the default)."""
+    """The repair that is asked for: its kind, calibration tokens (None for the default), and the merge before it.
+
+    One of ``kind`` and ``merge`` may be ``none``.
+    """
 
     kind: str
     tokens: int | None = None
+    merge: str = NONE
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moecover.errors import InputError, arg
 from moecover.files.atomic import check_output, digest, explained, resolved, stamp
 from moecover.files.locks import locked
 from moecover.files.resumable import restore, resumable_folder
+from moecover.merging.method import NONE
 from moecover.planning.artifact import Plan, kept_sets
 from moecover.planning.fitting import check_plan
 from moecover.pruning.card_numbers import Measurement, measured
@@ -181,8 +182,9 @@ def prune(
     path = check_target(structure, output, overwrite=overwrite)
     check_plan(plan, structure, other_weights=other_weights)
     check_mtp(structure, plan.width, mtp)
-    kind = repaired.kind if repaired is not None else None
-    figures = measured(structure, plan, evaluations, kind) if evaluations else ""
+    changed = (repaired.kind, repaired.merge) if repaired is not None else ()
+    repair, merge = (one if one != NONE else None for one in (*changed, NONE, NONE)[:2])
+    figures = measured(structure, plan, evaluations, repair, merge) if evaluations else ""
     with locked(path):
         restore(path)
         check_target(structure, output, overwrite=overwrite)  # another run may have finished meanwhile

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ class LayerRepair:
             their name in the model, see `refit`; those of the experts module hold the kept experts only.
         kept: ids of these, ascending.
         held: see `refit.Refitted`.
+        merged: by kept expert, the ids of those that were merged into it.
     """
 
     decoder_layer: int
@@ -37,6 +38,7 @@ class LayerRepair:
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: Sequence[int] = ()
     held: tuple[float, float] | None = None
+    merged: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager

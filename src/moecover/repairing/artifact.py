@@ -11,6 +11,7 @@ from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.pieces import Piece
 from moecover.checkpoints.structure import Structure
 from moecover.files.hashing import HASH
+from moecover.merging.method import NONE
 from moecover.planning.artifact import Plan
 from moecover.repairing.applied import LayerRepair
 from moecover.repairing.targets import places_on_disk
@@ -23,7 +24,8 @@ class Repaired(Shown):
     """The repair of a whole model.
 
     Attributes:
-        kind: see `solver.KINDS`.
+        kind: see `solver.KINDS`; ``none`` for a merge alone.
+        merge: name in `MERGES`, or ``none``.
         corpora: the records of the calibration text, with the number of tokens used.
         layers: the repair of every MoE layer.
         hashes: of every tensor of the output that is not the original's, by name.
@@ -31,6 +33,7 @@ class Repaired(Shown):
     """
 
     kind: str
+    merge: str
     corpora: list[dict[str, Any]]
     layers: list[LayerRow]
     hashes: dict[str, str]
@@ -56,6 +59,7 @@ class Repaired(Shown):
         """The entry in the manifest of the output."""
         return {
             "kind": self.kind,
+            **({"merge": self.merge} if self.merge != NONE else {}),
             "corpora": self.corpora,
             "mean": self.mean_errors(),
             "layers": self.layers,
@@ -63,14 +67,20 @@ class Repaired(Shown):
             "tensors": self.hashes,
         }
 
+    @property
+    def what(self) -> str:
+        """Merge and repair in a word: ``ridge``, ``ream``, ``ream + ridge``."""
+        return " + ".join(one for one in (self.merge, self.kind) if one != NONE)
+
     def summary(self) -> str:
         before, after = self.mean_errors()
-        return f"{self.kind}: {len(self.hashes)} tensors, mean relative squared error {before:.3f} -> {after:.3f}"
+        return f"{self.what}: {len(self.hashes)} tensors, mean relative squared error {before:.3f} -> {after:.3f}"
 
     def rows_shown(self) -> list[dict[str, Cell]]:
         return [
             {
                 "layer": row["decoder_layer"],
+                "experts merged": sum(map(len, row.get("merged", {}).values())),
                 "experts refitted": len(row["experts"]),
                 "shared refitted": row["shared"],
                 "error before": _mean(row["before"]),

@@ -129,7 +129,7 @@ def blocks_of(
     blocks = []
     for expert in kept:
         token, slot = (experts_of == expert).nonzero(as_tuple=True)
-        features = _activations(experts, expert, tokens[token]).float() * weight_of[token, slot].float()[:, None]
+        features = activations(experts, expert, tokens[token]).float() * weight_of[token, slot].float()[:, None]
         blocks.append(Block(str(expert), experts.down_proj.data[expert].to(stored), token, features))
     if place.shared is not None:
         everyone = torch.arange(len(tokens), device=tokens.device)
@@ -189,7 +189,7 @@ def _explained(terms: _Terms, blocks: Sequence[Block], allowed: float) -> bool:
     return bool(terms.missed**0.5 <= allowed * terms.norm**0.5 and left**0.5 <= allowed * squared**0.5)
 
 
-def _activations(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+def activations(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
     """What enters an expert's down projection, ``[row, width]``, by the experts module's own functions."""
     import torch
 

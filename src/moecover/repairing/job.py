@@ -16,12 +16,15 @@ from moecover.corpora.loading import Corpora, load_corpora, parsed
 from moecover.corpora.options import JobOptions
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
+from moecover.merging.method import NONE
+from moecover.merging.methods import merge_of
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
 from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress, resolve
 from moecover.repairing.artifact import Repaired
-from moecover.repairing.layers import TOKENS, needed_bytes
+from moecover.repairing.memory import TOKENS, needed_bytes
+from moecover.repairing.merged import check_merged
 from moecover.repairing.solver import KINDS
 from moecover.repairing.store import kept_for_later
 from moecover.repairing.store import repair as repair_to_files
@@ -37,24 +40,32 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_kind(kind: str) -> None:
-    """Refuse an unknown kind of repair.
+def check_kind(kind: str, merge: str = NONE) -> None:
+    """Refuse an unknown kind of repair, or an unknown merge.
 
     Raises:
         InputError: says which are known.
     """
-    if kind not in KINDS:
+    if kind not in KINDS and (merge_of(merge) is None or kind != NONE):
         raise InputError(f"unknown {arg('kind', kind)}. Allowed: {', '.join(KINDS)}")
 
 
 def memory_beside(
-    structure: Structure, *, kind: str, keep: int, width: int | None, tokens: int | None, dtype: str
+    structure: Structure,
+    *,
+    kind: str,
+    merge: str = NONE,
+    keep: int,
+    width: int | None,
+    tokens: int | None,
+    dtype: str,
 ) -> int:
-    """Bytes that the repair of the largest layer needs beside the model.
+    """Bytes that merge and repair of the largest layer need beside the model.
 
     Args:
         structure: the checkpoint; headers are enough.
-        kind: of the repair.
+        kind: of the repair, or ``none``.
+        merge: name of the merge, or ``none``.
         keep: experts kept per layer.
         width: channels kept of each; None for all.
         tokens: calibration tokens; None for 65,536.
@@ -67,7 +78,8 @@ def memory_beside(
     where = places_on_disk(structure, width)
     check_dtype(structure, where, dtype)
     check_understood(structure, where, kind)
-    return needed_bytes(structure, where, kind=kind, keep=keep, tokens=tokens or TOKENS, dtype=dtype)
+    check_merged(structure, where, merge_of(merge))
+    return needed_bytes(structure, where, kind=kind, merge=merge, keep=keep, tokens=tokens or TOKENS, dtype=dtype)
 
 
 def _opened(
@@ -95,6 +107,7 @@ def repaired(
     how: Passes,
     *,
     kind: str,
+    merge: str = NONE,
     tokens: int | None,
     folder: Path,
     model: Running | None = None,
@@ -108,7 +121,8 @@ def repaired(
         plan: which experts stay.
         corpora: calibration text; the first sequences of each are used.
         how: see `Passes`.
-        kind: see `solver.KINDS`.
+        kind: see `solver.KINDS`; ``none`` for a merge alone.
+        merge: name in `MERGES`, or ``none``.
         tokens: of all corpora together; None for 65,536.
         folder: for the finished layers; the caller removes it.
         model: the model where it is open already.
@@ -121,17 +135,20 @@ def repaired(
     """
     sample = sample_of(corpora, tokens or TOKENS, argument="repair_tokens")
     shared = -(-(tokens or TOKENS) // here.size)
-    extra = memory_beside(structure, kind=kind, keep=plan.keep, width=plan.width, tokens=shared, dtype=how.dtype)
+    extra = memory_beside(
+        structure, kind=kind, merge=merge, keep=plan.keep, width=plan.width, tokens=shared, dtype=how.dtype
+    )
     opening: contextlib.AbstractContextManager[Running] = contextlib.nullcontext(model)  # type: ignore[arg-type]
     if model is None:
         opening = _opened(structure, sample, how, extra, here, progress)
-    with progress.bar("repairing", len(plan.layers), unit="layers") as advance:
+    with progress.bar("merging" if kind == NONE else "repairing", len(plan.layers), unit="layers") as advance:
         return repair_to_files(
             structure,
             plan,
             sample,
             model=opening,
             kind=kind,
+            merge=merge,
             folder=folder,
             batch_size=how.batch_size,
             dtype=how.dtype,
@@ -149,6 +166,7 @@ def repair(
     corpora: Corpora,
     *,
     kind: str = "ridge",
+    merge: str = NONE,
     tokens: int | None = None,
     folder: str | Path | None = None,
     model: torch.nn.Module | Running | None = None,
@@ -163,7 +181,9 @@ def repair(
         plan: from `plan`, or its file.
         corpora: calibration text, as in `profile`.
         kind: ``scale`` (a factor per expert), ``ridge`` (all weights of the down projections) or ``refit`` (ridge, then
-            all parameters of the block by gradient steps on its own error).
+            all parameters of the block by gradient steps on its own error); ``none`` for a merge alone.
+        merge: name in `MERGES`: the experts that are dropped are merged into those that stay, before the repair;
+            ``none`` removes them.
         tokens: calibration tokens, shared by the corpora; None for 65,536.
         folder: where finished layers are kept, so that an interrupted repair resumes; None for a temporary folder that
             lasts as long as the result.
@@ -179,7 +199,7 @@ def repair(
         InputError: the plan does not fit, the model cannot be repaired, or arguments out of range.
         MoecoverError: the disk is full.
     """
-    check_kind(kind)
+    check_kind(kind, merge)
     check_known(options, JobOptions)
     check_least(1, tokens=tokens, sequences=options.get("sequences"), length=options.get("length"))
     how, shown = passes(options), resolve(progress)
@@ -196,7 +216,16 @@ def repair(
     live = None if model is None else running(model, structure)
     with kept_for_later(place):
         made = repaired(
-            structure, chosen, loaded, how, kind=kind, tokens=tokens, folder=place, model=live, progress=shown
+            structure,
+            chosen,
+            loaded,
+            how,
+            kind=kind,
+            merge=merge,
+            tokens=tokens,
+            folder=place,
+            model=live,
+            progress=shown,
         )
     if folder is None:
         weakref.finalize(made, shutil.rmtree, place, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""Repair layer by layer: reads a model, a plan and calibration text, yields new down projections for every MoE layer.
+"""Merge and repair layer by layer: reads a model, a plan and calibration text, yields new weights for every MoE layer.
 
 Two passes run side by side over the same text, the original's and the pruned model's, one decoder layer at a time. A
 layer with experts runs twice: first up to its MoE block, whose output is then computed here for both passes: the
-original's is the target, the pruned one's is repaired (`solver.fit`) before it is passed on; then with these outputs in
-place of the block. So every layer is fitted on the output of the repaired layers before it, its weights are read once
-for both passes, and everything else stays the model's own. The model is left unchanged.
+original's is the target, the pruned one's is merged and repaired (`one_layer`) before it is passed on; then with these
+outputs in place of the block. So every layer is fitted on the output of the repaired layers before it, its weights are
+read once for both passes, and everything else stays the model's own. The model is left unchanged.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
+from moecover.merging.method import NONE
+from moecover.merging.methods import merge_of
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
 from moecover.repairing.applied import LayerRepair, repaired_layer
-from moecover.repairing.blocks import SHARED, blocks_of, output_of
-from moecover.repairing.calibration import Calibration
-from moecover.repairing.moving import moved_block
+from moecover.repairing.blocks import output_of
+from moecover.repairing.merged import check_merged
+from moecover.repairing.one_layer import Layer, made
 from moecover.repairing.parts import Part
-from moecover.repairing.refit import needed_bytes as refit_bytes
-from moecover.repairing.solver import HELD_SHARE, REFIT, FitOptions, fit, peak_bytes
-from moecover.repairing.sums import Block
-from moecover.repairing.targets import Place, check_dtype, check_understood, places, refused, thinned
+from moecover.repairing.solver import FitOptions
+from moecover.repairing.targets import check_dtype, check_understood, places, refused, thinned
 from moecover.runtime.devices import check_float64
 from moecover.runtime.distributed import wait_for_all
 from moecover.runtime.finite import is_finite, naming, not_finite, rows_text
-from moecover.runtime.forwards import give_back, with_forward
+from moecover.runtime.forwards import give_back
 from moecover.runtime.loading import backbone_of, device_of, routers
 from moecover.runtime.lockstep import Here, Passing
 from moecover.runtime.masking import masked_layer
@@ -41,46 +41,12 @@ from moecover.runtime.running import Running, running
 if TYPE_CHECKING:
     import torch
 
-TOKENS = 65_536  # of calibration text that a repair runs on by default
-
 
 class _ArrivedError(Exception):
     """Ends a layer's run at its MoE block, which is called with ``hidden``."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.hidden = hidden
-
-
-def needed_bytes(structure: Structure, where: Sequence[Place], *, kind: str, keep: int, tokens: int, dtype: str) -> int:
-    """Bytes of memory that the repair of the largest layer takes beside the model, with hidden states of both passes.
-
-    Args:
-        structure: the checkpoint.
-        where: from `places`.
-        kind: of the repair.
-        keep: experts kept per layer.
-        tokens: of all corpora.
-        dtype: of the model, by torch's name, ``auto`` for the stored one.
-    """
-    import torch
-
-    topology, refits = structure.topology, kind == REFIT
-    hidden, slots, experts = topology.hidden_size, topology.top_k, topology.num_experts
-
-    def of_layer(place: Place) -> int:
-        width, shared = place.widths
-        features = 4 * tokens * (slots * width + shared)
-        # Target, inputs of the experts, outputs of both blocks; hidden states of both passes, twice as in `memory`.
-        held = 8 * tokens * hidden * int(getattr(torch, place.dtype if dtype == "auto" else dtype).itemsize)
-        widths = [width] * keep + [shared] * (shared > 0)
-        solving = features + peak_bytes(tokens=tokens, hidden_size=hidden, widths=widths)
-        of_width = 3 * hidden * width  # parameters of an expert
-        moved = keep * of_width + 3 * hidden * shared + experts * hidden
-        # The experts' parameters are spread over all experts' places at every step, with gradients.
-        moving = refit_bytes(moved, tokens=tokens, hidden_size=hidden) + 8 * experts * of_width if refits else 0
-        return held + max(solving, moving)
-
-    return max(map(of_layer, where))
 
 
 class _Passes:
@@ -99,17 +65,19 @@ class _Passes:
         corpora: Sequence[Corpus],
         batch_size: int,
         kind: str,
+        merge: str,
         options: FitOptions,
     ) -> None:
         import torch
 
         self._runs, self._structure, self._plan = runs, structure, plan
-        self._kind, self._options = kind, options
+        self._kind, self._merge, self._options = kind, merge_of(merge), options
         self._model = runs.module
         self._places = thinned(structure, places(structure, self._model), plan.width)
         self._routers = routers(self._model, structure)
         check_dtype(structure, self._places, str(runs.dtype).removeprefix("torch."))
         check_understood(structure, self._places, kind)
+        check_merged(structure, self._places, self._merge)
         said = plan.options.get("weights") or {}
         self.weights = [float(said.get(corpus.name, 1.0)) for corpus in corpora]
         if not sum(self.weights) > 0:
@@ -159,14 +127,21 @@ class _Passes:
         pruned = [self._arrived_at(layer, passing) for passing in waiting[count:]]
         originals = [self._arrived_at(layer, passing) for passing in waiting[:count]]
         self._given.update((i, forward(batch)) for i, batch in enumerate(originals))
-        del originals
+        if self._merge is None or self._merge.sequential:
+            originals.clear()  # nothing else looks at them
         self._blocks[layer].forward = self._taken
-        kept, channels = self._plan.layers[layer].kept, self._plan.layers[layer].channels or None
-        with masked_layer(self._model, self._structure, self._routers[layer], layer, kept, channels):
-            repair = found if found is not None else self._made(layer, pruned)
-            if layer < len(self._blocks) - 1:
-                with repaired_layer(self._model, self._structure, layer, repair):
-                    self._given.update((count + i, forward(batch)) for i, batch in enumerate(pruned))
+        repair = found
+        if repair is None:
+            at_hand = self._at_hand(layer, pruned)
+            repair = made(at_hand, originals, merge=self._merge, kind=self._kind, options=self._options)
+            del at_hand
+        originals.clear()
+        if layer < len(self._blocks) - 1:
+            of_plan = self._plan.layers[layer]
+            router, channels = self._routers[layer], of_plan.channels or None
+            masked = masked_layer(self._model, self._structure, router, layer, of_plan.kept, channels)
+            with masked, repaired_layer(self._model, self._structure, layer, repair):
+                self._given.update((count + i, forward(batch)) for i, batch in enumerate(pruned))
         return repair
 
     def restore(self) -> None:
@@ -174,57 +149,32 @@ class _Passes:
         for block, own in zip(self._blocks, self._own, strict=True):
             give_back(block, own)
 
-    def _made(self, layer: int, pruned: Sequence[torch.Tensor]) -> LayerRepair:
-        """The repair of a masked layer."""
+    def _at_hand(self, layer: int, pruned: Sequence[torch.Tensor]) -> Layer:
+        """A layer with the original's output, which was computed before."""
         import torch
 
         wait_for_all(self._runs.world)
         structure, device = self._structure, device_of(self._blocks[layer])
         masks = [mask.to(device) for mask in self._masks]
-        part = self._part.to(device)
         outputs = [output_of(structure, self._given[i])[mask] for i, mask in enumerate(masks)]
         for name, output in zip(self._names, outputs, strict=True):
             if not is_finite(output):
                 raise not_finite(name, "the output of the original's experts is")
-        target = torch.cat(outputs)
-        del outputs
-        place, kept = self._places[layer], self._plan.layers[layer].kept
-        parts = blocks_of(self._model, structure, layer, place, self._forwards[layer], pruned, masks, kept)
-        solved = self._solved(layer, parts, target, part)
-        if self._kind != REFIT:
-            return solved
-        trial = self._solved(layer, parts, target, part, everything=False)
-        del parts
-        arrived = torch.cat([b.reshape(-1, b.shape[-1])[m] for b, m in zip(pruned, masks, strict=True)])
-        calibration = Calibration(target, part, self.weights, HELD_SHARE)
-        with with_forward(self._blocks[layer], self._forwards[layer]):
-            return moved_block(
-                self._model, structure, layer, place, kept, (trial, solved), arrived, target, calibration
-            )
-
-    def _solved(
-        self,
-        layer: int,
-        parts: Sequence[Block],
-        target: torch.Tensor,
-        part: Part,
-        *,
-        everything: bool = True,
-    ) -> LayerRepair:
-        """The repair in closed form; ``everything``: also on the tokens that are held out."""
-        structure, place = self._structure, self._places[layer]
-        made = fit(
-            parts,
-            target,
-            part,
-            kind=self._kind,
+        return Layer(
+            model=self._model,
+            structure=structure,
+            number=layer,
+            plan=self._plan.layers[layer],
+            place=self._places[layer],
+            router=self._routers[layer],
+            block=self._blocks[layer],
+            forward=self._forwards[layer],
+            arrived=pruned,
+            masks=masks,
+            target=torch.cat(outputs),
+            part=self._part.to(device),
             weights=self.weights,
-            everything=everything,
-            **self._options,
         )
-        experts = {int(name): weight for name, weight in made.weights.items() if name != SHARED}
-        shared = (place.shared[0], made.weights[SHARED]) if place.shared and SHARED in made.weights else None
-        return LayerRepair(structure.topology.decoder_layers[layer], experts, shared, made)
 
     def _arrived_at(self, layer: int, passing: Passing) -> torch.Tensor:
         """What a MoE block is called with in a pass."""
@@ -251,18 +201,20 @@ def repair_layers(
     corpora: Sequence[Corpus],
     *,
     kind: str,
+    merge: str = NONE,
     batch_size: int = 4,
     done: Callable[[int], LayerRepair | None] = lambda layer: None,
     **options: Unpack[FitOptions],
 ) -> Generator[LayerRepair]:
-    """Refit the down projections of a plan's kept experts and of the shared one, layer after layer.
+    """Merge experts into a plan's kept ones, and refit these and the shared one, layer after layer.
 
     Args:
         model: from `load_model` or `streamed`; it is left as it was.
         structure: its checkpoint.
         plan: which experts stay; corpora count by its weights, equally where it has none.
         corpora: calibration text.
-        kind: see `solver.KINDS`.
+        kind: see `solver.KINDS`; ``none`` for a merge alone.
+        merge: name in `MERGES`, or ``none``.
         batch_size: sequences per forward pass.
         done: returns the repair of a MoE layer that an earlier run has made, which is not made again, or None.
         options: of `solver.fit`.
@@ -279,7 +231,7 @@ def repair_layers(
     check_plan(plan, structure, other_weights=True)
     runs = running(model, structure)
     check_float64(runs.device, "a repair")
-    passes = _Passes(runs, structure, plan, corpora, batch_size, kind, options)
+    passes = _Passes(runs, structure, plan, corpora, batch_size, kind, merge, options)
     layer_of = {number: layer for layer, number in enumerate(structure.topology.decoder_layers)}
     try:
         with contextlib.closing(runs.at_layers(passes.calls, Here(before=passes.run))) as steps:

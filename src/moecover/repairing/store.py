@@ -24,6 +24,7 @@ from moecover.errors import InputError, MoecoverError
 from moecover.files.atomic import canonical_json, write_bytes
 from moecover.files.hashing import hash_of, sealed, unsealed
 from moecover.files.reading import parse_json
+from moecover.merging.method import NONE
 from moecover.planning.artifact import Plan
 from moecover.repairing.applied import LayerRepair
 from moecover.repairing.artifact import Repaired
@@ -152,6 +153,7 @@ def _inputs(
 
     found: dict[str, object] = {
         "--repair": settings["--repair"],
+        "--merge": settings["--merge"],
         "the model": [structure.model_fingerprint, stamps(structure)],
         "the plan": hashlib.sha256(canonical_json(plan.to_dict()).encode()).hexdigest(),
         "the calibration text": records,
@@ -177,6 +179,7 @@ def repair(
     *,
     model: contextlib.AbstractContextManager[torch.nn.Module | Running],
     kind: str,
+    merge: str = NONE,
     folder: Path,
     batch_size: int = 4,
     dtype: str = "auto",
@@ -185,14 +188,15 @@ def repair(
     advance: Callable[[int], None] = lambda layers: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Repaired:
-    """Repair a model for a plan, layer by layer; each layer is saved in a file as soon as it is done.
+    """Merge and repair a model for a plan, layer by layer; each layer is saved in a file as soon as it is done.
 
     Args:
         structure: the original.
         plan: which experts stay.
         corpora: calibration text, each with its record.
         model: opens the original; entered only where a layer is left to be done.
-        kind: ``scale`` or ``ridge``, see `solver.fit`.
+        kind: see `solver.KINDS`; ``none`` for a merge alone.
+        merge: name in `MERGES`, or ``none``.
         folder: for the files; the caller removes it when the output is complete.
         batch_size: sequences per forward pass.
         dtype: of the model, by name.
@@ -207,14 +211,14 @@ def repair(
     """
     records = [{"name": c.name, "tokens used": c.num_tokens, **c.record} for c in corpora]
     stamped = _as_json(stamps(structure))
-    settings = {"--repair": kind, "--batch-size": batch_size, "--dtype": dtype, "--device": device}
+    settings = {"--repair": kind, "--merge": merge, "--batch-size": batch_size, "--dtype": dtype, "--device": device}
     layers = _Layers(structure, plan, folder, _as_json(_inputs(structure, plan, records, settings)))
     check_same(here, {"model": structure.model_fingerprint, "plan": plan.to_dict(), "text": records, **settings})
     if here.rank == 0:
         layers.resume(say)
     finished = of_first(here, len(layers.rows))
     advance(finished)
-    made = Repaired(kind, records, layers.rows, layers.hashes, layers.pieces)
+    made = Repaired(kind, merge, records, layers.rows, layers.hashes, layers.pieces)
     if finished == len(plan.layers):
         return of_first(here, made)
 
@@ -224,7 +228,7 @@ def repair(
     with (
         model as live,
         contextlib.closing(
-            repair_layers(live, structure, plan, corpora, kind=kind, batch_size=batch_size, done=done)
+            repair_layers(live, structure, plan, corpora, kind=kind, merge=merge, batch_size=batch_size, done=done)
         ) as repairs,
     ):
         for layer, one in enumerate(repairs):

@@ -43,9 +43,10 @@ class Place:
 
 
 def refused(structure: Structure, reason: str) -> InputError:
-    """The error for a family that cannot be repaired."""
+    """The error for a family that can neither be merged nor repaired."""
     return InputError(
-        f"{arg('repair')} does not run on {structure.topology.family}: {reason}. Use {arg('repair', 'none')}"
+        f"{arg('merge')} and {arg('repair')} do not run on {structure.topology.family}: {reason}. "
+        f"Use {arg('merge', 'none')} and {arg('repair', 'none')}"
     )
 
 

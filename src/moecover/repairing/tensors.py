@@ -31,9 +31,10 @@ class LayerRow(TypedDict):
         before: squared error as a share of the squared output without repair, by corpus.
         after: the same with repair.
         kept: why other experts were not refitted, by name.
-        parameters: names in the model of all parameters that were refitted beyond down projections; left out where
-            none was.
-        held: see `refit.Refitted`; with ``parameters``.
+        parameters: names in the model of all parameters that changed, where these are not down projections alone; left
+            out otherwise.
+        held: see `refit.Refitted`; left out where gradient steps did not run or did not help.
+        merged: by kept expert, ids of those that were merged into it; left out where none was.
     """
 
     decoder_layer: int
@@ -45,6 +46,7 @@ class LayerRow(TypedDict):
     kept: dict[str, str]
     parameters: NotRequired[list[str]]
     held: NotRequired[list[float]]
+    merged: NotRequired[dict[str, list[int]]]
 
 
 def layer_row(repair: LayerRepair, corpora: Sequence[str]) -> LayerRow:
@@ -63,8 +65,12 @@ def layer_row(repair: LayerRepair, corpora: Sequence[str]) -> LayerRow:
         "after": dict(zip(corpora, repair.fit.after, strict=True)),
         "kept": repair.fit.kept,
     }
+    if repair.parameters:
+        row["parameters"] = sorted(repair.parameters)
     if repair.held is not None:
-        row["parameters"], row["held"] = sorted(repair.parameters), list(repair.held)
+        row["held"] = list(repair.held)
+    if repair.merged:
+        row["merged"] = {str(centre): list(others) for centre, others in repair.merged.items()}
     return row
 
 
@@ -163,7 +169,8 @@ def layer_repair(
     before, after = list(row["before"].values()), list(row["after"].values())
     fit = Fit({}, before, after, row["penalties"], row["kept"])
     held = (row["held"][0], row["held"][1]) if "held" in row else None
-    return LayerRepair(row["decoder_layer"], experts, shared, fit, parameters, kept, held)
+    merged = {int(centre): others for centre, others in row.get("merged", {}).items()}
+    return LayerRepair(row["decoder_layer"], experts, shared, fit, parameters, kept, held, merged)
 
 
 def written_tensors(

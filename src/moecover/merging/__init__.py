@@ -1,0 +1,1 @@
+"""Experts that a plan drops, averaged into the ones that stay."""
