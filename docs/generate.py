@@ -56,14 +56,16 @@ FAMILIES = (
     "that expert-sparsity re-routes. A type that is not listed runs with a warning: prove the result with "
     "`moecover verify`.\n"
 )
+MERGED = "What becomes of the experts that a plan drops with `prune --merge NAME` ([how](repair.md#merging)).\n"
 
 
 def tables_page() -> str:
-    """Methods, saliencies, corpora and families."""
-    parts = [f"{NOTE}# Methods, saliencies, corpora, families\n"]
+    """Methods, saliencies, merges, corpora and families."""
+    parts = [f"{NOTE}# Methods, saliencies, merges, corpora, families\n"]
     heads = {
         "methods": ("", "| method | what | source |"),
         "saliencies": ("", "| saliency | what | source |"),
+        "merges": (MERGED, "| merge | what | source |"),
         "corpora": ("", "| corpus | what | source |"),
         "families": (FAMILIES, "| model type | routing, or why it is refused | |"),
     }

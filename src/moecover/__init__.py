@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from moecover.evaluation.budgets import plan_for_budget
     from moecover.evaluation.job import evaluate
     from moecover.evaluation.perplexity import perplexity
+    from moecover.merging.methods import MERGES
     from moecover.planning.artifact import LayerPlan, Plan
     from moecover.planning.explaining.facts import Explanation, explain
     from moecover.planning.job import plan
@@ -94,6 +95,7 @@ PUBLIC = {
     "planning.job": ("plan",),
     "planning.masking": ("masked",),
     "planning.explaining.facts": ("Explanation", "explain"),
+    "merging.methods": ("MERGES",),
     "repairing.artifact": ("Repaired",),
     "repairing.job": ("repair",),
     "pruning.request": ("Pruned",),
@@ -120,6 +122,7 @@ _MODULE_OF = {name: module for module, names in PUBLIC.items() for name in names
 
 __all__ = [
     "CORPORA",
+    "MERGES",
     "METHODS",
     "PROVEN_FAMILIES",
     "SALIENCIES",

@@ -79,12 +79,37 @@ def test_ream_fills_the_groups_of_the_most_salient_experts_first() -> None:
     assert found.weights[39] == 9
 
 
-def test_ream_similarity_is_the_mean_of_outputs_and_router() -> None:
-    """Three experts in a row; the member's outputs are like one centre's, its logits like the other's."""
-    gated = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # similarities of expert 2: 1 and 1/2
-    router = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 1.0], [0.5, 1.0, 1.0]])  # 1 - 1 / sqrt(2) and 1
-    found = MERGES["ream"].function(facts((0, 1), counts=[1, 1, 1], saliency=[2, 1, 1], router=router, gated=gated))
-    assert found.members() == {0: [2]}  # the most salient takes all that its group has room for
+def naive_ream(saliency: np.ndarray, gated: np.ndarray, logits: np.ndarray, kept: list[int], most: int) -> list[int]:
+    """The grouping as the authors write it, expert by expert."""
+    count = len(saliency)
+    unit = logits.T / np.linalg.norm(logits.T, axis=1, keepdims=True)
+    apart = np.array([[np.linalg.norm(a - b) for b in unit] for a in unit])
+    distance = np.zeros((count, count))
+    for i, j in itertools.permutations(range(count), 2):
+        cosine = gated[i] @ gated[j] / (np.linalg.norm(gated[i]) * np.linalg.norm(gated[j]))
+        distance[i, j] = 1 - ((cosine + 1) / 2 + (1 - apart[i, j] / apart.max())) / 2
+    found = [expert if expert in kept else -1 for expert in range(count)]
+    for centre in sorted(kept, key=lambda expert: -saliency[expert]):
+        size = 1
+        for other in np.argsort(distance[centre]):
+            if size < most and found[other] == -1:
+                found[other], size = centre, size + 1
+    return found
+
+
+def test_ream_groups_as_the_authors_do() -> None:
+    rng = np.random.default_rng(3)
+    for kept in ([0, 5, 11, 17, 30], [2, 3, 8]):
+        saliency, gated, logits = rng.random(40), rng.normal(size=(40, 4)), rng.normal(size=(9, 40))
+        norms = np.linalg.norm(logits, axis=0)
+        given = facts(
+            tuple(kept),
+            counts=saliency,
+            saliency=saliency,
+            router=logits.T @ logits / np.outer(norms, norms),
+            gated=gated,
+        )
+        assert MERGES["ream"].function(given).centre_of.tolist() == naive_ream(saliency, gated, logits, kept, 16)
 
 
 def test_ream_groups_grow_where_few_experts_are_kept() -> None:

@@ -19,7 +19,7 @@ from moecover.cli.options import (
 )
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
-from moecover.merging.methods import MERGES, NONE
+from moecover.merging.method import NONE
 
 HELP = "write the pruned checkpoint, from a plan or in one shot from corpora"
 SHARED = True
@@ -73,10 +73,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("merge and repair")
     group.add_argument(
         "--merge",
-        choices=(NONE, *MERGES),
         default=NONE,
+        metavar="NAME",
         help="merge the experts that are dropped into those that stay, on the text of --corpus, before the repair "
-        "(default: none, they are removed; moecover ls merges)",
+        "(moecover ls merges; default: none, they are removed)",
     )
     group.add_argument(
         "--repair",

@@ -40,6 +40,7 @@ def checked(request: Request, progress: Progress) -> list[ComparedModel]:
     """
     config = request.config
     _load_plugins(request)
+    _check_merges(request)
     _check_sources(request)
     _check_machine(request)
     with held():
@@ -63,6 +64,15 @@ def _load_plugins(request: Request) -> None:
             load_plugin(path)
         except InputError as error:
             raise request.error(error, "plugins", number) from error
+
+
+def _check_merges(request: Request) -> None:
+    """Refuse unknown merges."""
+    try:
+        for name in request.config.merges:
+            merge_of(name)
+    except InputError as error:
+        raise request.error(error, "merges") from error
 
 
 def _check_sources(request: Request) -> None:

@@ -16,7 +16,7 @@ from moecover.corpora.sources import set_name
 from moecover.corpora.windows import WINDOWS
 from moecover.errors import InputError
 from moecover.gguf.parts import is_gguf, stem_of
-from moecover.merging.methods import NONE, merge_of
+from moecover.merging.method import NONE
 from moecover.planning.methods import METHODS
 from moecover.planning.saliency import DEFAULT_SALIENCY
 from moecover.registry import unknown_name
@@ -48,13 +48,8 @@ def _repair(name: str) -> str:
     return name
 
 
-def _merge(name: str) -> str:
-    """The name of a merge, or ``none``."""
-    merge_of(name)
-    return name
-
-
 Count = Annotated[int, Field(ge=1)]
+Merges = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 Texts = Annotated[list[str], BeforeValidator(_listed)]
 Numbers = Annotated[list[int], BeforeValidator(_listed), Field(min_length=1)]
 Shapes = Annotated[
@@ -67,12 +62,6 @@ Repairs = Annotated[
     list[str],
     BeforeValidator(_listed),
     AfterValidator(lambda names: [_repair(name) for name in names]),
-    Field(min_length=1),
-]
-Merges = Annotated[
-    list[str],
-    BeforeValidator(_listed),
-    AfterValidator(lambda names: [_merge(name) for name in names]),
     Field(min_length=1),
 ]
 

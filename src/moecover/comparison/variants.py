@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moecover.comparison.config import UNMERGED, UNREPAIRED, MethodEntry
 from moecover.comparison.reading import Request
 from moecover.errors import InputError
-from moecover.merging.methods import MERGES
+from moecover.merging.methods import merge_of
 from moecover.planning.methods import METHODS
 
 SUPER_EXPERTS, CHANNELS = "protect_super_experts", "protect_channels"
@@ -104,7 +104,7 @@ def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
         if entry.label and len(entry.saliency or [0]) > 1:
             label = f"{label} ({saliency})"
         for merge, repair in itertools.product(entry.merge or config.merges, entry.repair or config.repairs):
-            more = [MERGES[merge].label] if merge != UNMERGED else []
+            more = [one.label] if (one := merge_of(merge)) is not None else []
             more += [repair] if repair != UNREPAIRED else []
             found.append(
                 Variant(

@@ -1,6 +1,6 @@
 """The registry of merges: what the rest of the program knows of one, apart from its arithmetic.
 
-A merge is a function from the statistics of a layer to groups of experts, entered with `merge`, and perhaps one that
+A merge is a function from the statistics of a layer to groups of experts, entered with `MERGES`, and perhaps one that
 says how well channels of two experts match. The built-in ones are the modules of `merging.methods`; import `MERGES`
 from there to have them all.
 """
@@ -72,29 +72,33 @@ class Merge:
     by_activations: bool = False
 
 
-MERGES: Registry[Merge] = Registry("merge")
+class MergeRegistry(Registry[Merge]):
+    """Merges by name; used as a decorator, it enters one."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        name: str,
+        *,
+        label: str,
+        paper: str,
+        needs: tuple[str, ...] = (),
+        sequential: bool = False,
+        cost: Cost | None = None,
+        by_activations: bool = False,
+    ) -> Callable[[Function], Function]:
+        """Decorator that enters a function as a merge; see `Merge` for the arguments.
+
+        Raises:
+            InputError: a plugin uses a name that is taken.
+        """
+
+        def enter(function: Function) -> Function:
+            own, summary = guarded(function, f"merge {name}"), (function.__doc__ or "").strip().split("\n")[0]
+            asked = frozenset(needs)
+            self.add(name, Merge(name, own, label, summary, paper, asked, sequential, cost, by_activations))
+            return function
+
+        return enter
 
 
-def merge(
-    name: str,
-    *,
-    label: str,
-    paper: str,
-    needs: tuple[str, ...] = (),
-    sequential: bool = False,
-    cost: Cost | None = None,
-    by_activations: bool = False,
-) -> Callable[[Function], Function]:
-    """Decorator that enters a function as a merge; see `Merge` for the arguments.
-
-    Raises:
-        InputError: a plugin uses a name that is taken.
-    """
-
-    def enter(function: Function) -> Function:
-        summary = (function.__doc__ or "").strip().split("\n")[0]
-        own = guarded(function, f"merge {name}")
-        MERGES.add(name, Merge(name, own, label, summary, paper, frozenset(needs), sequential, cost, by_activations))
-        return function
-
-    return enter
+MERGES = MergeRegistry("merge")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moecover.merging.method import OUTPUTS, merge
+from moecover.merging.method import MERGES, OUTPUTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moecover.merging.facts import Floats, Groups, LayerFacts
 
 
-@merge("hc-smoe", label="HC-SMoE", paper="arXiv 2410.08589", needs=(OUTPUTS,))
+@MERGES("hc-smoe", label="HC-SMoE", paper="arXiv 2410.08589", needs=(OUTPUTS,))
 def hc_smoe(facts: LayerFacts) -> Groups:
     """Hierarchical clusters by mean outputs, each around one kept expert; weighted by frequency, no channels matched.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moecover.merging.method import ROUTER, Pair, merge
+from moecover.merging.method import MERGES, ROUTER, Pair
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ def unlike_weights(pair: Pair) -> torch.Tensor:
     return -(pair.centre @ pair.member.T)
 
 
-@merge("m-smoe", label="M-SMoE", paper="arXiv 2310.01334", needs=(ROUTER,), cost=unlike_weights)
+@MERGES("m-smoe", label="M-SMoE", paper="arXiv 2310.01334", needs=(ROUTER,), cost=unlike_weights)
 def m_smoe(facts: LayerFacts) -> Groups:
     """Into the kept expert with the most similar router logits; weighted by frequency, channels matched by weights.
 

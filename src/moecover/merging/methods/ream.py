@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moecover.merging.method import GATED, ROUTER, SALIENCY, Pair, merge
+from moecover.merging.method import GATED, MERGES, ROUTER, SALIENCY, Pair
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def _cosines(vectors: Floats) -> Floats:
     return found
 
 
-@merge(
+@MERGES(
     "ream",
     label="REAM",
     paper="arXiv 2604.04356",
