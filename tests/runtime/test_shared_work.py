@@ -65,7 +65,7 @@ def commands(source: Path, folder: Path, tiny: Path, *, limit: str = "", tasks: 
         [*generate, str(folder / "own.jsonl"), *device],
         [
             *("prune", str(tiny), "--corpus", f"a={source / 'text.jsonl'}", "--batch-size", "1", "--keep", "6"),
-            *("--repair", "refit", *device, "-o", str(folder / "pruned")),
+            *("--merge", "ream", "--repair", "refit", *device, "-o", str(folder / "pruned")),
         ],
     ]
 
