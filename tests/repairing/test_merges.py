@@ -214,6 +214,28 @@ def test_what_cannot_be_merged_is_refused_in_one_line(checkpoints: Callable[...,
         check_merged(structure, where, MERGES["hc-smoe"])
 
 
+@pytest.mark.parametrize(
+    ("centre", "weight", "message"),
+    [
+        (1, 1.0, r"merge odd: expert 3 joins 1\. Allowed: a kept expert, which joins itself, or -1"),
+        (0, -1.0, r"merge odd: the weight of expert 3 is -1\.0\. Give 0 or more"),
+        (0, np.nan, "merge odd: the weight of expert 3 is nan"),
+    ],
+)
+def test_groups_of_a_plugin_are_checked(
+    checkpoints: Callable[..., Path], centre: int, weight: float, message: str
+) -> None:
+    structure = read_structure(checkpoints("mixtral"))
+    with MERGES.restored():
+
+        @MERGES("odd", label="Odd", paper="")
+        def odd(facts: LayerFacts) -> Groups:
+            return Groups(np.array([0, -1, 2, centre, 4, -1]), np.array([1, 1, 1, weight, 1, 1]))
+
+        with pytest.raises(InputError, match=message):
+            [*repair_layers(load_model(structure), structure, half(structure), CORPORA, kind="none", merge="odd")]
+
+
 def test_requests_that_cannot_be_met_are_refused(
     checkpoints: Callable[..., Path],
     tmp_path: Path,

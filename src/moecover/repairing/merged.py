@@ -6,6 +6,7 @@ it joins, in whose order they stay, so that a plan's channels of that expert are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from moecover.checkpoints.structure import Structure
     from moecover.checkpoints.topology import ChannelAxis
+    from moecover.merging.facts import Groups
     from moecover.repairing.parts import Part
 
 
@@ -84,7 +86,7 @@ def merged_layer(
     matrix = router_matrix(model, structure, layer) if merge.needs & {ROUTER, GATED} else None
     called = called_with(structure, experts, router, matrix, forward, arrived, masks)
     facts = layer_facts(experts, called, part, kept, merge.needs)
-    groups = of_first(part.here, merge.function(facts))
+    groups = of_first(part.here, _checked(merge, merge.function(facts), kept))
     members, live = groups.members(), _Experts(structure, layer, experts, place)
     for centre, others in members.items():
         average = Average(live.expert(centre), float(groups.weights[centre]))
@@ -94,6 +96,23 @@ def merged_layer(
         live.put(kept.index(centre), average)
     number = structure.topology.decoder_layers[layer]
     return LayerRepair(number, {}, None, Fit({}, [], [], {}, {}), live.values(kept), kept, merged=members)
+
+
+def _checked(merge: Merge, groups: Groups, kept: Sequence[int]) -> Groups:
+    """The groups of a merge, which may be a plugin's.
+
+    Raises:
+        InputError: an expert joins a dropped one, a kept one joins another, or a weight is negative or not finite.
+    """
+    for expert, centre in enumerate(groups.centre_of.tolist()):
+        if centre not in (-1, *kept) or (expert in kept and centre != expert):
+            raise InputError(
+                f"merge {merge.name}: expert {expert} joins {centre}. Allowed: a kept expert, which joins itself, or -1"
+            )
+    for expert, weight in enumerate(groups.weights.tolist()):
+        if not 0 <= weight < math.inf:
+            raise InputError(f"merge {merge.name}: the weight of expert {expert} is {weight}. Give 0 or more")
+    return groups
 
 
 def _order(live: _Experts, merge: Merge, called: Called, part: Part, centre: int, other: int) -> list[int] | None:
