@@ -15,6 +15,7 @@ from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.sources import ALL_CORPORA
 from moecover.errors import InputError
 from moecover.planning.methods.c_prune import votes
+from moecover.planning.methods.hc_smoe import order
 from moecover.planning.methods.hope import mean_products
 from moecover.planning.run import plan, plan_budgets
 from moecover.profiling.artifact import Profile
@@ -155,6 +156,29 @@ def test_c_prune_keeps_what_has_most_votes(structure: Structure) -> None:
             counted = votes(np.stack(outputs), keep, 3)
             best = np.argsort(counted, kind="stable")[::-1][:keep]
             assert one.kept[layer] == sorted(best.tolist())
+
+
+def test_hc_smoe_keeps_the_middle_of_every_cluster() -> None:
+    means = np.array([[0.0], [1.0], [2.2], [50.0], [53.0], [90.0]])
+    assert order(means, 3) == [1, 3, 5, 0, 2, 4]  # 0 to 2 around 1.07, then 3 and 4 as near to 51.5, and 5 alone
+    assert order(means, 1)[0] == 3  # the mean is 32.7
+    assert order(means, 6) == [0, 1, 2, 3, 4, 5]
+
+
+def test_hc_smoe_clusters_mean_outputs_of_all_tokens(structure: Structure) -> None:
+    corpus, model = random_corpus("a", sequences=4, length=20), load_model(structure, dtype="float32")
+    keep = structure.topology.num_experts // 2
+    keep = max(keep, structure.topology.top_k)
+    given = {"model": model, "structure": structure, "sample": [corpus]}
+    small = profile(structure, [corpus], model=model, batch_size=2)
+    (made,) = plan_budgets(small, method="hc-smoe", keeps=[keep], **given)
+    for layer, hidden in enumerate(block_inputs(model, structure, corpus)):
+        experts, means = model.get_submodule(structure.experts_modules[layer]), []
+        with torch.inference_mode():
+            for expert in range(structure.topology.num_experts):
+                index = torch.full((len(hidden), 1), expert)
+                means.append(experts(hidden.float(), index, torch.ones(len(hidden), 1)).double().mean(0).numpy())
+        assert made.kept[layer] == sorted(order(np.stack(means), keep)[:keep])
 
 
 def test_a_method_that_reads_weights_says_what_it_needs(small_profile: Profile) -> None:
