@@ -27,6 +27,7 @@ methods:                     # moecover ls methods; options of a method stand be
   - {{method: tb-coverage, saliency: contribution, protect: 0.5}}
 seeds: [0, 1, 2]             # of methods that choose by chance
 retain: [0.25, 0.5, 0.75]    # share of the experts that stays; or keep: [15, 30], or shapes: [50%, 40x48]
+merges: [none]               # none, ream, hc-smoe, m-smoe: what goes is averaged into what stays, before the repair
 repairs: [none]              # none, scale, ridge: what stays is refitted on the calibration text
 
 perplexity:                  # texts, best one that is like the calibration text and one that is not
