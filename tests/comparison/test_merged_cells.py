@@ -11,6 +11,7 @@ import yaml
 
 from moecover.checkpoints.structure import read_structure
 from moecover.cli.main import main
+from moecover.comparison.cells import Cell
 from moecover.comparison.checks import checked
 from moecover.comparison.reading import read
 from moecover.comparison.variants import variants
@@ -23,6 +24,7 @@ from moecover.runtime.loading import load_model
 from tests.support.grids import rows, run
 
 
+@pytest.mark.slow
 def test_merged_cells(grid: Callable[..., Path], tmp_path: Path) -> None:
     out, path = tmp_path / "run", grid(methods=[{"method": "tb-coverage", "merge": ["none", "ream"]}])
     assert run(path, out) == 0
@@ -61,6 +63,11 @@ def test_every_merge_is_made_with_every_repair(grid: Callable[..., Path]) -> Non
         ("REAP", "none", "none", False),
         ("REAP + ridge", "none", "ridge", False),
     ]
+    plain, merged = (Cell("tiny", found[at], ("a",), 0, 0.5, 6, 0) for at in (0, 2))
+    assert (plain.repaired, merged.repaired) == (False, True)
+    assert "merge" not in plain.to_json()
+    assert merged.to_json()["merge"] == "hc-smoe"
+    assert merged.id == "tiny-random-+-hc-smoe-a-0-keep6-seed0"
 
 
 def test_unknown_merges_are_refused_with_their_line(grid: Callable[..., Path]) -> None:
