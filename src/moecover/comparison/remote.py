@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moecover.checkpoints.shipped import shipped_model
+from moecover.checkpoints.shipped import SHIPPED, shipped_model
 from moecover.checkpoints.structure import read_structure
-from moecover.comparison.config import SHIPPED, Config, ModelEntry
+from moecover.comparison.config import Config, ModelEntry
 from moecover.comparison.fingerprints import hashed_weights, weights_fingerprint
 from moecover.comparison.jobs import CellDone, Job, ModelSetup, Report, WorkerSetup
 from moecover.comparison.shipping import Arrivals, Piece, of_cell, pieces, written_by
