@@ -18,6 +18,7 @@ from moecover.planning.artifact import Plan
 from moecover.planning.explaining.facts import explain
 from moecover.planning.method import RESOURCES
 from moecover.planning.methods import METHODS, baseline_method, default_method, options_of_all
+from moecover.planning.methods.c_prune import CLUSTERS
 from moecover.planning.options import MODE, PROTECT, RESERVE, SALIENCY, SEARCH, SEED, WEIGHTS, Option
 from moecover.planning.run import plan, plan_budgets
 from moecover.planning.saliency import SALIENCIES, utility_of
@@ -94,7 +95,16 @@ def test_the_options_of_a_method_are_the_keywords_of_its_function(name: str) -> 
 def test_options_are_shared() -> None:
     """Methods with the same option have the same object, so that its flag means the same for all of them."""
     found = {option.name: (option, names) for option, names in options_of_all()}
-    assert [option for option, _ in found.values()] == [SALIENCY, PROTECT, RESERVE, WEIGHTS, SEED, MODE, SEARCH]
+    assert [option for option, _ in found.values()] == [
+        SALIENCY,
+        PROTECT,
+        RESERVE,
+        WEIGHTS,
+        SEED,
+        MODE,
+        SEARCH,
+        CLUSTERS,
+    ]
     for option, names in found.values():
         assert names == [m.name for m in METHODS.values() if m.has(option.name)]
         assert all(option is own for n in names for own in METHODS[n].options if own.name == option.name)
