@@ -26,6 +26,7 @@ FLAG_OF = {  # flags that are not spelled like the argument
     "retains": "retain",
     "saliencies": "saliency",
     "texts": "perplexity",
+    "top_ks": "top-k",
     "weights": "weight",
 }
 _ARGUMENT = re.compile(f"{MARK}(\\w+)(?:=([^{MARK}]*))?{MARK}")

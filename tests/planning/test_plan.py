@@ -258,7 +258,9 @@ def test_every_method_is_deterministic_and_keeps_exactly_k(small_profile: Profil
     topology = small_profile.topology
     for keep in range(topology.top_k, topology.num_experts + 1):
         made = plan(small_profile, method=method, keep=keep)
-        assert [len(layer.kept) for layer in made.layers] == [keep] * len(topology.decoder_layers)
+        counts = [len(layer.kept) for layer in made.layers]
+        assert sum(counts) == keep * len(topology.decoder_layers)
+        assert METHODS[method].unequal or set(counts) == {keep}
         assert tuple(layer.decoder_layer for layer in made.layers) == topology.decoder_layers
         assert made.to_json() == plan(small_profile, method=method, keep=keep).to_json()
     assert made.mask(topology.num_experts).all()
@@ -336,7 +338,8 @@ def test_group_limited_routers_keep_the_same_number_in_every_group(method: str, 
     for keep in (8, 16, 24, 32):
         made = plan(profile, method=method, keep=keep, protect_super_experts=extreme)
         for layer in made.layers:
-            assert [sum(e // 8 == g for e in layer.kept) for g in range(4)] == [keep // 4] * 4
+            of_layer = len(layer.kept) if METHODS[method].unequal else keep
+            assert [sum(e // 8 == g for e in layer.kept) for g in range(4)] == [of_layer // 4] * 4
 
 
 @pytest.mark.parametrize("keep", [4, 9, 30])
@@ -412,7 +415,7 @@ def test_every_method_keeps_the_super_experts(method: str, saliency: str) -> Non
     )
     assert 5 not in without.layers[0].kept
     assert 5 in with_them.layers[0].kept
-    assert len(with_them.layers[0].kept) == 20
+    assert METHODS[method].unequal or len(with_them.layers[0].kept) == 20
 
 
 def test_weights_change_the_turns_and_zero_leaves_a_corpus_out() -> None:

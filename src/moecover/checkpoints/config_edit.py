@@ -83,6 +83,23 @@ def expert_count_keys(config: Config) -> dict[tuple[str, ...], int]:
     }
 
 
+def top_k_keys(config: Config, top_k: int) -> tuple[tuple[str, ...], ...]:
+    """Paths of the keys of a raw config that hold the decoder's number of experts per token, the same in every layer.
+
+    Args:
+        config: parsed config.json.
+        top_k: that number.
+    """
+    return tuple(
+        (*path, key)
+        for path, part in _parts(config)
+        if not OTHER_CONFIGS.intersection(path)
+        for key in TOP_K_KEYS
+        if (value := part.get(key)) == top_k
+        or (isinstance(value, list) and value and set(map(str, value)) == {str(top_k)})
+    )
+
+
 def with_expert_count(config: Config, keys: tuple[tuple[str, ...], ...], count: int) -> Config:
     """A copy of a raw config with every expert-count key set to ``count``, in a list for every layer."""
     edited = copy.deepcopy(config)

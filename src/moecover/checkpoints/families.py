@@ -104,3 +104,10 @@ UNSUPPORTED: dict[str, str] = {
     "longcat_flash": "a token may go to experts that do nothing, which its router numbers after the others",
     "zaya": "a token may skip the experts of a layer, which its router reports as expert 0 with weight 0",
 }
+
+_ALL_TOKENS = "its experts run on all tokens, so that nothing shows how many a token is sent to"
+FIXED_TOP_K = {  # types whose number of experts per token cannot be changed, and why
+    "llama4": _ALL_TOKENS,
+    "llama4_text": _ALL_TOKENS,
+    "phimoe": "its router chooses two experts, whatever config.json says",
+}

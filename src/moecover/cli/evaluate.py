@@ -18,6 +18,7 @@ from moecover.cli.options import (
     pass_arguments,
 )
 from moecover.cli.verb import Outcome
+from moecover.cli.widths import numbers
 from moecover.text import aligned
 
 if TYPE_CHECKING:
@@ -69,6 +70,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task definitions of your own")
     parser.add_argument("--limit", type=int, metavar="N", help="documents per task at most (default: all)")
+    parser.add_argument(
+        "--top-k",
+        type=numbers(int, several=True),
+        metavar="N,M",
+        help="further rows: the model and every plan with N experts per token, fewer than its own number",
+    )
+    parser.add_argument(
+        "--skip",
+        metavar="NAME[=PATH]",
+        help="further rows in which tokens skip experts whose weight is below the median share of the largest one on "
+        "this calibration text (arXiv 2402.14800); only evaluated, no checkpoint holds such a rule",
+    )
     parser.add_argument("--windows", type=int, metavar="N", help="windows per text at most (default: 256)")
     parser.add_argument(
         "--length", type=int, metavar="N", help="tokens per window (default: 2048, or the model's positions if fewer)"
@@ -107,6 +120,8 @@ def run(args: argparse.Namespace) -> Outcome:
         files=args.files,
         texts=args.perplexity,
         tasks=[name for name in args.tasks.split(",") if name],
+        top_ks=args.top_k or (),
+        skip=args.skip,
         output=args.output,
         overwrite=args.overwrite,
         data_dir=args.data_dir,

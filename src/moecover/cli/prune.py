@@ -110,6 +110,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of "
         "the last MoE layer, of experts and channels, in them (default: drop)",
     )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="N",
+        help="send every token to N experts from now on, fewer than before: one number in config.json (measure it with "
+        "evaluate --top-k N)",
+    )
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -147,6 +154,7 @@ def run(args: argparse.Namespace) -> Outcome:
         overwrite=args.overwrite,
         other_weights=args.other_weights,
         mtp=args.mtp,
+        top_k=args.top_k,
         here=world(),
         evaluations={str(folder): Evaluation.load(folder) for folder in args.evaluation},
         command=shlex.join(["moecover", *args.argv]),
@@ -161,6 +169,7 @@ def run(args: argparse.Namespace) -> Outcome:
         "output": str(made.output),
         "keep": keep,
         **({"width": made.plan.width} if made.plan.width is not None else {}),
+        **({"top_k": made.plan.top_k} if made.plan.top_k is not None else {}),
         "bytes_before": made.bytes_before,
         "bytes": made.num_bytes,
     }

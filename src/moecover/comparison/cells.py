@@ -27,7 +27,8 @@ Sample = tuple[tuple[str, ...], int]  # a calibration sample: names of its corpo
 class CellRecord(TypedDict):
     """The coordinates of a cell, as cell.json has them.
 
-    ``width`` is missing where experts are whole, ``merge`` where none are merged.
+    ``width`` is missing where experts are whole, ``top_k`` where a token goes to as many as in the model, ``merge``
+    where none are merged.
     """
 
     id: str
@@ -40,6 +41,7 @@ class CellRecord(TypedDict):
     retain: float
     keep: int
     width: NotRequired[int]
+    top_k: NotRequired[int]
     seed: int | None
     merge: NotRequired[str]
     repair: str
@@ -136,6 +138,8 @@ class Cell:
         }
         if self.width is not None:
             found["width"] = self.width
+        if variant is not None and variant.top_k is not None:
+            found["top_k"] = variant.top_k
         if self.merge != UNMERGED:
             found["merge"] = self.merge
         return found

@@ -18,6 +18,7 @@ from moecover.corpora.arguments import parse_corpora, source_of
 from moecover.corpora.windows import check_text
 from moecover.errors import InputError, arg
 from moecover.merging.methods import NONE, merge_of
+from moecover.planning.fitting import check_top_k
 from moecover.planning.lines import unused_weights
 from moecover.planning.methods import METHODS
 from moecover.progress import Progress
@@ -48,6 +49,11 @@ def checked(request: Request, progress: Progress) -> list[ComparedModel]:
         structures = [_headers(request, number, progress) for number in range(len(config.models))]
     found = []
     for number, (entry, structure) in enumerate(zip(config.models, structures, strict=True)):
+        for place, top_k in enumerate(config.top_ks):
+            try:
+                check_top_k(structure, top_k)
+            except InputError as error:
+                raise request.error(error, "top_ks", place) from error
         files = read_files(request, number, structure)
         planned = cells(request, entry, structure.topology, structure.width, files)
         model = ComparedModel(entry, structure, planned, files)

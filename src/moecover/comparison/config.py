@@ -169,6 +169,7 @@ class Config(BaseModel):
     merges: Merges = [UNMERGED]
     repairs: Repairs = [UNREPAIRED]
     repair_tokens: Count = 65_536
+    top_ks: Annotated[list[Count], BeforeValidator(_listed)] = []
     retain: Annotated[list[float], BeforeValidator(_listed), Field(min_length=1)] | None = None
     keep: Numbers | None = None
     shapes: Shapes | None = None
@@ -207,7 +208,7 @@ class Config(BaseModel):
 
     def _unique(self) -> dict[str, Sequence[object]]:
         """Fields whose values may occur only once, with these values."""
-        plain = ("samples", "seeds", "saliencies", "merges", "repairs", "retain", "keep", "shapes", "tasks")
+        plain = ("samples", "seeds", "saliencies", "merges", "repairs", "top_ks", "retain", "keep", "shapes", "tasks")
         return {
             "models": [m.name for m in self.models],
             "calibration": [set_name(corpora_of(c)) for c in self.calibration],

@@ -147,6 +147,8 @@ def _plan_inputs(config: Config, model: ComparedModel, cell: Cell) -> list[objec
     if cell.width is not None:
         group = channel_groups(model.structure)
         found.append({"width": cell.width} | ({"group": group} if group > 1 else {}))
+    if variant.top_k is not None:
+        found.append({"top_k": variant.top_k})
     if cell.repaired:
         found += [cell.repair, sum(c.num_tokens for c in model.repaired_on[cell.calibrated_on])]
     if cell.merge != UNMERGED:

@@ -23,7 +23,7 @@ from moecover.errors import InputError
 from moecover.evaluation.task_usage import task_corpora
 from moecover.files.atomic import PARTIAL, canonical_json, write_text
 from moecover.files.reading import read_json
-from moecover.planning.artifact import Plan
+from moecover.planning.artifact import Plan, with_top_k
 from moecover.planning.fitting import channel_groups
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan_budgets
@@ -72,7 +72,8 @@ def profile_tasks(model: OpenModel, job: TaskProfileJob) -> Iterator[Report]:
 def blind_plan(structure: Structure, cell: Cell) -> Plan:
     """The plan of a method that uses no statistics."""
     profile = Profile(structure.topology, {}, {}, model_record(structure))
-    return _plans(profile, structure, _variant(cell), cell.seed, [Shape(cell.keep)])[0]
+    variant = _variant(cell)
+    return with_top_k(_plans(profile, structure, variant, cell.seed, [Shape(cell.keep)])[0], variant.top_k)
 
 
 def _variant(cell: Cell) -> Variant:
@@ -131,7 +132,8 @@ def _plan_group(model: OpenModel, name: str, found: Profile, group: Sequence[Cel
         shapes = list(dict.fromkeys(Shape(cell.keep, cell.width) for cell in group))
         plans = dict(zip(shapes, _plans(found, model.structure(name), variant, seed, shapes, live), strict=True))
         for cell in group:
-            plans[Shape(cell.keep, cell.width)].save(model.run / plan_path(cell))
+            plan = with_top_k(plans[Shape(cell.keep, cell.width)], _variant(cell).top_k)
+            plan.save(model.run / plan_path(cell))
 
 
 def _plans(

@@ -31,6 +31,7 @@ class Variant:
         searches: it needs the live model and a sample of the inputs of its MoE layers.
         repair: of the experts that stay, see `repairing.solver.KINDS`, or ``none``.
         merge: of the others into these, see `MERGES`, or ``none``.
+        top_k: experts per token; None for the model's own number.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Variant:
     searches: bool
     repair: str = UNREPAIRED
     merge: str = UNMERGED
+    top_k: int | None = None
 
     def plan_options(self, seed: int | None) -> dict[str, object]:
         """The options of `plan_budgets`: those of the method with the saliency and a seed, where it takes them."""
@@ -82,7 +84,7 @@ def variants(request: Request) -> list[Variant]:
 
 
 def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
-    """The variants of one method: by saliency, merge and repair."""
+    """The variants of one method: by saliency, merge and repair; without these also with fewer experts per token."""
     config, found = request.config, list[Variant]()
     method, given = METHODS[entry.method], dict[str, object](entry.model_extra or {})
     takes_saliency = method.has("saliency")
@@ -103,7 +105,9 @@ def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
         label = entry.label or label_of(entry.method, saliency, options)
         if entry.label and len(entry.saliency or [0]) > 1:
             label = f"{label} ({saliency})"
-        for merge, repair in itertools.product(entry.merge or config.merges, entry.repair or config.repairs):
+        changes = itertools.product(entry.merge or config.merges, entry.repair or config.repairs)
+        fewer: list[tuple[str, str, int | None]] = [(UNMERGED, UNREPAIRED, top_k) for top_k in config.top_ks]
+        for merge, repair, top_k in [*((*both, None) for both in changes), *fewer]:
             more = [one.label] if (one := merge_of(merge)) is not None else []
             more += [repair] if repair != UNREPAIRED else []
             found.append(
@@ -112,11 +116,12 @@ def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
                     saliency=saliency,
                     options=options,
                     seeds=seeds,
-                    label=" + ".join([label, *more]),
+                    label=" + ".join([label, *more]) + (f", top-{top_k}" if top_k else ""),
                     blind=blind and not more,
                     searches=method.runs_experts,
                     repair=repair,
                     merge=merge,
+                    top_k=top_k,
                 )
             )
     return found

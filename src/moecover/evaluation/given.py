@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.arguments import source_of
+from moecover.corpora.loading import load_corpora
+from moecover.corpora.options import TextOptions
 from moecover.corpora.packing import Corpus
 from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
-from moecover.planning.artifact import Plan
+from moecover.evaluation.artifact import FULL
+from moecover.planning.artifact import Plan, keep_all, with_top_k
+from moecover.planning.fitting import check_top_k
 from moecover.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SKIP_BLOCKS = 32  # of calibration text, for the thresholds of a skipping rule
 Texts = Mapping[str, str | PathLike[str] | None] | Sequence[str | Corpus]
 Plans = Mapping[str, Plan | str | PathLike[str]] | Sequence[str | PathLike[str]]
 
@@ -80,6 +85,41 @@ def load_texts(
             )
             loaded.append(text)
     return loaded
+
+
+def with_fewer(plans: Mapping[str, Plan], top_ks: Sequence[int], structure: Structure) -> dict[str, Plan]:
+    """Plans, and behind them the model itself and each plan with every number of experts per token.
+
+    Args:
+        plans: by the name of their row.
+        top_ks: experts per token, at most the model's own number.
+        structure: the model.
+
+    Raises:
+        InputError: a number that the model cannot have, or one twice, or two rows of one name.
+    """
+    found = dict(plans)
+    for number in top_ks:
+        check_top_k(structure, number)
+        for name, plan in {FULL: keep_all(structure.topology), **plans}.items():
+            if (row := f"{name} top-{number}") in found:
+                raise InputError(f"{arg('top_ks', number)}: two rows are called {row!r}. Give every number once")
+            found[row] = with_top_k(plan, number)
+    return found
+
+
+def skip_text(skip: str | Corpus, structure: Structure, *, bos: str | None, progress: Progress) -> Corpus:
+    """The calibration text of a skipping rule.
+
+    Args:
+        skip: name, ``NAME=PATH``, or text that is loaded.
+        structure: the model.
+        bos: what blocks begin with.
+        progress: shows the reading.
+    """
+    options: TextOptions = {} if isinstance(skip, Corpus) else {"sequences": SKIP_BLOCKS, "bos": bos}
+    (found,) = load_corpora([skip], structure, options, progress=progress)
+    return found
 
 
 def named_plans(plans: Plans) -> dict[str, Plan]:

@@ -17,8 +17,8 @@ from moecover.evaluation.answers import forget_answers
 from moecover.evaluation.artifact import FILE, FILES, Evaluation
 from moecover.evaluation.endpoint_job import EndpointOptions, checked_server, evaluate_served
 from moecover.evaluation.gguf_job import Files, check_files, evaluated_gguf
-from moecover.evaluation.given import Plans, Texts, load_texts, named_plans, parsed_texts
-from moecover.evaluation.notes import note_cuts, note_overlap, note_overlaps
+from moecover.evaluation.given import Plans, Texts, load_texts, named_plans, parsed_texts, skip_text, with_fewer
+from moecover.evaluation.notes import note_cuts, note_overlap, note_overlaps, note_skips
 from moecover.evaluation.run import evaluate as run_evaluation
 from moecover.evaluation.run import task_overlaps
 from moecover.evaluation.task_loading import resolve as resolve_tasks
@@ -62,6 +62,8 @@ def evaluate(
     files: Files = (),
     texts: Texts = (),
     tasks: Sequence[str] = (),
+    top_ks: Sequence[int] = (),
+    skip: str | Corpus | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     windows: int | None = None,
@@ -82,6 +84,9 @@ def evaluate(
         files: further GGUF files with the same tokens, as rows beside a GGUF file: pruned or quantised ones.
         texts: held-out text: names (``"wikitext2"``), ``"NAME=PATH"``, or a mapping from names to files.
         tasks: names of tasks of lm-evaluation-harness.
+        top_ks: for each number, further rows: the model itself and every plan with that many experts per token.
+        skip: calibration text (name or ``"NAME=PATH"``): beside every row one in which tokens skip experts by the rule
+            of arXiv 2402.14800; None for no such rows.
         output: folder for the evaluation; None for none.
         overwrite: replace an evaluation that is there.
         windows: windows per text at most; None for 256.
@@ -114,6 +119,9 @@ def evaluate(
         if files or libllama is not None:
             name = "files" if files else "libllama"
             raise InputError(f"{arg(name)} is for GGUF files that run here, with {arg('endpoint')} a server runs one")
+        if top_ks or skip is not None:
+            name = "top_ks" if top_ks else "skip"
+            raise InputError(f"{arg(name)} changes the model as it runs, with {arg('endpoint')} a server runs it")
         found = evaluate_served(
             headers,
             server,
@@ -131,24 +139,28 @@ def evaluate(
             forget_answers(Path(output))
         return found
     others = check_files(files, headers, variants)
+    variants = with_fewer(variants, top_ks, headers)
     for plan in variants.values():
-        check_plan(plan, headers)
+        check_plan(plan, headers, unequal=headers.checkpoint.gguf is None)
     read = functools.partial(load_texts, named, length=length, windows=windows, bos=bos, progress=shown)
     if headers.checkpoint.gguf is not None:
         check_alone(here, headers.checkpoint.name)
-        check_options({**options, "tasks": tasks or None}, "tasks", "batch_size")
+        check_options({**options, "tasks": tasks or None, "skip": skip}, "tasks", "batch_size", "skip")
         device = options.get("device")
         found = evaluated_gguf(headers, variants, others, read, libllama=libllama, device=device, progress=shown)
         return _finished(found, output, shown)
     check_unused(libllama)
     check_loadable(headers, how.dtype)
+    if skip is not None:
+        check_alone(here, arg("skip"))
     with joined(here, own_device(here, how.device)):
         structure = fetched(headers, revision=options.get("revision"), progress=shown)
         loaded = read(structure)
         note_overlaps(loaded, variants, structure, shown)
         found_tasks = _tasks(tasks, structure, variants, options, how, shown) if tasks else None
         _check_same(here, structure, variants, loaded, tasks, how)
-        measured = _measured(structure, variants, loaded, found_tasks, how, here, shown)
+        rule = None if skip is None else skip_text(skip, structure, bos=bos, progress=shown)
+        measured = _measured(structure, variants, loaded, found_tasks, rule, how, here, shown)
         return _finished(measured, output, shown, here)
 
 
@@ -169,6 +181,7 @@ def _check_same(
 def _finished(found: Evaluation, output: str | Path | None, progress: Progress, here: World = ALONE) -> Evaluation:
     """Say what was cut, and write the folder where there is to be one."""
     note_cuts(found, progress)
+    note_skips(found, progress)
     if output is not None and here.rank == 0:
         found.save(Path(output))
     wait_for_all(here)
@@ -242,13 +255,15 @@ def _measured(
     plans: Mapping[str, Plan],
     texts: Sequence[Corpus],
     tasks: Tasks | None,
+    skip: Corpus | None,
     how: Passes,
     here: World,
     progress: Progress,
 ) -> Evaluation:
     """Open the model as it fits, and measure."""
-    variants = 1 + len(plans)
-    longest = max([text.tokens.shape[1] for text in texts] + ([tasks.longest] if tasks is not None else []))
+    variants = (1 + len(plans)) * (1 if skip is None else 2)
+    read = [*texts, *([] if skip is None else [skip])]
+    longest = max([text.tokens.shape[1] for text in read] + ([tasks.longest] if tasks is not None else []))
     tokens = sum(text.num_tokens for text in texts)
     batches = sum(-(-len(text.tokens) // how.batch_size) for text in texts)
     if tasks is not None:
@@ -268,5 +283,12 @@ def _measured(
         say=progress.say,
     ) as model:
         return run_evaluation(
-            structure, plans, model=model, texts=texts, tasks=tasks, batch_size=how.batch_size, bar=progress.bar
+            structure,
+            plans,
+            model=model,
+            texts=texts,
+            tasks=tasks,
+            skip=skip,
+            batch_size=how.batch_size,
+            bar=progress.bar,
         )

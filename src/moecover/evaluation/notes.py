@@ -36,3 +36,15 @@ def note_cuts(found: Evaluation, progress: Progress) -> None:
     for name, record in found.tasks.items():
         if cut := record.get("cut"):
             progress.say(f"note: {cut_text(name, cut, record['items'])}")
+
+
+def note_skips(found: Evaluation, progress: Progress) -> None:
+    """Say how many experts a token uses where it skips some."""
+    top_k = found.model["top_k"]
+    for row in found.rows:
+        if row.plan is not None and (skip := row.plan.get("skip")) is not None:
+            whole = row.plan.get("top_k", top_k)
+            progress.say(
+                f"{row.name}: {skip['active']:.2f} of {whole} experts a token on average, "
+                f"on {skip['tokens']:,} tokens of {skip['text']}"
+            )

@@ -96,11 +96,20 @@ class TaskRecord(TypedDict):
     bos: NotRequired[list[int]]
 
 
+class SkipRecord(TypedDict):
+    """The text that a skipping rule was made on, its tokens, and the mean number of experts per token on it."""
+
+    text: str
+    tokens: int
+    active: float
+
+
 class PlanRecord(TypedDict):
     """The plan of a row.
 
-    ``width`` is the number of channels of thinner experts, ``fingerprint`` is `planning.artifact.kept_hash`, ``repair``
-    the kind of repair and ``merge`` the merge, if any.
+    ``width`` is the number of channels of thinner experts, ``top_k`` the experts per token where that is not the
+    model's own number, ``fingerprint`` is `planning.artifact.kept_hash`, ``repair`` the kind of repair, ``merge`` the
+    merge, ``skip`` the rule by which tokens skip experts, if any.
     """
 
     method: str
@@ -110,3 +119,5 @@ class PlanRecord(TypedDict):
     fingerprint: str
     repair: NotRequired[str]
     merge: NotRequired[str]
+    top_k: NotRequired[int]
+    skip: NotRequired[SkipRecord]

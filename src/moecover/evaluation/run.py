@@ -18,8 +18,9 @@ from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.evaluation.artifact import FULL, Evaluation, Row
 from moecover.evaluation.perplexity import text_result, window_sums
-from moecover.evaluation.records import ModelRecord, PlanRecord, RanRecord, TaskRecord, TextRecord
-from moecover.planning.artifact import Plan, kept_hash
+from moecover.evaluation.records import ModelRecord, PlanRecord, RanRecord, SkipRecord, TaskRecord, TextRecord
+from moecover.evaluation.skipping import skipping, with_skipping
+from moecover.planning.artifact import Plan, keep_all, kept_hash
 from moecover.planning.fitting import check_plan
 from moecover.planning.masking import masked_layers
 from moecover.progress import Bar
@@ -67,6 +68,7 @@ def evaluate(
     tasks: Tasks | None = None,
     full: bool = True,
     repairs: Repairs | None = None,
+    skip: Corpus | None = None,
     batch_size: int = 1,
     bar: Bar | None = None,
 ) -> Evaluation:
@@ -83,11 +85,12 @@ def evaluate(
         tasks: from `task_loading.resolve`; None for none.
         full: evaluate the model itself too; without it nothing is compared with it.
         repairs: for repaired plans, what gives the repair of a MoE layer, see `repairing.layers.with_repairs`.
+        skip: calibration text; beside every row one in which tokens skip experts, see `skipping`. None for no such.
         batch_size: sequences per forward pass.
         bar: makes a progress bar, see `progress.bar`.
 
     Returns:
-        One row a variant, the model itself first, then the plans in order.
+        One row a variant, the model itself first, then the plans in order, then these with skipped experts.
 
     Raises:
         InputError: a plan does not fit the model or has the name of the model's row, there is nothing to evaluate, or
@@ -98,6 +101,14 @@ def evaluate(
     within = [_within(runs, structure, plan, (repairs or {}).get(name)) for name, plan in variants.items()]
     if tasks is not None:
         tasks.check(runs)
+    skips: dict[str, SkipRecord] = {}
+    if skip is not None:
+        rules = skipping(runs, structure, within, skip, batch_size=batch_size)
+        for (name, plan), inside, rule in zip(list(variants.items()), list(within), rules, strict=True):
+            row = skipping_name(name, plans)
+            variants = {**variants, row: plan or keep_all(structure.topology)}
+            within.append(with_skipping(runs, structure, inside, rule))
+            skips[row] = rule.record
     close = full and len(variants) > 1
     sums = _sums_by_text(runs, within, texts, batch_size=batch_size, close=close, bar=bar)
     scored = _scored(runs, within, tasks, bar=bar)
@@ -108,7 +119,7 @@ def evaluate(
         {text.name: text_record(text, plans, structure) for text in texts},
         {} if tasks is None else task_records(tasks, plans, structure),
         [
-            _row(structure, name, plan, number, sums, scored, close)
+            _row(structure, name, plan, number, sums, scored, close, skips.get(name))
             for number, (name, plan) in enumerate(variants.items())
         ],
         {name: items for name, (_, items) in zip(variants, scored, strict=True) if items},
@@ -121,7 +132,7 @@ def _variants(structure: Structure, plans: Mapping[str, Plan], *, full: bool) ->
     if FULL in plans:
         raise InputError(f"a plan cannot be called {FULL!r}: that is the row of the model itself")
     for plan in plans.values():
-        check_plan(plan, structure, other_weights=True)
+        check_plan(plan, structure, other_weights=True, unequal=True)
     variants: Variants = {**({FULL: None} if full else {}), **plans}
     if not variants:
         raise InputError("nothing to evaluate: give a plan, or have the model itself evaluated")
@@ -175,12 +186,13 @@ def _row(
     sums: Mapping[str, Sequence[NDArray[np.float64]]],
     scored: Sequence[Scored],
     close: bool,
+    skip: SkipRecord | None,
 ) -> Row:
     """The row of the variant with a number; ``close`` where the sums compare plans with the model itself."""
     experts, compared = structure.topology.num_experts, close and plan is not None
     return Row(
         name,
-        None if plan is None else plan_record(plan),
+        None if plan is None else plan_record(plan, skip),
         experts if plan is None else plan.keep,
         experts,
         structure.checkpoint.num_bytes if plan is None else structure.num_bytes(plan.kept, width=plan.width),
@@ -189,8 +201,15 @@ def _row(
     )
 
 
-def plan_record(plan: Plan) -> PlanRecord:
-    """What an evaluation records of the plan of a row."""
+def skipping_name(name: str, plans: Mapping[str, Plan]) -> str:
+    """The name of the row in which the variant of a row skips experts; refuses one that a plan has."""
+    if (found := f"{name} skip") in plans:
+        raise InputError(f"two rows are called {found!r}: rename the plan")
+    return found
+
+
+def plan_record(plan: Plan, skip: SkipRecord | None = None) -> PlanRecord:
+    """What an evaluation records of the plan of a row, and of the rule by which its tokens skip experts."""
     found: PlanRecord = {
         "method": plan.method,
         "options": plan.options,
@@ -199,6 +218,10 @@ def plan_record(plan: Plan) -> PlanRecord:
     }
     if plan.width is not None:
         found["width"] = plan.width
+    if plan.top_k is not None:
+        found["top_k"] = plan.top_k
+    if skip is not None:
+        found["skip"] = skip
     return found
 
 

@@ -82,8 +82,10 @@ class Plan(Shown, BaseModel):
         schema_version: 1 (``schema`` in the file).
         method: name of the method.
         options: its options, the saliency among them.
-        keep: experts kept in every layer.
+        keep: experts kept in every layer; where counts are ``unequal``, their mean over the layers.
+        unequal: layers keep different numbers: such a plan can be evaluated, and no checkpoint can be written by it.
         width: channels kept of each of them; None for all.
+        top_k: experts that a token is sent to; None for the model's own number.
         layers: one entry for every MoE layer, in order.
         topology_fingerprint: of the model that the plan was made for; None in a plan by hand.
         model_fingerprint: the same with the routers' weights.
@@ -100,7 +102,9 @@ class Plan(Shown, BaseModel):
     method: str = "by hand"
     options: dict[str, Any] = Field(default_factory=dict)
     keep: int
+    unequal: bool = False
     width: int | None = None
+    top_k: int | None = None
     layers: list[LayerPlan] = Field(min_length=1)
     topology_fingerprint: str | None = None
     model_fingerprint: str | None = None
@@ -113,6 +117,8 @@ class Plan(Shown, BaseModel):
     @model_validator(mode="after")
     def _layers_agree(self) -> Plan:
         first = self.layers[0]
+        if self.unequal and sum(len(layer.kept) for layer in self.layers) != self.keep * len(self.layers):
+            raise ValueError("`keep` is not the mean of the layers' numbers of experts")
         for layer in self.layers:
             if layer.saliency.keys() != first.saliency.keys():
                 raise ValueError(f"decoder layer {layer.decoder_layer}: `saliency` is of other corpora than before")
@@ -147,7 +153,7 @@ class Plan(Shown, BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """What plan.json holds, without the empty parts of a layer and of the plan that need not be there."""
         value = self.model_dump(by_alias=True)
-        for name in ("weight_files", "found", "width"):
+        for name in ("weight_files", "found", "width", "top_k", "unequal"):
             if not value[name]:
                 del value[name]
         for row in value["layers"]:
@@ -223,7 +229,9 @@ def _remedy(text: str) -> str:
 
 def shape_text(plan: Plan) -> str:
     """How many experts a plan keeps, and how many channels of each."""
-    return f"{plan.keep} experts" + ("" if plan.width is None else f" of {plan.width} channels")
+    thin = "" if plan.width is None else f" of {plan.width} channels"
+    mean = " on average" if plan.unequal else ""
+    return f"{plan.keep} experts{mean}{thin}" + ("" if plan.top_k is None else f", top-{plan.top_k}")
 
 
 def kept_sets(plan: Plan) -> list[list[object]]:
@@ -235,8 +243,14 @@ def kept_sets(plan: Plan) -> list[list[object]]:
 
 
 def kept_hash(plan: Plan) -> str:
-    """Hash of the kept sets alone: plans that keep the same leave the same checkpoint."""
-    return hashlib.sha256(canonical_json(kept_sets(plan)).encode()).hexdigest()
+    """Hash of the kept sets and the experts per token alone: plans that agree in them leave the same checkpoint."""
+    value = kept_sets(plan) if plan.top_k is None else [kept_sets(plan), {"top_k": plan.top_k}]
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def with_top_k(plan: Plan, top_k: int | None) -> Plan:
+    """The plan with a number of experts per token; None leaves it as it is."""
+    return plan if top_k is None else plan.model_copy(update={"top_k": top_k})
 
 
 def keep_all(topology: Topology) -> Plan:

@@ -7,14 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moecover.checkpoints.config_edit import TOP_K_KEYS, top_k_keys
+from moecover.checkpoints.families import FIXED_TOP_K
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.keep import resolve_keep, resolve_width
 
+NO_REPAIR = "merges and repairs are made with the model's own number of experts per token. Leave one of the two out"
 
-def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False) -> None:
+
+def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False, unequal: bool = False) -> None:
     """Refuse a plan that does not fit a model.
 
     A quantised checkpoint is checked by its topology alone: its plan comes from the original that it was made from.
@@ -23,6 +27,7 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False)
         plan: by `plan` or by hand.
         structure: the checkpoint to be pruned.
         other_weights: accept a plan that was made on other weights of the same shape (a fine-tuned sibling).
+        unequal: accept a plan by which no checkpoint can be written, for evaluation.
 
     Raises:
         InputError: other layers, ids out of range, unequal counts, fewer than top-k, or made for another model.
@@ -39,10 +44,15 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False)
             f"the plan has decoder layers {_short(layers)}, {name} has its MoE layers at "
             f"{_short(topology.decoder_layers)}"
         )
+    if plan.unequal:
+        check_writable(unequal, sorted(map(len, plan.kept)))
     for layer in plan.layers:
-        _check_layer(layer, plan.keep, topology)
-    resolve_keep(topology, keep=plan.keep, retain=None)
+        count = len(layer.kept) if plan.unequal else plan.keep
+        _check_layer(layer, count, topology)
+        resolve_keep(topology, keep=count, retain=None)
     _check_channels(plan, structure)
+    if plan.top_k is not None:
+        check_top_k(structure, plan.top_k)
     if (
         structure.quantised is None
         and not other_weights
@@ -52,6 +62,53 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False)
         raise InputError(
             f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make "
             f"a plan of this one, or give {arg('other_weights')} if it is a sibling of that model"
+        )
+
+
+def check_writable(anyway: bool, counts: Sequence[int]) -> None:
+    """Refuse unequal counts where a checkpoint is to be written.
+
+    Args:
+        anyway: none is.
+        counts: of the layers, ascending.
+
+    Raises:
+        InputError: says who reads such counts.
+    """
+    if not anyway:
+        raise InputError(
+            f"the plan keeps {counts[0]} to {counts[-1]} experts by layer. config.json has one number, and vLLM, "
+            "SGLang and llama.cpp read one (per-layer counts: vLLM and SGLang, of nemotron_h_puzzle only). Such a plan "
+            "can be evaluated; to write a checkpoint, plan with equal counts"
+        )
+
+
+def check_top_k(structure: Structure, top_k: int) -> None:
+    """Refuse a number of experts per token that a model cannot have.
+
+    Args:
+        structure: the checkpoint.
+        top_k: experts per token.
+
+    Raises:
+        InputError: below 1 or above the model's own, a GGUF file, a family that does not follow, or a config.json that
+            does not hold the number.
+    """
+    own, name = structure.topology.top_k, structure.checkpoint.name
+    if type(top_k) is not int or not 1 <= top_k <= own:
+        raise InputError(f"{arg('top_k', top_k)} is out of range: 1 to the {own} experts that {name} sends a token to")
+    if structure.checkpoint.gguf is not None:
+        key = f"{structure.topology.family}.expert_used_count=int:{top_k}"
+        raise InputError(
+            f"{arg('top_k', top_k)}: GGUF files are not changed in that, llama.cpp does it when it loads one: "
+            f"llama-server -m {name} --override-kv {key}"
+        )
+    if reason := FIXED_TOP_K.get(structure.topology.family):
+        raise InputError(f"{arg('top_k', top_k)}: {structure.topology.family} cannot be changed in that: {reason}")
+    if not top_k_keys(structure.checkpoint.config, own):
+        raise InputError(
+            f"{arg('top_k', top_k)}: config.json of {name} does not say that a token goes to {own} experts, under none "
+            f"of {', '.join(TOP_K_KEYS)}, or not to as many in every layer. Add the key"
         )
 
 
@@ -94,10 +151,10 @@ def _check_channels(plan: Plan, structure: Structure) -> None:
     resolve_width(channels, width=plan.width, retain=None)
     for layer in plan.layers:
         where = f"the plan's decoder layer {layer.decoder_layer}"
-        if len(layer.channels) != plan.keep or {len(ids) for ids in layer.channels} != {plan.width}:
+        if len(layer.channels) != len(layer.kept) or {len(ids) for ids in layer.channels} != {plan.width}:
             raise InputError(
-                f"{where} does not have {plan.width} channels of each of {plan.keep} experts. Every expert must keep "
-                "the same number: stock loaders and servers read one"
+                f"{where} does not have {plan.width} channels of each of {len(layer.kept)} experts. Every expert must "
+                "keep the same number: stock loaders and servers read one"
             )
         if (last := max(ids[-1] for ids in layer.channels)) >= channels:
             raise InputError(f"{where} keeps channel {last}. Allowed: 0 to {channels - 1}")

@@ -94,10 +94,14 @@ def _protecting(plan: Plan) -> list[str]:
 def plan_line(plan: Plan, experts: int) -> str:
     """A plan in one line: method, budget, who protected how many, what a search cost."""
     thin = "" if plan.width is None else f", {plan.width} channels of each,"
-    text = f"{plan.method} keeps {plan.keep} of {experts} experts{thin} in {len(plan.layers)} layers"
+    counts = sorted(map(len, plan.kept))
+    mean = f" on average ({counts[0]} to {counts[-1]}; for evaluation only)" if plan.unequal else ""
+    text = f"{plan.method} keeps {plan.keep} of {experts} experts{mean}{thin} in {len(plan.layers)} layers"
     if any(layer.protected for layer in plan.layers):
-        counts = {name: sorted(len(row.protected.get(name, ())) for row in plan.layers) for name in _protecting(plan)}
-        spans = (f"{n[0]}{f' to {n[-1]}' if n[-1] > n[0] else ''} by {name}" for name, n in counts.items())
+        by_corpus = {
+            name: sorted(len(row.protected.get(name, ())) for row in plan.layers) for name in _protecting(plan)
+        }
+        spans = (f"{n[0]}{f' to {n[-1]}' if n[-1] > n[0] else ''} by {name}" for name, n in by_corpus.items())
         text += f"; protected per layer: {', '.join(spans)}"
     if required := sum(len(layer.required) for layer in plan.layers):
         text += f"; {required} super experts kept"

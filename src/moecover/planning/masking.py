@@ -1,4 +1,4 @@
-"""The model with all experts but a plan's masked: `runtime.masking` for a plan that fits the model."""
+"""The model as a plan leaves it, other experts masked: `runtime.masking` and `runtime.fewer` for a plan that fits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moecover.planning.artifact import Plan
 from moecover.planning.fitting import check_plan
 from moecover.runtime import masking
+from moecover.runtime.fewer import with_top_k
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,9 @@ def masked_layers(
     Raises:
         InputError: the plan does not fit the model.
     """
-    check_plan(plan, structure, other_weights=True)
-    return masking.masked_layers(model, structure, plan.kept, plan.channels)
+    check_plan(plan, structure, other_weights=True, unequal=True)
+    within = masking.masked_layers(model, structure, plan.kept, plan.channels)
+    return within if plan.top_k is None else with_top_k(model, structure, within, plan.top_k)
 
 
 @contextlib.contextmanager
@@ -35,6 +37,8 @@ def masked(model: torch.nn.Module, structure: Structure, plan: Plan) -> Iterator
     Raises:
         InputError: the plan does not fit the model.
     """
-    check_plan(plan, structure, other_weights=True)
-    with masking.masked(model, structure, plan.kept, plan.channels) as inside:
-        yield inside
+    within = masked_layers(model, structure, plan)
+    with contextlib.ExitStack() as stack:
+        for number in structure.topology.decoder_layers:
+            stack.enter_context(within(number))
+        yield model

@@ -39,6 +39,7 @@ class Method:
         blind: it does not look at the profile, so that it needs no calibration.
         runs_experts: it needs the live model and the inputs of its MoE layers, not the profile alone.
         together: it is called once with all budgets.
+        unequal: its layers keep different numbers of experts, the budget's on average: for evaluation only.
         baseline: the others are tested against it.
         default: the method that is used if none is named.
         compared: a comparison that names no methods includes it.
@@ -55,6 +56,7 @@ class Method:
     blind: bool = False
     runs_experts: bool = False
     together: bool = False
+    unequal: bool = False
     baseline: bool = False
     default: bool = False
     compared: bool = False
@@ -152,6 +154,7 @@ class MethodRegistry(Mapping[str, Method]):
         options: tuple[Option, ...] = (),
         blind: bool = False,
         together: bool = False,
+        unequal: bool = False,
         baseline: bool = False,
         default: bool = False,
         compared: bool = False,
@@ -177,6 +180,7 @@ class MethodRegistry(Mapping[str, Method]):
                 blind=blind,
                 runs_experts="model" in inspect.signature(function).parameters,
                 together=together,
+                unequal=unequal,
                 baseline=baseline,
                 default=default,
                 compared=compared,

@@ -15,7 +15,7 @@ from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.channels import check_channels, choose_channels
-from moecover.planning.keep import resolve_keep, resolve_width
+from moecover.planning.keep import allowed_keeps, resolve_keep, resolve_width
 from moecover.planning.method import RESOURCES, Method
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.selection import Budget
@@ -97,6 +97,7 @@ def plan_budgets(
             method=method,
             options=recorded,
             keep=budget.keep,
+            unequal=chosen.unequal,
             width=width,
             layers=layers,
             topology_fingerprint=topology.fingerprint if profile.model["fingerprint"] else None,
@@ -174,27 +175,35 @@ def _choices(
         if not isinstance(together, list) or len(together) != len(budgets):
             raise InputError(f"method {method.name} gives no list of {len(budgets)} lists of LayerPlan, one per budget")
         found = together
-    return [_checked(method.name, profile.topology, *pair) for pair in zip(budgets, found, strict=True)]
+    return [_checked(method, profile.topology, *pair) for pair in zip(budgets, found, strict=True)]
 
 
-def _checked(method: str, topology: Topology, budget: Budget, rows: object) -> list[LayerPlan]:
+def _checked(chosen: Method, topology: Topology, budget: Budget, rows: object) -> list[LayerPlan]:
     """A method's choice for one budget; refuses what no plan may hold."""
-    number = len(topology.decoder_layers)
+    number, method = len(topology.decoder_layers), chosen.name
     layers = [row for row in rows if isinstance(row, LayerPlan)] if isinstance(rows, list) else []
     if not isinstance(rows, list) or len(rows) != number or len(layers) != number:
         raise InputError(f"method {method} gives no list of {number} LayerPlan, one per MoE layer")
+    if chosen.unequal:
+        least, total = allowed_keeps(topology)[0], sum(len(row.kept) for row in layers)
+        if total != budget.keep * number or min(len(row.kept) for row in layers) < least:
+            raise InputError(
+                f"method {method} keeps {total} experts in all. It must keep {budget.keep * number}, and {least} or "
+                "more in every layer"
+            )
     size = budget.num_experts // budget.num_groups
     for index, (row, decoder_layer) in enumerate(zip(layers, topology.decoder_layers, strict=True)):
+        keep = len(row.kept) if chosen.unequal else budget.keep
         counts = np.bincount([e // size for e in row.kept], minlength=budget.num_groups)
         if (
             len(counts) > budget.num_groups
-            or (counts != budget.keep // budget.num_groups).any()
+            or (counts * budget.num_groups != keep).any()
             or row.decoder_layer != decoder_layer
         ):
             equal = ", the same number in each group" if budget.num_groups > 1 else ""
             raise InputError(
                 f"method {method} keeps experts {row.kept} of decoder layer {row.decoder_layer}. It must keep "
-                f"{budget.keep} of the {budget.num_experts} of layer {decoder_layer}{equal}"
+                f"{keep} of the {budget.num_experts} of layer {decoder_layer}{equal}"
             )
         if budget.required and not budget.required[index] <= set(row.kept):
             raise InputError(

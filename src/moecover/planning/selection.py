@@ -13,10 +13,12 @@ import numpy as np
 
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import LayerPlan
+from moecover.planning.keep import allowed_keeps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from moecover.checkpoints.topology import Topology
     from moecover.profiling.artifact import Profile
 
 
@@ -88,6 +90,33 @@ def scaled(utility: NDArray[np.float64]) -> NDArray[np.float64]:
     totals = utility.sum(axis=-1, keepdims=True)
     result: NDArray[np.float64] = np.divide(utility, totals, out=np.zeros_like(utility), where=totals > 0)
     return result
+
+
+def shared_budget(utility: NDArray[np.float64], budget: Budget, topology: Topology) -> list[int]:
+    """Numbers of experts of the layers by one ranking of the shares of all, ``budget.keep`` on average.
+
+    Every layer has at least the allowed minimum, and room for its required experts. Ties go to the layer that comes
+    first.
+
+    Args:
+        utility: non-negative, ``[layer, expert]``.
+        budget: of the plan.
+        topology: of the model.
+    """
+    groups, layers = budget.num_groups, len(utility)
+    by_group = np.sort(scaled(utility).reshape(layers, groups, -1), axis=-1)[..., ::-1]
+    steps = by_group.mean(axis=1)  # what the next expert of each group adds, [layer, step], descending
+    counts = np.full(layers, allowed_keeps(topology)[0] // groups)
+    for layer, required in enumerate(budget.required):
+        in_group = np.bincount([e // (budget.num_experts // groups) for e in required], minlength=groups)
+        counts[layer] = max(counts[layer], in_group.max())
+    order = ranked(np.where(np.arange(steps.shape[1]) < counts[:, None], -1.0, steps).reshape(-1))
+    left = budget.keep * layers // groups - int(counts.sum())
+    if left < 0:
+        raise InputError(f"{arg('keep', budget.keep)} is below what routers and super experts need in every layer")
+    for place in order[:left].tolist():
+        counts[place // steps.shape[1]] += 1
+    return [int(count) * groups for count in counts]
 
 
 def cover(

@@ -126,7 +126,7 @@ def _sizes(structure: Structure, plan: Plan, origin: Origin | None, mtp: str) ->
                     [_row("channels per expert", origin.num_channels or "", channels, width or channels)]
                     * bool(thinner)
                 ),
-                _row("experts per token", topology.top_k, topology.top_k, topology.top_k),
+                _row("experts per token", origin.top_k or "", topology.top_k, plan.top_k or topology.top_k),
                 _row("tensors, MB", first, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}"),
             ],
             right=("original", "before this step", "pruned"),
@@ -134,7 +134,7 @@ def _sizes(structure: Structure, plan: Plan, origin: Origin | None, mtp: str) ->
     rows = (
         ("routed experts per MoE layer", str(topology.num_experts), str(plan.keep)),
         *([("channels per expert", channels, str(width))] if width is not None else []),
-        ("experts per token", str(topology.top_k), str(topology.top_k)),
+        ("experts per token", str(topology.top_k), str(plan.top_k or topology.top_k)),
         ("tensors, MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}"),
     )
     return markdown_table([dict(zip(("", "original", "pruned"), row, strict=True)) for row in rows])

@@ -148,8 +148,8 @@ def _check_comparable(
 
 
 def _is_of(row: Row, plan: Plan, changed: tuple[str | None, str | None]) -> bool:
-    """Whether a row is of this plan, with this kind of repair and this merge."""
-    if row.plan is None or (row.plan.get("repair"), row.plan.get("merge")) != changed:
+    """Whether a row is of this plan, with this kind of repair and this merge; not of one whose tokens skip experts."""
+    if row.plan is None or (row.plan.get("repair"), row.plan.get("merge")) != changed or "skip" in row.plan:
         return False
     return row.plan["fingerprint"] == kept_hash(plan)
 

@@ -16,8 +16,8 @@ from moecover.errors import InputError, arg
 from moecover.files.atomic import resolved
 from moecover.files.locks import locked
 from moecover.merging.method import NONE
-from moecover.planning.artifact import Plan
-from moecover.planning.fitting import check_plan
+from moecover.planning.artifact import Plan, with_top_k
+from moecover.planning.fitting import NO_REPAIR, check_plan, check_top_k
 from moecover.planning.methods import default_method
 from moecover.progress import Progress, resolve
 from moecover.pruning.choosing import ChoiceOptions, choice_of
@@ -51,6 +51,7 @@ def prune(
     repair: str | None = None,
     repair_tokens: int | None = None,
     repaired: Repaired | None = None,
+    top_k: int | None = None,
     here: World = ALONE,
     progress: bool | Progress = True,
     **options: Unpack[PruneOptions],
@@ -68,6 +69,7 @@ def prune(
         repair: ``scale`` or ``ridge``: refit the down projections of what stays on ``corpora``; None for none.
         repair_tokens: calibration tokens of merge and repair; None for 65,536.
         repaired: a repair from `repair`, instead of ``merge`` and ``repair``.
+        top_k: experts that a token is sent to from now on, fewer than before: a number in config.json; None leaves it.
         here: this process among others under torchrun, which share profile and repair; the first one writes.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
         **options: see `RunOptions`, `TextOptions`, `ChoiceOptions` (one shot) and `WriteOptions`.
@@ -82,11 +84,15 @@ def prune(
     check_known(options, PruneOptions)
     shown = resolve(progress)
     given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    if given is not None:
+        given = with_top_k(given, top_k)
     if output is None:
         raise InputError(f"give {arg('output')}, the folder or file to write")
     asked = _asked(merge, repair, repair_tokens, corpora)
     if asked is not None and repaired is not None:
         raise InputError(f"give {arg('repair' if merge is None else 'merge')} or {arg('repaired')}, not both")
+    if (fewer := given.top_k if given is not None else top_k) is not None and (asked or repaired) is not None:
+        raise InputError(f"{arg('top_k', fewer)}: {NO_REPAIR}")
     _check_used(given, corpora, asked, repair_tokens, options)
     if given is None and corpora is None:
         raise InputError(f"give a plan, or {arg('corpora')} with {arg('keep')} or {arg('retain')} for one shot")
@@ -98,11 +104,12 @@ def prune(
         from moecover.runtime.loadable import check_loadable
 
         check_loadable(headers, how.dtype)
+    if top_k is not None:
+        check_top_k(headers, top_k)
     choice = choice_of(headers, options, say=shown.say) if given is None else given
     writing = cast("WriteOptions", {k: v for k, v in options.items() if k in WriteOptions.__annotations__})
-    request = Request(
-        Path(output), choice, corpora if how is not None else None, options, asked or repaired, how, writing, here
-    )
+    text = corpora if how is not None else None
+    request = Request(Path(output), choice, text, options, asked or repaired, how, writing, top_k, here)
     return carry_out(headers, request, progress=shown)
 
 
@@ -163,6 +170,7 @@ def _written(structure: Structure, plan: Plan, request: Request, made: Repaired 
     """The checkpoint, written under a bar."""
     from moecover.planning.lines import unused_line
 
+    plan = with_top_k(plan, request.top_k)
     if note := changed_since(structure, plan.weight_files):
         progress.say(f"note: {note}")
     if request.how is None and (line := unused_line(plan, structure.topology.num_experts)):
@@ -242,6 +250,11 @@ def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOp
     check_options(method, {key: value for key, value in given.items() if key not in ROUND_OPTIONS})
     from moecover.planning.methods import METHODS
 
+    if METHODS[method].unequal:
+        raise InputError(
+            f"{arg('method', method)} keeps different numbers of experts by layer, which no checkpoint can have: it is "
+            "for `plan` and `evaluate`, or `compare`"
+        )
     searches, saved = METHODS[method].runs_experts, options.get("save_profile") is not None
     if options.get("keep_inputs") is not None and not (searches or saved):
         raise InputError(

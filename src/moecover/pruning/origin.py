@@ -22,6 +22,7 @@ class Origin:
         fingerprint: of the model.
         num_experts: experts per layer.
         num_bytes: bytes of its tensors; None where the manifest does not say.
+        top_k: experts per token there; None where the manifest does not say.
         ids: by MoE layer, the ids there of the source's experts, in their order.
         num_channels: of an expert; None where the manifest does not say.
         channels: by MoE layer and expert of the source, the ids there of its channels; empty where all stayed.
@@ -35,6 +36,7 @@ class Origin:
     ids: tuple[tuple[int, ...], ...]
     num_channels: int | None = None
     channels: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    top_k: int | None = None
 
     def to_json(self) -> dict[str, object]:
         """What the manifest of the next checkpoint says of it."""
@@ -45,6 +47,7 @@ class Origin:
             "num_experts": self.num_experts,
             "num_bytes": self.num_bytes,
             **({} if self.num_channels is None else {"channels": self.num_channels}),
+            **({} if self.top_k is None else {"top_k": self.top_k}),
         }
 
 
@@ -85,6 +88,7 @@ def origin_of(structure: Structure) -> Origin | None:
         first = manifest.get("original") or {
             **manifest["source"],
             "num_experts": manifest["source"]["topology"]["num_experts"],
+            "top_k": manifest["source"]["topology"]["top_k"],
         }
         return Origin(
             str(first["name"]),
@@ -95,6 +99,7 @@ def origin_of(structure: Structure) -> Origin | None:
             ids,
             None if first.get("channels") is None else int(first["channels"]),
             _channels(structure, [rows_of[d] for d in topology.decoder_layers]),
+            first.get("top_k"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

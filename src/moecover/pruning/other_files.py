@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moecover.checkpoints.config_edit import QUANTISATION_FILES, NewCount, edited_config
+from moecover.checkpoints.config_edit import QUANTISATION_FILES, NewCount, edited_config, top_k_keys
 from moecover.checkpoints.manifest import MANIFEST
 from moecover.checkpoints.names import MTP
 from moecover.checkpoints.pieces import Piece
@@ -131,12 +131,15 @@ def edited_files(cut: Cut, config: str, shards: Mapping[str, Sequence[Piece]]) -
 
 
 def _counts(cut: Cut) -> list[NewCount]:
-    """The counts of config.json that change: of experts, of their channels, and of the shared experts of that width."""
+    """The counts of config.json that change: of experts, of those per token, of channels, of shared experts."""
     structure, width = cut.structure, cut.structure.width
     found = [NewCount(structure.count_keys, structure.topology.num_experts, cut.plan.keep)]
     if cut.plan.width is not None and not isinstance(width, str):
         found.append(NewCount(width.keys, width.channels, cut.plan.width))
         found.append(NewCount(width.shared_keys, width.shared, width.shared_at(cut.plan.width)))
+    if cut.plan.top_k is not None:
+        own = structure.topology.top_k
+        found.append(NewCount(top_k_keys(structure.checkpoint.config, own), own, cut.plan.top_k))
     return found
 
 

@@ -76,6 +76,7 @@ class Request:
         repair: what to repair, a finished repair, or None.
         how: see `Passes`; None where no model runs.
         writing: see `WriteOptions`.
+        top_k: experts that a token is sent to; None for the plan's number.
         here: this process among those that share the work.
     """
 
@@ -86,6 +87,7 @@ class Request:
     repair: Repair | Repaired | None
     how: Passes | None
     writing: WriteOptions
+    top_k: int | None = None
     here: World = ALONE
 
 
@@ -120,7 +122,8 @@ class Pruned(Shown):
         share = self.num_bytes / self.bytes_before
         sizes = f"{size_text(self.bytes_before)} -> {size_text(self.num_bytes)} ({share:.0%})"
         thin = "" if self.plan.width is None else f" with {self.plan.width} channels each"
-        return f"{self.plan.keep} of {self.topology.num_experts} experts per layer{thin}, {sizes}"
+        fewer = "" if self.plan.top_k is None else f", {self.plan.top_k} instead of {self.topology.top_k} a token"
+        return f"{self.plan.keep} of {self.topology.num_experts} experts per layer{thin}{fewer}, {sizes}"
 
     def summary(self) -> str:
         """See `Shown`."""

@@ -21,7 +21,7 @@ from moecover.errors import InputError, arg
 from moecover.merging.method import NONE
 from moecover.merging.methods import merge_of
 from moecover.planning.artifact import Plan
-from moecover.planning.fitting import check_plan
+from moecover.planning.fitting import NO_REPAIR, check_plan
 from moecover.repairing.applied import LayerRepair, repaired_layer
 from moecover.repairing.blocks import output_of
 from moecover.repairing.merged import check_merged
@@ -229,6 +229,8 @@ def repair_layers(
     import torch
 
     check_plan(plan, structure, other_weights=True)
+    if plan.top_k is not None:
+        raise InputError(f"{arg('top_k', plan.top_k)}: {NO_REPAIR}")
     runs = running(model, structure)
     check_float64(runs.device, "a repair")
     passes = _Passes(runs, structure, plan, corpora, batch_size, kind, merge, options)
