@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from moecover.evaluation.perplexity import perplexity
     from moecover.merging.methods import MERGES
     from moecover.planning.artifact import LayerPlan, Plan
+    from moecover.planning.exchange import export_plan, import_plan
     from moecover.planning.explaining.facts import Explanation, explain
     from moecover.planning.job import plan
     from moecover.planning.masking import masked
@@ -93,6 +94,7 @@ PUBLIC = {
     "planning.super_experts": ("super_experts",),
     "planning.run": ("plan_budgets",),
     "planning.job": ("plan",),
+    "planning.exchange": ("export_plan", "import_plan"),
     "planning.masking": ("masked",),
     "planning.explaining.facts": ("Explanation", "explain"),
     "merging.methods": ("MERGES",),
@@ -150,8 +152,10 @@ __all__ = [
     "compare",
     "evaluate",
     "explain",
+    "export_plan",
     "generate",
     "imatrix_profile",
+    "import_plan",
     "inspect",
     "keep_within_size",
     "load_corpus",

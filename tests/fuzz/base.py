@@ -25,6 +25,8 @@ def made_base(base: Path) -> Path:
     _run("profile", model, "--corpus", f"b={base / 'b.jsonl'}", *text, "-o", base / "other")
     _run("plan", base / "profile", "--keep", 4, "-o", base / "plan.json")
     _run("prune", model, "--plan", base / "plan.json", "-o", base / "cut")
+    as_list = ["--export", "llm-compressor", "-o", base / "list.json"]
+    _run("plan", "--from", base / "plan.json", "--model", model, *as_list)
     held_out = ["--perplexity", f"b={base / 'b.jsonl'}", "--length", 16, "--windows", 2]
     _run("evaluate", model, "--plan", base / "plan.json", *held_out, "-o", base / "evaluation")
     make_run(base / "run", models=(("tiny", 2, 8),), budgets=(0.5,), tasks=("boolq",), texts=("t",), corpora=("a",))

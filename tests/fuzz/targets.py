@@ -54,6 +54,11 @@ def _plan(at: Path) -> Command:
     return Command(["plan", at / "profile", "--keep", 4, "-o", at / "new.json"], at / "new.json")
 
 
+def _list(at: Path) -> Command:
+    model = ["--model", at / "model"]
+    return Command(["plan", "--from", at / "list.json", *model, "-o", at / "new.json"], at / "new.json")
+
+
 def _merge(at: Path) -> Command:
     return Command(["merge", at / "profile", at / "other", "-o", at / "sum"], at / "sum")
 
@@ -150,6 +155,7 @@ TARGETS: dict[str, Target] = {
     "generation_config": Target("model/generation_config.json", json_value, lambda at: [_prune(at), _profile(at)]),
     "card": Target("model/README.md", lambda _: CARD, lambda at: [_prune(at)]),
     "plan": Target("plan.json", unsealed_json, lambda at: [_explain(at), _prune(at)]),
+    "list": Target("list.json", json_value, lambda at: [_list(at)]),
     "profile": Target("profile/profile.safetensors", shard, lambda at: [_plan(at), _merge(at)]),
     "manifest": Target("cut/moecover.json", json_value, lambda at: [_verify(at)]),
     "evaluation": Target(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from moecover.cli.options import add_device, add_method, add_output, add_revision, method_arguments, pairs
 from moecover.cli.plan_bounds import OF_BYTES, add_bounds, check_model_options, which_bound
+from moecover.cli.plan_lists import add_lists, refuse_without_list, run_list
 from moecover.cli.plan_tables import curve_table, shapes_table
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from moecover.planning.shapes import Shape
     from moecover.profiling.artifact import Profile
 
-HELP = "choose the experts to keep from a profile"
+HELP = "choose the experts to keep from a profile, or take over a list of another tool"
 SHARED = True
 
 
@@ -37,7 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_method(parser, several=True, has_seed=False)
     add_bounds(parser)
-    group = parser.add_argument_group("the model, for bounds and for methods that run the experts")
+    add_lists(parser)
+    group = parser.add_argument_group("the model, for bounds, for lists and for methods that run the experts")
     group.add_argument("--model", metavar="MODEL", help="the model that was profiled: local folder or hub id")
     add_revision(group)
     add_device(group)
@@ -53,6 +55,9 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.planning.saliency import default_saliency
     from moecover.runtime.world import check_alone, world
 
+    if args.list is not None:
+        return run_list(args)
+    refuse_without_list(args)
     method, options = method_arguments(args, shared_seed=False)
     bound = which_bound(args)
     searches, from_profile = METHODS[method].runs_experts, METHODS[method].from_profile
