@@ -268,7 +268,14 @@ def test_another_profile_tells_shares_but_no_stability(checkpoints: Callable[...
     assert "stability" not in facts
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].runs_experts])
+def test_a_method_of_pairs_is_explained_without_its_stability(small_profile: Profile) -> None:
+    made = plan(small_profile, method="hope", keep=small_profile.topology.num_experts - 1)
+    facts = explain(made, profile=small_profile)
+    assert "hope" in text_of(facts)
+    assert "stability" not in facts
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].from_profile and not METHODS[m].pairs])
 def test_every_method_can_be_explained(small_profile: Profile, method: str) -> None:
     keep = small_profile.topology.num_experts - 1
     facts = explain(plan(small_profile, method=method, keep=keep, protect_super_experts=True), profile=small_profile)

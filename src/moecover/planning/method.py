@@ -39,6 +39,7 @@ class Method:
         blind: it does not look at the profile, so that it needs no calibration.
         runs_experts: it needs the live model and the inputs of its MoE layers, not the profile alone.
         together: it is called once with all budgets.
+        pairs: it needs the profile's statistics of pairs, of which parts of the text have none.
         unequal: its layers keep different numbers of experts, the budget's on average: for evaluation only.
         baseline: the others are tested against it.
         default: the method that is used if none is named.
@@ -180,6 +181,7 @@ class MethodRegistry(Mapping[str, Method]):
                 blind=blind,
                 runs_experts="model" in inspect.signature(function).parameters,
                 together=together,
+                pairs=pairs,
                 unequal=unequal,
                 baseline=baseline,
                 default=default,

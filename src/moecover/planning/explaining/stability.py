@@ -35,7 +35,8 @@ def stability(plan: Plan, profile: Profile, *, change: float = CHANGE) -> Stabil
         change: share of the kept experts that may still change in a stable plan.
     """
     stages = profile.stages()
-    if len(stages) < 2 or METHODS[plan.method].together:
+    method = METHODS[plan.method]
+    if len(stages) < 2 or method.together or method.pairs or not method.from_profile:
         return None
 
     def again(stage: Profile) -> Plan:

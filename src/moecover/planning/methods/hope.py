@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ITERATIONS, TOLERANCE = 1000, 1e-12  # as the authors' code has them
 
 
-@METHODS("hope", label="HOPE", paper="arXiv 2609.18916", rank=6)
+@METHODS("hope", label="HOPE", paper="arXiv 2609.18916", pairs=True, rank=6)
 def hope(profile: Profile, budget: Budget) -> list[LayerPlan]:
     """The experts outside the set whose pairs add least together, from a relaxed quadratic programme.
 
