@@ -57,6 +57,7 @@ class Method:
     blind: bool = False
     runs_experts: bool = False
     together: bool = False
+    pairs: bool = False
     unequal: bool = False
     baseline: bool = False
     default: bool = False
@@ -155,6 +156,7 @@ class MethodRegistry(Mapping[str, Method]):
         options: tuple[Option, ...] = (),
         blind: bool = False,
         together: bool = False,
+        pairs: bool = False,
         unequal: bool = False,
         baseline: bool = False,
         default: bool = False,
