@@ -130,6 +130,18 @@ def dense_slots(module: torch.nn.Module, args: tuple[torch.Tensor, ...], routed:
             yield e, float(row[e]), 1.0, outputs[e].double().numpy(), products.seen[0][e, 0]
 
 
+def naive_table(rows: list[list[int]], kept: list[int]) -> list[list[int]]:
+    """Experts by token id without the dropped ones, by their old ids: the least used kept expert takes their place."""
+    used = {expert: sum(row.count(expert) for row in rows) for expert in kept}
+    rows = [[expert if expert in kept else -1 for expert in row] for row in rows]
+    for row in rows:
+        for slot, expert in enumerate(row):
+            if expert == -1:
+                row[slot] = min((one for one in kept if one not in row), key=lambda one: (used[one], one))
+                used[row[slot]] += 1
+    return rows
+
+
 class MinusInfinity(TorchFunctionMode):
     """Logits of dropped experts become minus infinity where a router's matrix gives them."""
 
@@ -150,7 +162,10 @@ class MinusInfinity(TorchFunctionMode):
 
 @contextlib.contextmanager
 def without(model: torch.nn.Module, structure: Structure, chosen: Plan) -> Iterator[MinusInfinity]:
-    """The model with the dropped experts' logits, and correction biases, at minus infinity."""
+    """The model with the dropped experts' logits, and correction biases, at minus infinity.
+
+    A table of experts by token id is rewritten, entry by entry.
+    """
     state, dropped, undo = dict(model.state_dict()), {}, []
     for layer, row in enumerate(chosen.layers):
         gone = [e for e in range(structure.topology.num_experts) if e not in row.kept]
@@ -161,6 +176,10 @@ def without(model: torch.nn.Module, structure: Structure, chosen: Plan) -> Itera
             elif "correction" in key or "expert_bias" in key:
                 undo.append((tensor, tensor.clone()))
                 tensor.index_fill_(axis, torch.tensor(gone), -torch.inf)
+    for table in structure.tables.values():
+        tensor = state[table.parameter]
+        undo.append((tensor, tensor.clone()))
+        tensor.copy_(torch.tensor(naive_table(tensor.tolist(), chosen.layers[table.layer].kept)))
     mode = MinusInfinity(dropped)
     try:
         with mode:

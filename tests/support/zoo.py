@@ -124,6 +124,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config": {"sam_config": SAM},
         "text_config": {"mlp_layer_types": MLPS, "num_experts_per_tok": TOP_K},
     },
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.5,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "index_topk": 4,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        "mlp_layer_types": ["hash_moe", "hash_moe", "moe"],
+    },
     "dots3_note": {"vision_config": {"pyramid_num_routed": [-1, 4, EXPERTS]}, "text_config": DOTS3},
     "dots3_note_text": DOTS3,
     "glm4v_moe": {"text_config": {"rope_parameters": ROTARY}},
@@ -223,6 +234,8 @@ def make_model(name: str, seed: int = 0) -> PreTrainedModel:
     model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if key.endswith(".tid2eid"):  # experts by token id, each once
+                tensor.copy_(torch.rand(len(tensor), EXPERTS).argsort(dim=1)[:, : tensor.shape[1]])
             if not tensor.is_floating_point() or "inv_freq" in key:
                 continue
             if "correction" in key or "expert_bias" in key:

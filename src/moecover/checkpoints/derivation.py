@@ -23,6 +23,7 @@ from moecover.checkpoints.config_edit import (
 from moecover.checkpoints.expert_tensors import classify
 from moecover.checkpoints.families import PROVEN_FAMILIES, UNSUPPORTED
 from moecover.checkpoints.formats import check_format
+from moecover.checkpoints.id_tables import find_tables
 from moecover.checkpoints.model_class import build_on_meta
 from moecover.checkpoints.names import NUMBERED, layer_number
 from moecover.checkpoints.source import Checkpoint
@@ -66,7 +67,8 @@ def derive(checkpoint: Checkpoint) -> ExpertLayout:
     topology = _topology(one, config["model_type"], modules, experts, name)
     tensors = classify(checkpoint, one, axes, modules, experts, topology.num_layers)
     width = derive_width(checkpoint, config, one, axes, modules, tensors)
-    return ExpertLayout(topology, tensors, axes, modules, width)
+    tables = find_tables(checkpoint, one, axes, modules, topology.top_k)
+    return ExpertLayout(topology, tensors, axes, modules, width, tables)
 
 
 def _check_size(checkpoint: Checkpoint, experts: int) -> None:

@@ -16,6 +16,7 @@ PROVEN_FAMILIES = {
     "deepseek_v2": "softmax",
     "deepseek_v3": "sigmoid + bias for the choice, best groups first, renormalised",
     "deepseek_v32": "sigmoid + bias for the choice, best groups first, renormalised",
+    "deepseek_v4": "its own",
     "dots1": "sigmoid + bias for the choice, best groups first",
     "dots3_note": "sigmoid + bias for the choice, best groups first, renormalised",
     "dots3_note_text": "sigmoid + bias for the choice, best groups first, renormalised",
@@ -95,8 +96,6 @@ WHOLE_EXPERTS_ONLY = {
 # Why `inspect`, `profile` and `prune` refuse a type; completes "TYPE is not supported: ...".
 UNSUPPORTED: dict[str, str] = {
     "dbrx": "the experts of a layer are stacked in one matrix, and the choice is made outside its router",
-    "deepseek_v4": "its first layers look up a token's experts by its id in a table and need all of them, while "
-    "config.json has one number of experts for all layers",
     "diffusion_gemma": "its encoder and its decoder both have layers with experts, under one count",
     "doge": "an expert is one row of an embedding, found by a pair of keys",
     "ernie4_5_vl_moe": "a layer has two groups of experts, for text and for images, of two widths and under one count",

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moecover.checkpoints.config_edit import expert_count_keys
@@ -16,7 +16,7 @@ from moecover.checkpoints.gguf_layout import ARCHITECTURES, gguf_layout, notes_o
 from moecover.checkpoints.sizes import Sizes
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure_cache import place_of, recall, remember
-from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, Topology, Width
+from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, IdTable, Topology, Width
 from moecover.text import Cell, Shown, size_text
 
 GGUF_MARK = "gguf-"
@@ -37,6 +37,7 @@ class Structure(Shown):
         quantised: how the experts are stored, None if they are not quantised.
         width: the channels of the experts; or, in words, why their number cannot be changed.
         warnings: what the user should know before using the result.
+        tables: the tensors on disk that hold ids of experts (hash routing), by name.
     """
 
     checkpoint: Checkpoint
@@ -49,6 +50,7 @@ class Structure(Shown):
     quantised: str | None
     width: Width | str
     warnings: tuple[str, ...]
+    tables: dict[str, IdTable] = field(default_factory=dict)
 
     def summary(self) -> str:
         """Name, family, shape of the routed part and size."""
@@ -124,7 +126,7 @@ class Structure(Shown):
         That of a GGUF file begins with `GGUF_MARK`: it is not comparable with a checkpoint's, see `has_routers`.
         """
         digest = hashlib.sha256(self.topology.fingerprint.encode())
-        for name in sorted(n for n, t in self.tensors.items() if not t.routed):
+        for name in sorted([*(n for n, t in self.tensors.items() if not t.routed), *self.tables]):
             entry = self.checkpoint.tensors[name]
             digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
             with (self.checkpoint.path / entry.shard).open("rb") as file:
@@ -193,6 +195,12 @@ def assembled(checkpoint: Checkpoint, layout: ExpertLayout) -> Structure:
             f"{len(tensors.mtp)} tensors belong to multi-token-prediction layers with experts of their own: `prune` "
             "drops these layers, or cuts them with --mtp prune"
         )
+    if layout.tables:
+        numbers = sorted({topology.decoder_layers[table.layer] for table in layout.tables.values()})
+        warnings.append(
+            f"decoder layers {', '.join(map(str, numbers))} look up a token's experts by its id: `prune` gives the "
+            "tokens of removed experts to those that stay"
+        )
     stored = checkpoint.declared_quantisation or "a type that config.json does not declare"
     return Structure(
         checkpoint=checkpoint,
@@ -205,4 +213,5 @@ def assembled(checkpoint: Checkpoint, layout: ExpertLayout) -> Structure:
         quantised=stored if tensors.quantised else None,
         width=layout.width,
         warnings=tuple(warnings),
+        tables=layout.tables,
     )

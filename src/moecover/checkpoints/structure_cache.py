@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from moecover.checkpoints.config_edit import expert_count_keys, number_paths
+from moecover.checkpoints.id_tables import IDS
 from moecover.checkpoints.names import OTHER_PARTS, expert_number, kind_of, layer_number, mtp_root
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.tensor_checks import check_rows
-from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, ExpertTensors, Topology, Width
+from moecover.checkpoints.topology import ExpertLayout, ExpertTensor, ExpertTensors, IdTable, Topology, Width
 from moecover.errors import MoecoverError
 from moecover.files.atomic import canonical_json, write_text
 from moecover.files.reading import parse_json
@@ -47,6 +48,7 @@ class Stored(TypedDict):
     mtp: list[str]
     mtp_rules: dict[str, Rule | None]
     width: dict[str, Any] | str
+    tables: dict[str, tuple[int, str]]  # by name: layer and parameter of an `IdTable`
 
 
 class _MisfitError(ValueError):
@@ -156,6 +158,7 @@ def _stored(layout: ExpertLayout) -> Stored:
         "mtp": sorted({str(mtp_root(name, num_layers)) for name in tensors.mtp}),
         "mtp_rules": _rules(tensors.mtp.items()),
         "width": layout.width if isinstance(layout.width, str) else layout.width.to_json(),
+        "tables": {name: (table.layer, table.parameter) for name, table in layout.tables.items()},
     }
 
 
@@ -180,7 +183,18 @@ def _restored(checkpoint: Checkpoint, stored: Stored) -> ExpertLayout:
     _require(set(map(layer_number, parameters)) == set(topology.decoder_layers))
     _require(set(modules) <= {name.rpartition(".")[0] for name in parameters})
     tensors = _tensors(checkpoint, topology, modules, stored)
-    return ExpertLayout(topology, tensors, parameters, modules, _width(checkpoint, tensors, stored))
+    tables = _tables(checkpoint, topology, stored)
+    return ExpertLayout(topology, tensors, parameters, modules, _width(checkpoint, tensors, stored), tables)
+
+
+def _tables(checkpoint: Checkpoint, topology: Topology, stored: Stored) -> dict[str, IdTable]:
+    """The stored tables of experts by token id: in MoE layers, with a column for every expert of a token."""
+    tables = {name: IdTable(layer, parameter) for name, (layer, parameter) in stored["tables"].items()}
+    for name, table in tables.items():
+        number = topology.decoder_layers[table.layer]
+        _require(layer_number(name) == layer_number(table.parameter) == number and table.layer >= 0)
+        _require(checkpoint.tensors[name].shape[1:] == (topology.top_k,) and checkpoint.tensors[name].dtype in IDS)
+    return tables
 
 
 def _width(checkpoint: Checkpoint, tensors: ExpertTensors, stored: Stored) -> Width | str:

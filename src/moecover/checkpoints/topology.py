@@ -88,6 +88,21 @@ class ExpertTensors:
 
 
 @dataclass(frozen=True)
+class IdTable:
+    """A tensor on disk whose values are ids of experts: those of every token id, ``[token id, slot]`` (hash routing).
+
+    Its shape does not depend on the experts, so it has no row among `ExpertTensors`.
+
+    Attributes:
+        layer: MoE layer.
+        parameter: name of the parameter or buffer of the live model that it fills.
+    """
+
+    layer: int
+    parameter: str
+
+
+@dataclass(frozen=True)
 class ChannelAxis:
     """Where the channels of an expert lie in a tensor or parameter.
 
@@ -172,6 +187,7 @@ class ExpertLayout:
         parameters: expert axis of every expert-dependent parameter or buffer of the live model, by name.
         modules: dotted name of the experts module of every MoE layer.
         width: the channels of the experts; or, in words, why their number cannot be changed.
+        tables: tensors on disk that hold ids of experts, by name.
     """
 
     topology: Topology
@@ -179,3 +195,4 @@ class ExpertLayout:
     parameters: dict[str, int]
     modules: tuple[str, ...]
     width: Width | str = "not looked for"
+    tables: dict[str, IdTable] = field(default_factory=dict)

@@ -68,6 +68,7 @@ def live_model(
     from moecover.checkpoints.opening import described, fetched
     from moecover.checkpoints.structure import Structure
     from moecover.planning.search.products import peak_bytes
+    from moecover.planning.search.routing import check_searchable
     from moecover.runtime.distributed import check_same, joined
     from moecover.runtime.loadable import check_loadable
     from moecover.runtime.memory import opened
@@ -88,6 +89,7 @@ def live_model(
         check_alone(here, arg("mode"))
     run = passes({**how, "dtype": how.get("dtype") or profile.settings.get("dtype")})
     headers = described(model, revision=how.get("revision"), progress=progress)
+    check_searchable(headers)
     check_loadable(headers, run.dtype)
     found = fetched(headers, revision=how.get("revision"), progress=progress)
     sample = profile.inputs

@@ -92,6 +92,17 @@ def _weights(repaired: Repaired | None) -> str:
     )
 
 
+def _tables(structure: Structure) -> str:
+    """What became of the tables of experts by token id; empty where there are none."""
+    numbers = sorted({structure.topology.decoder_layers[table.layer] for table in structure.tables.values()})
+    if not numbers:
+        return ""
+    return (
+        f" The tables of decoder layers {', '.join(map(str, numbers))} that give the experts of a token id were "
+        "rewritten: in place of a removed expert stands the kept one with the fewest places."
+    )
+
+
 def _calibration(plan: Plan) -> list[str]:
     """The calibration text in a sentence, by corpus; none where the choice does not depend on it."""
     texts = "; ".join(f"{name}{_about(name, records)}" for name, records in plan.calibration.items())
@@ -218,7 +229,7 @@ def model_card(
         f"# {markdown_text(name)}, {plan.keep} of {experts} experts{_thin_title(structure, plan, origin)}",
         "",
         f"This is {markdown_code(name)} ({markdown_text(topology.family)}) with {_removed(structure, plan)} by "
-        f"moecover{steps}. {_weights(repaired)}",
+        f"moecover{steps}. {_weights(repaired)}{_tables(structure)}",
         "",
         _sizes(structure, plan, origin, mtp),
         "",

@@ -1,18 +1,21 @@
 """Stage 4, checkpoint: reads a checkpoint and a plan, writes the pruned checkpoint.
 
 The model is not loaded: the byte ranges of the remaining tensors are copied from shard to shard, in the original layout
-(`shards`); the other files are edited or copied (`other_files`).
+(`shards`); the other files are edited or copied (`other_files`). Only tables of experts by token id are rewritten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.checkpoints.header import TensorEntry, read_header
+from moecover.checkpoints.id_tables import read_table, remapped
 from moecover.checkpoints.manifest import MANIFEST
-from moecover.checkpoints.pieces import NOTHING, pieces_by_shard, uncut_mtp
+from moecover.checkpoints.pieces import NOTHING, Piece, pieces_by_shard, uncut_mtp
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
 from moecover.files.atomic import check_output, digest, explained, resolved, stamp
@@ -113,12 +116,38 @@ def inputs_of(structure: Structure, plan: Plan, config: str, *, mtp: str) -> dic
     return inputs
 
 
+@contextlib.contextmanager
+def _rewritten_tables(structure: Structure, plan: Plan) -> Iterator[dict[str, Piece]]:
+    """The tables of experts by token id for the kept experts, in files that last as long as the block; by tensor name.
+
+    Raises:
+        InputError: a table names experts that its layer does not have.
+        MoecoverError: reading or writing failed.
+    """
+    found, experts = dict[str, Piece](), structure.topology.num_experts
+    with contextlib.ExitStack() as folders:
+        with explained(f"reading {structure.checkpoint.name}", left="Nothing was written"):
+            folder = Path(folders.enter_context(tempfile.TemporaryDirectory())) if structure.tables else Path()
+            for name, table in structure.tables.items():
+                ids = remapped(read_table(structure.checkpoint, name, experts), plan.kept[table.layer], experts)
+                file, entry = folder / str(len(found)), structure.checkpoint.tensors[name]
+                file.write_bytes(ids.tobytes())
+                found[name] = Piece(name, entry.dtype, entry.shape, ((0, ids.nbytes),), file)
+        yield found
+
+
 def _write(
-    cut: Cut, path: Path, output: str | Path, *, advance: Callable[[int], None], say: Callable[[str], None]
+    cut: Cut,
+    path: Path,
+    output: str | Path,
+    tables: Mapping[str, Piece],
+    *,
+    advance: Callable[[int], None],
+    say: Callable[[str], None],
 ) -> None:
     """Write the folder ``path`` (``output`` as the user wrote it); resumes an interrupted run."""
     structure, checkpoint, repaired = cut.structure, cut.structure.checkpoint, cut.repaired
-    others = repaired.pieces if repaired is not None else NOTHING
+    others = {**(repaired.pieces if repaired is not None else NOTHING), **tables}
     shards = pieces_by_shard(structure, cut.plan.kept, channels=cut.plan.channels, mtp=cut.mtp, others=others)
     with explained(f"reading {checkpoint.name}", left="Nothing was written"):
         config = (checkpoint.path / "config.json").read_text(encoding="utf-8")
@@ -175,8 +204,8 @@ def prune(
         The folder.
 
     Raises:
-        InputError: the plan does not fit, the output exists or another run is writing it, the source changed, or
-            settings name experts in a way that cannot be renumbered.
+        InputError: the plan does not fit, the output exists or another run is writing it, the source changed, settings
+            name experts in a way that cannot be renumbered, or a table names experts that its layer does not have.
         MoecoverError: the disk is full or a file cannot be read or written; the message says what was kept.
     """
     path = check_target(structure, output, overwrite=overwrite)
@@ -189,5 +218,6 @@ def prune(
         restore(path)
         check_target(structure, output, overwrite=overwrite)  # another run may have finished meanwhile
         cut = Cut(structure, plan, mtp, repaired, command, figures, origin_of(structure))
-        _write(cut, path, output, advance=advance, say=say)
+        with _rewritten_tables(structure, plan) as tables:
+            _write(cut, path, output, tables, advance=advance, say=say)
     return path

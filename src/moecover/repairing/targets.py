@@ -54,8 +54,10 @@ def check_stored(structure: Structure) -> None:
     """Refuse, from the headers alone, experts that cannot be repaired.
 
     Raises:
-        InputError: they are quantised.
+        InputError: they are quantised, or layers need the ids of the tokens, which a repair does not pass on.
     """
+    if structure.tables:
+        raise refused(structure, "its blocks are called with token ids beside the hidden states")
     if structure.quantised:
         raise refused(
             structure,

@@ -98,6 +98,8 @@ def device_of(module: torch.nn.Module) -> torch.device:
 def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Module, ...]:
     """The router of every MoE layer: the module whose class the model declares as the source of its router logits.
 
+    In a layer that looks up experts by token id it is the module that holds the table.
+
     Raises:
         InputError: a layer has no such module, or more than one.
     """
@@ -107,7 +109,11 @@ def routers(model: torch.nn.Module, structure: Structure) -> tuple[torch.nn.Modu
         declared += [getattr(r, "target_class", r) for r in (recorder if isinstance(recorder, list) else [recorder])]
     classes = tuple({c for c in declared if isinstance(c, type)})
     found = []
+    with_table = {table.layer: table.parameter.rpartition(".")[0] for table in structure.tables.values()}
     for layer, name in enumerate(structure.experts_modules):
+        if layer in with_table:
+            found.append(model.get_submodule(with_table[layer]))
+            continue
         block = model.get_submodule(name.rpartition(".")[0])
         fitting = [m for m in block.modules() if isinstance(m, classes)] if classes else []
         if len(fitting) != 1:

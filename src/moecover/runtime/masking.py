@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moecover.checkpoints.id_tables import check_ids, remapped
 from moecover.checkpoints.pieces import Channels
 from moecover.checkpoints.structure import Structure
 from moecover.runtime.loading import device_of, routers
@@ -40,7 +41,8 @@ def masked_layer(
 
     Every expert-dependent tensor of the router is cut to the kept experts and the selected ids are mapped back to the
     original experts, so whatever the router computes (softmax, sigmoid, bias, top-k) is computed over the kept experts
-    only. This equals the original with the router logits of the dropped experts at minus infinity.
+    only. This equals the original with the router logits of the dropped experts at minus infinity. A table of experts
+    by token id is rewritten as in the pruned checkpoint.
 
     Args:
         model: the live model.
@@ -61,6 +63,9 @@ def masked_layer(
             owner = model.get_submodule(owner_name)
             owners[id(owner)] = owner
             undo.callback(_cut_tensor(owner, leaf, axis, ids, num_experts))
+        for table in structure.tables.values():
+            if table.layer == layer:
+                undo.callback(_cut_table(model, table.parameter, kept, num_experts))
         for owner in owners.values():
             for name, value in list(vars(owner).items()):
                 if "expert" in name and type(value) is int and value == num_experts:
@@ -84,6 +89,21 @@ def _cut_tensor(
     cut = whole.detach().index_select(axis, torch.cat([ids, tail]))
     table[leaf] = torch.nn.Parameter(cut, requires_grad=False) if leaf in owner._parameters else cut
     return functools.partial(table.__setitem__, leaf, whole)
+
+
+def _cut_table(model: torch.nn.Module, name: str, kept: Sequence[int], num_experts: int) -> Callable[[], None]:
+    """Rewrite a table of experts by token id for the kept ones; returns the function that restores it."""
+    import torch
+
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    tensors: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    whole: torch.Tensor = tensors[leaf]
+    table = whole.detach().cpu().numpy()
+    check_ids(table, num_experts, name)
+    cut = torch.from_numpy(remapped(table, kept, num_experts)).to(whole.device)
+    tensors[leaf] = torch.nn.Parameter(cut, requires_grad=False) if leaf in owner._parameters else cut
+    return functools.partial(tensors.__setitem__, leaf, whole)
 
 
 def _to_original(ids: torch.Tensor, num_experts: int) -> Callable[..., tuple[Any, ...]]:

@@ -223,6 +223,19 @@ class _Calls:
         )
 
 
+def check_searchable(structure: Structure) -> None:
+    """Refuse a model with routers that choose by token id: no hidden states say which experts another set would get.
+
+    Raises:
+        InputError: says so.
+    """
+    if structure.tables:
+        raise InputError(
+            f"routers of {structure.topology.family} look up experts by token id, so that no search can run on it. Use "
+            f"another {arg('method')}"
+        )
+
+
 def observe_calls(
     model: torch.nn.Module, structure: Structure, modules: Sequence[torch.nn.Module], forward: Callable[[], object]
 ) -> tuple[list[AskRouter], list[torch.nn.Module]]:
@@ -242,8 +255,9 @@ def observe_calls(
         The functions, and the modules to stop at.
 
     Raises:
-        InputError: a router sees other hidden states than its experts.
+        InputError: a router sees other hidden states than its experts, or chooses by token id.
     """
+    check_searchable(structure)
     calls = _Calls(model, structure, modules)
     calls.observe(forward)
     stops = []
