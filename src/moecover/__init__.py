@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moecover.checkpoints.deepseek.registration import register_deepseek
     from moecover.checkpoints.families import PROVEN_FAMILIES
     from moecover.checkpoints.inspection import Inspection, inspect
+    from moecover.checkpoints.remote_code import trust_remote_code
     from moecover.checkpoints.source import open_checkpoint
     from moecover.checkpoints.structure import Structure, read_structure
     from moecover.checkpoints.topology import Topology
@@ -77,6 +78,7 @@ PUBLIC = {
     "checkpoints.families": ("PROVEN_FAMILIES",),
     "checkpoints.inspection": ("Inspection", "inspect"),
     "checkpoints.deepseek.registration": ("register_deepseek",),
+    "checkpoints.remote_code": ("trust_remote_code",),
     "runtime.loading": ("load_model",),
     "corpora.sources": ("CORPORA",),
     "corpora.packing": ("Corpus", "load_corpus"),
@@ -180,6 +182,7 @@ __all__ = [
     "shrink",
     "split",
     "super_experts",
+    "trust_remote_code",
     "verify",
 ]
 

@@ -25,7 +25,7 @@ from moecover.checkpoints.families import PROVEN_FAMILIES, UNSUPPORTED
 from moecover.checkpoints.formats import check_format
 from moecover.checkpoints.id_tables import find_tables
 from moecover.checkpoints.model_class import build_on_meta
-from moecover.checkpoints.names import NUMBERED, layer_number
+from moecover.checkpoints.names import EXPERT, NUMBERED, layer_number
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.topology import ExpertLayout, Topology
 from moecover.checkpoints.widths import derive_width
@@ -63,7 +63,7 @@ def derive(checkpoint: Checkpoint) -> ExpertLayout:
     if not axes:
         raise _no_experts(name, config)
     modules = _experts_modules(one, axes)
-    _check_modules(modules, axes, name, config["model_type"])
+    _check_modules(one, modules, axes, name, config["model_type"])
     topology = _topology(one, config["model_type"], modules, experts, name)
     tensors = classify(checkpoint, one, axes, modules, experts, topology.num_layers)
     width = derive_width(checkpoint, config, one, axes, modules, tensors)
@@ -125,15 +125,19 @@ def _experts_modules(model: torch.nn.Module, axes: dict[str, int]) -> tuple[str,
     return tuple(name for name in found if hasattr(model.get_submodule(name), "num_experts"))
 
 
-def _check_modules(modules: tuple[str, ...], axes: dict[str, int], name: str, family: str) -> None:
+def _check_modules(
+    model: torch.nn.Module, modules: tuple[str, ...], axes: dict[str, int], name: str, family: str
+) -> None:
     """Every layer has one experts module, and nothing else depends on the experts.
 
     Raises:
         InputError: this is not so.
     """
     if not modules:
+        apart = any(EXPERT.search(key) for key in model.state_dict())
+        why = "its experts are modules of their own, not the library's stack" if apart else "no stack of experts"
         raise InputError(
-            f"{name}: {family!r} has no MoE layer in a form that is supported "
+            f"{name}: {family!r} has no MoE layer in a form that is supported: {why} "
             "(moecover ls families names those that are proven)"
         )
     decoder_layers = tuple(layer_number(module) for module in modules)

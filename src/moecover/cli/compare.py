@@ -161,6 +161,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         else:
             parse = _several(one.parse) if one.several else one.parse
             group.add_argument(f"--{one.name}", type=parse, metavar=one.metavar, help=one.help)
+    group.add_argument(
+        "--trust-remote-code",
+        dest="trusted",
+        action="store_true",
+        help="run the code that comes with each MODEL, for types and tokenizers that transformers does not know",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="RUN_DIR", help="folder to write, or to extend"
     )
@@ -197,6 +203,10 @@ def run(args: argparse.Namespace) -> Outcome:
             raise InputError(f"give one configuration, or models: {' '.join(args.what)}")
         if args.files:
             raise InputError("--file goes with MODEL.gguf. In a configuration, list files in their model's entry")
+        if args.trusted:
+            raise InputError(
+                "--trust-remote-code goes with MODEL. In a configuration, write trust_remote_code: true there"
+            )
         path = Path(args.what[0])
     else:
         flags["models"] = args.what
@@ -204,6 +214,8 @@ def run(args: argparse.Namespace) -> Outcome:
             if len(args.what) > 1:
                 raise InputError(f"--file goes with one MODEL.gguf, here are {len(args.what)} models")
             flags["models"] = [{"model": args.what[0], "files": args.files}]
+        if args.trusted:
+            flags["models"] = [{"model": what, "trust_remote_code": True} for what in args.what]
         if args.corpus is None:
             raise InputError("give calibration corpora with --corpus NAME[=SOURCE], or a configuration CONFIG.yaml")
     made = compare(

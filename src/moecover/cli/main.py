@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 from moecover import progress
 from moecover.cli.mistakes import unknown_arguments, unknown_verb
+from moecover.cli.options import trust_model
 from moecover.cli.verb import Verb
 from moecover.errors import InputError, MoecoverError, is_out_of_memory, is_panic, printable, shortened
 from moecover.runtime.distributed import STOPPED, first_to_fail
@@ -216,6 +217,8 @@ def _run(argv: list[str]) -> int:
     progress.quiet = args.quiet or here.rank > 0
     try:
         with progress.logged(args.log_file if here.rank == 0 else None):
+            with contextlib.redirect_stderr(None) if here.rank > 0 else contextlib.nullcontext():
+                trust_model(args)
             outcome = verb(args.verb).run(args)
     except Exception as error:
         if behind(error):

@@ -27,8 +27,14 @@ def add_model(parser: Group, *, note: str = "") -> None:
 
 
 def add_revision(parser: Group) -> None:
-    """Which revision of a hub model."""
+    """Which revision of a hub model, and whether its own code may run."""
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that comes with the model, for types and tokenizers that transformers does not know: it can "
+        "do what any program can (off by default)",
+    )
 
 
 def add_output(parser: Group, metavar: str, text: str, *, replaced: str = "") -> None:
@@ -161,6 +167,21 @@ def load_plugins(args: argparse.Namespace) -> None:
     """Run the files of ``--plugin``."""
     for path in args.plugin:
         load_plugin(path)
+
+
+def trust_model(args: argparse.Namespace) -> None:
+    """Run the code that comes with the model of a verb, where ``--trust-remote-code`` says so.
+
+    Raises:
+        InputError: there is no such model, or no code that is needed.
+    """
+    if not getattr(args, "trust_remote_code", False):
+        return
+    if args.model is None:
+        raise InputError("--trust-remote-code has no use here: no model is given")
+    from moecover.checkpoints.remote_code import trust_remote_code
+
+    trust_remote_code(args.model, revision=args.revision)
 
 
 def pass_arguments(args: argparse.Namespace) -> RunOptions:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moecover.checkpoints.remote_code import trust_remote_code
 from moecover.checkpoints.shipped import SHIPPED, shipped_model
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
@@ -134,6 +135,8 @@ def _headers(request: Request, number: int, progress: Progress) -> Structure:
         name = entry.model
         source = shipped_model(name.removeprefix(SHIPPED)) if name.startswith(SHIPPED) else name
         with progress.spinner(f"reading {entry.name}"):
+            if entry.trust_remote_code:
+                trust_remote_code(source, revision=entry.revision)
             structure = read_structure(open_checkpoint(source, revision=entry.revision, headers_only=True))
         if structure.checkpoint.gguf is None:
             check_loadable(structure, request.config.dtype)

@@ -100,6 +100,7 @@ class ModelEntry(BaseModel):
 
     model: str
     revision: str | None = None
+    trust_remote_code: bool = False
     name: str = ""
     files: Annotated[list[Annotated[FileEntry, _entry("file")]], BeforeValidator(_listed)] = []
 

@@ -118,6 +118,9 @@ def cell_fingerprint(
     corpora = [c.record for c in model.samples[cell.calibrated_on]] if cell.calibration else []
     texts = {text.name: text.record for text in model.texts}
     plugins = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in config.plugins]
+    if model.entry.trust_remote_code:
+        code = sorted(model.structure.checkpoint.path.glob("*.py"))
+        plugins += [hashlib.sha256(path.read_bytes()).hexdigest() for path in code]
     device = check_device(config.dtype, config.device)
     plan = [cell.file, model.files_weights[cell.file]] if cell.file else _plan_inputs(config, model, cell)
     value = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from moecover.checkpoints.remote_code import trust_remote_code
 from moecover.comparison.jobs import EvaluationJob, Job, PlanJob, Report, WorkerSetup
 from moecover.comparison.measuring import evaluate_cells
 from moecover.comparison.open_model import OpenModel
@@ -27,6 +28,9 @@ def worker(setup: WorkerSetup) -> Iterator[Callable[[Job], Iterator[Report]]]:
         torch.set_num_threads(setup.threads)
     for path in setup.config.plugins:
         load_plugin(path)
+    for entry in setup.config.models:
+        if entry.trust_remote_code:
+            trust_remote_code(entry.model, revision=entry.revision)
     with contextlib.closing(OpenModel(setup)) as model:
 
         def handle(job: Job) -> Iterator[Report]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.checkpoints.deepseek.registration import register_deepseek_config
+from moecover.checkpoints.remote_code import is_trusted
 from moecover.errors import InputError, is_panic
 from moecover.signals import held
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a checkpoint folder, None where there is none.
+
+    Code that comes with it runs only after `trust_remote_code`.
 
     Raises:
         InputError: there is one, but it cannot be loaded.
@@ -27,7 +30,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     register_deepseek_config()
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted(folder))
         tokenizer(["a text"], add_special_tokens=False)  # some settings are looked at only now
         return tokenizer
     except BaseException as error:  # whatever a broken tokenizer makes the library raise
