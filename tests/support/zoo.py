@@ -117,6 +117,7 @@ DOTS3 = {
     "swa_qk_nope_head_dim": 8,
     "swa_v_head_dim": 8,
 }
+TEXT_PARTS = {"kimi_k25": "deepseek_v3", "nemotron_h_omni": "nemotron_h"}  # types whose text part is another type
 SPECIAL: dict[str, dict[str, Any]] = {
     "aria": {"vision_config": {"model_type": "idefics3_vision", **PICTURES}, "projector_patch_to_query_dict": {4: 4}},
     "beam": {"mlp_layer_types": MLPS},
@@ -165,6 +166,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config": {"image_size": 32},
         "text_config": {"mlp_layer_types": MLPS, "share_expert_dim": 16},
     },
+    "kimi_k25": {"projection_hidden_size": 32, "vision_config": {"patch_size": 2, "num_hidden_layers": 1}},
+    "nemotron_h_omni": {
+        "vision_config": {"model_type": "radio", "max_img_size": 64, "video_temporal_patch_size": 2, **PICTURES},
+        "vision_hidden_size": 32,
+    },
     "unlimited_ocr": {"vision_config": {"sam_config": SAM}},
     "gemma4": {"text_config": {"enable_moe_block": True, "num_experts": EXPERTS}},
     "gemma4_text": {"enable_moe_block": True, "num_experts": EXPERTS},
@@ -185,7 +191,7 @@ def types() -> list[str]:
             continue
         names = field_names(cls)
         parts = [names, *(field_names(sub) for sub in getattr(cls, "sub_configs", {}).values())]
-        if any(key in part for part in parts for key in COUNT_KEYS):
+        if name in TEXT_PARTS or any(key in part for part in parts for key in COUNT_KEYS):
             found.append(name)
     return found
 
@@ -200,6 +206,8 @@ def make_config(name: str) -> PreTrainedConfig:
     """The small configuration of a model type."""
     cls = CONFIG_MAPPING[name]
     options = small_values(cls)
+    if text := TEXT_PARTS.get(name):
+        options["text_config"] = {"model_type": text, **small_values(CONFIG_MAPPING[text]), **SPECIAL.get(text, {})}
     for key, value in SPECIAL.get(name, {}).items():
         options[key] = merged(options.get(key), value)
     return cls(**options)
