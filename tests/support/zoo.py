@@ -184,16 +184,27 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 def types() -> list[str]:
     """Model types with routed experts, in alphabetical order."""
-    found = []
-    for name in sorted(CONFIG_MAPPING.keys()):
-        cls = CONFIG_MAPPING[name]
-        if auto_class(cls) is None:
-            continue
-        names = field_names(cls)
-        parts = [names, *(field_names(sub) for sub in getattr(cls, "sub_configs", {}).values())]
-        if name in TEXT_PARTS or any(key in part for part in parts for key in COUNT_KEYS):
-            found.append(name)
-    return found
+    classes = {name: CONFIG_MAPPING[name] for name in sorted(CONFIG_MAPPING.keys())}
+    return [
+        name
+        for name, cls in classes.items()
+        if auto_class(cls) is not None and (name in TEXT_PARTS or counts_experts(cls))
+    ]
+
+
+def other_types() -> list[str]:
+    """Model types with a number of experts that are no language model, and no part of another type either."""
+    classes = {name: CONFIG_MAPPING[name] for name in sorted(CONFIG_MAPPING.keys())}
+    parts = {sub for cls in classes.values() for sub in getattr(cls, "sub_configs", {}).values()}
+    return [
+        name for name, cls in classes.items() if auto_class(cls) is None and cls not in parts and counts_experts(cls)
+    ]
+
+
+def counts_experts(cls: type) -> bool:
+    """Whether a configuration class, or one of its parts, has a number of experts."""
+    parts = (field_names(part) for part in (cls, *getattr(cls, "sub_configs", {}).values()))
+    return any(key in part for part in parts for key in COUNT_KEYS)
 
 
 def field_names(cls: type) -> set[str]:

@@ -95,14 +95,20 @@ WHOLE_EXPERTS_ONLY = {
     "step3p7": _STACKED,
 }
 
+_ENCODER = "its encoder and its decoder both have layers with experts, under one count"
 # Why `inspect`, `profile` and `prune` refuse a type; completes "TYPE is not supported: ...".
 UNSUPPORTED: dict[str, str] = {
     "dbrx": "the experts of a layer are stacked in one matrix, and the choice is made outside its router",
-    "diffusion_gemma": "its encoder and its decoder both have layers with experts, under one count",
+    "diffusion_gemma": _ENCODER,
     "doge": "an expert is one row of an embedding, found by a pair of keys",
     "ernie4_5_vl_moe": "a layer has two groups of experts, for text and for images, of two widths and under one count",
     "jetmoe": "its attention has experts too, under the same count",
     "longcat_flash": "a token may go to experts that do nothing, which its router numbers after the others",
+    "nllb-moe": _ENCODER,
+    "openai_privacy_filter": "it labels tokens and predicts none, so that no perplexity says what a cut costs",
+    "qwen3_omni_moe": "its thinker and its talker both have experts; the thinker is supported by itself "
+    "(qwen3_omni_moe_thinker)",
+    "switch_transformers": _ENCODER,
     "zaya": "a token may skip the experts of a layer, which its router reports as expert 0 with weight 0",
 }
 

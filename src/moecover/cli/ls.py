@@ -49,12 +49,14 @@ def corpora() -> Rows:
 
 def families() -> Rows:
     """Model types, the proven ones first, then those that are refused."""
+    from moecover.checkpoints.deepseek.registration import ALIASES
     from moecover.checkpoints.families import PROVEN_FAMILIES, PROVEN_WITH, UNSUPPORTED, WHOLE_EXPERTS_ONLY
 
-    source = f"proven with transformers {PROVEN_WITH}"
+    source = {name: f"another name of {known}, " for name, known in ALIASES.items()}
+    by = f"proven with transformers {PROVEN_WITH}"
     whole = {name: f"; whole experts only: {reason}" for name, reason in WHOLE_EXPERTS_ONLY.items()}
     proven = [
-        {"name": name, "summary": routing + whole.get(name, ""), "source": source}
+        {"name": name, "summary": routing + whole.get(name, ""), "source": source.get(name, "") + by}
         for name, routing in PROVEN_FAMILIES.items()
     ]
     return proven + [{"name": name, "summary": reason, "source": "refused"} for name, reason in UNSUPPORTED.items()]
