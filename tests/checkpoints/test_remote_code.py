@@ -111,6 +111,8 @@ def test_a_trusted_checkpoint_is_pruned_and_proven_and_no_other_code_runs(own: P
     assert pruned[0] == 0, pruned[2]
     assert f"WARNING: running code that comes with {own}: {classes}\n" in pruned[2]  # in spite of -q
     assert "a line on stdout" not in pruned[1]
+    assert pruned[1].endswith(f"next: moecover verify {own} {tmp_path / 'out'} --trust-remote-code\n")
+    assert "--trust-remote-code\n" in (tmp_path / "out" / "README.md").read_text()
     assert proven[0] == 0, proven[2]
     assert json.loads(proven[1])["equal"]
     assert (tmp_path / "ran-tokenizer").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -217,7 +218,7 @@ def _run(argv: list[str]) -> int:
     progress.quiet = args.quiet or here.rank > 0
     try:
         with progress.logged(args.log_file if here.rank == 0 else None):
-            with contextlib.redirect_stderr(None) if here.rank > 0 else contextlib.nullcontext():
+            with contextlib.redirect_stderr(io.StringIO()) if here.rank > 0 else contextlib.nullcontext():
                 trust_model(args)
             outcome = verb(args.verb).run(args)
     except Exception as error:

@@ -189,7 +189,8 @@ def run(args: argparse.Namespace) -> Outcome:
             f"calibration text {before:.3f} -> {after:.3f} of its square"
         )
     revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""
-    text += f"\nnext: moecover verify {model} {output}{revision}"
+    trusted = " --trust-remote-code" if args.trust_remote_code else ""
+    text += f"\nnext: moecover verify {model} {output}{revision}{trusted}"
     return Outcome(result, text)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from moecover.checkpoints.remote_code import is_trusted
 from moecover.errors import printable, shortened
 from moecover.files.reading import parse_yaml
 from moecover.merging.method import NONE
@@ -222,6 +223,7 @@ def model_card(
     steps = f" in several steps, this time from {markdown_code(_short_name(checkpoint.name))}" if origin else ""
     options = ", ".join(f"{key} {value}" for key, value in plan.options.items()) or "none"
     revision = f" --revision {shlex.quote(checkpoint.revision)}" if checkpoint.revision else ""
+    trusted = " --trust-remote-code" if checkpoint.folder is not None and is_trusted(checkpoint.folder) else ""
     parts = "experts" if plan.width is None else "experts and channels"
     lines = [
         *_header(structure, original_card, origin),
@@ -246,7 +248,7 @@ def model_card(
         f"To check it against the original (its outputs equal those of the original with the removed {parts} masked"
         f"{' and the changed tensors in place' if repaired else ''}):",
         "",
-        markdown_block(f"moecover verify {files}{revision}"),
+        markdown_block(f"moecover verify {files}{revision}{trusted}"),
     ]
     if original_card:
         lines += ["", "The model card of the original is README.original.md."]
