@@ -99,25 +99,27 @@ def test_layer_by_layer_and_masked_as_in_memory(structure: Structure, tmp_path: 
 
 
 def test_a_table_that_names_no_expert_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
     for file in model.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(tmp_path / "model.safetensors")
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith("tid2eid"))
     tensors[name][5, 1] = 8
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    damaged = read_structure(tmp_path)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    damaged = read_structure(folder)
     chosen = plan(profile(read_structure(model), [random_corpus("a", vocab=128)]), method="random", keep=4, seed=1)
     with pytest.raises(InputError, match=r"tid2eid in .* sends token id 5 to expert 8\. Allowed: 0 to 7"):
         prune(damaged, chosen, tmp_path / "out", other_weights=True)
     assert not (tmp_path / "out").exists()
     tensors[name] = tensors[name][:-1]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"tid2eid in .* has shape \[127, 2\], config.json asks for \[128, 2\]"):
-        read_structure(tmp_path)
+        read_structure(folder)
     del tensors[name]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"nothing in the files fills model.layers.\d.mlp.gate.tid2eid"):
-        read_structure(tmp_path)
+        read_structure(folder)
 
 
 def test_searches_and_repairs_are_refused(structure: Structure) -> None:

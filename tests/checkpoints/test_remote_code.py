@@ -19,7 +19,7 @@ from moecover.checkpoints.remote_code import is_trusted, trust_remote_code
 from moecover.checkpoints.structure import read_structure
 from moecover.errors import InputError
 from moecover.runtime.loading import load_model
-from tests.conftest import write_rows
+from tests.conftest import hand_plan
 from tests.support.command_line import run
 
 CONFIGURATION = """
@@ -78,19 +78,19 @@ def own(checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_trusted_checkpoint_is_pruned_and_proven_and_no_other_code_runs(own: Path, tmp_path: Path) -> None:
+def test_a_trusted_checkpoint_is_pruned_and_proven(own: Path, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in own.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     (broken / "configuration_own.py").write_text("raise ValueError('no such luck')")
-    write_rows(tmp_path / "text.jsonl", [{"text": f"{i} The river rises in the hills. " * 9} for i in range(9)])
-    one_shot = ["prune", own, "--corpus", f"a={tmp_path / 'text.jsonl'}", "--length", 16, "--retain", 0.5, "-q"]
+    structure = read_structure(checkpoints("mixtral"))
+    hand_plan(structure, [[0, 2, 3]] * len(structure.topology.decoder_layers)).save(tmp_path / "plan.json")
     trusted = "--trust-remote-code"
     commands = [
         ["inspect", own],
         ["inspect", broken, trusted],
-        [*one_shot, "-o", tmp_path / "out", trusted],
+        ["prune", own, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out", trusted, "-q"],
         ["verify", own, tmp_path / "out", trusted, "--json"],
     ]
     lines = "".join(json.dumps([str(word) for word in command]) + "\n" for command in commands)
@@ -105,8 +105,8 @@ def test_a_trusted_checkpoint_is_pruned_and_proven_and_no_other_code_runs(own: P
     )
     assert done.returncode == 0, done.stderr
     (refused, failed, pruned, proven) = map(json.loads, done.stdout.splitlines())
-    assert (refused[0], "is not run unless it is trusted: --trust-remote-code" in refused[2]) == (2, True)
-    assert (failed[0], "its code raised ValueError: no such luck" in failed[2]) == (2, True)
+    assert (refused[0], "unless it is trusted: --trust-remote-code" in refused[2]) == (1, True), refused
+    assert (failed[0], "its code raised ValueError: no such luck" in failed[2]) == (2, True), failed
     classes = "configuration_own.OwnConfig, modeling_own.OwnForCausalLM, tokenization_own.OwnTokenizer"
     assert pruned[0] == 0, pruned[2]
     assert f"WARNING: running code that comes with {own}: {classes}\n" in pruned[2]  # in spite of -q
@@ -123,7 +123,7 @@ def test_nothing_of_a_folder_runs_without_the_flag(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, _, err = run(capsys, "inspect", own)
-    assert (status, "architecture 'own_moe' is not known" in err) == (2, True)
+    assert (status, "architecture 'own_moe' is not known" in err) == (1, True)
     assert not (tmp_path / "ran").exists()
     assert not is_trusted(own)
 

@@ -195,7 +195,7 @@ def types() -> list[str]:
 def other_types() -> list[str]:
     """Model types with a number of experts that are no language model, and no part of another type either."""
     classes = {name: CONFIG_MAPPING[name] for name in sorted(CONFIG_MAPPING.keys())}
-    parts = {sub for cls in classes.values() for sub in getattr(cls, "sub_configs", {}).values()}
+    parts = {part for cls in classes.values() for part in parts_of(cls)}
     return [
         name for name, cls in classes.items() if auto_class(cls) is None and cls not in parts and counts_experts(cls)
     ]
@@ -203,8 +203,12 @@ def other_types() -> list[str]:
 
 def counts_experts(cls: type) -> bool:
     """Whether a configuration class, or one of its parts, has a number of experts."""
-    parts = (field_names(part) for part in (cls, *getattr(cls, "sub_configs", {}).values()))
-    return any(key in part for part in parts for key in COUNT_KEYS)
+    return any(key in field_names(part) for part in (cls, *parts_of(cls)) for key in COUNT_KEYS)
+
+
+def parts_of(cls: type) -> list[type]:
+    """The configuration classes of the parts of a model, and of their parts."""
+    return [sub for part in getattr(cls, "sub_configs", {}).values() for sub in (part, *parts_of(part))]
 
 
 def field_names(cls: type) -> set[str]:

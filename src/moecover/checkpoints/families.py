@@ -83,9 +83,11 @@ PROVEN_WITH = "5.23.0"  # the version of transformers that the tests ran with
 
 # Proven types whose experts cannot be cut thinner, and why: what `Structure.width` says of their class.
 _STACKED = "its experts do not say how gate and up projection lie in one tensor"
+_WITH_SHARED = "its width sizes the shared expert too, and no other key can make up for it"
 _SHARED = "its count of shared experts sizes more than these"
 WHOLE_EXPERTS_ONLY = {
-    "hunyuan_v1_moe": "its width sizes the shared expert too, and no other key can make up for it",
+    "deepseek_v4": _WITH_SHARED,
+    "hunyuan_v1_moe": _WITH_SHARED,
     "inkling_mm_model": _SHARED,
     "inkling_text": _SHARED,
     "jamba": "its width sizes the dense layers too",
@@ -106,8 +108,8 @@ UNSUPPORTED: dict[str, str] = {
     "longcat_flash": "a token may go to experts that do nothing, which its router numbers after the others",
     "nllb-moe": _ENCODER,
     "openai_privacy_filter": "it labels tokens and predicts none, so that no perplexity says what a cut costs",
-    "qwen3_omni_moe": "its thinker and its talker both have experts; the thinker is supported by itself "
-    "(qwen3_omni_moe_thinker)",
+    "qwen3_omni_moe": "its thinker and its talker both have experts: prune the thinker, a qwen3_omni_moe_thinker, by "
+    "itself",
     "switch_transformers": _ENCODER,
     "zaya": "a token may skip the experts of a layer, which its router reports as expert 0 with weight 0",
 }

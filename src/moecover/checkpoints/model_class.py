@@ -10,7 +10,7 @@ from moecover.checkpoints.deepseek.registration import register_deepseek
 from moecover.checkpoints.families import PROVEN_FAMILIES
 from moecover.checkpoints.names import OTHER_PARTS
 from moecover.checkpoints.remote_code import CODE
-from moecover.errors import InputError, arg
+from moecover.errors import InputError
 from moecover.signals import held
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def build_on_meta(config: Config, name: str) -> torch.nn.Module:
 
     family = str(config.get("model_type"))
     if family not in CONFIG_MAPPING:
-        way_out = f" unless it is trusted: {arg('trust_remote_code')}" if config.get(CODE) else ""
+        trusted = " unless it is trusted: --trust-remote-code, in Python moecover.trust_remote_code"
+        way_out = trusted if config.get(CODE) else ""
         raise InputError(
             f"{name}: architecture {family!r} is not known to transformers {transformers.__version__}, "
             f"and code that comes with a checkpoint is not run{way_out or _known_type(config, family)}"

@@ -87,7 +87,8 @@ def missing_tensors(name: str, missing: Sequence[str]) -> InputError:
 def backbone_of(model: torch.nn.Module) -> Any:
     """The model without its language-model head."""
     names = (str(model.base_model_prefix), "model")
-    return next(getattr(model, name) for name in names if hasattr(model, name))
+    found = next((getattr(model, name) for name in names if name and hasattr(model, name)), None)
+    return backbone_of(model.language_model) if found is None else found  # type: ignore[arg-type]  # of a wrapper
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
