@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from moecover.checkpoints.remote_code import trust_remote_code
 from moecover.checkpoints.shipped import SHIPPED, shipped_model
 from moecover.checkpoints.structure import read_structure
 from moecover.comparison.config import Config, ModelEntry
@@ -126,6 +127,8 @@ def _reached(entry: ModelEntry, setup: ModelSetup, machine: str) -> ModelSetup:
         return setup
     source = shipped_model(entry.model.removeprefix(SHIPPED)) if entry.model.startswith(SHIPPED) else entry.model
     try:
+        if entry.trust_remote_code:
+            trust_remote_code(source, revision=entry.revision)
         found = read_structure(source, revision=entry.revision)
     except InputError as error:
         raise MoecoverError(f"{machine} does not see the model {entry.name}: {error}") from error

@@ -30,7 +30,7 @@ def worker(setup: WorkerSetup) -> Iterator[Callable[[Job], Iterator[Report]]]:
         load_plugin(path)
     for entry in setup.config.models:
         if entry.trust_remote_code:
-            trust_remote_code(entry.model, revision=entry.revision)
+            trust_remote_code(setup.models[entry.name].path)
     with contextlib.closing(OpenModel(setup)) as model:
 
         def handle(job: Job) -> Iterator[Report]:
