@@ -100,9 +100,9 @@ class ModelEntry(BaseModel):
 
     model: str
     revision: str | None = None
-    trust_remote_code: bool = False
     name: str = ""
     files: Annotated[list[Annotated[FileEntry, _entry("file")]], BeforeValidator(_listed)] = []
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _named(self) -> ModelEntry:
