@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from moecover.repairing.targets import check_stored
 from moecover.runtime.loading import load_model
 from moecover.runtime.masking import masked
 from moecover.runtime.streaming import streamed
-from tests.conftest import random_corpus
+from tests.conftest import hand_plan, random_corpus
 from tests.support import zoo
 
 
@@ -120,6 +121,56 @@ def test_a_table_that_names_no_expert_is_refused(model: Path, tmp_path: Path) ->
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"nothing in the files fills model.layers.\d.mlp.gate.tid2eid"):
         read_structure(folder)
+
+
+def as_on_the_hub(model: Path, folder: Path) -> Path:
+    """The checkpoint by the hub's names, experts packed in four bits with scales, and a layer for multi-token prediction."""
+    folder.mkdir()
+    tensors = {name.removeprefix("model."): t for name, t in load_file(model / "model.safetensors").items()}
+    for name in [name for name in tensors if ".experts." in name]:
+        rows, columns = tensors[name].shape
+        tensors[name] = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
+        scales = torch.rand(rows, max(1, columns // 32)).to(torch.float8_e8m0fnu)
+        tensors[name.replace(".weight", ".scale")] = scales
+    last = {name: t for name, t in tensors.items() if name.startswith("layers.2.")}
+    tensors |= {name.replace("layers.2.", "mtp.0."): t.clone() for name, t in last.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"}
+    config |= {"quantization_config": settings, "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_layout_of_the_hub(model: Path, tmp_path: Path) -> None:
+    structure = read_structure(as_on_the_hub(model, tmp_path / "hub"))
+    assert (structure.quantised, len(structure.tables)) == ("fp8", 2)
+    chosen = hand_plan(structure, [[0, 2, 5, 7], [1, 2, 3, 4], [0, 1, 6, 7]])
+    before = load_file(tmp_path / "hub" / "model.safetensors")
+    for mtp in ("drop", "prune"):
+        out = prune(structure, chosen, tmp_path / mtp, mtp=mtp)
+        assert read_structure(out).checkpoint.num_bytes == structure.num_bytes(4, mtp=mtp)
+        after = load_file(out / "model.safetensors")
+        assert any(name.startswith("mtp.") for name in after) == (mtp == "prune")
+        for layer in range(2):
+            name = f"layers.{layer}.ffn.gate.tid2eid"
+            assert after[name].tolist() == remapped(before[name].numpy(), chosen.kept[layer], 8).tolist()
+        assert torch.equal(after["layers.1.ffn.experts.3.w2.weight"], before["layers.1.ffn.experts.4.w2.weight"])
+        scale = after["layers.2.ffn.experts.2.w1.scale"].view(torch.uint8)
+        assert torch.equal(scale, before["layers.2.ffn.experts.6.w1.scale"].view(torch.uint8))
+    assert torch.equal(after["mtp.0.ffn.gate.bias"], before["mtp.0.ffn.gate.bias"][[0, 1, 6, 7]])
+
+
+def test_a_table_in_a_multi_token_prediction_layer_is_dropped_or_refused(model: Path, tmp_path: Path) -> None:
+    folder = as_on_the_hub(model, tmp_path / "hub")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mtp.0.ffn.gate.tid2eid"] = tensors["layers.0.ffn.gate.tid2eid"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    structure = read_structure(folder)
+    chosen = hand_plan(structure, [[0, 2, 5, 7]] * 3)
+    with pytest.raises(InputError, match=r"does not rewrite mtp.0.ffn.gate.tid2eid, a table"):
+        prune(structure, chosen, tmp_path / "out", mtp="prune")
+    assert "mtp.0.ffn.gate.tid2eid" not in load_file(prune(structure, chosen, tmp_path / "out") / "model.safetensors")
 
 
 def test_searches_and_repairs_are_refused(structure: Structure) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from moecover.checkpoints.header import TensorEntry, read_header
 from moecover.checkpoints.id_tables import read_table, remapped
 from moecover.checkpoints.manifest import MANIFEST
+from moecover.checkpoints.names import kind_of, suffix_of, twin_of
 from moecover.checkpoints.pieces import NOTHING, Piece, pieces_by_shard, uncut_mtp
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
@@ -67,10 +68,15 @@ def check_mtp(structure: Structure, width: int | None, mtp: str) -> None:
         mtp: see `prune`.
 
     Raises:
-        InputError: an unknown choice, or layers that cannot be cut to this width.
+        InputError: an unknown choice, layers that cannot be cut to this width, or that look up experts by token id.
     """
     if mtp not in MTP_CHOICES:
         raise unknown_name(arg("mtp"), mtp, MTP_CHOICES)
+    tables = {suffix_of(kind_of(name)) for name in structure.tables}
+    if mtp == "prune" and (name := next((n for n in structure.mtp if twin_of(n, tables)), None)):
+        raise InputError(
+            f"{arg('mtp', mtp)} does not rewrite {name}, a table of experts by token id: give {arg('mtp', 'drop')}"
+        )
     if mtp == "prune" and width is not None and (name := uncut_mtp(structure)):
         raise InputError(
             f"{arg('mtp', mtp)} cannot keep {width} channels of {name}, which is not stored as in other layers: "

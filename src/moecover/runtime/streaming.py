@@ -162,4 +162,7 @@ def _ends(model: Any) -> tuple[str, str] | None:
     if getattr(model, "all_tied_weights_keys", None):
         return None
     names = {id(module): name for name, module in model.named_modules()}
-    return names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
+    head = model.get_output_embeddings()
+    if head is None:  # a wrapper around a causal language model
+        head = model.language_model.get_output_embeddings()
+    return names[id(model.get_input_embeddings())], names[id(head)]
