@@ -37,6 +37,7 @@ IN_THE_GATE = {
     *("qwen2_moe", "mixtral", "gpt_oss", "deepseek", "deepseek_v3", "gemma4", "llama4_text", "kimi_linear", "jamba"),
     *("bailing_hybrid", "nemotron_h", "granitemoehybrid", "lfm2_moe", "minimax", "qwen3_next", "glm_moe_dsa", "hy_v4"),
     *("dots3_note", "phimoe", "inkling_text", "muse_spark", "step3p7"),
+    *("deepseek_v4", "nemotron_h_omni"),
 }
 
 
