@@ -124,7 +124,7 @@ def test_a_table_that_names_no_expert_is_refused(model: Path, tmp_path: Path) ->
 
 
 def as_on_the_hub(model: Path, folder: Path) -> Path:
-    """The checkpoint by the hub's names: experts packed in four bits with scales, a layer for multi-token prediction."""
+    """The checkpoint by the hub's names: experts packed in four bits with scales, and a layer for more tokens."""
     folder.mkdir()
     tensors = {name.removeprefix("model."): t for name, t in load_file(model / "model.safetensors").items()}
     for name in [name for name in tensors if ".experts." in name]:
