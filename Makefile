@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SECONDS ?= 3600
 
-.PHONY: demo test test-slow test-servers test-cluster test-rivals fuzz lint format docs bench clean
+.PHONY: demo test test-slow test-servers test-cluster test-rivals fuzz lint format docs docs-site bench clean
 demo: $(STAMP)
 	$(BIN)/moecover demo
 
@@ -56,6 +56,10 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
+# The site in site/: guides, reference, lab records. Warnings are errors.
+docs-site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.profiling_overhead
 	$(BIN)/python -m benchmarks.one_shot
@@ -68,4 +72,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-rivals demo-out
+	rm -rf $(VENV) .venv-vllm .venv-rivals demo-out site

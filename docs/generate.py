@@ -1,7 +1,7 @@
 """Generate the parts of the docs that follow from the code and from results.
 
-docs/cli.md, docs/tables.md, docs/methods.md with its figures, the import graph in docs/architecture.md, the tables in
-docs/calibration.md, and the table and the chart in the README.
+docs/cli.md, docs/api.md, docs/tables.md, docs/methods.md with its figures, the import graph in docs/architecture.md,
+the tables in docs/calibration.md, and the table and the chart in the README.
 
     python docs/generate.py            write them
     python docs/generate.py --check    exit 1 and name the pages that are out of date (the gate runs this)
@@ -18,6 +18,7 @@ from pathlib import Path
 from demo_picture import draw_demo
 from methods_pages import MODELS, draw_methods, methods_page
 
+from moecover import PUBLIC
 from moecover.checkpoints.server_needs import NEEDS
 from moecover.checkpoints.servers import LIMITS, WIDTH_LIMITS
 from moecover.cli.demo import markdown_table, rows_from_json
@@ -134,6 +135,25 @@ def calibration_page() -> str:
     return text
 
 
+API = """# Python API
+
+Every public name, by the stage that it belongs to: signatures and docstrings, which the site (`make docs-site`) shows
+here and `help(moecover.plan)` shows in Python. What they stand for is explained in [concepts](concepts.md);
+`examples/pipeline.py` is a script that uses most of them.
+"""
+
+
+def api_page() -> str:
+    """A directive of mkdocstrings for every public name."""
+    stages: dict[str, list[str]] = {}
+    for module, names in PUBLIC.items():
+        stages.setdefault(stage_of(f"moecover.{module}"), []).extend(names)
+    parts = [f"{NOTE}{API}"]
+    for stage, names in stages.items():
+        parts += [f"## {stage.capitalize()}\n", *(f"::: moecover.{name}\n" for name in names)]
+    return "\n".join(parts)
+
+
 def readme() -> str:
     """The README with the table of docs/demo-results.json."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -193,6 +213,7 @@ def architecture_page() -> str:
 
 
 PAGES = {
+    "docs/api.md": api_page,
     "docs/architecture.md": architecture_page,
     "docs/calibration.md": calibration_page,
     "docs/cli.md": cli_page,
