@@ -56,7 +56,7 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
-# The site in site/: guides, reference, lab records. Warnings are errors.
+# The site in site/: guides, reference, lab records. Warnings are errors. To read it: python -m http.server -d site
 docs-site: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
