@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from moecover.cli.main import make_parser
 from tests.support.gguf_models import convert
 from tests.support.pages import DOCS, NOT_RUN, ROOT, blocks
 from tests.support.tiny import make_checkpoint
@@ -42,6 +45,28 @@ def test_blocks_that_are_not_run_say_why() -> None:
             if not block.is_run and block.language == "sh":
                 assert len(block.text.splitlines()[0].removeprefix(NOT_RUN)) > 10, f"{guide.name}:{block.line}"
     assert len(RUN) >= 8
+
+
+def given(text: str) -> Iterator[list[str]]:
+    """The arguments of every ``moecover`` in shell lines, at their beginning, behind ``&&`` or behind ``torchrun``."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for found in re.finditer(r"(?:^|&& |^torchrun .* -m )moecover ([^#&|]*)", line):
+            yield shlex.split(found[1])
+
+
+def test_all_commands_are_ones_that_the_program_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Verbs and options of every block in the docs, of those that no test runs too."""
+    parser, count = make_parser(), 0
+    for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))):
+        for block in blocks(page):
+            for arguments in given(block.text) if block.language in {"sh", "bash", ""} else ():
+                count += 1
+                try:
+                    _, unknown = parser.parse_known_args(arguments)
+                except SystemExit:
+                    pytest.fail(f"{page.name}:{block.line}: {shlex.join(arguments)}\n{capsys.readouterr().err}")
+                assert unknown == [], f"{page.name}:{block.line}"
+    assert count > 70
 
 
 def test_guides_are_short() -> None:
