@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from moecover.cli.main import make_parser
-from tests.support.gguf_models import convert
+from tests.support.gguf_models import OPTIONS, convert
 from tests.support.pages import DOCS, NOT_RUN, ROOT, blocks
 from tests.support.tiny import make_checkpoint
 
@@ -95,6 +95,6 @@ def test_the_quickest_guide_runs(tmp_path: Path) -> None:
 def test_a_guide_runs(guide: Path, tmp_path: Path) -> None:
     if guide.stem == "gguf":
         pytest.importorskip("xllamacpp", reason="GGUF files run in llama.cpp: pip install 'moecover[gguf]'")
-        convert(make_checkpoint("qwen2_moe", tmp_path / "tiny"), tmp_path / "model.gguf")
+        convert(make_checkpoint(tmp_path / "tiny", "qwen2_moe", **OPTIONS["qwen2_moe"]), tmp_path / "model.gguf")
     done = in_folder(tmp_path, commands(guide))
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
