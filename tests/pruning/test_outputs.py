@@ -205,6 +205,7 @@ def test_what_was_pruned_twice_leads_to_the_first_original(
         "num_experts": 6,
         "num_bytes": read_structure(source).checkpoint.num_bytes,
         "channels": 24,
+        "top_k": 2,
     }
     assert [row["old_to_new"] for row in manifest["experts"]] == [{"2": 0, "5": 1}, {"2": 0, "4": 1}]
     at_once = cut(source, tmp_path / "once", [[2, 5], [2, 4]])

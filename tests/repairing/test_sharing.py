@@ -12,7 +12,7 @@ import pytest
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import InputError, MoecoverError
 from moecover.planning.artifact import Plan
-from moecover.repairing import layers as repairing
+from moecover.repairing import one_layer as repairing
 from moecover.repairing.artifact import Repaired
 from moecover.runtime.distributed import GONE
 from moecover.runtime.loading import load_model

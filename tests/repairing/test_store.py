@@ -263,11 +263,11 @@ def test_what_contradicts_itself_is_refused(
         (["--repair", "ridge"], "--repair ridge fits weights on calibration text: give --corpus NAME[=PATH]"),
         (
             ["--repair", "ridge", "--corpus", text, "--evaluation", "e"],
-            "--evaluation measured the plan without a repair",
+            "--evaluation measured the plan without merge and repair",
         ),
         (
             ["--repair-tokens", "100"],
-            "--repair-tokens says what a repair runs on: give --repair scale, ridge or refit",
+            "--repair-tokens says what merge and repair run on: give --repair scale, ridge or refit",
         ),
         (["--repair", "scale", "--corpus", text, "--keep", "4"], "--plan and --keep exclude each other"),
         (["--repair", "scale", "--corpus", text, "--repair-tokens", "0"], "--repair-tokens 0 is out of range"),

@@ -13,8 +13,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from moecover.checkpoints.names import layer_number, read_names
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.tensor_checks import wrong_shape
@@ -22,6 +20,7 @@ from moecover.checkpoints.topology import IdTable
 from moecover.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from numpy.typing import NDArray
 
@@ -91,6 +90,8 @@ def read_table(checkpoint: Checkpoint, name: str, num_experts: int) -> NDArray[n
         InputError: it names experts that the layer does not have.
         OSError: the file cannot be read.
     """
+    import numpy as np
+
     entry = checkpoint.tensors[name]
     with (checkpoint.path / entry.shard).open("rb") as file:
         content = os.pread(file.fileno(), entry.num_bytes, entry.start)
@@ -105,6 +106,8 @@ def check_ids(table: NDArray[np.integer], num_experts: int, where: str) -> None:
     Raises:
         InputError: names the token id and the value.
     """
+    import numpy as np
+
     wrong = np.argwhere((table < 0) | (table >= num_experts))
     if len(wrong):
         token, slot = map(int, wrong[0])
@@ -129,6 +132,8 @@ def remapped(table: NDArray[np.integer], kept: Sequence[int], num_experts: int) 
     Returns:
         Its dtype and shape are the table's.
     """
+    import numpy as np
+
     whole = np.ascontiguousarray(table, dtype=np.int64)
     new = _remapped(whole.tobytes(), table.shape[1], tuple(kept), num_experts)
     return new.astype(table.dtype)
@@ -137,6 +142,8 @@ def remapped(table: NDArray[np.integer], kept: Sequence[int], num_experts: int) 
 @functools.lru_cache(maxsize=REMEMBERED)
 def _remapped(ids: bytes, slots: int, kept: tuple[int, ...], num_experts: int) -> NDArray[np.int64]:
     """See `remapped`; int64 throughout."""
+    import numpy as np
+
     new_id = np.full(num_experts, -1, dtype=np.int64)
     new_id[list(kept)] = np.arange(len(kept))
     table: NDArray[np.int64] = new_id[np.frombuffer(ids, dtype=np.int64)].reshape(-1, slots)
