@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from demo_picture import draw_demo
+from field_page import draw_field
 from methods_pages import MODELS, draw_methods, methods_page
 
 from moecover import PUBLIC
@@ -236,6 +237,7 @@ def main() -> int:
     if not check:
         for model in MODELS:
             draw_methods(model, ROOT / "docs" / f"methods-{model}.png")
+        draw_field(ROOT / "docs" / "field.png")
         draw_demo(ROOT / "docs" / "demo-results.json", ROOT / "docs" / "demo.png")
     if check and stale:
         print(f"stale: {', '.join(stale)}. Run `make docs`", file=sys.stderr)  # noqa: T201

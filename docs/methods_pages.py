@@ -11,6 +11,8 @@ import math
 import statistics
 from pathlib import Path
 
+from field_page import field_section
+
 DOCS = Path(__file__).parent
 MODELS = ("qwen2-moe-tiny", "deepseek-moe-tiny")
 PLACES = {"calibrated": "the calibrated domains", "never": "domains that were never calibrated on"}
@@ -65,9 +67,10 @@ class Methods:
 
 def methods_page() -> str:
     """The comparisons as tables: docs/methods.md without its first line."""
-    contents = "".join(f"- [{model}](#{model})\n" for model in MODELS)
+    contents = "- [The field in one grid](#the-field-in-one-grid)\n"
+    contents += "".join(f"- [{model}](#{model})\n" for model in MODELS)
     head = f"# Methods compared\n\nWhat the figures say, and where coverage does not help: [log](log.md).\n\n{contents}"
-    return "\n".join([head, *(methods_of(model) for model in MODELS)])
+    return "\n".join([head, field_section(), *(methods_of(model) for model in MODELS)])
 
 
 def methods_of(model: str) -> str:

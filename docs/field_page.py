@@ -1,0 +1,129 @@
+"""Every published method in one grid: the first part of docs/methods.md and its figure, from docs/field.json.
+
+`python -m benchmarks.field RUN_DIR --data DIR --parts none --costs -o docs/field.json` writes it; `docs/generate.py`
+calls `field_section` and `draw_field`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_name("field.json")
+EXPERTS = {"qwen2-moe-tiny": 60, "deepseek-moe-tiny": 64}
+SAYS = """What it says, of two small models and one sample, without a test:
+
+- No method is best everywhere. Near the calibration text EASY-EP, MoNE's score, contribution and ExpertSparsity's
+  search lose least. In a script that no corpus holds, scores of what an expert gives a token when it is used (REAP,
+  HOPE, EASY-EP) lose a tenth of what scores of use lose (frequency, soft counting, router probability, EAN).
+- EASY-EP's saliency, alone or in TB-Coverage, has both and costs one number an expert. With thin experts and ridge at
+  75 % it gave what contribution gives ([log](log.md#2026-11-30-the-field-in-one-grid)). It is not the default: more
+  samples come first.
+- HOPE loses a little more near and the least far at half of the experts.
+- MAN, MSAN, AIMER and C-Prune are near random choice close to the calibration text. MAN, MSAN and C-Prune lose less
+  than the others far from it at half of the experts, as random plans of deepseek-moe-tiny do.
+- Repaired, differences shrink: [merging and ridge](repair.md#what-merging-is-worth), [thin experts and
+  refit](shrink.md#judged).
+"""
+Gaps = dict[str, list[float]]
+
+
+def loaded() -> dict[str, Any]:
+    """The whole file."""
+    found: dict[str, Any] = json.loads(SOURCE.read_text())
+    return found
+
+
+def of_group(gaps: Gaps, names: list[str]) -> list[float]:
+    """The mean gap over some texts, one number for every sample or seed."""
+    return [statistics.fmean(values) for values in zip(*(gaps[name] for name in names), strict=True)]
+
+
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def field_section() -> str:
+    """Text, figure and tables."""
+    data = loaded()
+    groups: dict[str, list[str]] = data["groups"]
+    samples = max(len(next(iter(row["gaps"].values()))) for rows in data["parts"].values() for row in rows)
+    of_groups = "; ".join(f"{name}: {', '.join(texts)}" for name, texts in groups.items())
+    lines = [
+        "## The field in one grid\n",
+        f"`python -m benchmarks.field RUN_DIR --data DIR --samples {samples} --parts none --costs -o docs/field.json`: "
+        f"a grid of `moecover compare`. Calibrated on WikiText2 and C4 ({data['blocks']} blocks of {data['length']} "
+        f"tokens of each); gap in log perplexity to the full model, in nats, float32, {data['windows']} windows of "
+        f"{data['length']} tokens a text, mean over the texts of a group, mean and standard deviation over {samples} "
+        f"calibration samples (random: seeds; AIMER has no text). Groups: {of_groups}. No repair, whole experts, no "
+        "tests. MoNE's score, C-Prune and ExpertSparsity see 8,192 tokens.\n",
+        "![Gap to the full model at a quarter and at half of the experts, near and far from the calibration text, for "
+        "every method](field.png)\n",
+    ]
+    lines.append(SAYS)
+    for part, rows in data["parts"].items():
+        model = part.removesuffix("-none")
+        keeps = sorted({row["keep"] for row in rows})
+        heads = [f"{keep / EXPERTS[model]:.0%} {group}" for keep in keeps[:2] for group in groups]
+        lines += [f"### {model}, every method\n", f"| method | {' | '.join(heads)} | worst text at 50% |"]
+        lines.append("|---|" + "---:|" * len(heads) + "---|")
+        for label in dict.fromkeys(row["label"] for row in rows):
+            of = {row["keep"]: row["gaps"] for row in rows if row["label"] == label}
+            cells = [cell(of_group(of[keep], names)) for keep in keeps[:2] for names in groups.values()]
+            worst = max(of[keeps[1]], key=lambda text, of=of: statistics.fmean(of[keeps[1]][text]))
+            lines.append(f"| {label} | {' | '.join(cells)} | {worst} {statistics.fmean(of[keeps[1]][worst]):.2f} |")
+        lines.append("")
+    if data["costs"]:
+        lines += [
+            "### What each method's own part takes\n",
+            "Whole processes of `moecover plan` for half of the experts, one thread, from a profile that is there "
+            "(start and imports included, about as long as `random` takes; another process beside):\n",
+            f"| method | {' | '.join(f'{model}, s | MB' for model in data['costs'])} |",
+            "|---|" + "---:|---:|" * len(data["costs"]),
+        ]
+        first = next(iter(data["costs"].values()))
+        for label in first:
+            cells = [f"{of[label]['seconds']:.1f} | {of[label]['megabytes']:,}" for of in data["costs"].values()]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw_field(path: Path) -> None:
+    """A row for every method, best first; near and far from the calibration text, a quarter and half of the experts."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from moecover.reporting.figures.style import COLOURS, STYLE
+
+    data = loaded()
+    groups = data["groups"]
+    shown = {"near": COLOURS[0], "far": COLOURS[1], "script": COLOURS[2]}
+    names = {"near": "WikiText2 and C4", "far": "code, books, school mathematics", "script": "Greek"}
+    rows = [(EXPERTS[part.removesuffix("-none")], row) for part, found in data["parts"].items() for row in found]
+    labels = list(dict.fromkeys(row["label"] for _, row in rows))
+
+    def mean(label: str, share: float, group: str) -> float:
+        found = [row for experts, row in rows if row["label"] == label and abs(row["keep"] / experts - share) < 0.01]
+        return statistics.fmean(statistics.fmean(of_group(row["gaps"], groups[group])) for row in found)
+
+    labels.sort(key=lambda label: statistics.fmean(mean(label, share, g) for share in (0.25, 0.5) for g in groups))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 1.5 + 0.27 * len(labels)), layout="constrained")
+        for axis, share in zip(figure.subplots(1, 2, sharey=True), (0.25, 0.5), strict=True):
+            for group, colour in shown.items():
+                marker = {"near": "o", "far": "D", "script": "^"}[group]
+                values = [mean(label, share, group) for label in labels]
+                axis.plot(values, range(len(labels)), color=colour, marker=marker, linestyle="", label=names[group])
+            axis.set_yticks(range(len(labels)), labels)
+            axis.set_ylim(len(labels) - 0.5, -0.5)
+            axis.grid(color="#dddddd", linewidth=0.6)
+            axis.set_axisbelow(True)
+            axis.set_title(f"{share:.0%} of the experts kept")
+            axis.set_xlabel("nats lost, mean of both models")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
