@@ -155,7 +155,8 @@ def _relative(model: ModelFindings, p: Point) -> tuple[str, str] | None:
         return f"×{found[worst]:.2f}", f"the full model's perplexity on {worst}"
     mean = math.exp(statistics.fmean(map(math.log, found.values())))
     texts = counted(len(found), "text")
-    return f"×{mean:.2f} … ×{found[worst]:.2f}", f"the full model's perplexity, mean of {texts} … the worst, {worst},"
+    words = f"the full model's perplexity, mean of {texts} … the worst, {worst},"
+    return f"×{mean:.2f} … ×{found[worst]:.2f}", words
 
 
 # ---------------------------------------------------------------------------------------------------------- other lines
