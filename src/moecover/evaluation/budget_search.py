@@ -19,6 +19,7 @@ from moecover.errors import InputError, MoecoverError, arg
 from moecover.evaluation.artifact import FULL, Evaluation
 from moecover.evaluation.run import evaluate
 from moecover.planning.artifact import Plan
+from moecover.planning.fitting import check_model
 from moecover.planning.keep import allowed_keeps
 from moecover.planning.selection import Budget
 from moecover.planning.super_experts import super_experts
@@ -222,7 +223,7 @@ def find(
         InputError: the profile is of another model.
         MoecoverError: no number meets the bound; names the nearest one.
     """
-    _check_model(profile, structure)
+    check_model(profile, structure)
     measured = _Measured()
 
     def measure(asked: list[int]) -> list[bool]:
@@ -237,14 +238,6 @@ def find(
         raise measured.none_holds(structure.topology.num_experts, most)
     measured.plans[keep].found = _found(measured, texts, most)
     return measured.plans[keep]
-
-
-def _check_model(profile: Profile, structure: Structure) -> None:
-    if structure.model_fingerprint != profile.model["fingerprint"]:
-        raise InputError(
-            f"the profile is of another model ({profile.model['name']}), not of {structure.checkpoint.name}: "
-            f"topology or routers differ. Give the {arg('model')} that was profiled"
-        )
 
 
 def _found(measured: _Measured, texts: Sequence[Corpus], most: float) -> dict[str, object]:

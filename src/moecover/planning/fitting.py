@@ -14,6 +14,7 @@ from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.keep import resolve_keep, resolve_width
+from moecover.profiling.artifact import Profile
 
 NO_REPAIR = "merges and repairs are made with the model's own number of experts per token. Leave one of the two out"
 
@@ -62,6 +63,19 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False,
         raise InputError(
             f"the plan was made for another model ({plan.model}) of the same shape as {name}: the routers differ. Make "
             f"a plan of this one, or give {arg('other_weights')} if it is a sibling of that model"
+        )
+
+
+def check_model(profile: Profile, structure: Structure) -> None:
+    """Refuse a model that is not the profile's.
+
+    Raises:
+        InputError: the topology or the routers differ.
+    """
+    if structure.model_fingerprint != profile.model["fingerprint"]:
+        raise InputError(
+            f"the profile is of another model ({profile.model['name']}), not of {structure.checkpoint.name}: topology "
+            f"or routers differ. Give the {arg('model')} that was profiled"
         )
 
 

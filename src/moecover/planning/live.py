@@ -35,6 +35,7 @@ def profiled_checkpoint(
     """
     from moecover.checkpoints.opening import described, fetched
     from moecover.checkpoints.structure import Structure
+    from moecover.planning.fitting import check_model
 
     if not isinstance(model, (str, Path, Structure)):
         if structure is None:
@@ -42,11 +43,7 @@ def profiled_checkpoint(
         found = structure
     else:
         found = fetched(described(model, revision=revision, progress=progress), revision=revision, progress=progress)
-    if not found.has_routers(profile.model["fingerprint"]):
-        raise InputError(
-            f"the profile is of another model ({profile.model['name']}), not of {found.checkpoint.name}: topology or "
-            f"routers differ. Give the {arg('model')} that was profiled"
-        )
+    check_model(profile, found)
     return found
 
 

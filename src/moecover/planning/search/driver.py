@@ -16,8 +16,9 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
-from moecover.errors import InputError, arg
+from moecover.errors import arg
 from moecover.planning.artifact import LayerPlan
+from moecover.planning.fitting import check_model
 from moecover.planning.options import LAYERWISE, PROGRESSIVE
 from moecover.planning.search.eliminate import eliminate
 from moecover.planning.search.exchange import exchange
@@ -210,11 +211,3 @@ def arriving(
             yield hidden, None
             if mode != LAYERWISE:
                 masks.enter_context(live[layer].masked(kept[layer]))
-
-
-def check_model(profile: Profile, structure: Structure) -> None:
-    if structure.model_fingerprint != profile.model["fingerprint"]:
-        raise InputError(
-            f"the profile is of another model ({profile.model['name']}), not of {structure.checkpoint.name}: topology "
-            f"or routers differ. Give the {arg('model')} that was profiled"
-        )

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from moecover.planning.fitting import check_model
 from moecover.planning.options import LAYERWISE
-from moecover.planning.search.driver import arriving, check_model, live_layers
+from moecover.planning.search.driver import arriving, live_layers
 from moecover.planning.search.hidden_states import sample_of
 from moecover.planning.search.live_layer import LiveLayer
 from moecover.runtime.distributed import shared_out
