@@ -16,14 +16,15 @@ EXPERTS = {"qwen2-moe-tiny": 60, "deepseek-moe-tiny": 64}
 SAYS = """What it says, of two small models and one sample, without a test:
 
 - No method is best everywhere. Near the calibration text EASY-EP, MoNE's score, contribution and ExpertSparsity's
-  search lose least. In a script that no corpus holds, scores of what an expert gives a token when it is used (REAP,
-  HOPE, EASY-EP) lose a tenth of what scores of use lose (frequency, soft counting, router probability, EAN).
+  search lose least. In a script that no corpus holds, at a quarter of the experts, scores of what an expert gives a
+  token when it is used (REAP, HOPE, EASY-EP) lose at most a quarter of what scores of use lose (frequency, soft
+  counting, router probability, EAN).
 - EASY-EP's saliency, alone or in TB-Coverage, has both and costs one number an expert. With thin experts and ridge at
   75 % it gave what contribution gives ([log](log.md#2026-11-30-the-field-in-one-grid)). It is not the default: more
   samples come first.
-- HOPE loses a little more near and the least far at half of the experts.
-- MAN, MSAN, AIMER and C-Prune are near random choice close to the calibration text. MAN, MSAN and C-Prune lose less
-  than the others far from it at half of the experts, as random plans of deepseek-moe-tiny do.
+- HOPE loses a little more near than these, and at half of the experts less far than most.
+- MAN, MSAN, AIMER and C-Prune are near random choice, or worse, close to the calibration text. At half of the experts
+  of deepseek-moe-tiny they lose less than the others far from it, as random plans do; of qwen2-moe-tiny they do not.
 - Repaired, differences shrink: [merging and ridge](repair.md#what-merging-is-worth), [thin experts and
   refit](shrink.md#judged).
 """

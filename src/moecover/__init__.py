@@ -1,4 +1,4 @@
-"""Makes a sparse Mixture-of-Experts language model smaller by removing whole routed experts.
+"""Makes a sparse Mixture-of-Experts language model smaller: fewer routed experts, thinner ones, refitted.
 
 The data flow is corpus -> profile -> plan -> checkpoint -> evaluation -> report:
 

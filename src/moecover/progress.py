@@ -50,11 +50,12 @@ def logged(path: Path | None) -> Iterator[None]:
             _log = None
 
 
-def _note(line: str) -> None:
+def note(line: str) -> None:
     """A line of the log's file."""
     if _log is not None:
-        _log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}\n")
-        _log.flush()
+        with contextlib.suppress(OSError):  # the job does not depend on its log
+            _log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}\n")
+            _log.flush()
 
 
 class Progress(Protocol):
@@ -107,7 +108,7 @@ class Drawn:
         with progress.Progress(*columns, console=console) as drawn:
             task = drawn.add_task(printable(label), total=total)
             yield lambda amount: drawn.advance(task, amount)
-        _note(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
+        note(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
 
     @contextlib.contextmanager
     def spinner(self, label: str) -> Iterator[Relabel]:
@@ -122,7 +123,7 @@ class Drawn:
 
     def say(self, line: str) -> None:
         """Print one line; a closed stderr is ignored, since the job does not depend on its log."""
-        _note(line)
+        note(line)
         with contextlib.suppress(BrokenPipeError):
             print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
@@ -147,7 +148,7 @@ class Silent:
 
     def say(self, line: str) -> None:
         """Keep the line for the log's file alone."""
-        _note(line)
+        note(line)
 
 
 DRAWN, SILENT = Drawn(), Silent()

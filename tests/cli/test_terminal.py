@@ -30,6 +30,11 @@ def test_alone_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", "m", "--zzz"], "moecover: unknown option --zzz. See `moecover inspect --help`"),
         (["prune", "m", "-o", "x", "--sparsity=0.5"], "moecover: unknown option --sparsity: say how much stays"),
         (["profile", "m", "-o", "x", "--max_seq_length", "9"], "moecover: unknown option --max_seq_length: blocks of"),
+        (["prune", "m", "--output-dir", "half"], "moecover: unknown option --output-dir: the output is -o FOLDER"),
+        (["prune", "--model-name", "m", "-o", "x"], "moecover: unknown option --model-name: the model is the first"),
+        (["plan", "p", "-o", "x", "--model-name", "m"], "moecover: unknown option --model-name: the model is --model"),
+        (["evaluate", "m", "-o", "x", "--sparsity", "0.5"], "moecover: unknown option --sparsity. See `moecover eval"),
+        (["inspect", "shipped:qwen2-moe-tiny", "--revision", "v2"], "moecover: --revision is for hub models"),
     ],
 )
 def test_what_may_be_meant(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -71,6 +76,8 @@ def test_the_log_goes_to_a_file_too(capsys: pytest.CaptureFixture[str], tmp_path
     lines = log.read_text().splitlines()
     assert sum("profiling: 32 tokens in" in line for line in lines) >= 1
     assert all(line[:4].isdigit() and line[10] == " " for line in lines)
+    assert run(capsys, "inspect", tmp_path / "gone", "--log-file", log)[0] == 2
+    assert "no folder" in log.read_text().splitlines()[-1]
     status, _, err = run(capsys, "ls", "methods", "--log-file", tmp_path / "none" / "log")
     assert (status, "log cannot be written: No such file or directory" in err) == (2, True)
 

@@ -267,7 +267,7 @@ def test_what_contradicts_itself_is_refused(
         ),
         (
             ["--repair-tokens", "100"],
-            "--repair-tokens says what merge and repair run on: give --repair scale, ridge or refit",
+            "--repair-tokens says what merge and repair run on: give --merge or --repair",
         ),
         (["--repair", "scale", "--corpus", text, "--keep", "4"], "--plan and --keep exclude each other"),
         (["--repair", "scale", "--corpus", text, "--repair-tokens", "0"], "--repair-tokens 0 is out of range"),

@@ -85,8 +85,13 @@ def _folder_of(model: str | Path, revision: str | None) -> Path:
     Raises:
         InputError: there is none.
     """
-    folder = Path(model).expanduser()
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"no folder {model}: {error}") from error
     if folder.is_dir():
+        if revision is not None:
+            raise InputError(f"{arg('revision')} is for hub models, {model} is a folder")
         return folder
     if not is_hub_id(str(model)):
         raise InputError(f"{arg('trust_remote_code')} is for folders and hub models, {model} is neither")

@@ -130,6 +130,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     """
     text = os.fspath(model)
     if text.startswith(SHIPPED):
+        if revision is not None:
+            raise InputError(f"{arg('revision')} is for hub models, {text} comes with the package")
         return open_folder(shipped_model(text.removeprefix(SHIPPED)), name=text)
     try:
         folder = Path(text).expanduser()

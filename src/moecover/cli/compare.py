@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moecover.cli.corpus_options import add_mix, add_reading, corpus_arguments
+from moecover.cli.values import dtype, share
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError
 
@@ -51,8 +52,8 @@ FLAGS = (
         "retain",
         "retain",
         "R,R",
-        "fractions of the experts that are kept (default: 0.25,0.5,0.75)",
-        float,
+        "fractions of the experts that are kept, or as 50%% (default: 0.25,0.5,0.75)",
+        share,
         several=True,
     ),
     Flag("keep", "keep", "K,K", "experts kept per layer, instead of --retain", int, several=True),
@@ -99,7 +100,7 @@ FLAGS = (
         int,
     ),
     Flag("batch-size", "batch_size", "N", "sequences per forward pass (default: 4)", int),
-    Flag("dtype", "dtype", "DTYPE", "auto (the checkpoint's), bfloat16, float16 or float32"),
+    Flag("dtype", "dtype", "DTYPE", "auto (the checkpoint's), bfloat16, float16 or float32", dtype),
     Flag("device", "device", "DEVICE", "auto (a GPU where there is one), cpu, cuda, cuda:1 ..."),
     Flag("device-map", "device_map", "MAP", "spread models over several devices: auto, balanced, ..."),
     Flag(

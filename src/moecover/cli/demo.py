@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.checkpoints.shipped import DEFAULT
+from moecover.cli.values import dtype
 from moecover.cli.verb import Outcome
 from moecover.text import aligned
 
@@ -41,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
+        type=dtype,
         help="auto (the checkpoint's bfloat16) or float32 (default: the faster one here: many processors have no "
         "instructions for bfloat16)",
     )

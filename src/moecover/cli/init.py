@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from moecover.cli.verb import Outcome
@@ -28,7 +29,7 @@ methods:                     # moecover ls methods; options of a method stand be
 seeds: [0, 1, 2]             # of methods that choose by chance
 retain: [0.25, 0.5, 0.75]    # share of the experts that stays; or keep: [15, 30], or shapes: [50%, 40x48]
 merges: [none]               # none, ream, hc-smoe, m-smoe: what goes is averaged into what stays, before the repair
-repairs: [none]              # none, scale, ridge: what stays is refitted on the calibration text
+repairs: [none]              # none, scale, ridge, refit: what stays is refitted on the calibration text
 
 perplexity:                  # texts, best one that is like the calibration text and one that is not
   - encyclopedia-heldout
@@ -58,5 +59,6 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.config.exists() and not args.overwrite:
         raise InputError(f"{args.config} exists. Choose another name, or give {arg('overwrite')}")
     write_text(args.config, TEMPLATE.format(name=args.config.name))
-    text = f"{args.config}: a configuration that runs as it is, in minutes\nnext: moecover compare {args.config} -o run"
+    text = f"{args.config}: a configuration that runs as it is, in minutes\n"
+    text += f"next: moecover compare {shlex.quote(str(args.config))} -o run"
     return Outcome({"config": str(args.config)}, text)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 from moecover import progress
-from moecover.cli.mistakes import unknown_arguments, unknown_verb
+from moecover.cli.mistakes import foreign, unknown_arguments, unknown_verb
 from moecover.cli.options import trust_model
 from moecover.cli.verb import Verb
 from moecover.errors import InputError, MoecoverError, is_out_of_memory, is_panic, printable, shortened
@@ -105,7 +105,8 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     """
     parser = _Parser(
         prog="moecover",
-        description="Makes a sparse Mixture-of-Experts language model smaller by removing whole routed experts.",
+        description="Makes a sparse Mixture-of-Experts language model smaller: fewer routed experts, thinner ones, "
+        "refitted.",
         epilog=EPILOG,
         formatter_class=_Formatter,
     )
@@ -188,9 +189,12 @@ def _parsed(argv: list[str], asked: str | None) -> argparse.Namespace | None:
     if asked is not None and asked not in VERBS:
         raise InputError(unknown_verb(asked, VERBS))
     parser = make_parser(asked or HELP_OF_ALL)
+    own = of_verb(parser, asked)
+    if word := foreign(argv, own):  # before what is missing, which it may stand for
+        raise InputError(unknown_arguments([word], own))
     args, left = parser.parse_known_args(argv)
     if left:
-        raise InputError(unknown_arguments(left, of_verb(parser, asked)))
+        raise InputError(unknown_arguments(left, own))
     return args if args.verb else None
 
 
@@ -220,7 +224,11 @@ def _run(argv: list[str]) -> int:
         with progress.logged(args.log_file if here.rank == 0 else None):
             with contextlib.redirect_stderr(io.StringIO()) if here.rank > 0 else contextlib.nullcontext():
                 trust_model(args)
-            outcome = verb(args.verb).run(args)
+            try:
+                outcome = verb(args.verb).run(args)
+            except MoecoverError as error:
+                progress.note(error.for_command_line)
+                raise
     except Exception as error:
         if behind(error):
             raise KeyboardInterrupt from error

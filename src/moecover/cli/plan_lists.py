@@ -98,7 +98,8 @@ def _check(args: argparse.Namespace) -> None:
     from moecover.planning.methods import options_of_all
 
     names = (*OF_PLANS, *(option.name for option, _ in options_of_all()))
-    if given := [name for name in names if getattr(args, name) not in (None, False, [])]:
+    values = ((name, getattr(args, name)) for name in names)
+    if given := [name for name, value in values if value is not None and value is not False and value != []]:
         named = "PROFILE_DIR" if given[0] == "profile" else flag(given[0])
         raise InputError(f"--from and {named} exclude each other: the list says what is kept")
     if args.shape != "experts":

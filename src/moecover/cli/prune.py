@@ -202,7 +202,7 @@ def check(args: argparse.Namespace) -> None:
     """
     asked = [f"--{name} {value}" for name in ("repair", "merge") if (value := getattr(args, name)) != NONE]
     if not asked and args.repair_tokens is not None:
-        raise InputError("--repair-tokens says what merge and repair run on: give --repair scale, ridge or refit")
+        raise InputError("--repair-tokens says what merge and repair run on: give --merge or --repair")
     if asked and args.evaluation:
         raise InputError("--evaluation measured the plan without merge and repair: evaluate the checkpoint itself")
     if args.plan is None:

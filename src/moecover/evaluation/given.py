@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.arguments import source_of
-from moecover.corpora.loading import load_corpora
+from moecover.corpora.loading import load_corpora, parsed
 from moecover.corpora.options import TextOptions
 from moecover.corpora.packing import Corpus
 from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import FULL
+from moecover.evaluation.run import skipping_name
 from moecover.planning.artifact import Plan, keep_all, with_top_k
 from moecover.planning.fitting import check_top_k
 from moecover.progress import Progress
@@ -106,6 +107,20 @@ def with_fewer(plans: Mapping[str, Plan], top_ks: Sequence[int], structure: Stru
                 raise InputError(f"{arg('top_ks', number)}: two rows are called {row!r}. Give every number once")
             found[row] = with_top_k(plan, number)
     return found
+
+
+def check_skip(skip: str | Corpus, structure: Structure, plans: Mapping[str, Plan]) -> None:
+    """Refuse what no skipping rule can be found for, before the model is fetched.
+
+    Raises:
+        InputError: an unknown text, a token that goes to one expert only, or a plan with the name of a row that skips.
+    """
+    parsed([skip])
+    if 1 in {structure.topology.top_k, *(plan.top_k for plan in plans.values())}:
+        name = skip.name if isinstance(skip, Corpus) else skip
+        raise InputError(f"{arg('skip', name)}: a token goes to one expert only, and none of that can be skipped")
+    for name in (FULL, *plans):
+        skipping_name(name, plans)
 
 
 def skip_text(skip: str | Corpus, structure: Structure, *, bos: str | None, progress: Progress) -> Corpus:

@@ -17,7 +17,16 @@ from moecover.evaluation.answers import forget_answers
 from moecover.evaluation.artifact import FILE, FILES, Evaluation
 from moecover.evaluation.endpoint_job import EndpointOptions, checked_server, evaluate_served
 from moecover.evaluation.gguf_job import Files, check_files, evaluated_gguf
-from moecover.evaluation.given import Plans, Texts, load_texts, named_plans, parsed_texts, skip_text, with_fewer
+from moecover.evaluation.given import (
+    Plans,
+    Texts,
+    check_skip,
+    load_texts,
+    named_plans,
+    parsed_texts,
+    skip_text,
+    with_fewer,
+)
 from moecover.evaluation.notes import note_cuts, note_overlap, note_overlaps, note_skips
 from moecover.evaluation.run import evaluate as run_evaluation
 from moecover.evaluation.run import task_overlaps
@@ -152,6 +161,7 @@ def evaluate(
     check_unused(libllama)
     check_loadable(headers, how.dtype)
     if skip is not None:
+        check_skip(skip, headers, variants)
         check_alone(here, arg("skip"))
     with joined(here, own_device(here, how.device)):
         structure = fetched(headers, revision=options.get("revision"), progress=shown)

@@ -134,7 +134,7 @@ class Profile(Shown):
         return Profile(self.topology, statistics, corpora, self.model, settings, parts, None, *together)
 
     def stages(self) -> list[Profile]:
-        """The profiles of growing amounts of text, up to this one, without the energy of the channels.
+        """The profiles of growing amounts of text, up to this one, without those of `WIDE`.
 
         Every corpus contributes the running sums whose share of its tokens is nearest; a single stage where none were
         kept.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moecover.errors import InputError, arg
 from moecover.profiling.artifact import Profile
+from moecover.profiling.statistics import LATER, known
 
 
 def differing(profiles: Sequence[Profile]) -> list[str]:
@@ -19,11 +20,18 @@ def differing(profiles: Sequence[Profile]) -> list[str]:
 
 
 def lost(total: Profile, profiles: Sequence[Profile]) -> dict[str, list[str]]:
-    """By statistic of `wide`, corpora of which a sum has none of it though some of its profiles have."""
+    """By statistic that a profile may lack, corpora of which a sum has none of it though some of its profiles have."""
     found = {
         name: [c for c in total.corpora if c not in values and any(c in profile.wide[name] for profile in profiles)]
         for name, values in total.wide.items()
     }
+    for name in LATER:
+        found[name] = [
+            corpus
+            for corpus, statistics in total.statistics.items()
+            if not known(name, statistics)
+            and any(corpus in one.statistics and known(name, one.statistics[corpus]) for one in profiles)
+        ]
     return {name: corpora for name, corpora in found.items() if corpora}
 
 

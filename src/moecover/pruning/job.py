@@ -221,6 +221,7 @@ def _asked(merge: str | None, repair: str | None, repair_tokens: int | None, cor
     Raises:
         InputError: an unknown one, or no text for it.
     """
+    merge, repair = (None if one == NONE else one for one in (merge, repair))
     if repair is None and merge is None:
         return None
     from moecover.repairing.job import check_kind

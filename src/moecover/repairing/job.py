@@ -46,7 +46,8 @@ def check_kind(kind: str, merge: str = NONE) -> None:
     Raises:
         InputError: says which are known.
     """
-    if kind not in KINDS and (merge_of(merge) is None or kind != NONE):
+    found = merge_of(merge)
+    if kind not in KINDS and (found is None or kind != NONE):
         raise InputError(f"unknown {arg('kind', kind)}. Allowed: {', '.join(KINDS)}")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moecover.comparison.cells import FILE
+from moecover.comparison.words import NONE_FOUND
 from moecover.corpora.sources import in_rows
 from moecover.evaluation.artifact import FULL
 from moecover.reporting.blocks import Tile
@@ -17,8 +18,6 @@ from moecover.reporting.data import Cell, Comparison, Run, Usage
 from moecover.reporting.figures.overlap import expected_overlap
 from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
 from moecover.reporting.numbers import counted, listed, percentage, perplexity_text, points, size
-
-NONE_FOUND = "not resolved"
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _relative(model: ModelFindings, p: Point) -> tuple[str, str] | None:
         return f"×{found[worst]:.2f}", f"the full model's perplexity on {worst}"
     mean = math.exp(statistics.fmean(map(math.log, found.values())))
     texts = counted(len(found), "text")
-    words = f"the full model's perplexity, mean of {texts} … the worst, {worst},"
+    words = f"the full model's perplexity (geometric mean of {texts} … the worst, {worst})"
     return f"×{mean:.2f} … ×{found[worst]:.2f}", words
 
 
