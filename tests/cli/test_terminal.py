@@ -33,7 +33,7 @@ def test_alone_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["prune", "m", "--output-dir", "half"], "moecover: unknown option --output-dir: the output is -o FOLDER"),
         (["prune", "--model-name", "m", "-o", "x"], "moecover: unknown option --model-name: the model is the first"),
         (["plan", "p", "-o", "x", "--model-name", "m"], "moecover: unknown option --model-name: the model is --model"),
-        (["evaluate", "m", "-o", "x", "--sparsity", "0.5"], "moecover: unknown option --sparsity. See `moecover eval"),
+        (["evaluate", "m", "-o", "x", "--sparsity", "0.5"], "moecover: unknown option --sparsity. Did you"),
         (["inspect", "shipped:qwen2-moe-tiny", "--revision", "v2"], "moecover: --revision is for hub models"),
     ],
 )

@@ -14,15 +14,19 @@ from safetensors.torch import load_file
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.sources import ALL_CORPORA
 from moecover.errors import InputError
+from moecover.planning.artifact import Plan
 from moecover.planning.methods.c_prune import votes
 from moecover.planning.methods.hc_smoe import order
-from moecover.planning.methods.hope import mean_products
+from moecover.planning.methods.hope import hope, mean_products
 from moecover.planning.run import plan, plan_budgets
+from moecover.planning.selection import Budget
 from moecover.profiling.artifact import Profile
 from moecover.profiling.run import profile
 from moecover.runtime.loading import load_model, routers
 from tests.conftest import random_corpus
 from tests.profiling.test_run import block_inputs
+from tests.support.command_line import run
+from tests.support.passes import spoiled
 from tests.support.profiles import profile_with_channels
 
 
@@ -179,6 +183,35 @@ def test_hc_smoe_clusters_mean_outputs_of_all_tokens(structure: Structure) -> No
                 index = torch.full((len(hidden), 1), expert)
                 means.append(experts(hidden.float(), index, torch.ones(len(hidden), 1)).double().mean(0).numpy())
         assert made.kept[layer] == sorted(order(np.stack(means), keep)[:keep])
+
+
+def test_aimer_drops_what_is_all_zero_first(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    names = [f"model.layers.1.mlp.experts.5.{part}_proj.weight" for part in ("gate", "up", "down")]
+    folder = checkpoints("qwen2_moe")
+    for name in names:
+        folder = spoiled(folder, tmp_path / name, lambda tensors, name=name: tensors[name].zero_())
+    structure = read_structure(folder)
+    layer = structure.topology.decoder_layers.index(1)
+    made = plan(profile(structure, [random_corpus("a")]), method="aimer", keep=11, structure=structure)
+    assert sorted(set(range(12)) - set(made.kept[layer])) == [5]
+
+
+def test_aimer_plans_for_a_size_from_the_command_line(
+    checkpoints: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = checkpoints("mixtral")
+    profile(read_structure(model), [random_corpus("a")]).save(tmp_path / "profile")
+    asked = ["plan", tmp_path / "profile", "--method", "aimer", "--budget", "50%", "--model", model]
+    assert run(capsys, *asked, "-o", tmp_path / "plan.json")[0] == 0
+    assert Plan.load(tmp_path / "plan.json").method == "aimer"
+
+
+def test_hope_keeps_what_is_required_out_of_its_programme() -> None:
+    """Of 1 to 3 the pair 1, 3 goes (2 + 4); with 0 in the programme it would be 0 and 1, and then 2 or 3 by its id."""
+    products = np.diag([1.0, 2.0, 3.0, 4.0])
+    products[1, 2] = products[2, 1] = 20
+    (row,) = hope(with_pairs(products), Budget(2, 4, required=(frozenset([0]),)))
+    assert (row.kept, row.required) == ([0, 2], [0])
 
 
 def test_a_method_that_reads_weights_says_what_it_needs(small_profile: Profile) -> None:

@@ -17,6 +17,19 @@ CHUNK = 2**24  # numbers that are in memory at a time
 NARROW = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}  # numpy knows no bfloat16
 
 
+def check_magnitudes(structure: Structure) -> None:
+    """Refuse a checkpoint whose weights cannot be compared as they are stored; from the headers.
+
+    Raises:
+        InputError: the weights are quantised.
+    """
+    if structure.quantised:
+        raise InputError(
+            f"{structure.checkpoint.name}: weights stored as {structure.quantised} are not compared. Use the "
+            "checkpoint before it was quantised, or another method"
+        )
+
+
 def magnitudes(structure: Structure) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Sum of |w|, sum of w^2 and number of the weights of every expert, each ``[layer, expert]``; biases are left out.
 
@@ -25,11 +38,7 @@ def magnitudes(structure: Structure) -> tuple[NDArray[np.float64], NDArray[np.fl
     """
     shape = (len(structure.topology.decoder_layers), structure.topology.num_experts)
     absolute, squared, number = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    if structure.quantised:
-        raise InputError(
-            f"{structure.checkpoint.name}: weights stored as {structure.quantised} are not compared. Use the "
-            "checkpoint before it was quantised, or another method"
-        )
+    check_magnitudes(structure)
     for name, row in structure.tensors.items():
         entry = structure.checkpoint.tensors[name]
         if not row.routed or len(entry.shape) < (2 if row.axis is None else 3):

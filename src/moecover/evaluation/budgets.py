@@ -28,7 +28,7 @@ from moecover.evaluation.shape_search import best_shape
 from moecover.planning.artifact import Plan
 from moecover.planning.curve import AUTO, EXPERTS, Fits, curve, parse_shape, parse_share, within_share
 from moecover.planning.fitting import channel_groups
-from moecover.planning.job import ROUND_OPTIONS
+from moecover.planning.job import ROUND_OPTIONS, plans
 from moecover.planning.lines import calibration_notes
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
@@ -188,7 +188,9 @@ def plan_for_budget(
         one = wanted if isinstance(wanted, Shape) else whole_experts(shapes)
         check_within(one, made.width, fits_budget(made.topology, made.width, headers, budget, max_size))
         given = of_shapes([one], method_options, headers)
-        (found,) = plan_budgets(made, method=name, keeps=[one.keep], widths=[one.width], **given)
+        live = () if METHODS[name].from_profile else ("dtype", "device", "device_map", "memory_limit", "revision")
+        how_live: dict[str, Any] = {key: options.get(key) for key in live} | ({"model": headers} if live else {})
+        (found,) = plans(made, [one.keep], [one.width], method=name, options=given, progress=shown, **how_live)
     for line in calibration_notes(found, made):
         shown.say(line)
     return found

@@ -33,6 +33,7 @@ def profiled_checkpoint(
     Raises:
         InputError: it cannot be read, or is another model than the profile's.
     """
+    from moecover.checkpoints.magnitudes import check_magnitudes
     from moecover.checkpoints.opening import described, fetched
     from moecover.checkpoints.structure import Structure
     from moecover.planning.fitting import check_model
@@ -42,7 +43,9 @@ def profiled_checkpoint(
             raise InputError(f"a live {arg('model')} comes with its {arg('structure')}")
         found = structure
     else:
-        found = fetched(described(model, revision=revision, progress=progress), revision=revision, progress=progress)
+        headers = described(model, revision=revision, progress=progress)
+        check_magnitudes(headers)
+        found = fetched(headers, revision=revision, progress=progress)
     check_model(profile, found)
     return found
 

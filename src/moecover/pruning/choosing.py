@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from moecover.checkpoints.magnitudes import check_magnitudes
 from moecover.checkpoints.pieces import NOTHING
 from moecover.errors import InputError, arg
 from moecover.planning.fitting import channel_groups
-from moecover.planning.methods import default_method
+from moecover.planning.methods import METHODS, default_method
 from moecover.planning.shapes import resolve_shape
 from moecover.pruning.request import Choice
 
@@ -75,6 +76,8 @@ def choice_of(headers: Structure, options: ChoiceOptions, *, say: Callable[[str]
     if group > 1 and (options.get("width") is not None or options.get("retain_width") is not None):
         given["channel_groups"] = group
         say(f"note: channels stay or go in groups of {group}, as they are quantised")
+    if METHODS[options.get("method") or default_method().name].reads_weights:
+        check_magnitudes(headers)
     shape = resolve_shape(
         headers.topology,
         width_of(headers, options),
