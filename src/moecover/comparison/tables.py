@@ -35,6 +35,7 @@ class TidyRow(TypedDict):
     retain: float
     keep: int
     width: int | None
+    top_k: int | None
     kind: str
     name: str
     metric: str
@@ -79,6 +80,7 @@ def tidy(cells: Iterable[ReadCell]) -> Iterator[TidyRow]:
             continue
         coordinates: dict[str, object] = {
             "width": None,
+            "top_k": None,
             "merge": UNMERGED,
             **record,
             "calibration": set_name(record["calibration"]),

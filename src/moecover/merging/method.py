@@ -93,9 +93,10 @@ class MergeRegistry(Registry[Merge]):
         """
 
         def enter(function: Function) -> Function:
+            priced = cost if cost is None else guarded(cost, f"merge {name}")
             own, summary = guarded(function, f"merge {name}"), (function.__doc__ or "").strip().split("\n")[0]
             asked = frozenset(needs)
-            self.add(name, Merge(name, own, label, summary, paper, asked, sequential, cost, by_activations))
+            self.add(name, Merge(name, own, label, summary, paper, asked, sequential, priced, by_activations))
             return function
 
         return enter

@@ -105,12 +105,12 @@ def check_top_k(structure: Structure, top_k: int) -> None:
         top_k: experts per token.
 
     Raises:
-        InputError: below 1 or above the model's own, a GGUF file, a family that does not follow, or a config.json that
-            does not hold the number.
+        InputError: below 1 or not below the model's own, a GGUF file, a family that does not follow, or a config.json
+            that does not hold the number.
     """
     own, name = structure.topology.top_k, structure.checkpoint.name
-    if type(top_k) is not int or not 1 <= top_k <= own:
-        raise InputError(f"{arg('top_k', top_k)} is out of range: 1 to the {own} experts that {name} sends a token to")
+    if type(top_k) is not int or not 1 <= top_k < own:
+        raise InputError(f"{arg('top_k', top_k)} is out of range: {name} sends a token to {own}. Give fewer, 1 or more")
     if structure.checkpoint.gguf is not None:
         key = f"{structure.topology.family}.expert_used_count=int:{top_k}"
         raise InputError(

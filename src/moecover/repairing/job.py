@@ -80,6 +80,8 @@ def memory_beside(
     check_dtype(structure, where, dtype)
     check_understood(structure, where, kind)
     check_merged(structure, where, merge_of(merge))
+    if merge != NONE and keep == structure.topology.num_experts:
+        raise InputError(f"{arg('merge', merge)} has no use here: no expert is dropped. Keep fewer, or leave it out")
     return needed_bytes(structure, where, kind=kind, merge=merge, keep=keep, tokens=tokens or TOKENS, dtype=dtype)
 
 

@@ -86,7 +86,7 @@ def merged_layer(
     matrix = router_matrix(model, structure, layer) if merge.needs & {ROUTER, GATED} else None
     called = called_with(structure, experts, router, matrix, forward, arrived, masks)
     facts = layer_facts(experts, called, part, kept, merge.needs)
-    groups = of_first(part.here, _checked(merge, merge.function(facts), kept))
+    groups = of_first(part.here, _checked(merge, merge.function(facts), kept, structure.topology.num_experts))
     members, live = groups.members(), _Experts(structure, layer, experts, place)
     for centre, others in members.items():
         average = Average(live.expert(centre), float(groups.weights[centre]))
@@ -98,12 +98,15 @@ def merged_layer(
     return LayerRepair(number, {}, None, Fit({}, [], [], {}, {}), live.values(kept), kept, merged=members)
 
 
-def _checked(merge: Merge, groups: Groups, kept: Sequence[int]) -> Groups:
+def _checked(merge: Merge, groups: Groups, kept: Sequence[int], experts: int) -> Groups:
     """The groups of a merge, which may be a plugin's.
 
     Raises:
-        InputError: an expert joins a dropped one, a kept one joins another, or a weight is negative or not finite.
+        InputError: not one place an expert; an expert joins a dropped one, a kept one joins another, or a weight is
+            negative or not finite.
     """
+    if {len(groups.centre_of), len(groups.weights)} != {experts}:
+        raise InputError(f"merge {merge.name}: give a centre and a weight for each of the {experts} experts")
     for expert, centre in enumerate(groups.centre_of.tolist()):
         if centre not in (-1, *kept) or (expert in kept and centre != expert):
             raise InputError(
