@@ -1,4 +1,4 @@
-"""Every published method in one grid: both shipped models, text near, far, known, unseen and in another script.
+"""Nineteen ways to choose experts in one grid: both shipped models, text near, far, known, unseen, in another script.
 
     python -m benchmarks.field RUN_DIR --data DIR [--models NAME ...] [--samples 5] [--windows 4] [--parts none ...]
 
@@ -8,7 +8,7 @@ compare` in a folder of its own under RUN_DIR, which resumes: ``none`` (25, 50 a
 ``ridge`` (half of the experts, repaired, the first sample) and ``thin`` (about half of the bytes in two thirds of the
 experts, three quarters as wide, the first sample). Prints one table a part: the gap in log perplexity to the full model
 by group of texts, mean and standard deviation over samples, and the worst text. `-o` writes the same as JSON, the
-source of docs/methods.md; `--costs` adds what every method's own part takes.
+source of the first part of docs/methods.md; `--costs` adds what every method's own part takes.
 """
 
 from __future__ import annotations
@@ -171,6 +171,8 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="time and memory of every method's own part, too")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
+    if args.costs and not args.output:
+        parser.error("--costs goes with -o")
     named, parts = texts(args.data, args.run / "texts"), dict[str, Any]()
     for part in args.parts:
         for model in args.models:

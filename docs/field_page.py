@@ -1,4 +1,4 @@
-"""Every published method in one grid: the first part of docs/methods.md and its figure, from docs/field.json.
+"""Nineteen ways to choose experts in one grid: the first part of docs/methods.md and its figure, from docs/field.json.
 
 `python -m benchmarks.field RUN_DIR --data DIR --parts none --costs -o docs/field.json` writes it; `docs/generate.py`
 calls `field_section` and `draw_field`.
@@ -32,8 +32,9 @@ Gaps = dict[str, list[float]]
 
 
 def loaded() -> dict[str, Any]:
-    """The whole file."""
+    """The file, without its parts of repaired and thin experts."""
     found: dict[str, Any] = json.loads(SOURCE.read_text())
+    found["parts"] = {part: rows for part, rows in found["parts"].items() if part.endswith("-none")}
     return found
 
 

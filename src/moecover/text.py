@@ -173,3 +173,8 @@ class Shown:
         import pandas
 
         return pandas.DataFrame(self.rows_shown())
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -86,9 +86,11 @@ def test_env_names_what_computes_and_no_secret(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:hf_secret@mirror.example/hub")
     status, out, _ = run(capsys, "env", "--json")
     found = json.loads(out)
     assert (status, found["HF_TOKEN"], found["HF_HUB_OFFLINE"]) == (0, "(set)", "1")
+    assert found["HF_ENDPOINT"] == "https://mirror.example/hub"
     assert {"moecover", "torch", "transformers", "system", "memory free", "llama.cpp"} <= found.keys()
     assert "hf_secret" not in run(capsys, "env")[1]
 

@@ -13,6 +13,15 @@ IN_SOURCE = ("deepseek-moe-tiny",)  # not in the wheel, which they would make tw
 SHIPPED = "shipped:"  # before the name of a model that comes with the package
 
 
+def where_is(model: str) -> str | Path:
+    """The folder of ``shipped:NAME``; any other model as it is.
+
+    Raises:
+        InputError: there is no shipped model of this name.
+    """
+    return shipped_model(model.removeprefix(SHIPPED)) if model.startswith(SHIPPED) else model
+
+
 def shipped_model(name: str = DEFAULT) -> Path:
     """The folder of a model that comes with the package.
 

@@ -216,6 +216,8 @@ def run(args: argparse.Namespace) -> Outcome:
                 raise InputError(f"--file goes with one MODEL.gguf, here are {len(args.what)} models")
             flags["models"] = [{"model": args.what[0], "files": args.files}]
         if args.trusted:
+            if args.files:
+                raise InputError("--trust-remote-code and --file exclude each other: GGUF files hold no code")
             flags["models"] = [{"model": what, "trust_remote_code": True} for what in args.what]
         if args.corpus is None:
             raise InputError("give calibration corpora with --corpus NAME[=SOURCE], or a configuration CONFIG.yaml")

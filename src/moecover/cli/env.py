@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 
 from moecover.cli.verb import Outcome
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> Outcome:
             library = str(error)
     devices = {kind: name_of(torch.device(kind)) for kind in kinds_here()}
     settings = {
-        name: "(set)" if any(word in name for word in SECRET) else value
+        name: "(set)" if any(word in name for word in SECRET) else re.sub("//[^/@]*@", "//", value)
         for name, value in sorted(os.environ.items())
         if name.startswith(SETTINGS)
     }

@@ -11,6 +11,7 @@ from moecover.cli.values import dtype, share
 from moecover.cli.widths import add_widths, numbers, width_arguments
 from moecover.errors import InputError, flag
 from moecover.registry import load_plugin
+from moecover.text import listed
 
 if TYPE_CHECKING:
     from moecover.planning.options import Option
@@ -86,7 +87,7 @@ def searching_methods() -> str:
     """Names of the methods that run the experts, for help texts."""
     from moecover.planning.methods import METHODS
 
-    return " and ".join(name for name, method in METHODS.items() if method.runs_experts)
+    return listed([name for name, method in METHODS.items() if method.runs_experts])
 
 
 def add_method(parser: argparse.ArgumentParser, *, several: bool, has_seed: bool) -> None:

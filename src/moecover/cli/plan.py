@@ -40,7 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_bounds(parser)
     add_lists(parser)
     group = parser.add_argument_group("the model, for bounds, for lists and for methods that run the experts")
-    group.add_argument("--model", metavar="MODEL", help="the model that was profiled: local folder or hub id")
+    group.add_argument(
+        "--model", metavar="MODEL", help="the model that was profiled: local folder, hub id or shipped:NAME"
+    )
     add_revision(group)
     add_device(group)
     text = "plan.json to write (replaced if it exists); for several a folder, which gets keep-K[-width-W].json"

@@ -56,12 +56,15 @@ def run_list(args: argparse.Namespace) -> Outcome:
     """Write the plan of a list, or the list of a plan."""
     from moecover.checkpoints.opening import described
     from moecover.planning.exchange import export_plan, import_plan
+    from moecover.planning.keep_lists import format_named
     from moecover.planning.lines import plan_line
     from moecover.progress import resolve
     from moecover.runtime.world import check_alone, world
 
     _check(args)
     check_alone(world(), "plan --from")
+    if args.export is not None:
+        format_named(args.export, "export")
     structure = described(args.model, revision=args.revision, progress=resolve())
     found = import_plan(
         args.list,

@@ -177,6 +177,8 @@ def run(args: argparse.Namespace) -> Outcome:
     if made.repaired is not None:
         before, after = made.repaired.mean_errors()
         tensors, what = len(made.repaired.hashes), "merged" if repair is None else "repaired"
+        removed, took = made.repaired.merged
+        did = f"{removed} removed experts into {took}" if repair is None else f"{tensors} tensors"
         result["repair"] = {
             "kind": args.repair,
             "merge": args.merge,
@@ -185,7 +187,7 @@ def run(args: argparse.Namespace) -> Outcome:
             "after": after,
         }
         text += (
-            f"\n{what} ({made.repaired.what}): {tensors} tensors; squared error of a layer's output on the "
+            f"\n{what} ({made.repaired.what}): {did}; squared error of a layer's output on the "
             f"calibration text {before:.3f} -> {after:.3f} of its square"
         )
     revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""

@@ -6,7 +6,7 @@ import argparse
 import shlex
 
 from moecover.cli.corpus_options import add_bos
-from moecover.cli.options import add_output, add_plugin, add_revision, load_plugins
+from moecover.cli.options import add_model, add_output, add_plugin, load_plugins
 from moecover.cli.verb import Outcome
 
 HELP = "split a corpus of mixed text into its kinds of text, each a corpus of its own"
@@ -14,10 +14,7 @@ HELP = "split a corpus of mixed text into its kinds of text, each a corpus of it
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="local folder or hub id (owner/name) of the model whose tokens the text has"
-    )
-    add_revision(parser)
+    add_model(parser, note=", of the model whose tokens the text has")
     parser.add_argument(
         "--corpus",
         required=True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moecover.checkpoints.remote_code import trust_remote_code
-from moecover.checkpoints.shipped import SHIPPED, shipped_model
+from moecover.checkpoints.shipped import where_is
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.comparison.cells import Cell, cells
@@ -133,7 +133,7 @@ def _headers(request: Request, number: int, progress: Progress) -> Structure:
     entry = request.config.models[number]
     try:
         name = entry.model
-        source = shipped_model(name.removeprefix(SHIPPED)) if name.startswith(SHIPPED) else name
+        source = where_is(name)
         with progress.spinner(f"reading {entry.name}"):
             if entry.trust_remote_code:
                 trust_remote_code(source, revision=entry.revision)

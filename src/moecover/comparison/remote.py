@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moecover.checkpoints.remote_code import trust_remote_code
-from moecover.checkpoints.shipped import SHIPPED, shipped_model
+from moecover.checkpoints.shipped import where_is
 from moecover.checkpoints.structure import read_structure
 from moecover.comparison.config import Config, ModelEntry
 from moecover.comparison.fingerprints import hashed_weights, weights_fingerprint
@@ -125,7 +125,7 @@ def _reached(entry: ModelEntry, setup: ModelSetup, machine: str) -> ModelSetup:
             raise MoecoverError(f"{machine} does not see {file}. Give all machines the same paths")
     if setup.path.exists():
         return setup
-    source = shipped_model(entry.model.removeprefix(SHIPPED)) if entry.model.startswith(SHIPPED) else entry.model
+    source = where_is(entry.model)
     try:
         if entry.trust_remote_code:
             trust_remote_code(source, revision=entry.revision)

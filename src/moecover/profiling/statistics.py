@@ -11,10 +11,8 @@ if TYPE_CHECKING:
 
 PARTS = 8  # of a corpus, whose running sums are kept
 COUNTS = ("count", "num_tokens")
-LATER = (
-    "norm_sq_sum",
-    "change_norm_sum",
-)  # NaN where an older version made the profile, or the model does not show them
+# NaN where an older version made the profile, or the model does not show them.
+LATER = ("norm_sq_sum", "change_norm_sum")
 SUMS = (
     "weight_sum",
     "norm_sum",

@@ -74,7 +74,11 @@ def _weights(repaired: Repaired | None) -> str:
     moved = any("held" in row for row in repaired.layers)
     tensors, how = f"{len(repaired.hashes)} tensors", list[str]()
     if repaired.merge != NONE:
-        how.append(f"{tensors} hold averages of the experts that stay and of removed ones (merge: {repaired.merge})")
+        removed, took = repaired.merged
+        how.append(
+            f"{took} of the experts that stay are averages of themselves and of {removed} removed ones (merge: "
+            f"{repaired.merge})"
+        )
         tensors = "their down projections"
     if moved:
         how.append(
@@ -89,7 +93,7 @@ def _weights(repaired: Repaired | None) -> str:
         f"output, relative to its square, {'fell' if after <= before else 'rose'} from {before:.3f} to {after:.3f} on "
         "that text (mean over layers). "
         f"All other weights are those of the original, byte for byte{'' if moved else '; nothing was trained'}. "
-        "`moecover.json` names every changed tensor, and gives the error before and after by layer and corpus."
+        "`moecover.json` names the tensors that this wrote, and gives the error before and after by layer and corpus."
     )
 
 

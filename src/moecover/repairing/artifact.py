@@ -68,6 +68,12 @@ class Repaired(Shown):
         }
 
     @property
+    def merged(self) -> tuple[int, int]:
+        """Number of removed experts that were merged, and of the kept ones that took them in."""
+        groups = [others for row in self.layers for others in row.get("merged", {}).values()]
+        return sum(map(len, groups)), len(groups)
+
+    @property
     def what(self) -> str:
         """Merge and repair in a word: ``ridge``, ``ream``, ``ream + ridge``."""
         return " + ".join(one for one in (self.merge, self.kind) if one != NONE)
@@ -81,8 +87,9 @@ class Repaired(Shown):
             {
                 "layer": row["decoder_layer"],
                 "experts merged": sum(map(len, row.get("merged", {}).values())),
-                "experts refitted": len(row["experts"]),
-                "shared refitted": row["shared"],
+                "experts refitted": None if "parameters" in row else len(row["experts"]),
+                "shared refitted": None if "parameters" in row else row["shared"],
+                "parameters changed": len(row.get("parameters", ())),
                 "error before": _mean(row["before"]),
                 "error after": _mean(row["after"]),
             }

@@ -25,8 +25,8 @@ class LayerRow(TypedDict):
 
     Attributes:
         decoder_layer: its index.
-        experts: ids in the original of the experts that were refitted.
-        shared: whether the shared expert was refitted.
+        experts: ids in the original of the experts whose down projections alone were refitted; see ``parameters``.
+        shared: whether that of the shared expert was, alone.
         penalties: see `Fit.penalties`.
         before: squared error as a share of the squared output without repair, by corpus.
         after: the same with repair.

@@ -9,7 +9,8 @@ from moecover.corpora.sources import set_name
 from moecover.reporting.blocks import MISSING, Column, Table, Value, text_column
 from moecover.reporting.data import Comparison, TaskDifference, Tested
 from moecover.reporting.findings import ModelFindings
-from moecover.reporting.numbers import listed, minus, p_text, percentage
+from moecover.reporting.numbers import minus, p_text, percentage
+from moecover.text import listed
 
 UNITS = (
     "Differences in accuracy are in percentage points (above 0: {first} is better), in perplexity in percent (below 0: "

@@ -17,7 +17,8 @@ from moecover.reporting.comparison_tables import mark_of
 from moecover.reporting.data import Cell, Comparison, Run, Usage
 from moecover.reporting.figures.overlap import expected_overlap
 from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
-from moecover.reporting.numbers import counted, listed, percentage, perplexity_text, points, size
+from moecover.reporting.numbers import counted, percentage, perplexity_text, points, size
+from moecover.text import listed
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,8 @@ def _number(value: object) -> str | None:
     return None if type(value) is int and value >= 1 else "is out of range: 1 or more"
 
 
-SENTENCE, TOGETHER = (
-    128,
-    32,
-)  # tokens of a sentence, and sentences that are clustered together, as the authors have them
+# Tokens of a sentence, and sentences that are clustered together, as the authors have them.
+SENTENCE, TOGETHER = 128, 32
 CLUSTERS = Option("clusters", help="clusters of experts a layer", metavar="N", parse=int, default=12, check=_number)
 
 

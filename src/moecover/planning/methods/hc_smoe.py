@@ -35,7 +35,8 @@ def hc_smoe(
 
     All experts run on all tokens; their mean outputs are clustered by average linkage of Euclidean distances, as in the
     authors' code (wazenmai/HC-SMoE), into as many clusters as experts are kept. Where a budget's room has other places
-    (router groups, required experts), those nearest to the middle of their cluster come next. Ties by the lower id.
+    (router groups, required experts), those nearest to the middle of their cluster come next. Ties, and the nearest of
+    two clusters for the last place of a router group, by the lower id.
 
     Args:
         profile: of the model.
