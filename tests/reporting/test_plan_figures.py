@@ -27,6 +27,7 @@ from moecover.profiling.statistics import COUNTS, STATISTICS
 from moecover.reporting.figures.heatmap import arrangement, outlines, scale_ticks, utility_picture
 from moecover.reporting.figures.overlap import expected_overlap, overlap_picture
 from moecover.reporting.figures.plan_figures import NAMES, changes_picture, draw, stability_picture
+from moecover.reporting.figures.ranked import by_rank
 
 
 def made_of(layers: int, experts: int, corpora: int, *, parts: int = 3, seed: int = 0) -> Profile:
@@ -139,6 +140,22 @@ def test_the_heat_map_shows_utility_outlines_and_protection() -> None:
         assert dots == {(e, i) for i, row in enumerate(facts["layers"]) for e in row["protected"][corpus]}
         assert axes.yaxis_inverted()  # the first layer is on top
         assert [t.get_text() for t in axes.get_yticklabels()] == ["1", "2", "3"]
+
+
+def test_a_large_map_is_sorted_from_each_corpus_s_best_expert() -> None:
+    """By hand for four experts; at 48 x 128 the line stands after the ranks that every layer keeps, and no further."""
+    facts = {"utility": {"c": [[0.1, 0.4, 0.2, 0.3]]}, "layers": [{"kept": [1, 2]}]}
+    values, kept = by_rank(facts, "c")
+    assert values.tolist() == [[40, 30, 20, 10]]
+    assert kept.tolist() == [[True, False, True, False]]
+    facts = facts_of(made_of(48, 128, 2, parts=0), 64)
+    for axes, corpus in zip(utility_picture(facts).axes[1:], facts["corpora"], strict=True):
+        (line,) = axes.lines
+        _, kept = by_rank(facts, corpus)
+        assert line.get_xdata()[0] == kept.all(axis=0).argmin() - 0.5 > 0
+        hidden = [np.ma.getmaskarray(image.get_array()) for image in axes.images]
+        assert (hidden[0] == ~kept).all()
+        assert (hidden[1] == kept).all()
 
 
 def test_outlines_stand_on_the_pixels_of_the_kept_cells(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moecover.reporting.figures.ranked import KEPT, SMALLEST, colours, ranked_handles, ranked_map
 from moecover.reporting.figures.style import COLOUR_MAP, DPI, FAINT, TITLE_SIZE, VERMILION, Facts, percent, short
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def _step(pixels: int, needed: int) -> int:
 def utility_picture(facts: Facts) -> Figure:
     """Each expert's share of its layer's utility, a panel per corpus, with the kept experts outlined.
 
+    Where there are too many experts and layers for outlines, a corpus's experts are sorted from its best to its worst.
+
     Args:
         facts: of `explain`.
     """
@@ -98,27 +101,41 @@ def utility_picture(facts: Facts) -> Figure:
     wide = max(NARROWEST_PAGE, LEFT + columns * slot + (columns - 1) * BETWEEN + RIGHT)
     tall = HEADER + lines * (HEADING + panel_high + BELOW) + LABEL
     figure = Figure(figsize=(wide / DPI, tall / DPI))
-    _utility_header(figure, facts, norm, max(float(v.max()) for v in values.values()) > top, wide, tall)
+    ranked = min(cell, high) < SMALLEST
+    beyond = max(float(v.max()) for v in values.values()) > top
+    _utility_header(figure, facts, _bar(norm, ranked, beyond), wide, tall, ranked=ranked)
     for i, corpus in enumerate(corpora):
         line, column = divmod(i, columns)
         left, top = LEFT + column * (slot + BETWEEN), HEADER + HEADING + line * (HEADING + panel_high + BELOW)
         axes = figure.add_axes((left / wide, 1 - (top + panel_high) / tall, panel / wide, panel_high / tall))
-        _heat_map(axes, values[corpus], norm)
-        _mark(axes, rows, corpus, norm(values[corpus]), cell, high)
+        if ranked:
+            ranked_map(axes, facts, corpus, norm)
+        else:
+            axes.imshow(values[corpus], cmap=COLOUR_MAP, norm=norm, aspect="auto", interpolation="none")
+            _mark(axes, rows, corpus, norm(values[corpus]), cell, high)
+        axes.spines[:].set(visible=True, linewidth=0.5)
+        axes.tick_params(length=2.5, width=0.5)
         _expert_ticks(axes, rows, experts, cell, high)
         if column == 0:
             axes.set_ylabel("decoder layer")
         if i + columns >= len(corpora):
-            axes.set_xlabel("expert (id)", loc="left")
+            axes.set_xlabel("experts of the layer, from this corpus's best on" if ranked else "expert (id)", loc="left")
         _panel_heading(axes, facts, corpus, panel_high)
     return figure
 
 
-def _utility_header(figure: Figure, facts: Facts, norm: Normalize, beyond: bool, wide: int, tall: int) -> None:
-    """Draw title, colour bar and legend above the panels; ``beyond``: some utilities are above the scale."""
+def _bar(norm: Normalize, ranked: bool, beyond: bool) -> dict[str, Any]:
+    """What the colour bar shows; ``beyond``: some utilities are above the scale."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.lines import Line2D
 
+    return {
+        "mappable": ScalarMappable(norm, colours(KEPT) if ranked else COLOUR_MAP),
+        "extend": "max" if beyond else "neither",
+    }
+
+
+def _utility_header(figure: Figure, facts: Facts, shown: dict[str, Any], wide: int, tall: int, *, ranked: bool) -> None:
+    """Draw title, colour bar and legend above the panels."""
     several = len(facts["corpora"]) > 1
     title = f"Which experts {'each corpus' if several else 'the corpus'} uses, and which of them the plan keeps"
     figure.text(20 / wide, 1 - 16 / tall, title, fontsize=TITLE_SIZE, va="top")
@@ -128,13 +145,21 @@ def _utility_header(figure: Figure, facts: Facts, norm: Normalize, beyond: bool,
     figure.text(20 / wide, 1 - 50 / tall, subtitle, color=FAINT, va="top")
     figure.text(LEFT / wide, 1 - 90 / tall, f"utility ({short(facts['saliency'], 20)}), % of the layer", va="top")
     axes = figure.add_axes((LEFT / wide, 1 - 136 / tall, 330 / wide, 18 / tall))
-    bar = figure.colorbar(
-        ScalarMappable(norm, COLOUR_MAP), cax=axes, orientation="horizontal", extend="max" if beyond else "neither"
-    )
-    ticks = scale_ticks(float(norm.vmax or 1.0))
+    bar = figure.colorbar(**shown, cax=axes, orientation="horizontal")
+    ticks = scale_ticks(float(bar.norm.vmax or 1.0))
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.outline.set(linewidth=0.5, edgecolor=FAINT)
     bar.minorticks_off()
+    handles, names = ranked_handles() if ranked else _outlined_handles(facts)
+    place = ((LEFT + 410) / wide, 1 - 84 / tall)
+    figure.legend(handles, names, loc="upper left", bbox_to_anchor=place, borderaxespad=0, borderpad=0)
+
+
+def _outlined_handles(facts: Facts) -> tuple[list[Any], list[str]]:
+    """Handles and names of the legend where kept cells are outlined."""
+    from matplotlib.lines import Line2D
+
+    several = len(facts["corpora"]) > 1
     shared: dict[str, Any] = {"linestyle": "none", "marker": "s", "markersize": 9, "markerfacecolor": "#C6DBEF"}
     square = Line2D([], [], markeredgecolor=VERMILION, markeredgewidth=1.4, **shared)
     dot = Line2D([], [], linestyle="none", marker="o", markersize=3, color="black")
@@ -143,14 +168,7 @@ def _utility_header(figure: Figure, facts: Facts, norm: Normalize, beyond: bool,
     if any(row["protected"].get(corpus) for row in facts["layers"] for corpus in facts["corpora"]):
         handles.append((square, dot))
         names.append("kept, protected by this corpus" if several else "kept, protected by the corpus")
-    place = ((LEFT + 410) / wide, 1 - 84 / tall)
-    figure.legend(handles, names, loc="upper left", bbox_to_anchor=place, borderaxespad=0, borderpad=0)
-
-
-def _heat_map(axes: Axes, values: NDArray[np.float64], norm: Normalize) -> None:
-    axes.imshow(values, cmap=COLOUR_MAP, norm=norm, aspect="auto", interpolation="none")
-    axes.spines[:].set(visible=True, linewidth=0.5)
-    axes.tick_params(length=2.5, width=0.5)
+    return handles, names
 
 
 def _mark(axes: Axes, rows: Sequence[Facts], corpus: str, dark: NDArray[np.float64], cell: int, high: int) -> None:
