@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("src", "tests", "benchmarks", "docs", "training", "examples")
 SETTINGS = ("pyproject.toml", "Makefile", "mkdocs.yml", ".pre-commit-config.yaml", ".github/workflows/ci.yml")
 LONGEST = 120
+LONGEST_FILE = 300
+LONGEST_BODY = 60
 SKIPS = re.compile(r"#\s*(fmt:\s*(skip|off)|yapf:\s*disable|noqa(:[\s\w,]*\bE501|\s*$))")
 
 
@@ -27,3 +30,25 @@ def test_no_line_is_longer_and_no_formatting_is_skipped() -> None:
         if len(line.encode()) > LONGEST or SKIPS.search(line)
     ]
     assert found == []
+
+
+def test_no_file_of_the_package_is_long_and_no_function_is() -> None:
+    """A function counts from behind its docstring: signatures and what is said of arguments may be long."""
+    files = sorted((ROOT / "src").rglob("*.py"))
+    assert len(files) > 200
+    found = list[str]()
+    for file in files:
+        text, name = file.read_text(encoding="utf-8"), file.relative_to(ROOT)
+        if (lines := len(text.splitlines())) > LONGEST_FILE:
+            found.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _body(node) > LONGEST_BODY:
+                found.append(f"{name}:{node.lineno} {node.name}: {_body(node)} lines")
+    assert found == []
+
+
+def _body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function's statements, without signature and docstring."""
+    said = ast.get_docstring(function, clean=False) is not None
+    statements = function.body[1:] if said else function.body
+    return statements[-1].end_lineno - statements[0].lineno + 1 if statements else 0

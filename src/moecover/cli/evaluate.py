@@ -48,6 +48,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.gguf",
         help="another GGUF file, quantised or pruned, as a row beside MODEL.gguf; repeat it: all are mapped at once",
     )
+    _add_measures(parser)
+    _add_server(parser)
+    add_device(parser)
+    add_libllama(parser)
+    add_output(parser, "DIR", "folder to write", replaced="an evaluation that is there")
+    add_plugin(parser)
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    """Declare what is measured, on how much text, and the further rows."""
     parser.add_argument(
         "--perplexity",
         action="append",
@@ -88,6 +98,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_bos(parser, "a window")
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows or requests per forward pass (default: 1)")
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    """Declare the server that scores the model instead."""
     parser.add_argument(
         "--endpoint",
         metavar="URL",
@@ -101,10 +115,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--num-concurrent", type=int, metavar="N", help="requests that the server has at a time (default: 16)"
     )
     parser.add_argument("--timeout", type=int, metavar="SECONDS", help="for a request to the server (default: 300)")
-    add_device(parser)
-    add_libllama(parser)
-    add_output(parser, "DIR", "folder to write", replaced="an evaluation that is there")
-    add_plugin(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:

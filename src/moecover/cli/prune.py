@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moecover.cli.corpus_options import add_corpora, corpus_arguments, text_arguments
 from moecover.cli.options import (
@@ -20,6 +21,9 @@ from moecover.cli.options import (
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
 from moecover.merging.method import NONE
+
+if TYPE_CHECKING:
+    from moecover.pruning.request import Pruned
 
 HELP = "write the pruned checkpoint, from a plan or in one shot from corpora"
 SHARED = True
@@ -121,10 +125,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Write the checkpoint; print what became of the size, and how to prove it."""
-    from moecover import progress
-    from moecover.checkpoints.servers import SERVERS, unmet
     from moecover.evaluation.artifact import Evaluation
-    from moecover.planning.artifact import shape_text
     from moecover.pruning.job import prune
     from moecover.runtime.world import world
 
@@ -161,6 +162,16 @@ def run(args: argparse.Namespace) -> Outcome:
         **text_arguments(args),
         **pass_arguments(args),
     )
+    return _printed(made, args)
+
+
+def _printed(made: Pruned, args: argparse.Namespace) -> Outcome:
+    """What became of the size and of the tensors, and the command that proves it; a note on servers first."""
+    from moecover import progress
+    from moecover.checkpoints.servers import SERVERS, unmet
+    from moecover.planning.artifact import shape_text
+
+    repair = None if args.repair == NONE else args.repair
     keep, model, output = made.plan.keep, shlex.quote(args.model), shlex.quote(str(args.output))
     if servers := [server for server in SERVERS if unmet(made.topology, keep, server, width=made.plan.width)]:
         names = ", ".join(servers)

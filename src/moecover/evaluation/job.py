@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
-from moecover.corpora.bos import check_bos
 from moecover.corpora.packing import Corpus
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.evaluation.answers import forget_answers
 from moecover.evaluation.artifact import FILE, FILES, Evaluation
-from moecover.evaluation.endpoint_job import EndpointOptions, checked_server, evaluate_served
+from moecover.evaluation.endpoint_job import checked_server, evaluate_served
 from moecover.evaluation.gguf_job import Files, check_files, evaluated_gguf
 from moecover.evaluation.given import (
     Plans,
@@ -28,6 +27,7 @@ from moecover.evaluation.given import (
     with_fewer,
 )
 from moecover.evaluation.notes import note_cuts, note_overlap, note_overlaps, note_skips
+from moecover.evaluation.options import EvaluateOptions, checked_passes
 from moecover.evaluation.run import evaluate as run_evaluation
 from moecover.evaluation.run import task_overlaps
 from moecover.evaluation.task_loading import resolve as resolve_tasks
@@ -40,27 +40,8 @@ from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import check_same, joined, wait_for_all
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
-from moecover.runtime.options import RunOptions, check_known
-from moecover.runtime.passes import Passes, check_least, passes
+from moecover.runtime.passes import Passes
 from moecover.runtime.world import ALONE, World, check_alone, own_device
-
-
-class TaskOptions(TypedDict, total=False):
-    """Keyword arguments on tasks.
-
-    Attributes:
-        data_dir: folder with the tasks' documents, instead of the hub.
-        include_path: folder with task definitions of your own.
-        limit: documents per task at most.
-    """
-
-    data_dir: Path | None
-    include_path: Path | None
-    limit: int | None
-
-
-class EvaluateOptions(RunOptions, TaskOptions, EndpointOptions, total=False):
-    """Keyword arguments of `evaluate`."""
 
 
 def evaluate(
@@ -117,7 +98,7 @@ def evaluate(
         MoecoverError: the server fails.
     """
     shown, named = resolve(progress), parsed_texts(texts)
-    how = _checked(named, tasks, options, windows=windows, length=length, bos=bos)
+    how = checked_passes(named, tasks, options, windows=windows, length=length, bos=bos)
     if output is not None:
         check_output(Path(output), overwrite=overwrite, marker=FILE, names=FILES)
     server = checked_server(options, plans, options)
@@ -196,45 +177,6 @@ def _finished(found: Evaluation, output: str | Path | None, progress: Progress, 
         found.save(Path(output))
     wait_for_all(here)
     return found
-
-
-def _checked(
-    texts: Mapping[str, str | Corpus | None],
-    tasks: Sequence[str],
-    options: EvaluateOptions,
-    *,
-    windows: int | None,
-    length: int | None,
-    bos: str | None,
-) -> Passes:
-    """How forward passes run, after a check of all arguments that can be checked before a file is read.
-
-    Raises:
-        InputError: nothing to measure, an argument on texts or tasks that are not there, or a value out of range.
-    """
-    if not tasks and not texts:
-        raise InputError(f"nothing to measure. Give {arg('texts')} (NAME or NAME=PATH), {arg('tasks')}, or both")
-    check_known(options, EvaluateOptions)
-    _check_used(texts, tasks, options, windows=windows, length=length, bos=bos)
-    check_least(1, limit=options.get("limit"), windows=windows, length=length)
-    check_least(1, num_concurrent=options.get("num_concurrent"), timeout=options.get("timeout"))
-    check_bos(bos or "auto")
-    return passes(options, batch_size=1)
-
-
-def _check_used(
-    texts: Mapping[str, str | Corpus | None], tasks: Sequence[str], options: EvaluateOptions, **of_texts: object
-) -> None:
-    """Refuse arguments on texts or on tasks where there are none to read.
-
-    Raises:
-        InputError: names the argument.
-    """
-    stray = [name for name, value in of_texts.items() if value is not None]
-    if stray and all(isinstance(text, Corpus) for text in texts.values()):
-        raise InputError(f"{arg(stray[0])} says how held-out text is read: give {arg('texts')} by name or file")
-    if not tasks and (unused := [name for name in TaskOptions.__annotations__ if options.get(name) is not None]):
-        raise InputError(f"{arg(unused[0])} goes with {arg('tasks')}, and there are none")
 
 
 def _tasks(
