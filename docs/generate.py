@@ -44,7 +44,11 @@ def cli_page() -> str:
     parts = [f"## moecover\n\n```text\n{parser.format_help()}```\n"]
     parts += [f"## moecover {name}\n\n```text\n{verb.format_help()}```\n" for name, verb in verbs.items()]
     status = "Exit status: 0 done; 1 the job failed or the check said no; 2 bad request or input; 130 interrupted.\n"
-    return f"{NOTE}# Command line\n\n{status}\n" + "\n".join(parts)
+    width = (
+        "On a terminal nothing is wider than it (`COLUMNS` where that is exported): tables fold their headings or turn "
+        "into rows. In a pipe or\na file a table is as wide as it is and a fact stays on its line; programs read `--json`.\n"
+    )
+    return f"{NOTE}# Command line\n\n{status}\n{width}\n" + "\n".join(parts)
 
 
 FAMILIES = (

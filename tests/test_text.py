@@ -7,7 +7,6 @@ import pytest
 from moecover.text import (
     Cell,
     Shown,
-    aligned,
     duration_text,
     html_table,
     markdown_block,
@@ -69,13 +68,6 @@ def test_code_within_markdown_cannot_be_left() -> None:
     assert markdown_code("a`b``c") == "```a`b``c```"
     assert markdown_code("`a") == "`` `a ``"
     assert markdown_block("x\n```\ny") == "````\nx\n```\ny\n````"
-
-
-def test_aligned_cells_are_literal() -> None:
-    text = aligned(["[b]name", "n"], [["[red]x[/]", "1"], [":smile: \x1b[31m", "20"]], left=1)
-    assert text.splitlines()[0].split() == ["[b]name", "n"]
-    assert "[red]x[/]" in text
-    assert ":smile: \\x1b[31m" in text
 
 
 def test_html_is_escaped() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from moecover.errors import InputError, arg, printable
+from moecover.terminal import columns, folded
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -125,7 +126,7 @@ class Drawn:
         """Print one line; a closed stderr is ignored, since the job does not depend on its log."""
         note(line)
         with contextlib.suppress(BrokenPipeError):
-            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+            print(folded(printable(line), columns(sys.stderr)), file=sys.stderr, flush=True)  # noqa: T201
 
     def _open(self) -> Console:
         from rich.console import Console

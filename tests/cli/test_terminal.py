@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moecover.cli.main import VERBS
+from moecover.cli.demo import rows_from_json, table
+from moecover.cli.ls import LISTS
+from moecover.cli.main import VERBS, main
 from moecover.cli.values import dtype, share
 from moecover.comparison.config import Config
 from tests.support.command_line import run
@@ -45,13 +47,22 @@ def test_what_may_be_meant(capsys: pytest.CaptureFixture[str], arguments: list[s
     assert err.rstrip("\n").isprintable()
 
 
-def test_shares_and_dtypes_as_people_write_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile of the shipped model on little text."""
+    folder = tmp_path_factory.mktemp("terminal") / "profile"
+    text = ["--corpus", "web", "--corpus", "encyclopedia", "--sequences", "2", "--length", "16"]
+    assert main(["profile", "shipped:qwen2-moe-tiny", *text, "--dtype", "fp32", "-q", "-o", str(folder)]) == 0
+    return folder
+
+
+def test_shares_and_dtypes_as_people_write_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, profile: Path
+) -> None:
     assert [share(text) for text in ("0.5", "50%", "12.5%")] == [0.5, 0.5, 0.125]
     assert [dtype(text) for text in ("bf16", "fp16", "fp32", "float16", "auto")] == [
         *("bfloat16", "float16", "float32", "float16", "auto")
     ]
-    profile, text = tmp_path / "profile", ["--corpus", "web", "--sequences", "2", "--length", "16"]
-    assert run(capsys, "profile", "shipped:qwen2-moe-tiny", *text, "--dtype", "fp32", "-o", profile)[0] == 0
     status, out, _ = run(capsys, "plan", profile, "--retain", "50%", "-o", tmp_path / "plan.json", "--json")
     assert (status, json.loads(out)["keep"]) == (0, 30)
     status, _, err = run(capsys, "plan", profile, "--retain", "half", "-o", tmp_path / "other.json")
@@ -120,3 +131,52 @@ def test_a_shipped_model_that_the_wheel_lacks(
     monkeypatch.setattr("moecover.checkpoints.shipped.resources.files", lambda package: tmp_path)
     status, _, err = run(capsys, "inspect", "shipped:deepseek-moe-tiny")
     assert (status, "comes with the source, not with the wheel. Use qwen2-moe-tiny" in err) == (2, True)
+
+
+def long_lines(text: str) -> list[str]:
+    """Lines that an 80-column terminal would break, but for commands and lines with a path that is long itself."""
+    long = [line for line in text.splitlines() if len(line) > 80 and not line.startswith("next: ")]
+    return [line for line in long if max(map(len, line.split())) < 40]
+
+
+def test_nothing_is_wider_than_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    model, texts = "shipped:qwen2-moe-tiny", ["encyclopedia-heldout", "web-heldout", "python-heldout"]
+    heldout = [word for name in texts for word in ("--perplexity", name)]
+    small = ["--windows", "1", "--length", "16", "--dtype", "float32"]
+    verbs: list[list[object]] = [
+        ["inspect", model],
+        *(["inspect", model, "--for", server] for server in ("vllm", "llama.cpp", "mlx-lm")),
+        ["inspect", model, "--keep", "15", "--width", "40"],
+        ["plan", profile, "--retain", "0.5,0.25", "--width", "32,64", "-o", "plans"],
+        ["explain", "plans/keep-15-width-32.json", "--profile", profile, "--layers"],
+        *(["ls", what] for what in LISTS),
+        ["env"],
+        ["evaluate", model, "--plan", "plans/keep-15-width-32.json", *heldout, *small, "-o", "evaluated"],
+        ["shrink", model, "--budget", "50%", "--corpus", "web", "--dry-run", "-o", "half"],
+        ["prune", model, "--plan", "plans/keep-30.json", "-o", "pruned"],
+    ]
+    for words in verbs:
+        status, out, err = run(capsys, *words)
+        assert (status, long_lines(out), long_lines(err)) == (0, [], []), words
+    rows = rows_from_json((Path(__file__).parents[2] / "docs" / "demo-results.json").read_text())
+    assert long_lines(table(rows)) == []
+
+
+def test_a_shape_comes_with_what_servers_ask_and_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "inspect", "shipped:qwen2-moe-tiny", "--retain", "50%")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert (status, "30 experts: 11.84 MB, 62% of the size now" in lines["asked"]) == (0, True)
+    assert " ".join(lines["sglang"].split()) == "sglang asks of the experts a multiple of 8: --multiple-of 8 gives 32"
+    assert "size by shape" not in out
+    out = run(capsys, "inspect", "shipped:qwen2-moe-tiny", "--keep", "32", "--width", "40", "--json")[1]
+    asked = json.loads(out)["asked"]
+    assert {wish["server"]: wish["way"] for wish in asked["wishes"]} == {
+        **{"vllm": [], "sglang": []},
+        "llama.cpp": ["--width-multiple-of 32 gives 32"],
+    }
+    status, _, err = run(capsys, "inspect", "shipped:qwen2-moe-tiny", "--keep", "2")
+    assert (status, "Allowed: --keep 4 to 60" in err) == (2, True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from moecover.checkpoints.shipped import DEFAULT
 from moecover.cli.values import dtype
 from moecover.cli.verb import Outcome
-from moecover.text import aligned
+from moecover.terminal import aligned
 
 if TYPE_CHECKING:
     from moecover.cli.tour import Demo, Row

@@ -19,7 +19,7 @@ from moecover.cli.options import (
 )
 from moecover.cli.verb import Outcome
 from moecover.cli.widths import numbers
-from moecover.text import aligned
+from moecover.terminal import aligned
 
 if TYPE_CHECKING:
     from moecover.evaluation.artifact import Evaluation, Row
@@ -163,7 +163,7 @@ def table(found: Evaluation) -> str:
         cells = [row.name, row.shape, f"{row.num_bytes / scale:.2f}"]
         cells += [f"{row.perplexity[text].perplexity:.2f}" for text in found.texts]
         rows.append(cells + (_closeness(row) if close else []) + _scores(row, metrics))
-    return aligned(headings, rows, left=1, width=max(110, 14 * len(headings)))
+    return aligned(headings, rows, left=1)
 
 
 def _closeness(row: Row) -> list[str]:

@@ -27,6 +27,7 @@ from moecover.errors import InputError, MoecoverError, is_out_of_memory, is_pani
 from moecover.runtime.distributed import STOPPED, first_to_fail
 from moecover.runtime.world import ALONE, World, world
 from moecover.signals import behind
+from moecover.terminal import columns, folded
 from moecover.version import VERSION
 
 VERBS = (
@@ -234,7 +235,8 @@ def _run(argv: list[str]) -> int:
             raise KeyboardInterrupt from error
         raise
     if here.rank == 0:
-        _print(json.dumps(outcome.result, indent=1) if args.json else printable(outcome.text, lines=True), sys.stdout)
+        text = folded(printable(outcome.text, lines=True), columns())
+        _print(json.dumps(outcome.result, indent=1) if args.json else text, sys.stdout)
     if outcome.problem:
         _fail(outcome.problem)
     return outcome.status

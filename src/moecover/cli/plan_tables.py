@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moecover.text import aligned
+from moecover.terminal import aligned
 
 if TYPE_CHECKING:
     from moecover.planning.artifact import Plan
@@ -29,7 +29,7 @@ def curve_table(plan: Plan) -> str:
         rows.append([str(point["keep"]), size_of(point), *cells, f"{max(point['increase'].values()):+.1%}", mark])
     rows.append(["all", "", *(f"{value:.2f}" for value in found["full"].values()), "", ""])
     headings = ["experts", unit, *found["full"], "worst", ""]
-    return aligned(headings, rows, width=max(110, 40 + 22 * len(found["full"])))
+    return aligned(headings, rows)
 
 
 def shapes_table(plan: Plan) -> str:
@@ -43,4 +43,4 @@ def shapes_table(plan: Plan) -> str:
         mark = "chosen" if chosen else ""
         rows.append([str(point["keep"]), str(point["width"]), size_of(point), *cells, f"{point['loss']:.4f}", mark])
     headings = ["experts", "channels", unit, *found["full"], "worst twice", ""]
-    return aligned(headings, rows, width=max(110, 50 + 14 * len(found["full"])))
+    return aligned(headings, rows)

@@ -12,7 +12,8 @@ from moecover.cli.corpus_options import add_mix, add_reading
 from moecover.cli.options import add_device, add_libllama, add_model, add_output
 from moecover.cli.plan_tables import shapes_table
 from moecover.cli.verb import Outcome
-from moecover.text import aligned, duration_text
+from moecover.terminal import aligned
+from moecover.text import duration_text
 
 if TYPE_CHECKING:
     from moecover.shrinking.request import Shrunk

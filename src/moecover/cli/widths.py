@@ -24,8 +24,8 @@ def numbers(kind: Callable[[str], Number], several: bool) -> Callable[[str], Num
     return parse
 
 
-def add_widths(group: argparse._ActionsContainer, *, several: bool) -> None:
-    """How many channels of every expert stay, and which.
+def add_width_numbers(group: argparse._ActionsContainer, *, several: bool) -> None:
+    """How many channels of every expert stay.
 
     Args:
         group: of the verb's options.
@@ -51,6 +51,11 @@ def add_widths(group: argparse._ActionsContainer, *, several: bool) -> None:
         metavar="N",
         help="round the channels kept to the nearest multiple of N: servers run best with multiples of 64 or 128",
     )
+
+
+def add_widths(group: argparse._ActionsContainer, *, several: bool) -> None:
+    """How many channels of every expert stay, and which; arguments as in `add_width_numbers`."""
+    add_width_numbers(group, several=several)
     group.add_argument(
         "--protect-channels",
         type=float,

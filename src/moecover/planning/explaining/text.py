@@ -8,13 +8,13 @@ from typing import Any
 from moecover.planning.explaining.records import Changes, ChannelFacts, LayerFacts, Overall, Stability
 from moecover.planning.explaining.stability import settled_text
 from moecover.planning.shapes import shape_name
-from moecover.text import aligned
+from moecover.terminal import aligned
 
 MOST_PAIRS = 10  # of corpora, that have a line each; more are a matrix
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return aligned(headings, rows, left=1, width=160)
+    return aligned(headings, rows, left=1)
 
 
 def _number(value: float | None) -> str:
