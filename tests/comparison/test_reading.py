@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ def test_flags_give_the_same_configuration(grid: Callable[..., Path], tmp_path: 
 def test_a_flag_takes_the_place_of_a_field(grid: Callable[..., Path]) -> None:
     asked = read(grid(keep=None), {"keep": [7], "seeds": [5]})
     assert (asked.config.retain, asked.config.keep, asked.config.seeds) == (None, [7], [5])
+
+
+def test_devices_of_a_file_are_in_the_configuration(grid: Callable[..., Path], tmp_path: Path) -> None:
+    """A run does not depend on the file; relative paths begin where those of corpora do."""
+    devices = {"model": 0, "lm_head": "cuda:1"}
+    (tmp_path / "map.json").write_text(json.dumps(devices))
+    assert read(grid(device_map="map.json"), {}).config.device_map == devices
+    assert read(grid(), {"device_map": str(tmp_path / "map.json")}).config.device_map == devices
 
 
 def test_sources_are_where_the_file_says_and_mixes_are_what_they_hold(
@@ -136,7 +145,7 @@ perplexity: [test=test.jsonl]
         ("retain: [0.5]", "retain: [0.5]\nretain: [0.75]", 9, "retain is given twice, first in line 8"),
         ("retain: [0.5]", "retain: [0.5]\nmemory_limit: much", 9, "'much' is no size"),
         ("retain: [0.5]", "retain: [0.5]\ndtype: int3", 9, "int3"),
-        ("retain: [0.5]", "retain: [0.5]\ndevice_map: fast", 9, "device_map=fast is none of auto, balanced"),
+        ("retain: [0.5]", "retain: [0.5]\ndevice_map: fast", 9, "device_map=fast is neither auto, balanced"),
         ("retain: [0.5]", "retain: [0.5]\ndevice_map: {{model: moon}}", 9, "device=moon is not available"),
         ("retain: [0.5]", "retain: [0.5]\nrepairs: [rigde]", 9, "unknown repair 'rigde'. Did you mean ridge?"),
         ("    protect: 0.5", "    repair: some", 7, "unknown repair 'some'. Known: none, refit, ridge, scale"),
@@ -225,6 +234,10 @@ def test_other_mistakes(grid: Callable[..., Path], tmp_path: Path, capsys: Any) 
         ([str(path), "x", "-o", str(tmp_path / "run")], "give one configuration, or models"),
         (["model", "-o", str(tmp_path / "run")], "give calibration corpora with --corpus"),
         (["no.yaml", "-o", str(tmp_path / "run")], "no configuration no.yaml"),
+        (
+            ["m.gguf", "--file", "n.gguf", "--trust-remote-code", "-o", str(tmp_path / "run")],
+            "--trust-remote-code and --file exclude each other",
+        ),
     ):
         assert main(["compare", *arguments, "-q"]) == 2
         assert message in capsys.readouterr().err

@@ -11,7 +11,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecover.files.reading import MAX_DEPTH, MAX_JSON_BYTES, MAX_VALUES, parse_json, parse_yaml, read_json, read_yaml
+from moecover.files.reading import (
+    MAX_DEPTH,
+    MAX_JSON_BYTES,
+    MAX_VALUES,
+    RepeatedKey,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_yaml,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
@@ -47,6 +56,13 @@ def test_json_reads_what_the_library_reads(value: object) -> None:
 def test_json_that_is_refused(text: str | bytes, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse_json(text)
+
+
+def test_a_key_that_is_there_twice_is_refused_where_asked() -> None:
+    text = '[{"a": 1}, {"b": {"a": 1, "c": 2, "a": 1}}]'
+    assert parse_json(text) == [{"a": 1}, {"b": {"a": 1, "c": 2}}]
+    with pytest.raises(RepeatedKey, match="it has the key 'a' twice"):
+        parse_json(text, unique=True)
 
 
 def test_the_deepest_json_that_is_read() -> None:

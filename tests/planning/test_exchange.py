@@ -99,6 +99,7 @@ REFUSED = {
     json.dumps({"2": KEPT[0], "3": KEPT[1]}): "has layers 2, 3. The model has its MoE layers at 1, 2",
     json.dumps({"01": KEPT[0], "2": KEPT[1]}): "layer '01' is no number",
     json.dumps([KEPT[0], KEPT[1]]): "is not of format kept",
+    '{"1": [0], "2": [0],\n"1": [1]}': "has layer '1' twice in one object. Leave one of the two",
     "[1, 2": "is neither JSON nor JSON lines",
 }
 
@@ -124,6 +125,13 @@ def test_what_a_list_may_not_hold(text: str, model: Structure, tmp_path: Path) -
         ('{"version": 1, "pruned_experts": [[1]]}', {}, "is not of format vllm-profile"),
         ('{"version": 1, "pruned_experts": [[[1], 2]]}', {}, "is not of format vllm-profile"),
         (FOREIGN["selection"][1].replace('experts": 6', 'experts": 5'), {}, "retained_experts is not the number of"),
+        (
+            FOREIGN["selection"][1].replace('experts": 12', 'experts": 16'),
+            {},
+            "of a model with 16 experts per layer",
+        ),
+        (FOREIGN["selection"][1].replace('experts": 12', 'experts": true'), {}, "of a model with True experts per lay"),
+        ('{"model.layers.1.mlp": [0], "model.layers.1.mlp": [1]}', {}, "has the key 'model.layers.1.mlp' twice"),
     ],
 )
 def test_what_a_file_may_not_be(

@@ -591,6 +591,7 @@ def test_keep_all_fits(structure: Structure) -> None:
         ('{"loss": NaN}', "not a finite number"),
         ('{"method": "\\ud800"}', "lone surrogate"),
         ("[" * 1500, "nested deeper"),
+        ('{"keep": 6, "keep": 7}', "it has the key 'keep' twice"),
         ("[]", "it holds list"),
         ("null", "it holds NoneType"),
     ],

@@ -102,7 +102,12 @@ FLAGS = (
     Flag("batch-size", "batch_size", "N", "sequences per forward pass (default: 4)", int),
     Flag("dtype", "dtype", "DTYPE", "auto (the checkpoint's), bfloat16, float16 or float32", dtype),
     Flag("device", "device", "DEVICE", "auto (a GPU where there is one), cpu, cuda, cuda:1 ..."),
-    Flag("device-map", "device_map", "MAP", "spread models over several devices: auto, balanced, ..."),
+    Flag(
+        "device-map",
+        "device_map",
+        "MAP",
+        "spread models over several devices: auto, balanced, or a JSON file with devices by name of a module",
+    ),
     Flag(
         "memory-limit",
         "memory_limit",

@@ -17,7 +17,7 @@ from moecover.comparison.models import ComparedModel
 from moecover.comparison.reading import Request
 from moecover.corpora.arguments import parse_corpora, source_of
 from moecover.corpora.windows import check_text
-from moecover.errors import InputError, arg
+from moecover.errors import InputError
 from moecover.merging.methods import NONE, merge_of
 from moecover.planning.fitting import check_top_k
 from moecover.planning.lines import unused_weights
@@ -30,7 +30,6 @@ from moecover.runtime.devices import check_device
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import parse_size
 from moecover.runtime.passes import checked_map
-from moecover.runtime.placement import WAYS
 from moecover.signals import held
 
 
@@ -121,8 +120,6 @@ def _check_machine(request: Request) -> None:
     except InputError as error:
         raise request.error(error, "device" if "device" in str(error) else "dtype") from error
     try:
-        if isinstance(config.device_map, str) and config.device_map not in WAYS:
-            raise InputError(f"{arg('device_map', config.device_map)} is none of {', '.join(WAYS)}, nor a mapping")
         checked_map(config.device_map, config.device)
     except InputError as error:
         raise request.error(error, "device_map") from error

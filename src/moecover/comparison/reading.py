@@ -18,8 +18,9 @@ from moecover.comparison.config import Config, FileEntry, MethodEntry, ModelEntr
 from moecover.comparison.yaml_lines import KeyPath, Places, load
 from moecover.corpora.grammar import MIX_ENDINGS
 from moecover.corpora.mixes import placed, read_mix
-from moecover.errors import InputError
+from moecover.errors import InputError, arg
 from moecover.gguf.parts import is_gguf
+from moecover.runtime.placement import WAYS, map_in
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -113,14 +114,22 @@ def _keys_at(at: KeyPath) -> Iterable[str]:
 
 
 def _absolute(value: Mapping[str, object], folder: Path, places: Places) -> dict[str, object]:
-    """The fields with relative paths joined to a folder, and mixes replaced by their corpora; other values stay.
+    """The fields with relative paths joined to a folder, mixes and files of devices by what they hold; others stay.
 
     Raises:
-        InputError: a mix that cannot be read, or a source that is none, with its place.
+        InputError: a mix or a file of devices that cannot be read, or a source that is none, with its place.
     """
 
     def path(text: object) -> object:
         return str(folder / text) if isinstance(text, str) else text
+
+    def devices(asked: object) -> object:
+        if not isinstance(asked, str) or asked in WAYS:
+            return asked
+        try:
+            return map_in(folder / asked, arg("device_map", asked))
+        except InputError as error:
+            raise places.error(str(error), ("device_map",)) from error
 
     def model(entry: object) -> object:
         if isinstance(entry, dict):
@@ -133,7 +142,11 @@ def _absolute(value: Mapping[str, object], folder: Path, places: Places) -> dict
     def each(change: Callable[[object], object], found: object) -> object:
         return [each(change, one) for one in found] if isinstance(found, list) else change(found)
 
-    changes: dict[str, Callable[[object], object]] = {"models": model, **dict.fromkeys(FOLDERS, path)}
+    changes: dict[str, Callable[[object], object]] = {
+        "models": model,
+        "device_map": devices,
+        **dict.fromkeys(FOLDERS, path),
+    }
     found = {key: each(changes[key], one) if key in changes else one for key, one in value.items()}
     return found | {key: _sources(value[key], folder, places, (key,)) for key in TEXTS if key in value}
 

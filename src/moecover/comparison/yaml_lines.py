@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from moecover.errors import InputError, arg
-from moecover.files.reading import read_yaml
+from moecover.files.reading import keys_of, read_yaml
 
 KeyPath = tuple[str | int, ...]
 
@@ -64,7 +64,7 @@ def load(path: Path) -> tuple[dict[str, object], dict[KeyPath, int]]:
         raise InputError(f"{path} holds no keys with values. docs/compare.md says how to write one")
     try:
         return value, dict(_lines(node))
-    except InputError as error:
+    except ValueError as error:
         raise InputError(f"{path}, {error}") from error
 
 
@@ -72,18 +72,14 @@ def _lines(node: yaml.Node, at: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
     """The line of every key and value below a node.
 
     Raises:
-        InputError: a key is given twice.
+        ValueError: a key is given twice.
     """
     yield at, node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
+        lines = keys_of(node)
         for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise InputError(f"line {line}: {key.value} is given twice, first in line {seen[key.value]}")
-            seen[key.value] = line
             yield from _lines(value, (*at, key.value))
-            yield (*at, key.value), line
+            yield (*at, key.value), lines[key.value]
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             yield from _lines(value, (*at, number))

@@ -13,7 +13,7 @@ import yaml
 from moecover.corpora.grammar import HUB, OPTIONS, STANDARD_INPUT, Source, parse_source, with_options
 from moecover.corpora.sources import CORPORA
 from moecover.errors import InputError
-from moecover.files.reading import read_yaml
+from moecover.files.reading import keys_of, read_yaml
 from moecover.registry import unknown_name
 
 KEYS = ("name", "source", *OPTIONS)
@@ -23,7 +23,7 @@ def read_mix(path: Path) -> list[str]:
     """The arguments that a mix stands for.
 
     Raises:
-        InputError: no such file, not YAML, or an entry with an unknown key or without a name; with the line.
+        InputError: no such file, not YAML, or an entry with an unknown key, one twice, or no name; with the line.
     """
     try:
         value, node = read_yaml(path)
@@ -34,6 +34,12 @@ def read_mix(path: Path) -> list[str]:
     if not isinstance(value, list) or not isinstance(node, yaml.SequenceNode) or not value:
         raise InputError(f"mix {path}: it must be a list of corpora, each with a name")
     lines = [entry.start_mark.line + 1 for entry in node.value]
+    try:
+        for entry in node.value:
+            if isinstance(entry, yaml.MappingNode):
+                keys_of(entry)
+    except ValueError as error:
+        raise InputError(f"mix {path}, {error}") from error
     return [_argument(entry, f"mix {path}, line {line}", path.parent) for entry, line in zip(value, lines, strict=True)]
 
 

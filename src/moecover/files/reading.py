@@ -23,15 +23,30 @@ MAX_YAML_BYTES = 200_000
 MAX_YAML_NODES = 20_000
 
 
-def parse_json(text: str | bytes, *, finite: bool = False, any_text: bool = False) -> Any:  # as json.loads
+class RepeatedKey(ValueError):
+    """A JSON object has a key twice, of which Python's JSON would silently take the last one."""
+
+    def __init__(self, key: str) -> None:
+        """A repeated key.
+
+        Args:
+            key: as the document has it.
+        """
+        self.key = key
+        super().__init__(f"it has the key {key[:40]!r} twice")
+
+
+def parse_json(text: str | bytes, *, finite: bool = False, any_text: bool = False, unique: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: JSON; bytes are UTF-8.
         finite: refuse NaN and infinities, which Python's JSON accepts.
         any_text: accept lone surrogates, which crawled text has.
+        unique: refuse a key that an object has twice, for what users write by hand.
 
     Raises:
+        RepeatedKey: a key is there twice where that is refused; a ValueError too.
         ValueError: not JSON, too large, nested too deeply, not Unicode, or a number that is not finite where asked.
     """
     if len(text) > MAX_JSON_BYTES:
@@ -40,21 +55,21 @@ def parse_json(text: str | bytes, *, finite: bool = False, any_text: bool = Fals
     if sum(map(document.count, "[{,")) > MAX_VALUES:
         raise ValueError(f"more than {MAX_VALUES} values in one JSON document")
     try:
-        value = json.loads(document)
+        value = json.loads(document, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError(_too_deep()) from None
     _check(value, finite=finite, any_text=any_text)
     return value
 
 
-def read_json(path: Path, *, finite: bool = False) -> Any:
+def read_json(path: Path, *, finite: bool = False, unique: bool = False) -> Any:
     """The value of a JSON file.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: see `parse_json`.
     """
-    return parse_json(_read(path, MAX_JSON_BYTES), finite=finite)
+    return parse_json(_read(path, MAX_JSON_BYTES), finite=finite, unique=unique)
 
 
 def read_yaml(path: Path) -> tuple[object, yaml.Node | None]:
@@ -89,6 +104,30 @@ def parse_yaml(text: str) -> tuple[object, yaml.Node | None]:
         raise ValueError(f"a value that does not fit its tag: {error}") from None
     _check(value)
     return value, node
+
+
+def keys_of(node: yaml.MappingNode) -> dict[str, int]:
+    """The keys of a YAML mapping, each with its line.
+
+    Raises:
+        ValueError: a key is there twice, of which PyYAML would silently take the last one; begins with the line.
+    """
+    found: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.value in found:
+            raise ValueError(f"line {line}: {key.value} is given twice, first in line {found[key.value]}")
+        found[key.value] = line
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its pairs, none of the keys repeated."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(next(key for number, key in enumerate(keys) if key in keys[:number]))
+    return found
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -182,7 +182,7 @@ class Plan(Shown, BaseModel):
             InputError: not JSON, or not a plan; says where.
         """
         try:
-            value = unsealed(parse_json(text, finite=True), required=False)
+            value = unsealed(parse_json(text, finite=True, unique=True), required=False)
         except ValueError as error:
             raise InputError(f"{name} cannot be used: {error}{_remedy(text)}") from error
         try:

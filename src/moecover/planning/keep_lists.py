@@ -64,6 +64,7 @@ class Format:
         entries: the layers of such a value and what it has for each, unchecked; raises TypeError, KeyError,
             ValueError or AttributeError where it is of another form.
         text: the file of a plan.
+        experts: key under which a file has its model's number of experts; none where it has not.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Format:
     fits: Callable[[object], bool]
     entries: Callable[[object], Entries]
     text: Callable[[Sets], str]
+    experts: str | None = None
 
 
 def _line(value: object) -> str:
@@ -230,6 +232,7 @@ FORMATS = {
             lambda value: isinstance(value, dict) and "retained_experts" in value and "layers" in value,
             _in_selection,
             _selection,
+            experts="source_experts",
         ),
     )
 }

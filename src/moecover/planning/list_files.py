@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moecover.checkpoints.topology import Topology
 from moecover.errors import InputError, arg
-from moecover.files.reading import MAX_JSON_BYTES, parse_json
+from moecover.files.reading import MAX_JSON_BYTES, RepeatedKey, parse_json
 from moecover.planning.keep_lists import FORMATS, Format, JsonLines
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
@@ -23,7 +23,7 @@ def document(path: Path) -> object:
     """The value of a list's file: of JSON, or `JsonLines`.
 
     Raises:
-        InputError: no file, a pickle, or neither JSON nor JSON lines.
+        InputError: no file, a pickle, neither JSON nor JSON lines, or a key that is there twice.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -38,15 +38,25 @@ def document(path: Path) -> object:
             f"(~mask).int().tolist()), and give that with {arg('from_format', 'easy-ep')}"
         )
     try:
-        return parse_json(content, finite=True)
+        return parse_json(content, finite=True, unique=True)
+    except RepeatedKey as error:
+        raise _twice(path, error) from error
     except ValueError as error:
         lines = [line for line in content.splitlines() if line.strip()]
         try:
             if len(lines) > 1:
-                return JsonLines([parse_json(line, finite=True) for line in lines])
+                return JsonLines([parse_json(line, finite=True, unique=True) for line in lines])
+        except RepeatedKey as repeated:
+            raise _twice(path, repeated) from repeated
         except ValueError:
             pass
         raise InputError(f"{path} is neither JSON nor JSON lines: {error}") from error
+
+
+def _twice(path: Path, error: RepeatedKey) -> InputError:
+    """The refusal of a file with a key twice, which is a layer's in most formats."""
+    what = "layer" if error.key.isdecimal() else "the key"
+    return InputError(f"{path} has {what} {error.key[:40]!r} twice in one object. Leave one of the two")
 
 
 def format_of(value: object, path: Path) -> Format:
@@ -70,8 +80,10 @@ def ids_by_layer(row: Format, value: object, topology: Topology, path: Path) -> 
     Layers are decoder layers or indices among the MoE layers, whichever the model has; a complete list is never both.
 
     Raises:
-        InputError: the file is of another format, a layer is missing, given twice or not there, or an id is.
+        InputError: the file is of another format or of a model with another number of experts, a layer is missing,
+            given twice or not there, or an id is.
     """
+    _check_experts(row, value, topology, path)
     try:
         entries = row.entries(value)
         layers = [_number(key) for key, _ in entries]
@@ -90,6 +102,16 @@ def ids_by_layer(row: Format, value: object, topology: Topology, path: Path) -> 
     lists = {layer: ids for layer, (_, ids) in zip(layers, entries, strict=True)}
     read = _kept_of_mask if row.holds == "mask" else _ids
     return [read(lists[key], topology.num_experts, f"{path}: layer {key}") for key in wanted]
+
+
+def _check_experts(row: Format, value: object, topology: Topology, path: Path) -> None:
+    """Refuse a list that says itself that its model has another number of experts."""
+    said = value.get(row.experts, topology.num_experts) if isinstance(value, dict) else topology.num_experts
+    if type(said) is not int or said != topology.num_experts:
+        raise InputError(
+            f"{path} is of a model with {str(said)[:20]} experts per layer ({row.experts}), this one has "
+            f"{topology.num_experts}. Give the model that the list was made for"
+        )
 
 
 def _number(key: object) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
-from moecover.files.reading import read_json
+from moecover.files.reading import RepeatedKey, read_json
 from moecover.registry import unknown_name
 from moecover.runtime.cost import Cost, gb
 from moecover.runtime.devices import AUTOMATIC, available_memory, check_device, kind_of, release
@@ -67,12 +67,7 @@ def parsed_map(asked: DeviceMap) -> str | dict[str, str]:
     if not isinstance(asked, (str, Path, Mapping)):
         raise InputError(f"{what} is neither {', '.join(WAYS)}, a file nor a mapping")
     if not isinstance(asked, Mapping):
-        try:
-            asked = read_json(Path(asked))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{what} is neither {', '.join(WAYS)} nor a JSON file with devices by name of a module"
-            ) from error
+        asked = map_in(Path(asked), what)
     if not isinstance(asked, Mapping) or not asked or not all(type(value) in (str, int) for value in asked.values()):
         raise InputError(f'{what} must be an object with devices by name of a module, such as {{"model": "cuda:0"}}')
     kind = kind_of(check_device("auto", "auto"))
@@ -86,6 +81,26 @@ def parsed_map(asked: DeviceMap) -> str | dict[str, str]:
     for device in set(found.values()):
         check_device("auto", device)
     return found
+
+
+def map_in(path: Path, what: str) -> Any:
+    """What a JSON file has as devices by name of a module, unchecked.
+
+    Args:
+        path: the file.
+        what: the argument that names it, for messages.
+
+    Raises:
+        InputError: no such file, not JSON, or a module twice.
+    """
+    try:
+        return read_json(path, unique=True)
+    except RepeatedKey as error:
+        raise InputError(f"{what}: {error}. Give every module one device") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{what} is neither {', '.join(WAYS)} nor a JSON file with devices by name of a module"
+        ) from error
 
 
 def _named(device: str) -> str:
