@@ -25,7 +25,7 @@ def test_m_smoe_joins_the_kept_expert_that_the_router_scores_most_alike() -> Non
     found = MERGES["m-smoe"].function(facts((0, 1), counts=[7, 2, 5, 0, 1], router=cosines))
     assert found.centre_of.tolist() == [0, 1, 0, 1, 0]  # expert 4 is as near to both: the lowest id
     assert found.weights.tolist() == [7, 2, 5, 0, 1]
-    assert found.members() == {0: [2, 4], 1: [3]}
+    assert found.members() == {0: [2, 4]}  # no token came to expert 3: nothing of it is in expert 1
 
 
 def test_hc_smoe_clusters_by_hand() -> None:

@@ -129,6 +129,11 @@ def test_a_written_checkpoint_is_the_same_merge_in_memory(
         assert row["merged"] == {str(centre): others for centre, others in one.merged.items()}
         assert float((a - b).square().sum() / a.square().sum()) == pytest.approx(row["after"]["a"], rel=1e-3)
     assert manifest_of(cut)["merge"] == name
+    for one, of_layer in zip(made, plan.layers, strict=True):  # a kept expert that took none in is the original's
+        names = [n for n in manifest_of(cut)["tensors"] if f".layers.{one.decoder_layer}." in n]
+        changed = {int(n.partition(".experts.")[2].partition(".")[0]) for n in names}
+        assert changed == {of_layer.kept.index(centre) for centre in one.merged}
+    assert any(len(one.merged) < plan.keep for one in made)
     assert verify(structure.checkpoint.path, cut)["equal"]
     groups = [others for one in made for others in one.merged.values()]
     took, removed = len(groups), sum(map(len, groups))
@@ -148,6 +153,8 @@ def test_experts_in_one_tensor_on_disk(tmp_path: Path) -> None:
     assert verify(structure.checkpoint.path, cut)["equal"]
     tensors = load_file(cut / "model.safetensors")
     assert made.what == "ream + ridge"
+    for shown, row in zip(made.rows_shown(), made.layers, strict=True):
+        assert shown["experts refitted"] == plan.keep - len(row["kept"]) > 0
     assert made.hashes.keys() < tensors.keys()
     alone = mended(structure, plan, tmp_path / "alone", corpora=corpora, kind="none", merge="ream")
     assert made.layers[0]["merged"] == alone.layers[0]["merged"]

@@ -51,9 +51,9 @@ class Groups:
     weights: Floats
 
     def members(self) -> dict[int, list[int]]:
-        """By kept expert that others join, these, both ascending."""
+        """By kept expert, the others that have a weight in its average, both ascending; none where they all weigh 0."""
         found: dict[int, list[int]] = {}
         for expert, centre in enumerate(self.centre_of.tolist()):
-            if centre not in (expert, -1):
+            if centre not in (expert, -1) and self.weights[expert] > 0:
                 found.setdefault(centre, []).append(expert)
         return dict(sorted(found.items()))

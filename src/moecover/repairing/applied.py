@@ -21,11 +21,12 @@ class LayerRepair:
 
     Attributes:
         decoder_layer: its index.
-        experts: new down projections ``[hidden, width]`` by the expert's id in the original.
+        experts: new down projections ``[hidden, width]`` by the expert's id in the original; behind a merge they are in
+            ``parameters`` too.
         shared: name of the shared expert's down projection in the model and its new weight; None where it is unchanged.
         fit: errors and penalties.
-        parameters: new values of all parameters of the block, which take the place of ``experts`` and ``shared``, by
-            their name in the model, see `refit`; those of the experts module hold the kept experts only.
+        parameters: new values of all parameters of the block, applied after ``experts`` and ``shared``, by their name
+            in the model, see `refit`; those of the experts module hold the kept experts only.
         kept: ids of these, ascending.
         held: see `refit.Refitted`.
         merged: by kept expert, the ids of those that were merged into it.

@@ -87,8 +87,8 @@ class Repaired(Shown):
             {
                 "layer": row["decoder_layer"],
                 "experts merged": sum(map(len, row.get("merged", {}).values())),
-                "experts refitted": None if "parameters" in row else len(row["experts"]),
-                "shared refitted": None if "parameters" in row else row["shared"],
+                "experts refitted": None if "held" in row else len(row["experts"]),
+                "shared refitted": None if "held" in row else row["shared"],
                 "parameters changed": len(row.get("parameters", ())),
                 "error before": _mean(row["before"]),
                 "error after": _mean(row["after"]),

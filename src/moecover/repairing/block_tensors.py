@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.names import natural
 from moecover.checkpoints.pieces import Piece, piece, thinning
+from moecover.files.gathering import contents
 from moecover.runtime.shards import TORCH_NAMES
 
 if TYPE_CHECKING:
@@ -151,11 +152,18 @@ def to_disk(
     return found
 
 
+def original_bytes(structure: Structure, name: str, cut: Piece) -> list[bytes]:
+    """The original's bytes of what remains of a tensor, range by range."""
+    with (structure.checkpoint.path / structure.checkpoint.tensors[name].shard).open("rb", buffering=0) as file:
+        return [b"".join(contents(file, part)) for part in cut.ranges]
+
+
 def from_disk(
     structure: Structure,
     plan: Plan,
     layer: int,
     rows: Sequence[Stored],
+    changed: Sequence[Stored],
     read: Callable[[str, str, tuple[int, ...]], torch.Tensor],
 ) -> torch.Tensor:
     """The values of a parameter from the tensors of the output, the inverse of `to_disk`.
@@ -165,13 +173,21 @@ def from_disk(
         plan: what is kept.
         layer: index of the MoE layer.
         rows: the tensors on disk of the parameter.
+        changed: those of them that are read from the output, the others from the original.
         read: a tensor of the output by its name, dtype and shape.
     """
     import torch
 
-    kept = plan.layers[layer].kept
-    cuts = [(row, cut) for row in rows if (cut := _cut(structure, plan, kept, row)) is not None]
-    tensors = {(row.expert, row.part): read(cut.name, row.dtype, cut.shape) for row, cut in cuts}
+    kept, tensors = plan.layers[layer].kept, dict[tuple[int | None, int], "torch.Tensor"]()
+    for row in rows:
+        if (cut := _cut(structure, plan, kept, row)) is None:
+            continue
+        if row in changed:
+            found = read(cut.name, row.dtype, cut.shape)
+        else:
+            content = bytearray(b"".join(original_bytes(structure, row.name, cut)))
+            found = torch.frombuffer(content, dtype=getattr(torch, row.dtype)).view(*cut.shape)
+        tensors[row.expert, row.part] = found
     if (None, 0) in tensors:
         return tensors[None, 0]
     parts = range(rows[0].parts)

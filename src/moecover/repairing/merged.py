@@ -77,7 +77,8 @@ def merged_layer(
         merge: the method.
 
     Returns:
-        A repair with the whole parameters of all kept experts and without figures.
+        A repair with the whole parameters of all kept experts and without figures; without parameters where no expert
+        has another one in its average.
 
     Raises:
         InputError: the router is no single matrix, or a number is not finite.
@@ -95,7 +96,8 @@ def merged_layer(
             average.add(live.in_order(other, order), float(groups.weights[other]))
         live.put(kept.index(centre), average)
     number = structure.topology.decoder_layers[layer]
-    return LayerRepair(number, {}, None, Fit({}, [], [], {}, {}), live.values(kept), kept, merged=members)
+    values = live.values(kept) if members else {}
+    return LayerRepair(number, {}, None, Fit({}, [], [], {}, {}), values, kept, merged=members)
 
 
 def _checked(merge: Merge, groups: Groups, kept: Sequence[int], experts: int) -> Groups:
@@ -158,9 +160,10 @@ def in_all(
         for name in merged.parameters if not values else ():
             dtype = getattr(torch, place.parameters[name][0].dtype)
             values[name] = model.get_parameter(name).data[list(merged.kept)].to(dtype)
-    values |= dict([made.shared] if made.shared is not None else [])
+    if values:
+        values |= dict([made.shared] if made.shared is not None else [])
     fit = replace(made.fit, weights={}, before=list(before))
-    return replace(merged, parameters=values, fit=fit, held=made.held)
+    return replace(made, parameters=values, kept=merged.kept, fit=fit, merged=merged.merged)
 
 
 class _Experts:

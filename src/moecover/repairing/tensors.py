@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 from moecover.checkpoints.header import TensorEntry
 from moecover.checkpoints.pieces import piece, thinning
 from moecover.checkpoints.structure import Structure
-from moecover.files.gathering import contents
 from moecover.planning.artifact import Plan
 from moecover.repairing.applied import LayerRepair
-from moecover.repairing.block_tensors import Stored, from_disk, names_in, to_disk
+from moecover.repairing.block_tensors import Stored, from_disk, names_in, original_bytes, to_disk
 from moecover.repairing.solver import Fit
 from moecover.repairing.targets import Place
 
@@ -25,14 +24,14 @@ class LayerRow(TypedDict):
 
     Attributes:
         decoder_layer: its index.
-        experts: ids in the original of the experts whose down projections alone were refitted; see ``parameters``.
-        shared: whether that of the shared expert was, alone.
+        experts: ids in the original of the experts whose down projections were refitted in closed form.
+        shared: whether that of the shared expert was.
         penalties: see `Fit.penalties`.
         before: squared error as a share of the squared output without repair, by corpus.
         after: the same with repair.
         kept: why other experts were not refitted, by name.
         parameters: names in the model of all parameters that changed, where these are not down projections alone; left
-            out otherwise.
+            out otherwise. Of the experts those changed that were refitted or took others in, with ``held`` all.
         held: see `refit.Refitted`; left out where gradient steps did not run or did not help.
         merged: by kept expert, ids of those that were merged into it; left out where none was.
     """
@@ -104,7 +103,7 @@ def names_of(structure: Structure, place: Place, kept: Sequence[int], row: Layer
         row: what was repaired.
 
     Returns:
-        By name, the refitted experts that are in the tensor; none where no down projections of experts alone are.
+        By name, the refitted experts whose down projections are in the tensor.
 
     Raises:
         KeyError: a refitted expert is not kept, or a refitted parameter is not the block's.
@@ -119,8 +118,17 @@ def names_of(structure: Structure, place: Place, kept: Sequence[int], row: Layer
     if row["shared"] and place.shared is not None:
         found[place.shared[1]] = []
     for parameter in row.get("parameters", []):
-        found.update((name, []) for name in names_in(structure, kept, _rows(place, parameter)))
+        for name in names_in(structure, kept, _changed(row, _rows(place, parameter))):
+            found.setdefault(name, [])
     return found
+
+
+def _changed(row: LayerRow, stored: Sequence[Stored]) -> list[Stored]:
+    """Those tensors on disk of a parameter that a repair changed: not those of experts that it left as they were."""
+    if "held" in row:
+        return list(stored)
+    changed = {*row["experts"], *map(int, row.get("merged", {}))}
+    return [one for one in stored if one.expert is None or one.expert in changed]
 
 
 def _rows(place: Place, parameter: str) -> Sequence[Stored]:
@@ -155,7 +163,9 @@ def layer_repair(
         return _tensor(read(name), dtype, shape)
 
     parameters = {
-        parameter: from_disk(structure, plan, layer, _rows(place, parameter), tensor)
+        parameter: from_disk(
+            structure, plan, layer, _rows(place, parameter), _changed(row, _rows(place, parameter)), tensor
+        )
         for parameter in row.get("parameters", [])
     }
     for name, ids in names_of(structure, place, kept, row).items() if not parameters else ():
@@ -179,7 +189,7 @@ def written_tensors(
     """The tensors of the output that a layer's repair changes, as they are written; arguments as in `layer_repair`."""
     found, kept = dict[str, "torch.Tensor"](), plan.layers[layer].kept
     for parameter, values in repair.parameters.items():
-        found |= to_disk(structure, plan, layer, _rows(place, parameter), values)
+        found |= to_disk(structure, plan, layer, _changed(row, _rows(place, parameter)), values)
     if repair.parameters:
         return found
     for name, ids in names_of(structure, place, kept, row).items():
@@ -198,11 +208,14 @@ def _stacked(structure: Structure, place: Place, plan: Plan, kept: Sequence[int]
     import torch
 
     name = place.experts[0]
-    entry = structure.checkpoint.tensors[name]
-    cut = piece(entry, structure.tensors[name], list(kept), thin=thinning(structure, plan.channels))
+    cut = piece(
+        structure.checkpoint.tensors[name],
+        structure.tensors[name],
+        list(kept),
+        thin=thinning(structure, plan.channels),
+    )
     assert cut is not None
-    with (structure.checkpoint.path / entry.shard).open("rb", buffering=0) as file:
-        originals = [b"".join(contents(file, part)) for part in cut.ranges]
+    originals = original_bytes(structure, name, cut)
     parts = [
         repair.experts[expert].cpu() if expert in repair.experts else _tensor(content, place.dtype, cut.shape[1:])
         for expert, content in zip(kept, originals, strict=True)
