@@ -50,6 +50,7 @@ def test_the_best_shape_is_repaired_proven_and_measured(checkpoints: Callable[..
         source,
         tmp_path / "out",
         budget="50%",
+        multiple_of=4,
         corpora=corpora(),
         own_text=False,
         quality="fast",
@@ -57,10 +58,12 @@ def test_the_best_shape_is_repaired_proven_and_measured(checkpoints: Callable[..
         progress=False,
     )
     assert isinstance(made, Shrunk)
+    assert made.work.name == "50pct-auto-of4"
     plan = Plan.load(made.work / "plan.json")
     assert plan == made.pruned.plan
     shapes = {(point["keep"], point["width"]): point["loss"] for point in plan.found["shapes"]}
     assert len(shapes) > 1
+    assert {keep % 4 for keep, _ in shapes} == {0}
     assert shapes[plan.keep, plan.width or 32] == min(shapes.values())
     assert all(keep * width <= 0.5 * 12 * 32 for keep, width in shapes)
     assert made.verification.equal
@@ -173,6 +176,8 @@ def test_no_block_is_calibrated_on_and_held_out(
         ({"budget": 0.5, "shape": "13x8"}, "above the 12 experts"),
         ({"budget": 0.5, "repair": "magic"}, "unknown kind"),
         ({"budget": 0.5, "quality": "perfect"}, "Did you mean|Known"),
+        ({"budget": 0.5, "multiple_of": 0}, "multiple_of=0 is out of range: 1 or more"),
+        ({"budget": 0.5, "multiple_of": 2, "shape": "6x32"}, "multiple_of=2 says which shapes are looked for"),
         ({"max_size": "1GB"}, "nothing is to be removed"),
     ],
 )

@@ -38,6 +38,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="what the bytes are spent on: auto, of the shapes of equal bytes the one that loses least on held-out "
         "text; experts, whole ones; KxW, K experts of W channels each (default: auto)",
     )
+    group.add_argument(
+        "--multiple-of",
+        type=int,
+        metavar="N",
+        help="only shapes whose number of experts is a multiple of N: servers run best with multiples of 8",
+    )
     group = parser.add_argument_group("text, and how much work")
     group.add_argument(
         "--corpus",
@@ -84,6 +90,7 @@ def run(args: argparse.Namespace) -> Outcome:
         budget=args.budget,
         max_size=args.max_size,
         shape=args.shape,
+        multiple_of=args.multiple_of,
         corpora=corpus_arguments(args) or None,
         own_text=not args.no_own_text,
         repair=args.repair,

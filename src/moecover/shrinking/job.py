@@ -51,6 +51,7 @@ def shrink(
     budget: float | str | None = None,
     max_size: int | str | None = None,
     shape: str = AUTO,
+    multiple_of: int | None = None,
     corpora: Corpora | None = None,
     own_text: bool = True,
     repair: str | None = None,
@@ -77,6 +78,7 @@ def shrink(
         budget: share of the experts' bytes that stays, as a fraction or a percentage; or give ``max_size``.
         max_size: of the checkpoint, in bytes or as text (``"12GB"``).
         shape: ``auto``, ``experts`` (whole ones) or ``KxW``.
+        multiple_of: of ``auto`` and ``experts``, only shapes whose number of experts is a multiple of this.
         corpora: calibration text; None for WikiText2 and C4 from the hub, where that can be reached.
         own_text: also have the model write text; skipped where it only runs layer by layer.
         repair: ``refit``, ``ridge``, ``scale`` or ``none``, see `repair`; None for the one of ``quality``.
@@ -112,7 +114,7 @@ def shrink(
         check_loadable(headers, how.dtype)
         check_target(headers, path, overwrite=overwrite)
     place = path.with_name(f"{path.name}-work") if work is None else Path(work)
-    asked = Asked(path, place, budget, max_size, shape, kind, amount, how, overwrite, command, here)
+    asked = Asked(path, place, budget, max_size, shape, kind, amount, how, overwrite, command, here, multiple_of)
     check_folder(place, [path, *([headers.checkpoint.folder] if headers.checkpoint.folder is not None else [])])
     shapes = shapes_of(headers, asked)
     extra = memory_needed(headers, asked, shapes)

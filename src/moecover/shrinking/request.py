@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecover.errors import InputError, arg
 from moecover.evaluation.budgets import check_within, fits_budget, shapes_within, whole_experts
 from moecover.planning.curve import EXPERTS, parse_shape
 from moecover.planning.shapes import Shape
@@ -38,6 +39,7 @@ class Asked:
         overwrite: whether an output of this program may be replaced.
         command: what the user typed.
         here: this process among those that share the work; the first one writes.
+        multiple_of: what the number of experts is a multiple of; None for any.
     """
 
     output: Path
@@ -51,22 +53,35 @@ class Asked:
     overwrite: bool
     command: str
     here: World = ALONE
+    multiple_of: int | None = None
 
     @property
     def of_budget(self) -> Path:
         """The folder within ``work`` for what depends on the budget and the shape."""
         size = self.max_size if self.budget is None else self.budget
-        name = f"{size}-{self.shape}".replace("%", "pct")
+        step = "" if self.multiple_of is None else f"-of{self.multiple_of}"
+        name = f"{size}-{self.shape}{step}".replace("%", "pct")
         return self.work / re.sub(r"[^\w.-]", "", name)
 
 
 def shapes_of(headers: Structure, asked: Asked) -> list[Shape]:
-    """The shapes within the budget, by headers alone; one where it is not to be measured."""
+    """The shapes within the budget, by headers alone; one where it is not to be measured.
+
+    Raises:
+        InputError: none is, or a multiple is asked for beside a shape.
+    """
     known = None if isinstance(headers.width, str) else headers.width.channels
     budget, size = asked.budget, asked.max_size
-    shapes = shapes_within(headers.topology, known, structure=headers, budget=budget, max_size=size)
+    shapes = shapes_within(
+        headers.topology, known, structure=headers, budget=budget, max_size=size, multiple_of=asked.multiple_of
+    )
     wanted = parse_shape(asked.shape, headers.topology, known)
     if isinstance(wanted, Shape):
+        if asked.multiple_of is not None:
+            raise InputError(
+                f"{arg('multiple_of', asked.multiple_of)} says which shapes are looked for: "
+                f"{arg('shape', asked.shape)} is one already"
+            )
         check_within(wanted, known, fits_budget(headers.topology, known, headers, budget, size))
         return [wanted]
     return [whole_experts(shapes)] if wanted == EXPERTS else shapes
