@@ -46,7 +46,8 @@ def cli_page() -> str:
     status = "Exit status: 0 done; 1 the job failed or the check said no; 2 bad request or input; 130 interrupted.\n"
     width = (
         "On a terminal nothing is wider than it (`COLUMNS` where that is exported): tables fold their headings or turn "
-        "into rows. In a pipe or\na file a table is as wide as it is and a fact stays on its line; programs read `--json`.\n"
+        "into rows. In a pipe or\na file a table is as wide as it is and a fact stays on its line; programs read "
+        "`--json`.\n"
     )
     return f"{NOTE}# Command line\n\n{status}\n{width}\n" + "\n".join(parts)
 
