@@ -76,10 +76,10 @@ def markdown_code(text: str) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
-def markdown_block(text: str) -> str:
+def markdown_block(text: str, language: str = "") -> str:
     """Text as a fenced block of code, whatever backticks are in it."""
     fence = "`" * max(3, longest_run(text, "`") + 1)
-    return f"{fence}\n{printable(text, lines=True)}\n{fence}"
+    return f"{fence}{language}\n{printable(text, lines=True)}\n{fence}"
 
 
 def longest_run(text: str, character: str) -> int:

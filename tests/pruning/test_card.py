@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +14,21 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.utils import validate_repo_id
 
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.planning.artifact import keep_all
 from moecover.pruning.card import model_card
+from moecover.pruning.card_header import datasets
+from moecover.pruning.card_names import placeholder, with_repository
+from moecover.pruning.writer import prune
 from tests.support.thin import random_shape
 
+CARRIED = {
+    "library_name": "mlx",
+    "tags": ["moe", "expert-pruning", "moecover", "chat", "x\\n- y"],
+    "language": ["en", "de"],
+}
 PLAIN = {"library_name": "transformers", "tags": ["moe", "expert-pruning", "moecover"]}
 
 
@@ -56,6 +69,8 @@ def header_of(card: str) -> dict[str, Any]:
         ("license: " + "x" * 500, {"license": "x" * 12 + "..." + "x" * 45}),
         ("license: '---'", {"license": "---"}),
         ("- a list", {}),
+        ("tags: [moe, chat, 'x\\n- y']\nlanguage: [en, de, 5]\nlibrary_name: mlx", CARRIED),
+        ("tags: {a: b}\nlanguage: null\nbase_model: evil/model\ndatasets: [evil/set]", {}),
     ],
 )
 def test_carried_entries_stay_entries(structure: Structure, header: str, carried: dict[str, Any]) -> None:
@@ -96,6 +111,69 @@ def test_the_calibration_text_is_named(structure: Structure) -> None:
         "c, 256 sequences, 524,288 tokens); mine.\n"
     ) in card
     assert "Calibration text" not in card_of(structure)
+    assert header_of(card)["datasets"] == ["Salesforce/wikitext"]
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("allenai/c4@1588ec4", ["allenai/c4"]),
+        ("hf:me/chats[en]/train?revision=abc", ["me/chats"]),
+        ("hf:me/chats", ["me/chats"]),
+        ("encyclopedia", []),
+        ("chats.jsonl", []),
+        ("hf:me/chats\nevil: x", []),
+        ("hf:../chats", []),
+    ],
+)
+def test_data_sets_of_the_hub_are_linked(source: str, found: list[str]) -> None:
+    assert datasets([[{"source": source}, {"source": source}, {}, {"source": 5}], []]) == found
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_snippet_runs(checkpoints: Callable[..., Path], tmp_path: Path, chat: bool) -> None:
+    """As it stands on the card, with the folder in place of the repository."""
+    source = tmp_path / "private place" / "Some-MoE_1.5"
+    shutil.copytree(checkpoints("qwen3_moe"), source)
+    if chat:
+        (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    structure = read_structure(source)
+    command = shlex.join(["moecover", "prune", str(source), "--corpus", f"a=hf:x/y/train?n=5&chat_template={source}/c"])
+    half = prune(structure, random_shape(structure, 8, keep=6), tmp_path / "half", command=command)
+    card = (half / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "moecover prune Some-MoE_1.5 --corpus 'a=hf:x/y/train?n=5&chat_template=c'" in card
+    assert "moecover verify Some-MoE_1.5 ." in card
+    assert "Shape: 6 experts x 8 channels in each of 2 MoE layers." in card
+    assert "vllm serve your-name/Some-MoE_1.5-6x8\n" in card
+    assert "apply_chat_template" in card if chat else "apply_chat_template" not in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", with_repository(card, str(half)), flags=re.DOTALL)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(snippet, "card", "exec"), {})
+    assert said.getvalue().strip()
+
+
+def test_a_model_of_the_hub_is_the_base(structure: Structure) -> None:
+    hub = replace(structure.checkpoint, name="some-one/a-moe", revision="0" * 40)
+    card = card_of(
+        replace(structure, checkpoint=hub), command="moecover prune some-one/a-moe -o/tmp/x --push-to-hub a/b"
+    )
+    entries = header_of(card)
+    assert (entries["base_model"], entries["base_model_relation"]) == ("some-one/a-moe", "finetune")
+    assert "moecover prune some-one/a-moe -ox --push-to-hub a/b\n" in card
+    assert f"moecover verify some-one/a-moe . --revision {'0' * 40}\n" in card
+    assert with_repository(card, "me/mine").count("me/mine") == 3
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [("half it", "half-it"), ("..a..b-.", "a-b"), ("shipped:x", "x"), ("\u65e5", "model"), ("x" * 99, "x" * 60)],
+)
+def test_the_placeholder_is_a_name_that_the_hub_takes(structure: Structure, model: str, name: str) -> None:
+    found = placeholder(model, keep_all(structure.topology))
+    validate_repo_id(found)
+    assert found == f"your-name/{name}-8-experts"
 
 
 def test_line_ends_of_other_systems_are_read(structure: Structure) -> None:

@@ -367,20 +367,29 @@ def test_a_width_that_cannot_be_cut_is_refused_with_the_way_out(
 
 def test_a_card_lies_beside_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With licence, sizes, method and command; a text that is no card is never replaced."""
-    source = write_gguf(tmp_path / "model.gguf", "qwen3moe", strings={"general.license": "apache-2.0"})
+    about = {
+        "general.license": "apache-2.0",
+        "general.base_model.0.repo_url": "https://huggingface.co/some-one/a.model",
+    }
+    source = write_gguf(tmp_path / "model.gguf", "qwen3moe", strings=about)
     chosen, output, card = tmp_path / "plan.json", tmp_path / "half it.gguf", tmp_path / "half it.md"
     plan_for([[0, 1, 2], [3, 4, 5]], method="tb-coverage").save(chosen)
     command = ["prune", source, "--plan", chosen, "-o", output]
     status, _, err = run(capsys, *command)
     assert status == 0, err
     text = card.read_text()
-    assert text.startswith("---\nlibrary_name: gguf\ntags: [moe, expert-pruning, moecover]\nlicense: apache-2.0\n---\n")
+    assert text.startswith(
+        "---\nlibrary_name: gguf\ntags: [moe, expert-pruning, moecover]\nbase_model: some-one/a.model\n"
+        "base_model_relation: quantized\nlicense: apache-2.0\n---\n"
+    )
     assert "# model.gguf, 3 of 6 experts" in text
     assert "| routed experts per MoE layer | 6 | 3 |" in text
     assert "moecover verify model.gguf 'half it.gguf'" in text
     assert "llama-server -m 'half it.gguf'" in text
     assert "moecover.json" not in text
-    assert f"moecover prune {source} --plan {chosen}" in text
+    assert "moecover prune model.gguf --plan plan.json -o 'half it.gguf'" in text
+    assert "llama-server --hf-repo your-name/model-3-experts-GGUF --hf-file 'half it.gguf'" in text
+    assert str(tmp_path) not in text
     output.unlink()
     assert run(capsys, *command)[0] == run(capsys, *command, "--overwrite")[0] == 0
     card.write_text("my notes")

@@ -215,7 +215,7 @@ def test_what_was_pruned_twice_leads_to_the_first_original(
     assert "This is `m` (mixtral)" in card
     assert "in several steps, this time from `second`" in card
     assert "| routed experts per MoE layer | 6 | 3 | 2 |" in card
-    assert f"moecover verify {second} ." in card
+    assert "moecover verify second ." in card
 
 
 def test_thinner_experts_pruned_again_lead_to_the_first_original(source: Path, tmp_path: Path) -> None:

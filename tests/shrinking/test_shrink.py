@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_the_best_shape_is_repaired_proven_and_measured(checkpoints: Callable[..
     card = (tmp_path / "out" / "README.md").read_text()
     assert "## Measured" in card
     assert "perplexity, a," in card
+    assert re.search(r"Perplexity: geometric mean over 2 texts [+-][\d.]+ %; worst text [ab], [+-][\d.]+ %\.", card)
     held = {name: text["sha256"] for name, text in made.evaluation.texts.items()}
     assert set(held) == {"a", "b"}
     assert not {record["sha256"] for records in plan.calibration.values() for record in records} & set(held.values())

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from moecover.checkpoints.remote_code import is_trusted
-from moecover.errors import printable, shortened
-from moecover.files.reading import parse_yaml
 from moecover.merging.method import NONE
+from moecover.pruning.card_header import header
+from moecover.pruning.card_names import placeholder, public_command, public_name, short_name
+from moecover.pruning.card_usage import usage
 from moecover.text import markdown_block, markdown_code, markdown_table, markdown_text
 
 if TYPE_CHECKING:
@@ -23,44 +20,18 @@ if TYPE_CHECKING:
     from moecover.repairing.artifact import Repaired
 
 
-CARRIED_KEYS = ("license", "license_name", "license_link", "pipeline_tag")
-LONGEST_ENTRY = 200  # characters
-TAGS = ("moe", "expert-pruning", "moecover")
-
-
-def _carried(card: str) -> dict[str, str | list[str]]:
-    """The entries of a card's YAML header that are carried over; none where the header cannot be read."""
-    header = re.match(r"---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card, flags=re.DOTALL)
-    try:
-        entries = parse_yaml(header[1])[0] if header else None
-    except (ValueError, yaml.YAMLError):
-        return {}
-    if not isinstance(entries, dict):
-        return {}
-    found = {key: _plain(entries[key]) for key in CARRIED_KEYS if key in entries}
-    return {key: value for key, value in found.items() if value}
-
-
-def _plain(value: object) -> str | list[str]:
-    """An entry as text, or a list of texts, that a header can hold; empty for anything else."""
-    if isinstance(value, list):
-        return [text for one in value if isinstance(text := _plain(one), str) and text]
-    return shortened(printable(value), LONGEST_ENTRY) if isinstance(value, str) else ""
-
-
-def _header(structure: Structure, original_card: str, origin: Origin | None) -> list[str]:
-    """Lines of the YAML header."""
-    checkpoint = origin or structure.checkpoint
-    library = "transformers" if structure.checkpoint.gguf is None else "gguf"
-    entries: dict[str, object] = {"library_name": library, "tags": [*TAGS]}
-    if "/" in checkpoint.name and checkpoint.revision:
-        entries["base_model"] = printable(checkpoint.name)
-    entries |= _carried(original_card)
-    gguf = structure.checkpoint.gguf
-    if gguf is not None and (licence := _plain(gguf.first.values.get("general.license", ""))):
-        entries["license"] = licence
-    text: str = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, default_flow_style=None, width=sys.maxsize)
-    return ["---", *text.splitlines(), "---"]
+PAPER = "2607.01710"  # of TB-Coverage, on arXiv
+CITATION = f"""\
+@misc{{tbcoverage,
+  title = {{Generic TB-Coverage}},
+  eprint = {{{PAPER}}},
+  archivePrefix = {{arXiv}},
+  url = {{https://arxiv.org/abs/{PAPER}}}
+}}
+@software{{moecover,
+  title = {{moecover: smaller Mixture-of-Experts language models when nobody yet knows what they will be used for}},
+  author = {{{{The moecover authors}}}}
+}}"""
 
 
 def _weights(repaired: Repaired | None) -> str:
@@ -123,10 +94,6 @@ def _about(name: str, records: Sequence[Mapping[str, Any]]) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
-def _short_name(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2] or name
-
-
 def _sizes(structure: Structure, plan: Plan, origin: Origin | None, mtp: str) -> str:
     """The table of sizes: the original, what was pruned if that is another, and what is left."""
     topology, width = structure.topology, plan.width
@@ -168,6 +135,13 @@ def _thin_title(structure: Structure, plan: Plan, origin: Origin | None) -> str:
     return f", {plan.width or structure.width.channels} of {of_all} channels each"
 
 
+def _shape(structure: Structure, plan: Plan) -> str:
+    """Experts and, where their number is known, channels of each that are left."""
+    width = structure.width
+    channels = plan.width if isinstance(width, str) else plan.width or width.channels
+    return f"{plan.keep} experts" if channels is None else f"{plan.keep} experts x {channels:,} channels"
+
+
 def _removed(structure: Structure, plan: Plan) -> str:
     """What was removed, in words."""
     if plan.width is None:
@@ -180,20 +154,49 @@ def _removed(structure: Structure, plan: Plan) -> str:
     return f"{what} removed ({plan.width} stay in each{padded if padding else ''})"
 
 
-def _words(structure: Structure, output: str) -> tuple[str, str, list[str]]:
-    """By format: what holds the plan, what `verify` is given, and how it is run where that is not known anyway."""
-    name = structure.checkpoint.name
-    if structure.checkpoint.gguf is None:
-        return (
-            "`moecover.json` holds the plan with every expert's saliency, the original id of every expert, and a hash "
-            "of every file.",
-            f"{shlex.quote(name)} .",
-            [],
-        )
-    file = shlex.quote(output)
-    holds = "The keys `moecover.*` of the file hold the method and the original ids of the experts that were kept."
-    run = ["To run it:", "", markdown_block(f"llama-server -m {file}"), ""]
-    return holds, f"{shlex.quote(_short_name(name))} {file}", run
+def _holds(structure: Structure) -> str:
+    """What holds the plan, by format."""
+    if structure.checkpoint.gguf is not None:
+        return "The keys `moecover.*` of the file hold the method and the original ids of the experts that were kept."
+    return (
+        "`moecover.json` holds the plan with every expert's saliency, the original id of every expert, and a hash of "
+        "every file."
+    )
+
+
+def _limits(plan: Plan, *, measured: bool, repaired: bool) -> list[str]:
+    """What the model cannot do, and what nobody has looked at."""
+    read = ", ".join(map(markdown_text, plan.calibration))
+    chosen = f"text unlike that which the experts were chosen on ({read})" if read else "some kinds of text"
+    numbers = "the numbers above are of other text than yours" if measured else "nothing was measured for this card"
+    more = "" if repaired else " The model was not trained after pruning, so nothing has made up for that."
+    return [
+        *("## Limits", ""),
+        f"- What only removed experts knew is lost.{more} Expect the largest losses on {chosen}; {numbers}. Measure "
+        "your own: `moecover evaluate`.",
+        "- Limits, biases and terms of use of the original hold here too. Safety and refusals were not looked at "
+        "after pruning.",
+        "",
+    ]
+
+
+def _commands(structure: Structure, command: str, output: str, *, weights: str, changed: bool) -> list[str]:
+    """How it was made, and how that is checked."""
+    checkpoint = structure.checkpoint
+    name = public_name(checkpoint)
+    revision = f" --revision {shlex.quote(checkpoint.revision)}" if checkpoint.revision else ""
+    trusted = " --trust-remote-code" if checkpoint.folder is not None and is_trusted(checkpoint.folder) else ""
+    if shown := public_command(command, name if checkpoint.revision else ""):
+        shown = f"Command:\n\n{markdown_block(shown)}\n\n"
+    place = shlex.quote(output) if output else "."
+    return [
+        *("## How it was made", ""),
+        f"{shown}To check it against the original (its outputs equal those of the original with the removed {weights} "
+        f"masked{' and the changed tensors in place' if changed else ''}):",
+        "",
+        markdown_block(f"moecover verify {shlex.quote(name)} {place}{revision}{trusted}"),
+        "",
+    ]
 
 
 def model_card(
@@ -215,22 +218,19 @@ def model_card(
         plan: which experts stay.
         repaired: refitted tensors; None where nothing was repaired.
         command: the command line that made the checkpoint; empty for none.
-        original_card: card of the source; its licence is carried over.
+        original_card: card of the source; its licence, languages and tags are carried over.
         figures: a section of measured numbers, see `card_numbers.measured`; empty for none.
         origin: the first original, where the source was pruned before; None where it is one itself.
         mtp: what became of multi-token-prediction layers, see `writer.prune`.
-        output: name of the file that was written; empty for a folder, which the card lies in.
+        output: name of the file that is written; empty for a folder, which the card lies in.
     """
     topology, checkpoint = structure.topology, structure.checkpoint
-    name, experts = _short_name((origin or checkpoint).name), (origin or topology).num_experts
-    holds, files, more = _words(structure, output)
-    steps = f" in several steps, this time from {markdown_code(_short_name(checkpoint.name))}" if origin else ""
+    name, experts = short_name((origin or checkpoint).name), (origin or topology).num_experts
+    repository = placeholder(name, plan, gguf=checkpoint.gguf is not None)
+    steps = f" in several steps, this time from {markdown_code(short_name(checkpoint.name))}" if origin else ""
     options = ", ".join(f"{key} {value}" for key, value in plan.options.items()) or "none"
-    revision = f" --revision {shlex.quote(checkpoint.revision)}" if checkpoint.revision else ""
-    trusted = " --trust-remote-code" if checkpoint.folder is not None and is_trusted(checkpoint.folder) else ""
-    parts = "experts" if plan.width is None else "experts and channels"
     lines = [
-        *_header(structure, original_card, origin),
+        *header(structure, plan, original_card, origin=origin, repaired=repaired),
         "",
         f"# {markdown_text(name)}, {plan.keep} of {experts} experts{_thin_title(structure, plan, origin)}",
         "",
@@ -239,20 +239,24 @@ def model_card(
         "",
         _sizes(structure, plan, origin, mtp),
         "",
-        f"Method: {markdown_text(plan.method)}; options: {markdown_text(options)}. {holds}",
+        f"Shape: {_shape(structure, plan)} in each of {len(plan.layers)} MoE layers. "
+        f"Method: {markdown_text(plan.method)}; options: {markdown_text(options)}. {_holds(structure)}",
         "",
         *_calibration(plan),
-        *more,
+        *usage(structure, plan, repository=repository, output=output),
     ]
     if figures:
         lines.append(figures)
-    if command:
-        lines += ["Command:", "", markdown_block(command), ""]
     lines += [
-        f"To check it against the original (its outputs equal those of the original with the removed {parts} masked"
-        f"{' and the changed tensors in place' if repaired else ''}):",
-        "",
-        markdown_block(f"moecover verify {files}{revision}{trusted}"),
+        *_limits(plan, measured=bool(figures), repaired=repaired is not None),
+        *_commands(
+            structure,
+            command,
+            output,
+            weights="experts" if plan.width is None else "experts and channels",
+            changed=repaired is not None,
+        ),
+        *("## Citation", "", markdown_block(CITATION, "bibtex")),
     ]
     if original_card:
         lines += ["", "The model card of the original is README.original.md."]

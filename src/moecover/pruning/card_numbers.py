@@ -5,6 +5,7 @@ A plan evaluated in memory computes bit for bit what its checkpoint does, so the
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NotRequired, Protocol, TypedDict
@@ -129,7 +130,23 @@ def measured(
             f"Make one with `moecover evaluate {structure.checkpoint.name} --plan ...`"
         )
     columns = {"original": original, "pruned": found} if original is not None else {"pruned": found}
-    return "\n".join(["## Measured", "", _table(about, columns), "", _settings(about), ""])
+    worst = [_worst(original, found), ""] if original is not None and found.perplexity else []
+    return "\n".join(["## Measured", "", *worst, _table(about, columns), "", _settings(about), ""])
+
+
+def _worst(original: Row, pruned: Row) -> str:
+    """The text that lost most, and the mean: what a reader asks first."""
+    lost = {
+        name: math.log(one.perplexity / original.perplexity[name].perplexity) for name, one in pruned.perplexity.items()
+    }
+    worst = max(lost, key=lambda name: lost[name])
+    texts = f"geometric mean over {len(lost)} texts {_change(statistics.fmean(lost.values()))}; " * (len(lost) > 1)
+    return f"Perplexity: {texts}worst text {markdown_text(worst)}, {_change(lost[worst])}."
+
+
+def _change(nats: float) -> str:
+    """The relative change of a perplexity for a difference of losses."""
+    return f"{100 * math.expm1(nats):+.1f} %"
 
 
 def _check_comparable(

@@ -24,7 +24,8 @@ from moecover.gguf.parts import GgufFiles, is_gguf, part_name, stem_of
 from moecover.gguf.writing import head_bytes, padding
 from moecover.planning.artifact import LayerPlan, Plan, kept_sets
 from moecover.planning.fitting import check_plan
-from moecover.pruning.card import TAGS, model_card
+from moecover.pruning.card import model_card
+from moecover.pruning.card_header import TAGS
 from moecover.pruning.card_numbers import Measurement, measured
 from moecover.pruning.shards import check_space, write_shards
 from moecover.version import VERSION
