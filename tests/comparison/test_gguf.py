@@ -85,6 +85,7 @@ def test_a_grid_of_a_file_with_other_files(
         ({"dtype": "float32"}, "`dtype` float32 has no use here"),
         ({"memory_limit": "1GB"}, "`memory_limit` has no use here"),
         ({"device_map": "auto"}, "`device_map` has no use here"),
+        ({"skip": True}, "experts are skipped in transformers"),
         ({"libllama": "none.so"}, "no such file. Give the shared library of llama.cpp"),
     ],
 )

@@ -18,7 +18,10 @@ YAML = (".yaml", ".yml")
 
 
 class Flag(NamedTuple):
-    """An option that takes the place of a configuration's field: ``repeated``, or with commas if ``several``."""
+    """An option that takes the place of a configuration's field: ``repeated``, or with commas if ``several``.
+
+    Without a metavar it is a switch.
+    """
 
     name: str
     field: str
@@ -87,6 +90,7 @@ FLAGS = (
         int,
         several=True,
     ),
+    Flag("skip", "skip", "", "every plan also with tokens that skip experts by the rule of evaluate --skip"),
     Flag("seeds", "seeds", "N,N", "of seeded methods (default: 0,1,2,3,4)", int, several=True),
     Flag("samples", "samples", "N,N", "seeds of the calibration samples (default: 0)", int, several=True),
     Flag("sequences", "sequences", "N", "calibration blocks per corpus (default: up to 128)", int),
@@ -162,7 +166,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_mix(group)
     add_reading(group)
     for one in FLAGS:
-        if one.repeated:
+        if not one.metavar:
+            group.add_argument(f"--{one.name}", action="store_const", const=True, help=one.help)
+        elif one.repeated:
             group.add_argument(f"--{one.name}", action="append", default=None, metavar=one.metavar, help=one.help)
         else:
             parse = _several(one.parse) if one.several else one.parse

@@ -27,8 +27,8 @@ Sample = tuple[tuple[str, ...], int]  # a calibration sample: names of its corpo
 class CellRecord(TypedDict):
     """The coordinates of a cell, as cell.json has them.
 
-    ``width`` is missing where experts are whole, ``top_k`` where a token goes to as many as in the model, ``merge``
-    where none are merged.
+    ``width`` is missing where experts are whole, ``top_k`` where a token goes to as many as in the model, ``skip``
+    where it skips none of these, ``merge`` where none are merged.
     """
 
     id: str
@@ -42,6 +42,7 @@ class CellRecord(TypedDict):
     keep: int
     width: NotRequired[int]
     top_k: NotRequired[int]
+    skip: NotRequired[bool]
     seed: int | None
     merge: NotRequired[str]
     repair: str
@@ -95,6 +96,16 @@ class Cell:
         return self.repair != UNREPAIRED or self.merge != UNMERGED
 
     @property
+    def skips(self) -> bool:
+        """Whether tokens skip experts by a rule."""
+        return self.variant is not None and self.variant.skip
+
+    @property
+    def fitted(self) -> bool:
+        """Whether more than the plan is made on calibration text: merge, repair, or the rule by which tokens skip."""
+        return self.repaired or self.skips
+
+    @property
     def calibrated_on(self) -> Sample:
         """The calibration sample, without corpora for a cell that needs none."""
         return self.calibration, self.sample
@@ -140,6 +151,8 @@ class Cell:
             found["width"] = self.width
         if variant is not None and variant.top_k is not None:
             found["top_k"] = variant.top_k
+        if self.skips:
+            found["skip"] = True
         if self.merge != UNMERGED:
             found["merge"] = self.merge
         return found

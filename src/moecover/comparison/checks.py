@@ -49,6 +49,10 @@ def checked(request: Request, progress: Progress) -> list[ComparedModel]:
         structures = [_headers(request, number, progress) for number in range(len(config.models))]
     found = []
     for number, (entry, structure) in enumerate(zip(config.models, structures, strict=True)):
+        if config.skip and structure.topology.top_k == 1:
+            raise request.error(
+                f"{entry.name}: a token goes to one expert only, and none of that can be skipped", "skip"
+            )
         for place, top_k in enumerate(config.top_ks):
             try:
                 check_top_k(structure, top_k)

@@ -171,6 +171,7 @@ class Config(BaseModel):
     repairs: Repairs = [UNREPAIRED]
     repair_tokens: Count = 65_536
     top_ks: Annotated[list[Count], BeforeValidator(_listed)] = []
+    skip: bool = False
     retain: Annotated[list[float], BeforeValidator(_listed), Field(min_length=1)] | None = None
     keep: Numbers | None = None
     shapes: Shapes | None = None

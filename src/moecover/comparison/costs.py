@@ -39,7 +39,7 @@ def setup_of(model: ComparedModel, config: Config, limit: int) -> ModelSetup:
     extra = max((wide_bytes(model.structure, len(sample)) for sample in model.samples.values()), default=0)
     if model.places:
         keep = max(cell.keep for cell in model.cells if cell.repaired)
-        tokens = max(sum(c.num_tokens for c in corpora) for corpora in model.repaired_on.values())
+        tokens = max(sum(c.num_tokens for c in corpora) for corpora in model.fitted_on.values())
         for merge, kind in {(cell.merge, cell.repair) for cell in model.cells if cell.repaired}:
             beside = needed_bytes(
                 model.structure, model.places, kind=kind, merge=merge, keep=keep, tokens=tokens, dtype=config.dtype
@@ -144,7 +144,8 @@ def _seconds(model: ComparedModel, setup: ModelSetup, config: Config) -> float:
     device = check_device(config.dtype, config.device)
     passes = [(sum(text.num_tokens for text in model.texts), model.in_tasks)] * len(model.pending)
     passes += [(sum(c.num_tokens for c in sample), (0, 0)) for sample in model.samples.values()]
-    repaired = [model.repaired_on[c.calibrated_on] for c in model.pending if c.repaired]
+    passes += [(sum(c.num_tokens for c in model.fitted_on[c.calibrated_on]), (0, 0)) for c in model.pending if c.skips]
+    repaired = [model.fitted_on[c.calibrated_on] for c in model.pending if c.repaired]
     passes += [(REPAIR_PASSES * sum(c.num_tokens for c in sample), (0, 0)) for sample in repaired]
     counted = [(pass_cost(model, setup, config, *one), times) for one, times in Counter(passes).items()]
     read = sum(times * found.read for found, times in counted)

@@ -19,6 +19,7 @@ from moecover.comparison.jobs import RunFacts
 from moecover.corpora.packing import Corpus
 from moecover.evaluation.artifact import Evaluation
 from moecover.evaluation.run import evaluate
+from moecover.evaluation.skipping import Skipping
 from moecover.evaluation.tasks import Tasks
 from moecover.planning.artifact import Plan
 from moecover.profiling.artifact import Profile
@@ -28,6 +29,8 @@ from moecover.runtime.devices import name_of, peak_memory
 from moecover.runtime.running import Running
 
 Repairs = Mapping[str, Callable[[int], LayerRepair]]  # by row, what gives the repair of a MoE layer
+
+Skips = Mapping[str, Skipping]  # by row, the rule by which tokens skip experts
 
 
 class Engine(Protocol):
@@ -52,6 +55,7 @@ class Engine(Protocol):
         *,
         files: Mapping[str, str],
         repairs: Repairs,
+        skips: Skips,
         texts: Sequence[Corpus] = (),
         tasks: Tasks | None = None,
         full: bool = True,
@@ -62,6 +66,7 @@ class Engine(Protocol):
             plans: by row, to be emulated.
             files: name of a further file by row.
             repairs: of plans that are repaired.
+            skips: of plans whose tokens skip experts.
             texts: held-out text.
             tasks: benchmarks; None for none.
             full: whether the model itself is a row too; it always is on texts.
@@ -105,6 +110,7 @@ class Transformers:
         *,
         files: Mapping[str, str],
         repairs: Repairs,
+        skips: Skips,
         texts: Sequence[Corpus] = (),
         tasks: Tasks | None = None,
         full: bool = True,
@@ -119,6 +125,7 @@ class Transformers:
             tasks=tasks,
             full=full,
             repairs=repairs,
+            skips=skips,
             batch_size=self._batch_size,
         )
 

@@ -153,10 +153,17 @@ def _plan_inputs(config: Config, model: ComparedModel, cell: Cell) -> list[objec
     if variant.top_k is not None:
         found.append({"top_k": variant.top_k})
     if cell.repaired:
-        found += [cell.repair, sum(c.num_tokens for c in model.repaired_on[cell.calibrated_on])]
+        found += [cell.repair, _fitted_on(model, cell)]
+    if cell.skips:
+        found.append({"skip": _fitted_on(model, cell)})
     if cell.merge != UNMERGED:
         found.append({"merge": cell.merge})
     return found
+
+
+def _fitted_on(model: ComparedModel, cell: Cell) -> int:
+    """Tokens of the calibration text that merge, repair or skipping rule are made on."""
+    return sum(c.num_tokens for c in model.fitted_on[cell.calibrated_on])
 
 
 def versions(library: Library | None = None) -> dict[str, str]:

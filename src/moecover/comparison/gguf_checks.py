@@ -54,6 +54,8 @@ def check_coordinates(request: Request, name: str) -> None:
     for field, given in (("merges", config.merges), ("repairs", config.repairs)):
         if changes := [one for one in given if one != UNREPAIRED]:
             raise request.error(f"{why}: {_unrepaired(changes[0])}", field)
+    if config.skip:
+        raise request.error(f"{why}: experts are skipped in transformers. Compare the original checkpoint", "skip")
     if config.tasks:
         text = f"{why}: tasks run in transformers. Give `perplexity` alone, or compare the original checkpoint"
         raise request.error(text, "tasks")

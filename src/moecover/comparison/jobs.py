@@ -92,13 +92,13 @@ class EvaluationJob:
         model: its name.
         cells: to evaluate.
         fingerprints: by cell id.
-        repaired_on: calibration text of the repairs, by sample.
+        fitted_on: calibration text of merges, repairs and skipping rules, by sample.
     """
 
     model: str
     cells: tuple[Cell, ...]
     fingerprints: Mapping[str, str]
-    repaired_on: Mapping[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
+    fitted_on: Mapping[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moecover.checkpoints.structure import Structure, read_structure
-from moecover.comparison.engines import Repairs, peak_rss_bytes, processor
+from moecover.comparison.engines import Repairs, Skips, peak_rss_bytes, processor
 from moecover.comparison.jobs import RunFacts
 from moecover.corpora.packing import Corpus
 from moecover.evaluation.artifact import Evaluation
@@ -52,6 +52,7 @@ class Llama:
         *,
         files: Mapping[str, str],
         repairs: Repairs,
+        skips: Skips,
         texts: Sequence[Corpus] = (),
         tasks: Tasks | None = None,
         full: bool = True,
@@ -67,6 +68,7 @@ class Llama:
         assert tasks is None
         assert full
         assert not repairs
+        assert not skips
         for plan in plans.values():
             check_plan(plan, self._structure, other_weights=True)
         others = {row: read_structure(self._files[name]) for row, name in files.items()}

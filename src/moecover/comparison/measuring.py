@@ -21,6 +21,8 @@ from moecover.comparison.open_model import OpenModel
 from moecover.comparison.planning_jobs import blind_plan
 from moecover.evaluation.artifact import FULL as FULL_ROW
 from moecover.evaluation.artifact import Evaluation
+from moecover.evaluation.run import skip_rules
+from moecover.evaluation.skipping import Skipping
 from moecover.planning.artifact import Plan
 from moecover.repairing.applied import LayerRepair
 from moecover.repairing.store import repair
@@ -43,11 +45,12 @@ class CellRepair:
 
 @dataclass(frozen=True)
 class Ready:
-    """Cells that can be measured, with their plans and repairs by cell id."""
+    """Cells that can be measured, with their plans, repairs and skipping rules by cell id."""
 
     cells: list[Cell] = dataclasses.field(default_factory=list)
     plans: dict[str, Plan] = dataclasses.field(default_factory=dict)
     repairs: dict[str, CellRepair] = dataclasses.field(default_factory=dict)
+    skips: dict[str, Skipping] = dataclasses.field(default_factory=dict)
 
     def part(self, cells: Sequence[Cell]) -> Ready:
         """Some of the cells."""
@@ -56,6 +59,7 @@ class Ready:
             list(cells),
             {name: plan for name, plan in self.plans.items() if name in ids},
             {name: one for name, one in self.repairs.items() if name in ids},
+            {name: one for name, one in self.skips.items() if name in ids},
         )
 
 
@@ -70,6 +74,9 @@ def evaluate_cells(model: OpenModel, job: EvaluationJob) -> Iterator[Report]:
             if cell.repaired:
                 step = "repairing"
                 ready.repairs[cell.id] = _repair(model, job, cell, ready.plans[cell.id])
+            if cell.skips:
+                step = "finding what is skipped"
+                ready.skips.update(_rule(model, job, cell, ready.plans[cell.id]))
             ready.cells.append(cell)
         except Exception as error:
             yield CellFailed(cell, f"{step}: {why(error)}")
@@ -98,7 +105,7 @@ def _plan_of(model: OpenModel, cell: Cell) -> Plan:
 def _repair(model: OpenModel, job: EvaluationJob, cell: Cell, plan: Plan) -> CellRepair:
     """The repair of a cell; layers that an interrupted run has finished are reused."""
     started, config, structure = time.monotonic(), model.config, model.structure(job.model)
-    corpora, running = job.repaired_on[cell.calibrated_on], model.running(job.model)
+    corpora, running = job.fitted_on[cell.calibrated_on], model.running(job.model)
     found = repair(
         structure,
         plan,
@@ -125,6 +132,17 @@ def _repair(model: OpenModel, job: EvaluationJob, cell: Cell, plan: Plan) -> Cel
     return CellRepair(of_layer, record, time.monotonic() - started)
 
 
+def _rule(model: OpenModel, job: EvaluationJob, cell: Cell, plan: Plan) -> dict[str, Skipping]:
+    """The rule by which the tokens of a cell skip experts."""
+    return skip_rules(
+        model.structure(job.model),
+        {cell.id: plan},
+        model=model.running(job.model),
+        corpora=job.fitted_on[cell.calibrated_on],
+        batch_size=model.config.batch_size,
+    )
+
+
 def _measure(model: OpenModel, job: EvaluationJob, group: Ready) -> Iterator[CellDone]:
     """Evaluate a group and write its cells."""
     started = time.monotonic()
@@ -133,6 +151,7 @@ def _measure(model: OpenModel, job: EvaluationJob, group: Ready) -> Iterator[Cel
         engine.evaluate,
         files={cell.id: cell.file for cell in group.cells if cell.file},
         repairs={name: one.of_layer for name, one in group.repairs.items()},
+        skips=group.skips,
     )
     has_full = len(group.plans) < len(group.cells)
     on_texts = run(group.plans, texts=texts) if texts else None

@@ -33,7 +33,7 @@ class ComparedModel:
         cells: all of them.
         files: further GGUF files by name.
         samples: corpora of every calibration sample.
-        repaired_on: the part of a calibration sample that a repair runs on.
+        fitted_on: the part of a calibration sample that merge, repair and skipping rule are made on.
         places: what a repair refits; empty if no cell is repaired.
         texts: for perplexity.
         shard_hashes: hash of every weight file, of the model and of its further files by `name_of`.
@@ -52,7 +52,7 @@ class ComparedModel:
     cells: list[Cell]
     files: Mapping[str, Structure] = field(default_factory=dict)
     samples: dict[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
-    repaired_on: dict[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
+    fitted_on: dict[Sample, tuple[Corpus, ...]] = field(default_factory=dict)
     places: list[Place] = field(default_factory=list)
     texts: tuple[Corpus, ...] = ()
     shard_hashes: dict[str, dict[str, list[int | str]]] = field(default_factory=dict)

@@ -98,7 +98,7 @@ def _read_texts(
 def _read_samples(
     request: Request, model: ComparedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
 ) -> None:
-    """Read the calibration samples, and the part of them that repairs run on."""
+    """Read the calibration samples, and the part of them that merges, repairs and skipping rules are made on."""
     config = request.config
     sets = [tuple(corpora_of(arguments)) for arguments in config.calibration]
     for names, seed in dict.fromkeys(c.calibrated_on for c in model.cells if c.calibration):
@@ -123,9 +123,9 @@ def _read_samples(
         for line in filter(None, map(refused_text, model.samples[names, seed])):
             progress.say(line)
     try:
-        for sample in dict.fromkeys(c.calibrated_on for c in model.cells if c.repaired):
+        for sample in dict.fromkeys(c.calibrated_on for c in model.cells if c.fitted):
             taken = sample_of(model.samples[sample], config.repair_tokens, argument="repair_tokens")
-            model.repaired_on[sample] = tuple(taken)
+            model.fitted_on[sample] = tuple(taken)
     except InputError as error:
         raise request.error(f"{model.name}: {error}", "repair_tokens") from error
 

@@ -71,14 +71,13 @@ class Schedule:
         size = self._per_pass[name] or min(GROUP, -(-len(cells) // self._jobs))
         model = self._models[name]
 
-        def repaired_on(part: Sequence[Cell]) -> dict[Sample, tuple[Corpus, ...]]:
-            samples = dict.fromkeys(c.calibrated_on for c in part if c.repaired)
-            return {sample: model.repaired_on[sample] for sample in samples}
+        def fitted_on(part: Sequence[Cell]) -> dict[Sample, tuple[Corpus, ...]]:
+            samples = dict.fromkeys(c.calibrated_on for c in part if c.fitted)
+            return {sample: model.fitted_on[sample] for sample in samples}
 
         parts = [tuple(cells[start : start + size]) for start in range(0, len(cells), max(size, 1))]
         return [
-            EvaluationJob(name, part, {c.id: model.fingerprints[c.id] for c in part}, repaired_on(part))
-            for part in parts
+            EvaluationJob(name, part, {c.id: model.fingerprints[c.id] for c in part}, fitted_on(part)) for part in parts
         ]
 
     def failed(self, cell: Cell) -> None:

@@ -36,6 +36,7 @@ class TidyRow(TypedDict):
     keep: int
     width: int | None
     top_k: int | None
+    skip: bool | None
     kind: str
     name: str
     metric: str
@@ -81,6 +82,7 @@ def tidy(cells: Iterable[ReadCell]) -> Iterator[TidyRow]:
         coordinates: dict[str, object] = {
             "width": None,
             "top_k": None,
+            "skip": None,
             "merge": UNMERGED,
             **record,
             "calibration": set_name(record["calibration"]),

@@ -27,11 +27,12 @@ class Variant:
         options: the method's other options, and `OF_EVERY_METHOD`.
         seeds: one plan each; empty for a deterministic method.
         label: name in tables and figures.
-        blind: it uses no statistics, no merge and no repair, so it needs no calibration text.
+        blind: it uses no statistics, no merge, no repair and no skipping rule, so it needs no calibration text.
         searches: it needs the live model and a sample of the inputs of its MoE layers.
         repair: of the experts that stay, see `repairing.solver.KINDS`, or ``none``.
         merge: of the others into these, see `MERGES`, or ``none``.
         top_k: experts per token; None for the model's own number.
+        skip: tokens skip experts, see `evaluation.skipping`.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Variant:
     repair: str = UNREPAIRED
     merge: str = UNMERGED
     top_k: int | None = None
+    skip: bool = False
 
     def plan_options(self, seed: int | None) -> dict[str, object]:
         """The options of `plan_budgets`: those of the method with the saliency and a seed, where it takes them."""
@@ -84,7 +86,10 @@ def variants(request: Request) -> list[Variant]:
 
 
 def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
-    """The variants of one method: by saliency, merge and repair; without these also with fewer experts per token."""
+    """The variants of one method: by saliency, merge and repair; without these also with fewer experts per token.
+
+    Fewer are those of `Config.top_ks`, and those that a skipping rule leaves.
+    """
     config, found = request.config, list[Variant]()
     method, given = METHODS[entry.method], dict[str, object](entry.model_extra or {})
     takes_saliency = method.has("saliency")
@@ -106,22 +111,28 @@ def _of_entry(request: Request, entry: MethodEntry) -> list[Variant]:
         if entry.label and len(entry.saliency or [0]) > 1:
             label = f"{label} ({saliency})"
         changes = itertools.product(entry.merge or config.merges, entry.repair or config.repairs)
-        fewer: list[tuple[str, str, int | None]] = [(UNMERGED, UNREPAIRED, top_k) for top_k in config.top_ks]
-        for merge, repair, top_k in [*((*both, None) for both in changes), *fewer]:
+        fewer: list[tuple[int | None, bool]] = [(top_k, False) for top_k in config.top_ks]
+        fewer += [(None, True)] if config.skip else []
+        for (merge, repair), (top_k, skip) in [
+            *((both, (None, False)) for both in changes),
+            *(((UNMERGED, UNREPAIRED), one) for one in fewer),
+        ]:
             more = [one.label] if (one := merge_of(merge)) is not None else []
             more += [repair] if repair != UNREPAIRED else []
+            named = f", top-{top_k}" if top_k else ", skipping" if skip else ""
             found.append(
                 Variant(
                     method=entry.method,
                     saliency=saliency,
                     options=options,
                     seeds=seeds,
-                    label=" + ".join([label, *more]) + (f", top-{top_k}" if top_k else ""),
-                    blind=blind and not more,
+                    label=" + ".join([label, *more]) + named,
+                    blind=blind and not more and not skip,
                     searches=method.runs_experts,
                     repair=repair,
                     merge=merge,
                     top_k=top_k,
+                    skip=skip,
                 )
             )
     return found

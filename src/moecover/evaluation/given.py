@@ -15,7 +15,6 @@ from moecover.corpora.packing import Corpus
 from moecover.corpora.windows import WINDOWS, check_text, load_windows
 from moecover.errors import InputError, arg
 from moecover.evaluation.artifact import FULL
-from moecover.evaluation.run import skipping_name
 from moecover.planning.artifact import Plan, keep_all, with_top_k
 from moecover.planning.fitting import check_top_k
 from moecover.progress import Progress
@@ -109,18 +108,25 @@ def with_fewer(plans: Mapping[str, Plan], top_ks: Sequence[int], structure: Stru
     return found
 
 
-def check_skip(skip: str | Corpus, structure: Structure, plans: Mapping[str, Plan]) -> None:
-    """Refuse what no skipping rule can be found for, before the model is fetched.
+def skipping_rows(plans: Mapping[str, Plan], skip: str | Corpus, structure: Structure) -> dict[str, Plan]:
+    """The rows in which tokens skip experts: of the model itself and of each plan, by name.
+
+    Args:
+        plans: by the name of their row.
+        skip: calibration text of the rule.
+        structure: the model.
 
     Raises:
-        InputError: an unknown text, a token that goes to one expert only, or a plan with the name of a row that skips.
+        InputError: an unknown text, a token that goes to one expert only, or a plan with the name of such a row.
     """
     parsed([skip])
     if 1 in {structure.topology.top_k, *(plan.top_k for plan in plans.values())}:
         name = skip.name if isinstance(skip, Corpus) else skip
         raise InputError(f"{arg('skip', name)}: a token goes to one expert only, and none of that can be skipped")
-    for name in (FULL, *plans):
-        skipping_name(name, plans)
+    found = {f"{name} skip": plan for name, plan in {FULL: keep_all(structure.topology), **plans}.items()}
+    if repeated := [row for row in found if row in plans]:
+        raise InputError(f"two rows are called {repeated[0]!r}: rename the plan")
+    return found
 
 
 def skip_text(skip: str | Corpus, structure: Structure, *, bos: str | None, progress: Progress) -> Corpus:

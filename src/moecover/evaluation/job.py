@@ -19,17 +19,17 @@ from moecover.evaluation.gguf_job import Files, check_files, evaluated_gguf
 from moecover.evaluation.given import (
     Plans,
     Texts,
-    check_skip,
     load_texts,
     named_plans,
     parsed_texts,
     skip_text,
+    skipping_rows,
     with_fewer,
 )
 from moecover.evaluation.notes import note_cuts, note_overlap, note_overlaps, note_skips
 from moecover.evaluation.options import EvaluateOptions, checked_passes
 from moecover.evaluation.run import evaluate as run_evaluation
-from moecover.evaluation.run import task_overlaps
+from moecover.evaluation.run import skip_rules, task_overlaps
 from moecover.evaluation.task_loading import resolve as resolve_tasks
 from moecover.evaluation.tasks import Tasks
 from moecover.files.atomic import check_output
@@ -141,9 +141,10 @@ def evaluate(
         return _finished(found, output, shown)
     check_unused(libllama)
     check_loadable(headers, how.dtype)
+    skipping = dict[str, Plan]()
     if skip is not None:
-        check_skip(skip, headers, variants)
         check_alone(here, arg("skip"))
+        skipping = skipping_rows(variants, skip, headers)
     with joined(here, own_device(here, how.device)):
         structure = fetched(headers, revision=options.get("revision"), progress=shown)
         loaded = read(structure)
@@ -151,7 +152,7 @@ def evaluate(
         found_tasks = _tasks(tasks, structure, variants, options, how, shown) if tasks else None
         _check_same(here, structure, variants, loaded, tasks, how)
         rule = None if skip is None else skip_text(skip, structure, bos=bos, progress=shown)
-        measured = _measured(structure, variants, loaded, found_tasks, rule, how, here, shown)
+        measured = _measured(structure, variants, skipping, loaded, found_tasks, rule, how, here, shown)
         return _finished(measured, output, shown, here)
 
 
@@ -205,6 +206,7 @@ def _tasks(
 def _measured(
     structure: Structure,
     plans: Mapping[str, Plan],
+    skipping: Mapping[str, Plan],
     texts: Sequence[Corpus],
     tasks: Tasks | None,
     skip: Corpus | None,
@@ -213,7 +215,7 @@ def _measured(
     progress: Progress,
 ) -> Evaluation:
     """Open the model as it fits, and measure."""
-    variants = (1 + len(plans)) * (1 if skip is None else 2)
+    variants = 1 + len(plans) + len(skipping)
     read = [*texts, *([] if skip is None else [skip])]
     longest = max([text.tokens.shape[1] for text in read] + ([tasks.longest] if tasks is not None else []))
     tokens = sum(text.num_tokens for text in texts)
@@ -234,13 +236,16 @@ def _measured(
         here=here,
         say=progress.say,
     ) as model:
+        size, rules = how.batch_size, None
+        if skip is not None:
+            rules = skip_rules(structure, skipping, model=model, corpora=[skip], batch_size=size)
         return run_evaluation(
             structure,
-            plans,
+            {**plans, **skipping},
             model=model,
             texts=texts,
             tasks=tasks,
-            skip=skip,
-            batch_size=how.batch_size,
+            skips=rules,
+            batch_size=size,
             bar=progress.bar,
         )

@@ -19,8 +19,8 @@ from moecover.errors import InputError
 from moecover.evaluation.artifact import FULL, Evaluation, Row
 from moecover.evaluation.perplexity import text_result, window_sums
 from moecover.evaluation.records import ModelRecord, PlanRecord, RanRecord, SkipRecord, TaskRecord, TextRecord
-from moecover.evaluation.skipping import skipping, with_skipping
-from moecover.planning.artifact import Plan, keep_all, kept_hash
+from moecover.evaluation.skipping import Skipping, skipping, with_skipping
+from moecover.planning.artifact import Plan, kept_hash
 from moecover.planning.fitting import check_plan
 from moecover.planning.masking import masked_layers
 from moecover.progress import Bar
@@ -68,7 +68,7 @@ def evaluate(
     tasks: Tasks | None = None,
     full: bool = True,
     repairs: Repairs | None = None,
-    skip: Corpus | None = None,
+    skips: Mapping[str, Skipping] | None = None,
     batch_size: int = 1,
     bar: Bar | None = None,
 ) -> Evaluation:
@@ -85,30 +85,26 @@ def evaluate(
         tasks: from `task_loading.resolve`; None for none.
         full: evaluate the model itself too; without it nothing is compared with it.
         repairs: for repaired plans, what gives the repair of a MoE layer, see `repairing.layers.with_repairs`.
-        skip: calibration text; beside every row one in which tokens skip experts, see `skipping`. None for no such.
+        skips: for plans whose tokens skip experts, the rule, see `skip_rules`.
         batch_size: sequences per forward pass.
         bar: makes a progress bar, see `progress.bar`.
 
     Returns:
-        One row a variant, the model itself first, then the plans in order, then these with skipped experts.
+        One row a variant, the model itself first, then the plans in order.
 
     Raises:
         InputError: a plan does not fit the model or has the name of the model's row, there is nothing to evaluate, or
             the model gives numbers that are not finite.
     """
-    variants = _variants(structure, plans, full=full)
+    variants, rules = _variants(structure, plans, full=full), skips or {}
     runs = running(model, structure)
     within = [_within(runs, structure, plan, (repairs or {}).get(name)) for name, plan in variants.items()]
+    within = [
+        with_skipping(runs, structure, inside, rules[name]) if name in rules else inside
+        for name, inside in zip(variants, within, strict=True)
+    ]
     if tasks is not None:
         tasks.check(runs)
-    skips: dict[str, SkipRecord] = {}
-    if skip is not None:
-        rules = skipping(runs, structure, within, skip, batch_size=batch_size)
-        for (name, plan), inside, rule in zip(list(variants.items()), list(within), rules, strict=True):
-            row = skipping_name(name, plans)
-            variants = {**variants, row: plan or keep_all(structure.topology)}
-            within.append(with_skipping(runs, structure, inside, rule))
-            skips[row] = rule.record
     close = full and len(variants) > 1
     sums = _sums_by_text(runs, within, texts, batch_size=batch_size, close=close, bar=bar)
     scored = _scored(runs, within, tasks, bar=bar)
@@ -119,12 +115,37 @@ def evaluate(
         {text.name: text_record(text, plans, structure) for text in texts},
         {} if tasks is None else task_records(tasks, plans, structure),
         [
-            _row(structure, name, plan, number, sums, scored, close, skips.get(name))
+            _row(structure, name, plan, number, sums, scored, close, rules[name].record if name in rules else None)
             for number, (name, plan) in enumerate(variants.items())
         ],
         {name: items for name, (_, items) in zip(variants, scored, strict=True) if items},
         {name: {text: found[n][:, :2] for text, found in sums.items()} for n, name in enumerate(variants)},
     )
+
+
+def skip_rules(
+    structure: Structure,
+    plans: Mapping[str, Plan],
+    *,
+    model: torch.nn.Module | Running,
+    corpora: Sequence[Corpus],
+    batch_size: int,
+) -> dict[str, Skipping]:
+    """The rule by which tokens skip experts, for each of some plans: one pass of each over calibration text.
+
+    Args:
+        structure: the checkpoint.
+        plans: by the name of their row.
+        model: its model, as in `evaluate`.
+        corpora: calibration text.
+        batch_size: sequences per forward pass.
+
+    Raises:
+        InputError: a token goes to one expert only, or the experts of the family take no routing weights.
+    """
+    runs = running(model, structure)
+    within = [_within(runs, structure, plan, None) for plan in plans.values()]
+    return dict(zip(plans, skipping(runs, structure, within, corpora, batch_size=batch_size), strict=True))
 
 
 def _variants(structure: Structure, plans: Mapping[str, Plan], *, full: bool) -> Variants:
@@ -199,13 +220,6 @@ def _row(
         {text: text_result(text, found[number], close=compared) for text, found in sums.items()},
         scored[number][0],
     )
-
-
-def skipping_name(name: str, plans: Mapping[str, Plan]) -> str:
-    """The name of the row in which the variant of a row skips experts; refuses one that a plan has."""
-    if (found := f"{name} skip") in plans:
-        raise InputError(f"two rows are called {found!r}: rename the plan")
-    return found
 
 
 def plan_record(plan: Plan, skip: SkipRecord | None = None) -> PlanRecord:

@@ -66,7 +66,7 @@ def kept_slots(weights: NDArray[np.float64], betas: NDArray[np.float64]) -> NDAr
 
 
 def skipping(
-    model: Running, structure: Structure, variants: Sequence[Within], corpus: Corpus, *, batch_size: int
+    model: Running, structure: Structure, variants: Sequence[Within], corpora: Sequence[Corpus], *, batch_size: int
 ) -> list[Skipping]:
     """The rule of every variant of a model, from one pass of each over calibration text.
 
@@ -76,7 +76,7 @@ def skipping(
         model: the model.
         structure: its checkpoint.
         variants: for each, the context of a decoder layer, see `Running.run`.
-        corpus: calibration text.
+        corpora: calibration text, of which every token counts alike.
         batch_size: sequences per forward pass.
 
     Raises:
@@ -89,7 +89,7 @@ def skipping(
         backbone_of(model.module)(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False)
 
     calls, within, tokens = list[Callable[[], None]](), list[Within](), list[int]()
-    for inputs in batches(corpus, batch_size):
+    for inputs in (inputs for corpus in corpora for inputs in batches(corpus, batch_size)):
         mask = inputs.get("attention_mask")
         for variant, into in zip(variants, seen, strict=True):
             calls.append(functools.partial(run, inputs))
@@ -97,7 +97,8 @@ def skipping(
             hooks = [functools.partial(_record, rows, mask) for rows in into]
             within.append(_hooked(model, structure, variant, hooks))
     run_shared(model, calls, tokens, within=within, together=len(variants))
-    return [_rule([np.concatenate(rows) for rows in into], corpus) for into in seen]
+    text = ", ".join(corpus.name for corpus in corpora)
+    return [_rule([np.concatenate(rows) for rows in into], text) for into in seen]
 
 
 def with_skipping(model: Running, structure: Structure, within: Within, rule: Skipping) -> Within:
@@ -113,12 +114,10 @@ def with_skipping(model: Running, structure: Structure, within: Within, rule: Sk
     return _hooked(model, structure, within, hooks)
 
 
-def _rule(weights: Sequence[NDArray[np.float32]], corpus: Corpus) -> Skipping:
-    """The rule from the weights of every MoE layer, ``[token, slot]``, the largest first."""
+def _rule(weights: Sequence[NDArray[np.float32]], text: str) -> Skipping:
+    """The rule from the weights of every MoE layer, ``[token, slot]``, the largest first, on a text by name."""
     if weights[0].shape[1] < 2:
-        raise InputError(
-            f"{arg('skip', corpus.name)}: a token goes to one expert only, and none of that can be skipped"
-        )
+        raise InputError(f"{arg('skip', text)}: a token goes to one expert only, and none of that can be skipped")
     rows = [found.astype(np.float64) for found in weights]
     betas = [np.median(row[:, 1:] / row[:, :1], axis=0) for row in rows]
     sums = [row.sum(axis=1) for row in rows]
@@ -126,7 +125,7 @@ def _rule(weights: Sequence[NDArray[np.float32]], corpus: Corpus) -> Skipping:
     return Skipping(
         betas,
         [bool(np.ptp(total) <= EVEN * abs(total.mean())) for total in sums],
-        {"text": corpus.name, "tokens": len(rows[0]), "active": round(float(np.mean(active)), 4)},
+        {"text": text, "tokens": len(rows[0]), "active": round(float(np.mean(active)), 4)},
     )
 
 
