@@ -36,6 +36,7 @@ CONTENTS = {
     ".txt": "".join(row["text"] for row in ROWS).encode(),
     ".md": "".join(row["text"] for row in ROWS).encode(),
     ".jsonl": LINES,
+    ".ndjson": LINES,
     ".json": json.dumps(ROWS, indent=1).encode(),
     ".csv": table(","),
     ".tsv": table("\t"),
@@ -50,7 +51,7 @@ def packed(content: bytes, suffix: str) -> bytes:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_format_gives_the_same_text(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"x{suffix}"
+    path = tmp_path / f"x{suffix.upper() if suffix in ('.txt', '.csv.gz', '.parquet') else suffix}"
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     else:
@@ -90,6 +91,8 @@ BROKEN = {
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n'): "a.jsonl: byte 24 .0xe9. is not UTF-8",
     ("a.jsonl", BOM + b'{"text": "\xe9"}\n'): "a.jsonl: byte 13 .0xe9. is not UTF-8",
     ("a.md", "hi".encode("utf-16")): "a.md is UTF-16 by its first bytes, UTF-8 is read. Convert it: iconv",
+    ("a.txt", "hi".encode("utf-16-le")): "a.txt: byte 1 is zero, so it is a binary file, or UTF-16 without",
+    ("a.csv", b"text\na\nb\0\n"): "a.csv: byte 8 is zero",
     ("a.jsonl", b'{"text": "a"}\n{"text": "b\n'): "a.jsonl, line 2: not JSON .Invalid control character at column 12.",
     ("a.jsonl", b"[1]\n"): r"a.jsonl, line 1: \[1\] is no JSON object",
     ("a.json", b'[{"text": "a"}, {"text"]'): "a.json, row 2: not JSON",
@@ -151,6 +154,7 @@ def test_standard_input_is_read_again_from_its_beginning(monkeypatch: pytest.Mon
         ("{}?text=a&text=b", "corpus x: text is given twice"),
         ("{}?n=0", "corpus x: n=0 is out of range. Allowed: a whole number of 1 or more"),
         ("{}?parse_special=1", "Allowed: yes or no"),
+        ("{}?n=9999999999999999999", "n=9.* is out of range. Allowed: a whole number of 1 or more, 18 digits at most"),
         ("{}?revision=main", "corpus x: revision says nothing of .*. It is for data sets of the hub"),
         ("{}?glob=*", "glob says nothing of"),
         ("hf:name/train/x/y", "is no data set. Write hf:OWNER/NAME"),

@@ -142,7 +142,7 @@ def test_names_of_many_corpora() -> None:
 
 
 def test_a_folder_is_a_corpus_a_file(tmp_path: Path) -> None:
-    for name in ("10.jsonl", "2.jsonl", "1.txt", "rest.jsonl.gz", "kinds.json", "notes.md"):
+    for name in ("10.jsonl", "2.jsonl", "1.txt", "rest.jsonl.gz", "kinds.json", "notes.MD"):
         (tmp_path / name).write_text("")
     assert list(parse_corpora([f"x={tmp_path}", "c4"])) == ["x-1", "x-2", "x-10", "x-notes", "x-rest", "c4"]
     assert each_file("x", str(tmp_path))["x-2"] == str(tmp_path / "2.jsonl")

@@ -73,6 +73,8 @@ def test_a_mix_stands_for_arguments(mix: Path) -> None:
         ("- web\n\n- name: c4\n  weight: -1", "mix.yaml, line 3: weight=-1 is out of range. Allowed: a whole number"),
         ("- web\n- name: c4\n  seed: 1\n  seed: 2", "mix.yaml, line 4: seed is given twice, first in line 3"),
         ("- [web]", "mix.yaml, line 1: .* is no corpus. Give its name, source"),
+        ("- name: no\n  source: a.txt", "mix.yaml, line 1: name is False, which is no text. Put it in quotes"),
+        ("- web\n- name: x\n  source:", "mix.yaml, line 2: source is None, which is no text"),
         ("- name: x\n  source: nowhere.jsonl", "corpus file .*nowhere.jsonl does not exist"),
         ("- web\n- web", "corpus web is given twice"),
     ],

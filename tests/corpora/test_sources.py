@@ -35,10 +35,17 @@ def tokenizer():
         (["x=/nowhere/f.txt"], "corpus file /nowhere/f.txt does not exist"),
         (["x="], "there is no path after the equals sign"),
         (["=f.txt"], "give NAME=PATH"),
+        (["x=~/nowhere/f.txt"], "corpus file /home/of/nowhere/f.txt does not exist"),
+        (["x=/dev/null"], "corpus file /dev/null is no regular file. Pipe it into NAME=-"),
+        (["x=owner/name"], "corpus file owner/name does not exist. Of the hub it would be hf:owner/name"),
+        (["owner/name"], "corpus owner/name: give NAME=PATH for a file, NAME=hf:owner/name for a data set of the hub"),
+        (["x=https://huggingface.co/datasets/o/n/tree/main"], "is an address of the hub. Write hf:o/n"),
+        (["x=https://o.org/rows.jsonl"], "is an address. Fetch it, or pipe it into NAME=-"),
         ([], "no corpus"),
     ],
 )
-def test_bad_corpus_arguments(arguments: list[str], message: str) -> None:
+def test_bad_corpus_arguments(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of")
     with pytest.raises(InputError, match=message):
         parse_corpora(arguments)
 

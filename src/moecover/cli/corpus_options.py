@@ -59,7 +59,7 @@ def add_mix(parser: Group) -> None:
 
 
 def _mix(text: str) -> str:
-    if not text.endswith(MIX_ENDINGS):
+    if not text.lower().endswith(MIX_ENDINGS):
         endings = " or ".join(MIX_ENDINGS)
         raise argparse.ArgumentTypeError(f"{text}: a mix ends in {endings}. A corpus is given as --corpus")
     return text

@@ -162,7 +162,7 @@ def _sources(value: object, folder: Path, places: Places, at: KeyPath) -> object
     """
     if isinstance(value, str):
         try:
-            if value.endswith(MIX_ENDINGS) and "=" not in value:
+            if value.lower().endswith(MIX_ENDINGS) and "=" not in value:
                 return read_mix(folder / value)
             name, equals, source = value.partition("=")
             return [f"{name}={placed(source, f'corpus {name}', folder)}" if equals and source else value]

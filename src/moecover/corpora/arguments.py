@@ -19,6 +19,7 @@ from moecover.corpora.formats import ALLOWED, FORMATS, IN_FOLDERS, suffix_of
 from moecover.corpora.forms import Row
 from moecover.corpora.grammar import (
     HUB,
+    ID,
     MIX_ENDINGS,
     STANDARD_INPUT,
     Source,
@@ -148,10 +149,22 @@ def _found(what: str, place: str, options: SourceOptions) -> tuple[NamedCorpus, 
         corpus.files()
         return corpus, ("glob",)
     if not path.is_file():
-        raise InputError(f"corpus file {place} does not exist")
+        raise InputError(f"corpus file {place} {_why_no_file(place)}")
     if suffix_of(place) is None:
         raise InputError(f"corpus file {place}: unknown file type. Allowed: {ALLOWED}")
     return FileCorpus(place, columns=columns), ()
+
+
+def _why_no_file(place: str) -> str:
+    """What is wrong with a place that is no file, and what may have been meant."""
+    if found := re.match(rf"https?://(?:huggingface\.co|hf\.co)/datasets/({ID})", place):
+        return f"is an address of the hub. Write {HUB}{found[1]}"
+    if "://" in place:
+        return "is an address. Fetch it, or pipe it into NAME=-"
+    if Path(place).exists():
+        return "is no regular file. Pipe it into NAME=-"
+    hub = f". Of the hub it would be {HUB}{place}" if re.fullmatch(ID, place) and suffix_of(place) is None else ""
+    return f"does not exist{hub}"
 
 
 def parse_corpora(arguments: Sequence[str]) -> dict[str, str]:
@@ -206,8 +219,8 @@ def expanded(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 def _singly(arguments: Sequence[str]) -> list[str]:
     """Arguments of one corpus or folder each: a mix is replaced by its own."""
-    of_mixes = (read_mix(Path(one)) if one.endswith(MIX_ENDINGS) and "=" not in one else [one] for one in arguments)
-    return list(itertools.chain.from_iterable(of_mixes))
+    mixes = {one for one in arguments if one.lower().endswith(MIX_ENDINGS) and "=" not in one}
+    return [each for one in arguments for each in (read_mix(Path(one)) if one in mixes else [one])]
 
 
 def _checked(arguments: Sequence[str]) -> list[str]:
@@ -229,6 +242,8 @@ def _check_argument(argument: str) -> None:
             stem = re.split(r"[/\\[?]", name.removeprefix(HUB).removesuffix("/"))
             short = (stem[1] if name.startswith(HUB) and len(stem) > 1 else Path(name).name).partition(".")[0]
             raise InputError(f"corpus {name}: give it a name, as --corpus {short}={name}")
+        if re.fullmatch(ID, name):
+            raise InputError(f"corpus {name}: give NAME=PATH for a file, NAME={HUB}{name} for a data set of the hub")
         raise unknown_name("corpus", name, CORPORA)
 
 
@@ -245,7 +260,7 @@ def each_file(name: str, text: str) -> dict[str, str]:
     for file in sorted(Path(source.place).iterdir()):
         if (suffix := suffix_of(file.name, IN_FOLDERS)) is None or not file.is_file():
             continue
-        stem = file.name.removesuffix(suffix)
+        stem = file.name[: -len(suffix)]
         if stem in files:
             raise InputError(
                 f"corpus folder {source.place} holds {files[stem].name} and {file.name}, which would both be corpus "

@@ -85,6 +85,7 @@ FORMATS = {
     "txt": Format(_text, "one document"),
     "md": Format(_text, "one document"),
     "jsonl": Format(_jsonl, "a JSON object a line"),
+    "ndjson": Format(_jsonl, "the same"),
     "json": Format(_json, "a list of JSON objects, or one after the other"),
     "csv": Format(_separated(","), "a table, names in the first line"),
     "tsv": Format(_separated("\t"), "the same with tabs"),
@@ -96,8 +97,8 @@ ALLOWED = ", ".join([*(f".{name}" for name in FORMATS), PARQUET]) + "; all but t
 
 
 def suffix_of(path: str | Path, known: Sequence[str] = SUFFIXES) -> str | None:
-    """The ending of a file that says its format, ``.jsonl.gz``; None where it has none of the known ones."""
-    name = str(path)
+    """The ending that says a file's format, ``.jsonl.gz``, in small letters; None where it is none of the known ones."""
+    name = str(path).lower()
     return next((suffix for suffix in known if name.endswith(suffix)), None)
 
 
@@ -113,7 +114,7 @@ def file_rows(path: Path, *, file_format: str | None = None, columns: Sequence[s
         InputError: the file cannot be read, or is not what its ending says; names the line, row or byte.
     """
     where = where_of(path)
-    if path.name.endswith(PARQUET):
+    if suffix_of(path) == PARQUET:
         yield from _parquet_rows(path, where, [*COLUMNS, *columns])
         return
     with opened(path, where) as file:
@@ -122,7 +123,7 @@ def file_rows(path: Path, *, file_format: str | None = None, columns: Sequence[s
 
 def is_text(path: Path, file_format: str | None = None) -> bool:
     """Whether a file is one document of plain text."""
-    return not path.name.endswith(PARQUET) and FORMATS[file_format or _format_of(path)].rows is _text
+    return suffix_of(path) != PARQUET and FORMATS[file_format or _format_of(path)].rows is _text
 
 
 def first_text(path: Path, longest: int = sys.maxsize) -> str:

@@ -2,10 +2,12 @@
 
 A place is a file, a folder, ``-``, ``hf:OWNER/NAME[CONFIG]/SPLIT`` or a named corpus. Values are percent-decoded, so
 that ``%26`` is an ampersand. A file whose name has a question mark in it is found under that name, without options.
+``~`` at the beginning of a place or a file is the home folder: no shell expands it behind an equals sign.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +19,9 @@ from moecover.registry import unknown_name
 
 HUB, STANDARD_INPUT = "hf:", "-"
 MIX_ENDINGS = (".yaml", ".yml")  # of a file of corpora, see `moecover.corpora.mixes`
-_HUB = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(\[(?P<config>[^\]/]+)\])?(/(?P<split>[\w.-]+))?")
+ID = r"[\w.-]+/[\w.-]+"  # of a data set
+MOST_DIGITS = 18  # of a number
+_HUB = re.compile(rf"(?P<path>{ID})(\[(?P<config>[^\]/]+)\])?(/(?P<split>[\w.-]+))?")
 
 
 class SourceOptions(TypedDict, total=False):
@@ -59,16 +63,18 @@ class Source(NamedTuple):
         return self.place + ("?" + "&".join(given) if given else "")
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise ValueError("a whole number of 1 or more")
+def _number(text: str, least: int) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > MOST_DIGITS or int(text) < least:
+        raise ValueError(f"a whole number of {least} or more, {MOST_DIGITS} digits at most")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return _number(text, 1)
 
 
 def _seed(text: str) -> int:
-    if not text.isascii() or not text.isdecimal():
-        raise ValueError("a whole number of 0 or more")
-    return int(text)
+    return _number(text, 0)
 
 
 def _yes(text: str) -> bool:
@@ -83,13 +89,17 @@ def _filled(text: str) -> str:
     return text
 
 
+def _home(text: str) -> str:
+    return os.path.expanduser(_filled(text))  # noqa: PTH111  # as text: what is no path stays as it is
+
+
 OPTIONS: Mapping[str, Option] = {
     "text": Option(_filled, "KEY", "the key, or column, that holds the text, whatever form the row has"),
     "n": Option(_count, "N", "rows that are read at most (of a data set of the hub, of its rows in seeded order)"),
     "revision": Option(_filled, "REF", "branch, tag or commit of a data set of the hub (default: main)"),
     "glob": Option(_filled, "PATTERN", "the files of a folder that are read as one corpus, such as **/*.py"),
     "format": Option(_filled, "FORMAT", "of standard input: txt, json, jsonl, csv or tsv (default: txt)"),
-    "chat_template": Option(_filled, "FILE", "Jinja template for chats, instead of the tokenizer's"),
+    "chat_template": Option(_home, "FILE", "Jinja template for chats, instead of the tokenizer's"),
     "parse_special": Option(_yes, "yes|no", "whether text that spells a special token is that token (default: no)"),
     "sequences": Option(_count, "N", "blocks of this corpus, instead of --sequences"),
     "seed": Option(_seed, "N", "of this corpus's sample, instead of --seed"),
@@ -107,6 +117,7 @@ def parse_source(text: str, what: str) -> Source:
     Raises:
         InputError: an unknown option, one that is given twice, or a value that is none.
     """
+    text = _home(text) if text.startswith("~") else text
     place, mark, given = text.partition("?")
     if not mark or (not text.startswith(HUB) and Path(text).exists()):
         return Source(text, {})

@@ -53,9 +53,12 @@ def _argument(entry: object, where: str, folder: Path) -> str:
     if unknown := [key for key in entry if key not in KEYS]:
         raise InputError(f"{where}: {unknown_name('key', str(unknown[0]), KEYS)}")
     name = entry.get("name")
-    if not isinstance(name, str) or not name:
+    if name is None or name == "":
         raise InputError(f"{where}: the corpus has no name. Give it one")
-    text = placed(str(entry.get("source", name)), where, folder)
+    for key in ("name", "source"):
+        if key in entry and (not isinstance(entry[key], str) or not entry[key]):
+            raise InputError(f"{where}: {key} is {entry[key]!r}, which is no text. Put it in quotes")
+    text = placed(entry.get("source", name), where, folder)
     options = {key: _value(value) for key, value in entry.items() if key in OPTIONS}
     if "chat_template" in options:
         options["chat_template"] = folder / str(options["chat_template"])

@@ -1,6 +1,6 @@
 """Text out of files and standard input: reads bytes, packed ones too, yields text as far as it is asked for.
 
-Text is UTF-8, with or without a byte-order mark. Line ends become line feeds.
+Text is UTF-8, with or without a byte-order mark, and without a zero byte. Line ends become line feeds.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def opened(path: Path, where: str) -> Iterator[BinaryIO]:
 def _open(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
     if str(path) == "-":
         return contextlib.nullcontext(cast(BinaryIO, io.BufferedReader(_StandardInput())))
-    if path.suffix == ".gz":
+    if (packed := path.suffix.lower()) == ".gz":
         return contextlib.closing(cast(BinaryIO, gzip.open(path, "rb")))
-    if path.suffix == ".zst":
+    if packed == ".zst":
         import pyarrow
 
         return contextlib.closing(
@@ -63,7 +63,7 @@ def chunks(file: BinaryIO, where: str, longest: int = sys.maxsize) -> Iterator[s
     """The first ``longest`` characters of a file, in parts.
 
     Raises:
-        InputError: bytes that are not UTF-8; names the first of them.
+        InputError: bytes that are not UTF-8, or zero; names the first of them.
     """
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     read = 0
@@ -71,6 +71,7 @@ def chunks(file: BinaryIO, where: str, longest: int = sys.maxsize) -> Iterator[s
         part = file.read(min(CHUNK_CHARS, longest))
         if read == 0:
             _check_mark(part, where)
+        _check_zero(part, read, where)
         read += len(part)
         try:
             text = decoder.decode(part, final=not part)
@@ -87,7 +88,7 @@ def lines(file: BinaryIO, where: str) -> Iterator[str]:
     """The lines of a file, with their ends; only a line feed ends one.
 
     Raises:
-        InputError: bytes that are not UTF-8; names the first of them.
+        InputError: bytes that are not UTF-8, or zero; names the first of them.
     """
     read = 0
     while line := file.readline(MAX_JSON_BYTES + 1):
@@ -95,6 +96,7 @@ def lines(file: BinaryIO, where: str) -> Iterator[str]:
             _check_mark(line, where)
         if len(line) > MAX_JSON_BYTES:
             raise InputError(f"{where}: a line of more than {MAX_JSON_BYTES} bytes, behind byte {read}")
+        _check_zero(line, read, where)
         first, read = read == 0, read + len(line)
         try:
             yield (line.removeprefix(codecs.BOM_UTF8) if first else line).decode("utf-8")
@@ -106,6 +108,15 @@ def _check_mark(start: bytes, where: str) -> None:
     """Refuse UTF-16 by its byte-order mark."""
     if start.startswith(UTF_16):
         raise InputError(f"{where} is UTF-16 by its first bytes, UTF-8 is read. Convert it: iconv -f UTF-16 -t UTF-8")
+
+
+def _check_zero(part: bytes, read: int, where: str) -> None:
+    """Refuse a byte that no text has; ``read`` is the number of bytes before the part."""
+    if (place := part.find(b"\0")) >= 0:
+        raise InputError(
+            f"{where}: byte {read + place} is zero, so it is a binary file, or UTF-16 without a byte-order mark. Leave "
+            "it out, or convert it: iconv -f UTF-16LE -t UTF-8"
+        )
 
 
 def _not_utf8(error: UnicodeDecodeError, read: int, where: str) -> InputError:
