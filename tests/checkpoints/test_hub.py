@@ -64,7 +64,7 @@ def test_prune_a_hub_model_at_a_revision(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_model_that_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
-    absent, no_revision = ["inspect", "someone/absent"], ["inspect", REPO, "--revision", "no"]
+    absent, no_revision = ["inspect", "someone/absent-gguf"], ["inspect", REPO, "--revision", "no"]
     for (_, name, *_), done in zip(
         (absent, no_revision), moecover(hub.url, tmp_path / "cache", absent, no_revision), strict=True
     ):
@@ -72,6 +72,7 @@ def test_a_model_that_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
         assert status == 2
         assert f"no folder {name}, and the hub did not give {name}" in err
         assert len(err.strip().splitlines()) == 1
+        assert (f"hf download {name} FILE.gguf" in err) == ("gguf" in name)
 
 
 def test_a_refusal_comes_before_the_download(hub: Hub, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ SPLIT: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda first, _: other_part(first, 3).unlink(),
         "m-00003-of-00003.gguf is missing: m-00001-of-00003.gguf",
     ),
-    "renamed": (lambda first, _: first.rename(first.with_name("m.gguf")), "no file"),
+    "renamed": (lambda first, _: first.rename(first.with_name("m.gguf")), r"m-00001-of-00003.gguf$"),
     "swapped": (
         lambda first, _: other_part(first, 3).write_bytes(other_part(first, 2).read_bytes()),
         "it has split.no 1",
@@ -201,6 +201,13 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, what: str
 
 def test_the_first_part_under_another_name_is_refused(tmp_path: Path) -> None:
     first = write_gguf(tmp_path / "m.gguf", "qwen2moe", parts=3)
+    with pytest.raises(
+        InputError, match=r"no file .*m.gguf. The model is split: give its first part, m-00001-of-00003"
+    ):
+        open_gguf(tmp_path / "m.gguf")
+    for address in ("owner/name/m.gguf", "https://huggingface.co/owner/name/m.gguf"):
+        with pytest.raises(InputError, match="no file .*. Fetch it from the hub: hf download OWNER/NAME FILE.gguf"):
+            open_gguf(Path(address))
     moved = first.rename(tmp_path / "m.gguf")
     with pytest.raises(InputError, match="is the first of 3 parts, whose names end in -00001-of-00003.gguf. Rename it"):
         open_gguf(moved)

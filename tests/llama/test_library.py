@@ -48,6 +48,24 @@ def test_unknown_structs_versions_and_files_are_refused(tmp_path: Path, monkeypa
         library.load(tmp_path / "text.so")
 
 
+@needs_llama
+def test_a_failed_assertion_ends_the_process_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What llama.cpp calls before it aborts; without that it writes a backtrace of a page."""
+    found, status = library.load(), list[int]()
+    abort = found.callbacks[-1]
+    assert found.lib.ggml_set_abort_callback(abort) == abort
+    monkeypatch.setattr("os._exit", status.append)
+    found.lib.ggml_set_abort_callback(abort)
+    abort(found.ffi.new("char[]", b"ggml.c:7: GGML_ASSERT(eps >= 0.0f)\x1b failed\n"))
+    assert status == [1]
+    assert capsys.readouterr().err == (
+        f"moecover: llama.cpp {found.version} gave up: ggml.c:7: GGML_ASSERT(eps >= 0.0f)\\x1b failed. The file may be "
+        "damaged, or of a kind that this version does not run\n"
+    )
+
+
 def test_without_the_extra_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"GGUF files run in llama.cpp, and .* Install `moecover\[gguf\]`"):

@@ -11,6 +11,7 @@ import pytest
 
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
+from moecover.gguf.parts import open_gguf
 from moecover.llama import model as llama_model
 from moecover.llama.opening import check_options
 from moecover.profiling.artifact import Profile
@@ -139,4 +140,8 @@ def test_what_cannot_be_profiled_is_refused_in_a_line(converted: Callable[..., P
     key = b"deepseek2.attention.head_count"
     broken.write_bytes(model.read_bytes().replace(key + b"\x04", key[:-5] + b"other\x04"))
     with pytest.raises(InputError, match=r"does not load .*broken.gguf: .*attn_q_b"):
+        profile(broken, corpora(), progress=False)
+    info = max(open_gguf(model).tensors.values(), key=lambda one: ("down_exps" in one.name, one.name))
+    broken.write_bytes(model.read_bytes()[: info.end - 4] + b"\0\0\xc0\x7f" + model.read_bytes()[info.end :])
+    with pytest.raises(InputError, match="expert 11: the output is not finite. The weights of the file hold NaN"):
         profile(broken, corpora(), progress=False)

@@ -188,6 +188,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(capsys, "prune", model, "--plan", tmp_path / "plan.json", "-o", out)[0] == 0
     status, text, _ = run(capsys, "verify", model, out)
     assert (status, "equal: the bytes of" in text, "qwen3moe.expert_count 6 -> 3" in text) == (0, True, True)
+    split = write_gguf(tmp_path / "s.gguf", "qwen3moe", parts=3)
+    status, text, _ = run(capsys, "prune", split, "--plan", tmp_path / "plan.json", "-o", tmp_path / "thirds.gguf")
+    assert (status, f"next: moecover verify {split} {tmp_path}/thirds-00001-of-00003.gguf" in text) == (0, True)
     for arguments, message in (
         (("prune", model, "--plan", tmp_path / "plan.json", "-o", out), "half.gguf exists"),
         (("prune", model, "--plan", tmp_path / "plan.json", "-o", model), "overlap"),
@@ -197,9 +200,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             "no use here",
         ),
         (("generate", model, "-o", tmp_path / "p.jsonl"), "which transformers does not run"),
+        (("split", model, "--corpus", "web", "-o", tmp_path / "k"), "Give the folder of its original"),
         (("verify", model, out, "--tolerance", "0.1"), "--tolerance has no use here"),
         (("verify", model, model), "was not written by `moecover prune`"),
         (("inspect", tmp_path / "none.gguf"), "no file"),
+        (("inspect", tmp_path), "holds no config.json. Give the file, half.gguf"),
     ):
         status, _, error = run(capsys, *arguments)
         assert (status, message in error) == (2, True), error

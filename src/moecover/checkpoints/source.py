@@ -185,7 +185,8 @@ def _open_gguf(path: Path, *, name: str) -> Checkpoint:
 def _hub_error(model: str, revision: str | None, error: Exception) -> InputError:
     at = f" at revision {revision}" if revision else ""
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return InputError(f"no folder {model}, and the hub did not give {model}{at}: {reason}")
+    fetch = f". Fetch a file of it: hf download {model} FILE.gguf --local-dir ." if "GGUF" in model.upper() else ""
+    return InputError(f"no folder {model}, and the hub did not give {model}{at}: {reason}{fetch}")
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -244,7 +245,9 @@ def open_folder(folder: Path, *, name: str) -> Checkpoint:
     """Open the checkpoint in a local folder; see `open_checkpoint`."""
     config_path = folder / "config.json"
     if not config_path.is_file():
-        raise InputError(f"{folder} holds no config.json. Give the folder of a Hugging Face checkpoint")
+        files = sorted(path.name for path in folder.iterdir() if is_gguf(path))
+        give = f"the file, {files[0]}" if files else "the folder of a Hugging Face checkpoint"
+        raise InputError(f"{folder} holds no config.json. Give {give}")
     config = _read_json(config_path)
     check_config(config, str(folder))
     weights, notes = weights_in(folder, config)

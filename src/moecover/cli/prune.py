@@ -20,6 +20,7 @@ from moecover.cli.options import (
 )
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
+from moecover.gguf.parts import is_gguf
 from moecover.merging.method import NONE
 
 if TYPE_CHECKING:
@@ -172,7 +173,9 @@ def _printed(made: Pruned, args: argparse.Namespace) -> Outcome:
     from moecover.planning.artifact import shape_text
 
     repair = None if args.repair == NONE else args.repair
-    keep, model, output = made.plan.keep, shlex.quote(args.model), shlex.quote(str(args.output))
+    keep, model, written = made.plan.keep, shlex.quote(args.model), args.output
+    if is_gguf(written):  # of a split model the first part
+        written = written.with_name(made.output.name)
     if servers := [server for server in SERVERS if unmet(made.topology, keep, server, width=made.plan.width)]:
         names = ", ".join(servers)
         progress.say(f"note: {shape_text(made.plan)} do not suit {names}: moecover inspect {model} --for {servers[0]}")
@@ -184,7 +187,7 @@ def _printed(made: Pruned, args: argparse.Namespace) -> Outcome:
         "bytes_before": made.bytes_before,
         "bytes": made.num_bytes,
     }
-    text = f"{args.output}: {made.sizes()}"
+    text = f"{written}: {made.sizes()}"
     if made.repaired is not None:
         before, after = made.repaired.mean_errors()
         tensors, what = len(made.repaired.hashes), "merged" if repair is None else "repaired"
@@ -203,7 +206,7 @@ def _printed(made: Pruned, args: argparse.Namespace) -> Outcome:
         )
     revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""
     trusted = " --trust-remote-code" if args.trust_remote_code else ""
-    text += f"\nnext: moecover verify {model} {output}{revision}{trusted}"
+    text += f"\nnext: moecover verify {model} {shlex.quote(str(written))}{revision}{trusted}"
     return Outcome(result, text)
 
 

@@ -97,7 +97,7 @@ ALLOWED = ", ".join([*(f".{name}" for name in FORMATS), PARQUET]) + "; all but t
 
 
 def suffix_of(path: str | Path, known: Sequence[str] = SUFFIXES) -> str | None:
-    """The ending that says a file's format, ``.jsonl.gz``, in small letters; None where it is none of the known ones."""
+    """The ending that says a file's format, ``.jsonl.gz``, in small letters; None where it is not a known one."""
     name = str(path).lower()
     return next((suffix for suffix in known if name.endswith(suffix)), None)
 

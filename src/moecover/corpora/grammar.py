@@ -89,7 +89,12 @@ def _filled(text: str) -> str:
     return text
 
 
-def _home(text: str) -> str:
+def home(text: str) -> str:
+    """A path whose ``~`` is the home folder.
+
+    Raises:
+        ValueError: it is empty.
+    """
     return os.path.expanduser(_filled(text))  # noqa: PTH111  # as text: what is no path stays as it is
 
 
@@ -99,7 +104,7 @@ OPTIONS: Mapping[str, Option] = {
     "revision": Option(_filled, "REF", "branch, tag or commit of a data set of the hub (default: main)"),
     "glob": Option(_filled, "PATTERN", "the files of a folder that are read as one corpus, such as **/*.py"),
     "format": Option(_filled, "FORMAT", "of standard input: txt, json, jsonl, csv or tsv (default: txt)"),
-    "chat_template": Option(_home, "FILE", "Jinja template for chats, instead of the tokenizer's"),
+    "chat_template": Option(home, "FILE", "Jinja template for chats, instead of the tokenizer's"),
     "parse_special": Option(_yes, "yes|no", "whether text that spells a special token is that token (default: no)"),
     "sequences": Option(_count, "N", "blocks of this corpus, instead of --sequences"),
     "seed": Option(_seed, "N", "of this corpus's sample, instead of --seed"),
@@ -117,7 +122,7 @@ def parse_source(text: str, what: str) -> Source:
     Raises:
         InputError: an unknown option, one that is given twice, or a value that is none.
     """
-    text = _home(text) if text.startswith("~") else text
+    text = home(text) if text.startswith("~") else text
     place, mark, given = text.partition("?")
     if not mark or (not text.startswith(HUB) and Path(text).exists()):
         return Source(text, {})

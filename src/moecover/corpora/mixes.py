@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from moecover.corpora.grammar import HUB, OPTIONS, STANDARD_INPUT, Source, parse_source, with_options
+from moecover.corpora.grammar import HUB, OPTIONS, STANDARD_INPUT, Source, home, parse_source, with_options
 from moecover.corpora.sources import CORPORA
 from moecover.errors import InputError
 from moecover.files.reading import keys_of, read_yaml
@@ -55,13 +55,13 @@ def _argument(entry: object, where: str, folder: Path) -> str:
     name = entry.get("name")
     if name is None or name == "":
         raise InputError(f"{where}: the corpus has no name. Give it one")
-    for key in ("name", "source"):
+    for key in ("name", "source", "chat_template"):
         if key in entry and (not isinstance(entry[key], str) or not entry[key]):
             raise InputError(f"{where}: {key} is {entry[key]!r}, which is no text. Put it in quotes")
-    text = placed(entry.get("source", name), where, folder)
+    text = placed(str(entry.get("source", name)), where, folder)
     options = {key: _value(value) for key, value in entry.items() if key in OPTIONS}
     if "chat_template" in options:
-        options["chat_template"] = folder / str(options["chat_template"])
+        options["chat_template"] = folder / home(str(options["chat_template"]))
     if not options:
         return f"{name}={text}" if "source" in entry else name
     given = with_options(text, options, where)

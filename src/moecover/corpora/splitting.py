@@ -100,6 +100,11 @@ def split(
     name, path = (corpus.name, "") if isinstance(corpus, Corpus) else _source(corpus)
     check_output(folder, overwrite=overwrite, marker=FILE, names=(FILE, "[0-9]*.jsonl"))
     structure = described(checkpoint, revision=revision, progress=shown)
+    if structure.checkpoint.gguf is not None:
+        raise InputError(
+            f"{structure.checkpoint.name} is a GGUF file, whose tokenizer runs in llama.cpp. Give the folder of its "
+            "original: one with the same tokenizer will do"
+        )
     tokenizer = load_tokenizer(structure.checkpoint.path)
     text: TextOptions = {"sequences": sequences, "length": length, "seed": seed, "bos": bos}
     loaded = _loaded(corpus, name, path or None, structure, tokenizer, text, shown)

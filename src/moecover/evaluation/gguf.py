@@ -24,7 +24,7 @@ from moecover.llama.masking import mask_of, masked_session
 from moecover.llama.model import Model, Session
 from moecover.planning.artifact import Plan
 from moecover.progress import Bar
-from moecover.runtime.finite import naming, not_finite
+from moecover.runtime.finite import OF_FILE, naming, not_finite
 from moecover.version import library_versions
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def window_sums(
                     sums[number, window] += score(logits, inputs, reference)[0]
                     advance(count)
             if not np.isfinite(sums[:, window]).all():
-                raise not_finite("", "the log-likelihoods are")
+                raise not_finite("", "the log-likelihoods are", OF_FILE)
     return list(sums)
 
 

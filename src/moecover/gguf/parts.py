@@ -62,7 +62,7 @@ def open_gguf(path: Path) -> GgufFiles:
         InputError: a file is missing or malformed, it is not the first part, or a part belongs to another model.
     """
     if not path.is_file():
-        raise InputError(f"no file {path}")
+        raise InputError(f"no file {path}{_meant(path)}")
     first = read_header(path)
     count = first.number(COUNT) or 1
     if not 1 <= count <= MAX_PARTS:
@@ -86,6 +86,18 @@ def open_gguf(path: Path) -> GgufFiles:
         parts.append(read_header(file))
     _check(parts)
     return GgufFiles(tuple(parts))
+
+
+def _meant(path: Path) -> str:
+    """What may have been meant by a file that is not there."""
+    beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    for one in beside:
+        if (found := PART_NAME.fullmatch(one.name)) and (found[1], int(found[2])) == (stem_of(path), 1):
+            return f". The model is split: give its first part, {one.name}"
+    owner, *rest = path.parts
+    if owner.endswith(":") or (len(rest) >= 2 and not path.is_absolute() and not beside):
+        return ". Fetch it from the hub: hf download OWNER/NAME FILE.gguf --local-dir ."
+    return ""
 
 
 def _check(parts: list[Header]) -> None:

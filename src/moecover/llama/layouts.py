@@ -121,6 +121,7 @@ const char * ggml_get_name(const struct ggml_tensor * tensor);
 size_t ggml_nbytes(const struct ggml_tensor * tensor);
 const struct ggml_type_traits * ggml_get_type_traits(int type);
 size_t ggml_backend_reg_count(void);
+void * ggml_set_abort_callback(void (*callback)(const char * message));
 void ggml_backend_load_all_from_path(const char * dir_path);
 bool ggml_backend_buffer_is_host(void * buffer);
 void ggml_backend_tensor_get(const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);

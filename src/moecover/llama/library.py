@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moecover.errors import InputError, arg
+from moecover.errors import InputError, arg, printable
 from moecover.llama.layouts import DECLARATIONS, LAYOUTS, OBJECT_BYTES, TENSOR_BYTES, VERSIONS, Layout
 
 PACKAGE = "xllamacpp"  # brings the C API in its extension module
@@ -19,6 +21,8 @@ EXTENSIONS = (".so", ".dylib", ".pyd")
 REMEDY = "Install `moecover[gguf]`"
 ERROR = 4  # of `enum ggml_log_level`
 KEPT_LINES = 20
+ABORTED = 1  # exit status where llama.cpp ends the process
+SHOW_CURSOR = "\n\x1b[?25h"  # which a spinner hides
 FUNCTIONS = re.compile(r"^[a-z].*?(\w+)\(", re.MULTILINE)
 
 
@@ -148,8 +152,20 @@ def _started(ffi: Any, lib: Any, path: Path, version: str) -> Library:
         if level == ERROR and (line := ffi.string(text).decode(errors="replace").strip()):
             errors.append(line)
 
+    @ffi.callback("void(const char *)")  # type: ignore[untyped-decorator]
+    def abort(text: Any) -> None:
+        """A failed assertion: llama.cpp ends the process behind this call, with a backtrace if it is not made."""
+        line = " ".join(ffi.string(text).decode(errors="replace").split())
+        sys.stderr.write(
+            f"{SHOW_CURSOR if sys.stderr.isatty() else ''}moecover: llama.cpp {version} gave up: {printable(line)}. "
+            "The file may be damaged, or of a kind that this version does not run\n"
+        )
+        sys.stderr.flush()
+        os._exit(ABORTED)
+
     lib.llama_log_set(log, ffi.NULL)
+    lib.ggml_set_abort_callback(abort)
     lib.llama_backend_init()
     if lib.ggml_backend_reg_count() == 0:
         lib.ggml_backend_load_all_from_path(str(path.parent).encode())
-    return Library(ffi, lib, path, version, errors, (log,))
+    return Library(ffi, lib, path, version, errors, (log, abort))

@@ -13,7 +13,7 @@ from moecover.llama.library import Library
 from moecover.profiling.channels import Channels
 from moecover.profiling.hooks import Tap
 from moecover.profiling.reductions import Buffers, norms_and_peaks, scratch
-from moecover.runtime.finite import is_finite, not_finite
+from moecover.runtime.finite import OF_FILE, is_finite, not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class GgufTaps:
         if not is_finite(norms):
             bad = sorted(set(tap.index.reshape(-1)[~torch.isfinite(norms)].tolist()))
             named = ", ".join(map(str, bad[:8]))
-            raise not_finite(f"decoder layer {tap.decoder_layer}, expert {named}", "the output is")
+            raise not_finite(f"decoder layer {tap.decoder_layer}, expert {named}", "the output is", OF_FILE)
         tap.left.append((tap.experts, tap.order, norms[tap.order], peaks[tap.order]))
         if tap.channels is not None:
             entering = torch.from_numpy(routed.entering.reshape(-1, routed.entering.shape[-1]))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from moecover.runtime.running import Running
 
+OF_FILE = "The weights of the file hold NaN or infinity. Fetch or convert it again"  # cause, where no dtype is chosen
 SHOWN = 8  # experts that a message lists
 _local = threading.local()  # what the pass of this thread is called, its padding mask, and the first place noticed
 

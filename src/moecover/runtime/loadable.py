@@ -78,7 +78,7 @@ def check_loadable(structure: Structure, dtype: str = "auto") -> None:
     if structure.checkpoint.gguf is not None:
         raise InputError(
             f"{structure.checkpoint.name} is a GGUF file, which transformers does not run: `profile`, `evaluate` and "
-            "`verify` run it in llama.cpp, and `prune` takes the plan that `plan` makes of a profile"
+            "`verify` run it in llama.cpp, `prune` takes the plan that `plan` makes of a profile, `shrink` does it all"
         )
     _check_dtype(structure, dtype)
     if not (settings := settings_of(structure.checkpoint)):

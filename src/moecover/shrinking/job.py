@@ -115,7 +115,9 @@ def shrink(
         check_target(headers, path, overwrite=overwrite)
     place = path.with_name(f"{path.name}-work") if work is None else Path(work)
     asked = Asked(path, place, budget, max_size, shape, kind, amount, how, overwrite, command, here, multiple_of)
-    check_folder(place, [path, *([headers.checkpoint.folder] if headers.checkpoint.folder is not None else [])])
+    files = headers.checkpoint.gguf
+    source = headers.checkpoint.folder if files is None else files.first.path  # beside a file there may be anything
+    check_folder(place, [path, *([] if source is None else [source])])
     shapes = shapes_of(headers, asked)
     extra = memory_needed(headers, asked, shapes)
     named, length, measured = len(parsed(corpora)) if corpora is not None else 2, length_of(headers), len(shapes) > 1
