@@ -48,6 +48,17 @@ def test_in_a_terminal_a_bar_is_drawn(unit: str, amount: str) -> None:
     assert "━" in text.getvalue()
 
 
+def test_a_label_that_changes_says_what_runs_now() -> None:
+    text, doing = io.StringIO(), ["reading"]
+    drawn = progress.Drawn(Console(file=text, force_terminal=True, width=40, color_system=None))
+    with drawn.bar(lambda: doing[0], 2, unit="cells") as advance:
+        doing[0] = "measuring what has a name that is far too long"
+        advance(1)
+    assert "0/2 reading" in text.getvalue()
+    assert "1/2 measuring what has a nam…" in text.getvalue()
+    assert ":" not in text.getvalue()  # the label has an estimate of its own
+
+
 def test_in_a_terminal_a_spinner_is_drawn() -> None:
     text = io.StringIO()
     with progress.Drawn(Console(file=text, force_terminal=True, width=100)).spinner("reading") as relabel:
@@ -64,7 +75,7 @@ def test_in_a_notebook_a_bar_is_live_if_it_can_be(
     shown: list[str] = []
 
     class Live:
-        def __init__(self, *columns: object, console: Console) -> None:
+        def __init__(self, *columns: object, console: Console, expand: bool) -> None:
             assert console.is_jupyter
 
         def __enter__(self) -> Live:

@@ -19,9 +19,11 @@ from moecover.terminal import columns, folded
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.progress import ProgressColumn
 
 Advance = Callable[[int], None]  # called with the amount that was done since the last call
 Relabel = Callable[[str], None]
+Label = str | Callable[[], str]  # of a bar; a function says anew what runs now, and how long the rest takes
 Bar = Callable[..., contextlib.AbstractContextManager[Advance]]  # `Progress.bar`
 
 quiet = False
@@ -62,11 +64,11 @@ def note(line: str) -> None:
 class Progress(Protocol):
     """Reports the progress of a long-running function."""
 
-    def bar(self, label: str, total: int, *, unit: str = "tokens") -> contextlib.AbstractContextManager[Advance]:
+    def bar(self, label: Label, total: int, *, unit: str = "tokens") -> contextlib.AbstractContextManager[Advance]:
         """Show a progress bar while the block runs; yields the function that advances it.
 
         Args:
-            label: what is being done.
+            label: what is being done; a function that says it whenever the bar is drawn, with an estimate of its own.
             total: the amount at the end.
             unit: what is counted; ``bytes`` are shown in decimal units.
         """
@@ -89,27 +91,28 @@ class Drawn:
         self._console = console
 
     @contextlib.contextmanager
-    def bar(self, label: str, total: int, *, unit: str = "tokens") -> Iterator[Advance]:
+    def bar(self, label: Label, total: int, *, unit: str = "tokens") -> Iterator[Advance]:
         """See `Progress.bar`; without a terminal or notebook, one line at the end gives the duration."""
         console = self._open()
         if not _is_live(console):
             started = time.monotonic()
             yield lambda amount: None
-            self.say(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
+            self.say(f"{_said(label)}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
             return
         from rich import progress
 
-        columns = [
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
-            progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(elapsed_when_finished=True),
-        ]
+        amount = progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn()
+        columns: list[progress.ProgressColumn]
+        if isinstance(label, str):
+            said = progress.TextColumn("{task.description}", markup=False)
+            columns = [said, progress.BarColumn(), amount, progress.TimeRemainingColumn(elapsed_when_finished=True)]
+        else:
+            columns = [progress.BarColumn(10), amount, _now(label)]
         started = time.monotonic()
-        with progress.Progress(*columns, console=console) as drawn:
-            task = drawn.add_task(printable(label), total=total)
+        with progress.Progress(*columns, console=console, expand=not isinstance(label, str)) as drawn:
+            task = drawn.add_task(printable(_said(label)), total=total)
             yield lambda amount: drawn.advance(task, amount)
-        note(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
+        note(f"{_said(label)}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
 
     @contextlib.contextmanager
     def spinner(self, label: str) -> Iterator[Relabel]:
@@ -138,7 +141,7 @@ class Silent:
     """Progress that is not shown."""
 
     @contextlib.contextmanager
-    def bar(self, label: str, total: int, *, unit: str = "tokens") -> Iterator[Advance]:
+    def bar(self, label: Label, total: int, *, unit: str = "tokens") -> Iterator[Advance]:
         """See `Progress.bar`."""
         yield lambda amount: None
 
@@ -153,6 +156,22 @@ class Silent:
 
 
 DRAWN, SILENT = Drawn(), Silent()
+
+
+def _said(label: Label) -> str:
+    return label if isinstance(label, str) else label()
+
+
+def _now(label: Callable[[], str]) -> ProgressColumn:
+    """The column of a bar that says what runs now, cut where the terminal is too narrow for it."""
+    from rich.progress import ProgressColumn, Task
+    from rich.table import Column
+
+    class Now(ProgressColumn):
+        def render(self, task: Task) -> RenderableType:
+            return _literal(label())
+
+    return Now(Column(no_wrap=True, overflow="ellipsis", ratio=1))
 
 
 def _literal(label: str) -> RenderableType:
@@ -186,7 +205,7 @@ def say(line: str) -> None:
     resolve().say(line)
 
 
-def bar(label: str, total: int, *, unit: str = "tokens") -> contextlib.AbstractContextManager[Advance]:
+def bar(label: Label, total: int, *, unit: str = "tokens") -> contextlib.AbstractContextManager[Advance]:
     """A progress bar on stderr, see `Progress.bar`."""
     return resolve().bar(label, total, unit=unit)
 

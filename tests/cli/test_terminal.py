@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def test_env_names_what_computes_and_no_secret(
     assert found["HF_ENDPOINT"] == "https://mirror.example/hub"
     assert {"moecover", "torch", "transformers", "system", "memory free", "llama.cpp"} <= found.keys()
     assert "hf_secret" not in run(capsys, "env")[1]
+
+
+def test_the_bars_of_libraries_can_be_turned_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that says "show them" would overrule transformers' own switch, which keeps its loading bar away."""
+    for terminal, value in ((True, None), (False, "1")):
+        monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+        monkeypatch.setattr("sys.stderr.isatty", lambda is_one=terminal: is_one)
+        assert run(capsys, "ls", "merges")[0] == 0
+        assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == value
+    assert os.environ["PYTHONWARNINGS"] == "ignore"  # in the processes of --jobs N too
 
 
 def test_completion_knows_verbs_and_options(capsys: pytest.CaptureFixture[str]) -> None:

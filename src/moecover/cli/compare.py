@@ -199,10 +199,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    """Fill the run; print its table and one line per failed cell, exit status 1 where there is one."""
+    """Fill the run; print a verdict and one line per failed cell, exit status 1 where there is one."""
     from moecover.comparison.reading import read
     from moecover.comparison.results import MARKDOWN
     from moecover.comparison.run import compare
+    from moecover.comparison.verdict import verdict
 
     flags: dict[str, object] = {
         one.field: value for one in FLAGS if (value := getattr(args, one.name.replace("-", "_"))) is not None
@@ -241,7 +242,11 @@ def run(args: argparse.Namespace) -> Outcome:
         gpus_per_job=args.gpus_per_job,
         command=shlex.join(["moecover", *args.argv]),
     )
-    lines = [(args.output / MARKDOWN).read_text(encoding="utf-8").rstrip(), ""]
-    lines += [f"FAILED {name}: {reason}" for name, reason in made.failures.items()]
+    lines = [f"FAILED {name}: {reason}" for name, reason in made.failures.items()]
+    lines += [
+        *verdict(made.results),
+        f"{made.summary()}; tables and every comparison in words: {args.output / MARKDOWN}",
+        f"next: moecover report {shlex.quote(str(args.output))} -o report.html",
+    ]
     problem = f"{len(made.failures)} cells failed, the first is {next(iter(made.failures))}" if made.failures else ""
-    return Outcome(made.results, "\n".join([*lines, made.summary()]), 1 if problem else 0, problem)
+    return Outcome(made.results, "\n".join(lines), 1 if problem else 0, problem)

@@ -140,8 +140,10 @@ def _quiet_libraries(*, quiet: bool, verbose: bool) -> None:
     """Keep other libraries' bars and advice out of the log, and their sums the same (the user's own settings stay)."""
     if not sys.warnoptions and not verbose:  # the user has asked for them with python -W
         warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes that this one starts
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if verbose else "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if quiet or not sys.stderr.isatty() else "0")
+    if quiet or not sys.stderr.isatty():  # else its bars show downloads; "0" would also overrule who turns them off
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Without this, the last bit of MKL's products on processors without AVX-512 depends on the alignment of a matrix in
     # memory, and `verify` compares bits.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

@@ -20,7 +20,7 @@ from moecover.comparison.checks import checked
 from moecover.comparison.config import Config
 from moecover.comparison.costs import check_fits, estimated_seconds, memory_limit, setup_of
 from moecover.comparison.fingerprints import remember
-from moecover.comparison.jobs import ModelSetup, PlanJob, RunFacts, TaskProfileJob, WorkerSetup
+from moecover.comparison.jobs import PlanJob, RunFacts, TaskProfileJob, WorkerSetup
 from moecover.comparison.members import Members
 from moecover.comparison.models import ComparedModel, stored_facts, with_peaks, write_models
 from moecover.comparison.planning_jobs import MADE_FROM
@@ -142,7 +142,9 @@ def _fill(
     setups = {m.name: setup_of(m, config, limit) for m in models}
     for model in models:
         check_fits(asked, model, setups[model.name])
-    progress.say(f"{run}: {_outlook(models, setups, config, jobs)}")
+    one = estimated_seconds(models, setups, config)
+    seconds = None if one is None else one / jobs
+    progress.say(f"{run}: {_outlook(models, seconds)}")
     made, pending = 0, any(m.pending for m in models)
     profiles = [TaskProfileJob(m.name) for m in models if config.tasks and m.samples]
     profiles = [job for job in profiles if pending or not (run / job.folder / MADE_FROM).is_file()]
@@ -153,7 +155,7 @@ def _fill(
             device = check_device(config.dtype, config.device)
             setup = WorkerSetup(run, config, setups, threads, device, members.marker)
             schedule = Schedule(models, setups, profiles, config, jobs)
-            made = work_through(setup, models, schedule, members, workers, facts, progress)
+            made = work_through(setup, models, schedule, members, workers, facts, progress, seconds=seconds)
     finally:
         stack.enter_context(_locked(run, progress))
         stack.callback(_leave, run, members)
@@ -222,13 +224,13 @@ def _find_pending(run: Path, models: Sequence[ComparedModel], *, alone: bool, pr
         progress.say(f"{len(spare)} cells in {folder} are not part of this grid and stay as they are, first {spare[0]}")
 
 
-def _outlook(models: Sequence[ComparedModel], setups: Mapping[str, ModelSetup], config: Config, jobs: int) -> str:
+def _outlook(models: Sequence[ComparedModel], seconds: float | None) -> str:
     """How many cells are done, and how long the others will take."""
     total, pending = sum(len(m.cells) for m in models), sum(len(m.pending) for m in models)
     if not pending:
         return f"all {total} cells are done"
-    seconds, text = estimated_seconds(models, setups, config), f"{total} cells, {total - pending} are done, {pending}"
-    return f"{text} to go" + ("" if seconds is None else f": about {duration_text(seconds / jobs)} on this machine")
+    about = "" if seconds is None else f": about {duration_text(seconds)} on this machine"
+    return f"{total} cells, {total - pending} are done, {pending} to go{about}"
 
 
 def _write_usage(run: Path, models: Sequence[ComparedModel], config: Config) -> None:

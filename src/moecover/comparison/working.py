@@ -18,9 +18,11 @@ from moecover.comparison.claims import SharedJobs
 from moecover.comparison.jobs import (
     CellDone,
     CellFailed,
+    EvaluationJob,
     Job,
     ModelRan,
     Note,
+    PlanJob,
     RunFacts,
     TaskProfileJob,
     WorkerSetup,
@@ -30,12 +32,14 @@ from moecover.comparison.models import ComparedModel, with_peaks
 from moecover.comparison.pool import Died, Ended, Lost
 from moecover.comparison.pools import Reports, Work
 from moecover.comparison.schedule import Schedule
+from moecover.corpora.sources import set_name
 from moecover.errors import MoecoverError
 from moecover.progress import Progress
 from moecover.runtime.pass_state import remove
 from moecover.text import duration_text
 
 RETRIES = 2  # of a cell whose worker was lost
+WEIGHT = 2  # cells that the estimate before the first one is worth: a first cell also waits for the model
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ def work_through(
     workers: Workers,
     facts: dict[str, RunFacts],
     progress: Progress,
+    *,
+    seconds: float | None = None,
 ) -> int:
     """Work through all pending cells and task profiles, until this process or another one has done each.
 
@@ -72,17 +78,19 @@ def work_through(
         workers: what computes the cells.
         facts: how the models ran here, by name; brought up to date.
         progress: shows cells and a line of log for each.
+        seconds: how long it takes, as estimated; None where that is not known.
 
     Returns:
         How many cells this process has computed.
     """
     total = sum(len(m.pending) for m in models)
     with contextlib.ExitStack() as stack:
-        count = _Count(total, stack.enter_context(progress.bar("comparing", total, unit="cells")), progress)
+        count = _Count(total, seconds, progress.say)
+        count.advance = stack.enter_context(progress.bar(count.now, total, unit="cells"))
         ledger = _Ledger(setup.run, models, schedule, count, progress)
         queue = SharedJobs(setup.run, models, schedule, members, workers.jobs, ledger.found, progress.say)
         stack.enter_context(contextlib.closing(queue))
-        reports: Reports = workers.work(queue, setup, jobs=workers.jobs)
+        reports: Reports = workers.work(_Watched(queue, count.began), setup, jobs=workers.jobs)
         stack.enter_context(contextlib.closing(reports))
         with _noted(count):
             for job, report in reports:
@@ -98,8 +106,10 @@ def work_through(
                     case Note():
                         progress.say(report.line)
                     case Lost():
+                        count.ended(job)
                         queue.again(job, ledger.lost(job, report))
                     case Died() | Ended():
+                        count.ended(job)
                         ledger.ended(job, report)
                         queue.ended(job)
     if count.found:
@@ -108,19 +118,84 @@ def work_through(
 
 
 class _Count:
-    """Cells that are done, with an estimate for the rest."""
+    """Cells that are done, what runs now, and an estimate for the rest.
 
-    def __init__(self, total: int, advance: Callable[[int], None], progress: Progress) -> None:
-        self.total, self.done, self.found, self._started = total, 0, 0, time.monotonic()
-        self._advance, self._say = advance, progress.say
+    Args:
+        total: number of cells.
+        seconds: how long they take together, as estimated before; it weighs as much as `WEIGHT` cells that were timed.
+        say: receives a line of log for every cell.
+    """
+
+    def __init__(self, total: int, seconds: float | None, say: Callable[[str], None]) -> None:
+        self.total, self.done, self.found, self._say = total, 0, 0, say
+        self._seconds, self._started = seconds, time.monotonic()
+        self._last, self._running = self._started, dict[str, str]()
+        self.advance: Callable[[int], None] = lambda amount: None
 
     def add(self, cell: Cell, words: str) -> None:
         """One cell more is done, or has failed."""
-        self.done += 1
-        self._advance(1)
-        left = (time.monotonic() - self._started) / self.done * (self.total - self.done)
-        rest = f"; about {duration_text(left)} to go" if self.done < self.total else ""
-        self._say(f"[{self.done}/{self.total}] {cell.words}: {words}{rest}")
+        self.done, self._last = self.done + 1, time.monotonic()
+        self.advance(1)
+        self._say(f"[{self.done}/{self.total}] {cell.words}: {'; '.join(filter(None, (words, self._rest())))}")
+
+    def began(self, job: Job) -> None:
+        """A worker has taken a job."""
+        self._running[_key(job)] = _doing(job)
+
+    def ended(self, job: Job) -> None:
+        """A job has ended."""
+        self._running.pop(_key(job), None)
+
+    def now(self) -> str:
+        """About how long the rest takes, and what runs now."""
+        if not self._running:
+            return "comparing"
+        doing = list(self._running.values())
+        more = f", {len(doing) - 1} more at once" if len(doing) > 1 else ""
+        return ", ".join(filter(None, (self._rest(), f"{doing[-1]}{more}")))
+
+    def _rest(self) -> str:
+        """About how long the cells take that are left; empty where none is, or nothing is known."""
+        left, timed = self.total - self.done, self._last - self._started
+        weight = WEIGHT if self._seconds is not None else 0
+        if not left or not weight + self.done:
+            return ""
+        each = (timed + weight * (self._seconds or 0) / self.total) / (weight + self.done)
+        seconds = max(0.0, left * each - (time.monotonic() - self._last))
+        return f"about {duration_text(seconds)} to go"
+
+
+class _Watched:
+    """A queue of which is known what runs."""
+
+    def __init__(self, queue: SharedJobs, began: Callable[[Job], None]) -> None:
+        self._queue, self._began = queue, began
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    def take(self, model: str) -> Job | None:
+        """See `SharedJobs.take`."""
+        if (job := self._queue.take(model)) is not None:
+            self._began(job)
+        return job
+
+
+def _key(job: Job) -> str:
+    return " ".join(cell.id for cell in job.cells) if isinstance(job, EvaluationJob) else job.folder
+
+
+def _doing(job: Job) -> str:
+    """A job in a few words."""
+    match job:
+        case PlanJob():
+            return f"{job.model}: profile on {set_name([corpus.name for corpus in job.corpora])}"
+        case EvaluationJob():
+            first, *more = job.cells
+            others = f" and {len(more)} more {'cell' if len(more) == 1 else 'cells'}" if more else ""
+            return f"{job.model}: {first.label}{others}"
+        case _:
+            return f"{job.model}: profile on the texts of the tasks"
 
 
 class _Ledger:
