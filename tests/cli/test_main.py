@@ -61,6 +61,9 @@ def test_the_verbs_in_order(checkpoints: Callable[..., Path], rows: Path, tmp_pa
     assert (tmp_path / "plan.json").read_bytes() == before  # nothing in this method is drawn by chance
     status, out, err = run(capsys, "prune", model, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
     assert (status, "6 of 12 experts" in out) == (0, True)
+    shares = moecover.explain(tmp_path / "plan.json")["overall"]["kept_utility"]
+    told = ", ".join(f"{name} {share:.1%}" for name, share in sorted(shares.items(), key=lambda one: one[1]))
+    assert f"\nkept of each corpus's utility (contribution): {told}\nnext: moecover verify" in out
     assert "writing" in err
     assert "moecover prune" in (tmp_path / "out" / "README.md").read_text()
     status, out, _ = run(capsys, "verify", model, tmp_path / "out", "--json")
@@ -88,7 +91,7 @@ def test_servers_limits_are_said(checkpoints: Callable[..., Path], rows: Path, t
     assert "a token computes  4 experts x 16 channels a layer" in out
     assert "llama.cpp asks for a multiple of 256: with 8 channels K-quants give" in out
     _, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", "--keep", 6, "-o", tmp_path / "6")
-    assert f"note: 6 experts do not suit vllm, sglang, llama.cpp: moecover inspect {model} --for vllm" in err
+    assert f"note: 6 experts do not suit vllm, sglang, llama.cpp: moecover inspect {model} --keep 6" in err
     _, _, err = run(capsys, "prune", model, "--corpus", f"r={rows}", "--keep", 8, "-o", tmp_path / "8")
     assert "do not suit" not in err
 

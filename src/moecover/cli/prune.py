@@ -171,6 +171,7 @@ def _printed(made: Pruned, args: argparse.Namespace) -> Outcome:
     from moecover import progress
     from moecover.checkpoints.servers import SERVERS, unmet
     from moecover.planning.artifact import shape_text
+    from moecover.planning.lines import kept_line
 
     repair = None if args.repair == NONE else args.repair
     keep, model, written = made.plan.keep, shlex.quote(args.model), args.output
@@ -178,7 +179,8 @@ def _printed(made: Pruned, args: argparse.Namespace) -> Outcome:
         written = written.with_name(made.output.name)
     if servers := [server for server in SERVERS if unmet(made.topology, keep, server, width=made.plan.width)]:
         names = ", ".join(servers)
-        progress.say(f"note: {shape_text(made.plan)} do not suit {names}: moecover inspect {model} --for {servers[0]}")
+        shape = f"--keep {keep}" + ("" if made.plan.width is None else f" --width {made.plan.width}")
+        progress.say(f"note: {shape_text(made.plan)} do not suit {names}: moecover inspect {model} {shape}")
     result: dict[str, object] = {
         "output": str(made.output),
         "keep": keep,
@@ -188,6 +190,8 @@ def _printed(made: Pruned, args: argparse.Namespace) -> Outcome:
         "bytes": made.num_bytes,
     }
     text = f"{written}: {made.sizes()}"
+    if line := kept_line(made.plan):
+        text += f"\n{line}"
     if made.repaired is not None:
         before, after = made.repaired.mean_errors()
         tensors, what = len(made.repaired.hashes), "merged" if repair is None else "repaired"

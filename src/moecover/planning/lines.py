@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from moecover.planning.explaining.stability import settled_text, stability
 from moecover.planning.keep import allowed_keeps
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import plan_budgets
+from moecover.planning.saliency import DEFAULT_SALIENCY
 from moecover.profiling.coverage import more_text, rarely_used, share_text
 
 if TYPE_CHECKING:
     from moecover.planning.artifact import Plan
     from moecover.planning.explaining.records import Stability
     from moecover.profiling.artifact import Profile
+
+MOST_CORPORA = 6  # that have a share each in a line
 
 
 def calibration_notes(plan: Plan, profile: Profile, *, remedy: str | None = None) -> list[str]:
@@ -109,3 +115,25 @@ def plan_line(plan: Plan, experts: int) -> str:
         searches = " and ".join(sorted({str(layer.search) for layer in plan.layers}))
         text += f"; {searches} search on {plan.layers[0].tokens:,} tokens, loss {sum(losses):.4g}"
     return text
+
+
+def kept_line(plan: Plan) -> str:
+    """What share of each corpus's utility the kept experts have, mean over the layers.
+
+    Of many corpora the least and the most are named. Empty where the plan does not hold utilities by corpus.
+    """
+    if not plan.by_corpus:
+        return ""
+    corpora = list(plan.layers[0].saliency)
+    shares = {name: fmean(_share(layer.saliency[name], layer.kept) for layer in plan.layers) for name in corpora}
+    told = [f"{name} {share:.1%}" for name, share in sorted(shares.items(), key=lambda one: one[1])]
+    if len(told) > MOST_CORPORA:
+        told = [f"{told[0]} (the least)", f"{told[-1]} (the most)", f"mean of {len(told)} {fmean(shares.values()):.1%}"]
+    saliency = plan.options.get("saliency", DEFAULT_SALIENCY)
+    return f"kept of each corpus's utility ({saliency}): {', '.join(told)}"
+
+
+def _share(saliency: Sequence[float], kept: Sequence[int]) -> float:
+    """The share of a layer's utility that some experts have; all of it where there is none."""
+    utility = np.maximum(np.asarray(saliency, dtype=np.float64), 0)
+    return float(utility[list(kept)].sum() / utility.sum()) if utility.any() else 1.0
