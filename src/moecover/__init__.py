@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from moecover.progress import Progress
     from moecover.pruning.job import prune
     from moecover.pruning.request import Pruned
+    from moecover.publishing.upload import Uploaded, upload
     from moecover.registry import load_plugin
     from moecover.repairing.artifact import Repaired
     from moecover.repairing.job import repair
@@ -113,6 +114,7 @@ PUBLIC = {
     "evaluation.budgets": ("plan_for_budget",),
     "shrinking.request": ("Shrunk",),
     "shrinking.job": ("shrink",),
+    "publishing.upload": ("Uploaded", "upload"),
     "comparison.results": ("Comparison",),
     "comparison.run": ("compare",),
     "reporting.sections": ("SECTIONS",),
@@ -150,6 +152,7 @@ __all__ = [
     "Shrunk",
     "Structure",
     "Topology",
+    "Uploaded",
     "Verification",
     "compare",
     "evaluate",
@@ -183,6 +186,7 @@ __all__ = [
     "split",
     "super_experts",
     "trust_remote_code",
+    "upload",
     "verify",
 ]
 

@@ -11,7 +11,7 @@ from moecover.errors import InputError
 from moecover.files.hashing import HASH, file_hash, unsealed
 from moecover.files.reading import read_json
 
-MANIFEST = "moecover.json"
+MANIFEST, CARD = "moecover.json", "README.md"
 Manifest = dict[str, Any]  # JSON, written by `pruning.writer`
 
 
@@ -94,6 +94,10 @@ def check_complete(checkpoint: Checkpoint, manifest: Manifest) -> None:
 
 
 def changed_files(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
-    """Names of the files that are missing or whose hash differs from the manifest's."""
+    """Names of the files that are missing or whose hash differs from the manifest's; the card may have been edited."""
     files = {name: checkpoint.path / name for name in manifest["files"]}
-    return [name for name, path in files.items() if not path.is_file() or file_hash(path) != manifest["files"][name]]
+    return [
+        name
+        for name, path in files.items()
+        if not path.is_file() or (name != CARD and file_hash(path) != manifest["files"][name])
+    ]

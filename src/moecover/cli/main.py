@@ -41,6 +41,7 @@ VERBS = (
     "explain",
     "prune",
     "verify",
+    "upload",
     "evaluate",
     "compare",
     "report",

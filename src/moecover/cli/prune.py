@@ -18,6 +18,7 @@ from moecover.cli.options import (
     pass_arguments,
     searching_methods,
 )
+from moecover.cli.upload import add_push, check_push, pushed
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
 from moecover.gguf.parts import is_gguf
@@ -122,6 +123,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="send every token to N experts from now on, fewer than before: one number in config.json (measure it with "
         "evaluate --top-k N)",
     )
+    add_push(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -131,6 +133,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.runtime.world import world
 
     check(args)
+    check_push(args)
     if args.plan is not None:  # in one shot the method's arguments load them
         load_plugins(args)
     merge, repair = (None if name == NONE else name for name in (args.merge, args.repair))
@@ -211,7 +214,7 @@ def _printed(made: Pruned, args: argparse.Namespace) -> Outcome:
     revision = f" --revision {shlex.quote(args.revision)}" if args.revision else ""
     trusted = " --trust-remote-code" if args.trust_remote_code else ""
     text += f"\nnext: moecover verify {model} {shlex.quote(str(written))}{revision}{trusted}"
-    return Outcome(result, text)
+    return Outcome(result, text + pushed(args, written))
 
 
 def check(args: argparse.Namespace) -> None:

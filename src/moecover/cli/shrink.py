@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from moecover.cli.corpus_options import add_mix, add_reading
 from moecover.cli.options import add_device, add_libllama, add_model, add_output
 from moecover.cli.plan_tables import shapes_table
+from moecover.cli.upload import add_push, check_push, pushed
 from moecover.cli.verb import Outcome
 from moecover.terminal import aligned
 from moecover.text import duration_text
@@ -75,6 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_device(group)
     add_libllama(group)
     add_output(parser, "OUT", "folder to write", replaced="OUT if moecover wrote it")
+    add_push(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -84,6 +86,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.runtime.world import world
     from moecover.shrinking.job import shrink
 
+    check_push(args)
     made = shrink(
         args.model,
         args.output,
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> Outcome:
         command=shlex.join(["moecover", *args.argv]),
         **pass_arguments(args),
     )
-    return _steps(made) if isinstance(made, list) else _result(made)
+    return _steps(made) if isinstance(made, list) else _result(made, args)
 
 
 def _steps(steps: list[Step]) -> Outcome:
@@ -120,7 +123,7 @@ def _estimate(seconds: float | None) -> str:
     return "-" if seconds is None else duration_text(seconds)
 
 
-def _result(made: Shrunk) -> Outcome:
+def _result(made: Shrunk, args: argparse.Namespace) -> Outcome:
     """What was made, and what it loses."""
     plan, output = made.pruned.plan, str(made.pruned.output)
     full, row = made.evaluation.rows
@@ -155,7 +158,7 @@ def _result(made: Shrunk) -> Outcome:
         },
         "found": plan.found,
     }
-    return Outcome(result, text)
+    return Outcome(result, text + pushed(args, made.pruned.output))
 
 
 def _percent(before: float, after: float) -> str:

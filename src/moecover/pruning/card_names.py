@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 OWNER = "your-name"  # stands for the owner of the repository, until `upload` knows it
 LONGEST = 60  # characters of the model's name in a repository's, which has 96 at most
-_PLACEHOLDER = re.compile(rf"{OWNER}/[A-Za-z0-9._-]+")
+_PLACEHOLDER = re.compile(rf"{OWNER}/[A-Za-z0-9._-]*[A-Za-z0-9_-]")
 _PLACE = re.compile(r"[^=?&]*/[^=?&]*")  # within a word of a command: between the signs around a path
 
 

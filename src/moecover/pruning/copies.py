@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moecover.checkpoints.manifest import MANIFEST
+from moecover.checkpoints.manifest import CARD, MANIFEST
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.weight_files import ADAPTER, OTHER_WEIGHTS, inside
 
-CARD, ORIGINAL_CARD = "README.md", "README.original.md"
+ORIGINAL_CARD = "README.original.md"
 # Indices of weights, other programs' descriptions of the same model, and adapters to it.
 STALE = re.compile(r".*\.index\.json|(.*/)?(params|original_config|model_index|genai_config|openvino_config)\.json")
 STALE_FOLDERS = ("original", "metal", "onnx", "openvino")  # the model in another program's format

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moecover.checkpoints.config_edit import QUANTISATION_FILES, NewCount, edited_config, top_k_keys
-from moecover.checkpoints.manifest import MANIFEST
+from moecover.checkpoints.manifest import CARD, MANIFEST
 from moecover.checkpoints.names import MTP
 from moecover.checkpoints.pieces import Piece
 from moecover.checkpoints.renumbering import NewId, Renumbering, renumbered
@@ -26,7 +26,7 @@ from moecover.files.reading import parse_json
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.channel_sets import packed
 from moecover.pruning.card import model_card
-from moecover.pruning.copies import CARD, ORIGINAL_CARD, Copies
+from moecover.pruning.copies import ORIGINAL_CARD, Copies
 from moecover.pruning.origin import Origin
 from moecover.pruning.shards import edited_index
 

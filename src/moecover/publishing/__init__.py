@@ -1,0 +1,1 @@
+"""Publishing: a finished pruned model to a repository of the hub."""
