@@ -13,9 +13,10 @@ import torch
 from moecover.checkpoints.structure import read_structure
 from moecover.corpora.packing import load_corpus
 from moecover.errors import InputError
+from moecover.profiling.collecting import checked
 from moecover.profiling.hooks import recording
 from moecover.profiling.reductions import weighted_squares
-from moecover.profiling.run import checked, profile
+from moecover.profiling.run import profile
 from moecover.profiling.sums import Sums
 from moecover.profiling.wide import CHANNELS, num_bytes
 from moecover.runtime.loading import load_model
@@ -81,7 +82,7 @@ def test_an_energy_that_is_not_finite_is_an_error(checkpoints: Callable[..., Pat
     state[CHANNELS][1, 7, 2] = np.inf
     sums.restore(state)
     with pytest.raises(InputError, match="corpus web, decoder layer 2, expert 7: channel_energy is not finite"):
-        checked(sums, corpus, structure)
+        checked(sums, corpus, structure.topology)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "llama4_text", "muse_spark", "deepseek"])

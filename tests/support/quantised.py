@@ -151,3 +151,24 @@ def with_mtp_run(source: Path, target: Path, root: str) -> Path:
     config = {k: v for k, v in config.items() if not re.search("mtp|nextn|layer_types", k)}
     (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers + 1}))
     return target
+
+
+def with_mtp_that_drafts(source: Path, target: Path, layers: int = 1, **config: Any) -> Path:
+    """A checkpoint with multi-token-prediction layers of their own weights, which transformers runs; numbered on."""
+    tensors = load_file(source / "model.safetensors")
+    shutil.copytree(source, target)
+    numbers = sorted({int(n) for k in tensors for n in re.findall(r"^model\.layers\.(\d+)\.", k)})
+    draw, prefix = torch.Generator().manual_seed(5), f"model.layers.{numbers[-1]}."
+    for number in range(len(numbers), len(numbers) + layers):
+        root = f"model.layers.{number}."
+        for name, last in [(k, v) for k, v in tensors.items() if k.startswith(prefix)]:
+            kept = last.dim() < 2 and "bias" not in name  # a norm
+            scale = 1.0 if name.endswith("gate.weight") else 0.3 if "bias" in name else 0.15
+            new = last.clone() if kept else torch.randn(last.shape, generator=draw) * scale
+            tensors[root + name.removeprefix(prefix)] = new.to(last.dtype)
+        tensors |= {f"{root}{n}.weight": torch.rand(32, generator=draw) + 0.5 for n in ("enorm", "hnorm")}
+        tensors[f"{root}shared_head.norm.weight"] = torch.rand(32, generator=draw) + 0.5
+        tensors[f"{root}eh_proj.weight"] = torch.randn(32, 64, generator=draw) / 8
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    set_config(target, num_nextn_predict_layers=layers, **config)
+    return target

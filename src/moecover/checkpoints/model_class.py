@@ -60,6 +60,17 @@ def _known_type(config: Config, family: str) -> str:
     return ""
 
 
+def parsed_config(config: Config) -> Any:
+    """The library's configuration of a raw one of a known type; raises whatever the library does."""
+    import transformers
+
+    register_deepseek()
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    raw = transformers.PreTrainedConfig._decode_special_floats(config)
+    return CONFIG_MAPPING[str(config.get("model_type"))].from_dict(raw)
+
+
 def build_on_meta(config: Config, name: str) -> torch.nn.Module:
     """A model of the class of a raw config on torch's ``meta`` device, without memory.
 
@@ -85,7 +96,7 @@ def build_on_meta(config: Config, name: str) -> torch.nn.Module:
             f"and code that comes with a checkpoint is not run{way_out or _known_type(config, family)}"
         )
     try:
-        parsed = CONFIG_MAPPING[family].from_dict(transformers.PreTrainedConfig._decode_special_floats(config))
+        parsed = parsed_config(config)
         if (auto := auto_class(type(parsed))) is None:
             raise InputError(f"{name}: architecture {family!r} is no causal language model")
         with torch.device("meta"):

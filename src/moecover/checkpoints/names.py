@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 OTHER_PARTS = re.compile(r"(?:^|\.)\w*(?:vision|visual|audio)\w*\.")  # parts of a multimodal model
 MTP = re.compile(r"(?:.*?\.)?(?:mtp|nextn)\w*(?=\.)")
+MTP_NUMBER = re.compile(r"\.(?:layers\.)?(\d+)(?=\.)")
 NUMBERED = re.compile(r"(?:.*?\.)?layers\.(\d+)(?=\.)")
 NUMBER = re.compile(r"\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -77,6 +78,20 @@ def mtp_root(name: str, num_layers: int) -> str | None:
     beyond = NUMBERED.match(name)
     match = MTP.match(name) or (beyond if beyond and int(beyond[1]) >= num_layers else None)
     return match[0] if match else None
+
+
+def mtp_number(name: str, num_layers: int) -> int:
+    """Which of the multi-token-prediction layers a tensor belongs to by its name, from 0 on.
+
+    Args:
+        name: of a tensor that `mtp_root` gives a name for.
+        num_layers: number of decoder layers.
+    """
+    root = MTP.match(name)
+    if root and (inside := MTP_NUMBER.match(name, root.end())):
+        return int(inside[1])
+    beyond = NUMBERED.match(name)
+    return max(0, int(beyond[1]) - num_layers) if beyond else 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Never
 
 from moecover.checkpoints.header import TensorEntry
-from moecover.checkpoints.names import kind_of, suffix_of, twin_of
+from moecover.checkpoints.names import kind_of, mtp_number, suffix_of, twin_of
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import ChannelAxis, ExpertTensor, Width
 from moecover.files.gathering import ZEROS, Gather, Range, num_bytes
@@ -191,6 +191,20 @@ def _thinned(entry: TensorEntry, name: str, axis: int, gathers: Sequence[Gather]
     return Piece(name, entry.dtype, shape, tuple(gathers))
 
 
+def _of_mtp(structure: Structure, name: str, rows: int) -> ExpertTensor | None:
+    """The row of a tensor of a multi-token-prediction layer, which points to the layer's own ids where these are given.
+
+    Args:
+        structure: the source.
+        name: of the tensor.
+        rows: of how many layers there are ids.
+    """
+    row, topology = structure.mtp.get(name), structure.topology
+    if row is None or rows == len(topology.decoder_layers):
+        return row
+    return replace(row, layer=row.layer + 1 + mtp_number(name, topology.num_layers))
+
+
 def pieces_by_shard(
     structure: Structure,
     kept: Sequence[Sequence[int]],
@@ -203,7 +217,8 @@ def pieces_by_shard(
 
     Args:
         structure: the source.
-        kept: ids of the kept experts of every MoE layer, ascending.
+        kept: ids of the kept experts of every MoE layer, ascending; then of every multi-token-prediction layer, unless
+            these share the last MoE layer's.
         channels: of these, in order, the ids of the kept channels, ascending; None for all.
         mtp: `drop` leaves out multi-token-prediction layers with experts of their own, `prune` cuts them.
         others: tensors of the output that are taken from elsewhere, by name.
@@ -213,7 +228,7 @@ def pieces_by_shard(
     for name, entry in structure.checkpoint.tensors.items():
         if mtp == "drop" and name in structure.mtp:
             continue
-        tensor = structure.tensors.get(name) or structure.mtp.get(name)
+        tensor = structure.tensors.get(name) or _of_mtp(structure, name, len(kept))
         remaining = piece(entry, tensor, list(kept[tensor.layer]) if tensor else [], thin=thin)
         if remaining is not None:
             shards.setdefault(entry.shard, []).append(others.get(remaining.name, remaining))

@@ -13,6 +13,7 @@ from moecover.checkpoints.config_edit import expert_count_keys
 from moecover.checkpoints.derivation import derive
 from moecover.checkpoints.families import PROVEN_FAMILIES
 from moecover.checkpoints.gguf_layout import ARCHITECTURES, gguf_layout, notes_on
+from moecover.checkpoints.names import mtp_number
 from moecover.checkpoints.sizes import Sizes
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure_cache import place_of, recall, remember
@@ -88,6 +89,12 @@ class Structure(Shown):
             places = 1 if row.axis is None else entry.shape[row.axis]
             total += entry.num_bytes // places * (places - row.tail)
         return total
+
+    @property
+    def mtp_layers(self) -> tuple[int, ...]:
+        """Multi-token-prediction layers that have experts, numbered on from the decoder layers."""
+        total = self.topology.num_layers
+        return tuple(sorted({total + mtp_number(name, total) for name, row in self.mtp.items() if row is not None}))
 
     def num_bytes(self, kept: int | Sequence[Sequence[int]], *, width: int | None = None, mtp: str = "drop") -> int:
         """Bytes of all tensors after pruning.

@@ -78,7 +78,8 @@ class ExpertTensors:
     Attributes:
         experts: those of the model's MoE layers, by name.
         mtp: all tensors of the multi-token-prediction layers that have experts, by name, which the model class does not
-            run; None for those that depend on no expert. Their ``layer`` is the last MoE layer, whose plan they share.
+            run; None for those that depend on no expert. Their ``layer`` is the last MoE layer, whose ids they share
+            where a plan has none of their own.
         quantised: whether the experts' weights are stored in a packed or 8-bit type.
     """
 

@@ -28,6 +28,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_corpora(parser)
     add_output(parser, "PROFILE_DIR", "folder for profile.safetensors", replaced="a profile that is there")
     add_keep_inputs(parser, f"for methods {searching_methods()}")
+    parser.add_argument(
+        "--mtp",
+        action="store_true",
+        help="profile multi-token-prediction layers too, so that a plan rates their experts for `prune --mtp prune`; "
+        "costs one more layer each, and the whole model in memory",
+    )
     add_libllama(parser)
     add_plugin(parser)
 
@@ -38,6 +44,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.planning.lines import stability_at_half
     from moecover.profiling.artifact import FILE
     from moecover.profiling.job import profile
+    from moecover.profiling.statistics import OF_MTP
     from moecover.runtime.world import world
 
     load_plugins(args)
@@ -47,6 +54,7 @@ def run(args: argparse.Namespace) -> Outcome:
         output=args.output,
         overwrite=args.overwrite,
         keep_inputs=args.keep_inputs,
+        mtp=args.mtp,
         libllama=args.libllama,
         here=world(),
         **text_arguments(args),
@@ -55,7 +63,9 @@ def run(args: argparse.Namespace) -> Outcome:
     path = args.output / FILE
     shape = [len(made.topology.decoder_layers), made.topology.num_experts]
     tokens = {name: records[0]["tokens"] for name, records in made.corpora.items()}
-    lines = [f"{path}: statistics of {shape[0]} layers x {shape[1]} experts"]
+    of_mtp = None if made.mtp is None else len(made.mtp.topology.decoder_layers)
+    more = "" if of_mtp is None else f", and of {of_mtp} {OF_MTP if of_mtp > 1 else OF_MTP.removesuffix('s')}"
+    lines = [f"{path}: statistics of {shape[0]} layers x {shape[1]} experts{more}"]
     lines += [f"  {name}: {count:,} tokens" for name, count in tokens.items()]
     stable = stability_at_half(made)
     lines += [f"stability of a plan for half of the experts: {settled_text(stable)}"] if stable else []
@@ -63,6 +73,7 @@ def run(args: argparse.Namespace) -> Outcome:
     result = {
         "profile": str(path),
         "shape": shape,
+        **({} if of_mtp is None else {"mtp_layers": of_mtp}),
         "tokens": tokens,
         "fingerprint": made.fingerprint,
         "stability": stable,

@@ -113,8 +113,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--mtp",
         choices=("drop", "prune"),
         default="drop",
-        help="multi-token-prediction layers that have experts of their own: leave them out, or keep the ids of "
-        "the last MoE layer, of experts and channels, in them (default: drop)",
+        help="multi-token-prediction layers that have experts of their own: leave them out, or keep in them what the "
+        "plan chose by their own statistics (`profile --mtp`; in one shot where they can run), else the ids of the "
+        "last MoE layer, of experts and channels (default: drop)",
     )
     parser.add_argument(
         "--top-k",

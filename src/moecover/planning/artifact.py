@@ -87,6 +87,8 @@ class Plan(Shown, BaseModel):
         width: channels kept of each of them; None for all.
         top_k: experts that a token is sent to; None for the model's own number.
         layers: one entry for every MoE layer, in order.
+        mtp: one for every multi-token-prediction layer, numbered on from the decoder layers, where the profile has
+            statistics of these; without, they share the ids of the last MoE layer.
         topology_fingerprint: of the model that the plan was made for; None in a plan by hand.
         model_fingerprint: the same with the routers' weights.
         profile_fingerprint: of the profile that it was made from.
@@ -106,6 +108,7 @@ class Plan(Shown, BaseModel):
     width: int | None = None
     top_k: int | None = None
     layers: list[LayerPlan] = Field(min_length=1)
+    mtp: list[LayerPlan] = Field(default_factory=list)
     topology_fingerprint: str | None = None
     model_fingerprint: str | None = None
     profile_fingerprint: str | None = None
@@ -119,7 +122,7 @@ class Plan(Shown, BaseModel):
         first = self.layers[0]
         if self.unequal and sum(len(layer.kept) for layer in self.layers) != self.keep * len(self.layers):
             raise ValueError("`keep` is not the mean of the layers' numbers of experts")
-        for layer in self.layers:
+        for layer in (*self.layers, *self.mtp):
             if layer.saliency.keys() != first.saliency.keys():
                 raise ValueError(f"decoder layer {layer.decoder_layer}: `saliency` is of other corpora than before")
             if {len(v) for v in layer.saliency.values()} != {len(v) for v in first.saliency.values()}:
@@ -153,21 +156,25 @@ class Plan(Shown, BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """What plan.json holds, without the empty parts of a layer and of the plan that need not be there."""
         value = self.model_dump(by_alias=True)
-        for name in ("weight_files", "found", "width", "top_k", "unequal"):
+        for name in ("weight_files", "found", "width", "top_k", "unequal", "mtp"):
             if not value[name]:
                 del value[name]
-        for row in value["layers"]:
-            row["channels"] = [packed(ids) for ids in row["channels"]]
-        value["layers"] = [{k: v for k, v in row.items() if v not in (None, [], {})} for row in value["layers"]]
+        for name in ("layers", "mtp"):
+            for row in value.get(name, ()):
+                row["channels"] = [packed(ids) for ids in row["channels"]]
+            if name in value:
+                value[name] = [{k: v for k, v in row.items() if v not in (None, [], {})} for row in value[name]]
         return value
 
     def to_json(self) -> str:
         """The text of plan.json, sealed; the same plan gives the same bytes."""
         value = sealed(self.to_dict())
-        layers: list[object] = value.pop("layers")  # type: ignore[assignment]
-        head = json.dumps(value, indent=1)[: -len("\n}")]
-        rows = ",\n".join(f"  {json.dumps(layer, allow_nan=False)}" for layer in layers)
-        return f'{head},\n "layers": [\n{rows}\n ]\n}}\n'
+        lists: dict[str, Any] = {name: value.pop(name) for name in ("layers", "mtp") if name in value}
+        text = json.dumps(value, indent=1)[: -len("\n}")]
+        for name, layers in lists.items():
+            rows = ",\n".join(f"  {json.dumps(layer, allow_nan=False)}" for layer in layers)
+            text += f',\n "{name}": [\n{rows}\n ]'
+        return f"{text}\n}}\n"
 
     def save(self, path: str | Path) -> Path:
         """Write plan.json; the file appears only when it is complete."""
@@ -209,6 +216,11 @@ class Plan(Shown, BaseModel):
     def channels(self) -> list[list[list[int]]] | None:
         """Ids of the kept channels of every kept expert of every MoE layer; None where all stay."""
         return None if self.width is None else [layer.channels for layer in self.layers]
+
+    @property
+    def with_mtp(self) -> Plan:
+        """The plan with the multi-token-prediction layers behind the others: what a checkpoint that keeps them has."""
+        return self.model_copy(update={"layers": [*self.layers, *self.mtp], "mtp": []})
 
     @property
     def by_corpus(self) -> bool:

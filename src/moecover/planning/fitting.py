@@ -47,7 +47,12 @@ def check_plan(plan: Plan, structure: Structure, *, other_weights: bool = False,
         )
     if plan.unequal:
         check_writable(unequal, sorted(map(len, plan.kept)))
-    for layer in plan.layers:
+    if plan.mtp and structure.mtp and tuple(row.decoder_layer for row in plan.mtp) != structure.mtp_layers:
+        raise InputError(
+            f"the plan has multi-token-prediction layers {_short(tuple(row.decoder_layer for row in plan.mtp))}, {name}"
+            f" has {_short(structure.mtp_layers)}"
+        )
+    for layer in plan.with_mtp.layers:
         count = len(layer.kept) if plan.unequal else plan.keep
         _check_layer(layer, count, topology)
         resolve_keep(topology, keep=count, retain=None)
@@ -163,7 +168,7 @@ def _check_channels(plan: Plan, structure: Structure) -> None:
         )
     channels = structure.width.channels
     resolve_width(channels, width=plan.width, retain=None)
-    for layer in plan.layers:
+    for layer in plan.with_mtp.layers:
         where = f"the plan's decoder layer {layer.decoder_layer}"
         if len(layer.channels) != len(layer.kept) or {len(ids) for ids in layer.channels} != {plan.width}:
             raise InputError(

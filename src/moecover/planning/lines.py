@@ -109,6 +109,8 @@ def plan_line(plan: Plan, experts: int) -> str:
         }
         spans = (f"{n[0]}{f' to {n[-1]}' if n[-1] > n[0] else ''} by {name}" for name, n in by_corpus.items())
         text += f"; protected per layer: {', '.join(spans)}"
+    if plan.mtp:
+        text += f"; in {len(plan.mtp)} of multi-token prediction by their own statistics"
     if required := sum(len(layer.required) for layer in plan.layers):
         text += f"; {required} super experts kept"
     if losses := [layer.loss for layer in plan.layers if layer.loss is not None]:

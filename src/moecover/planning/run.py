@@ -8,6 +8,7 @@ by byte.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -100,6 +101,7 @@ def plan_budgets(
             unequal=chosen.unequal,
             width=width,
             layers=layers,
+            mtp=of_mtp,
             topology_fingerprint=topology.fingerprint if profile.model["fingerprint"] else None,
             model_fingerprint=profile.model["fingerprint"] or None,
             profile_fingerprint=profile.fingerprint,
@@ -107,25 +109,47 @@ def plan_budgets(
             weight_files=profile.model.get("files", {}),
             calibration={} if chosen.blind and not required and width is None else profile.corpora,
         )
-        for budget, width, layers in zip(budgets, widths, _choices(chosen, profile, budgets, complete), strict=True)
+        for budget, width, layers, of_mtp in zip(
+            budgets,
+            widths,
+            _choices(chosen, profile, budgets, complete),
+            _mtp_choices(chosen, profile, budgets, complete),
+            strict=True,
+        )
     ]
-    weights = complete.get("weights")
-    for one in made:
-        for layer, row in enumerate(one.layers if one.width is not None else []):
-            assert one.width is not None
-            row.channels = choose_channels(
-                profile,
-                layer,
-                row.kept,
-                one.width,
-                protect=protect_channels,
-                weights=weights if isinstance(weights, Mapping) else None,
-                group=channel_groups,
-            )
+    if any(width is not None for width in widths):
+        _add_channels(made, profile, complete.get("weights"), protect_channels, channel_groups)
     for one in made:
         for row, ids in zip(one.layers, unused, strict=False):
             row.unused = ids
     return made
+
+
+def _add_channels(plans: Sequence[Plan], profile: Profile, weights: object, protect: float, group: int) -> None:
+    """Choose the channels of plans with a width, each layer by its own statistics."""
+    by_corpus = weights if isinstance(weights, Mapping) else None
+    pairs = [(one, profile, one.layers) for one in plans]
+    pairs += [(one, profile.mtp, one.mtp) for one in plans if profile.mtp is not None]
+    for one, source, rows in pairs:
+        for layer, row in enumerate(rows if one.width is not None else []):
+            assert one.width is not None
+            row.channels = choose_channels(
+                source, layer, row.kept, one.width, protect=protect, weights=by_corpus, group=group
+            )
+
+
+def _mtp_choices(
+    method: Method, profile: Profile, budgets: Sequence[Budget], options: Mapping[str, object]
+) -> list[list[LayerPlan]]:
+    """What a method chooses for multi-token-prediction layers, by their own statistics.
+
+    Nothing where the profile has none of them, and by methods that need more than a profile or leave unequal counts:
+    then these layers keep the ids of the last MoE layer. Super experts are those of a model's layers together, so none
+    is required here.
+    """
+    if profile.mtp is None or not method.from_profile or method.unequal:
+        return [[] for _ in budgets]
+    return _choices(method, profile.mtp, [replace(budget, required=()) for budget in budgets], options)
 
 
 def _with_weights(method: Method, options: Mapping[str, object], profile: Profile) -> dict[str, object]:

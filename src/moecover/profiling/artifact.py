@@ -6,7 +6,7 @@ Arrays are numpy arrays, so that planning on a profile needs no torch.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,9 +19,9 @@ from moecover.files.tensor_file import read_tensors, tensor_bytes
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import Inputs, open_inputs
 from moecover.profiling.records import ModelRecord, Settings
-from moecover.profiling.statistics import COUNTS, LATER, MAXIMA, PARTS, STATISTICS, Statistics, added, known
-from moecover.profiling.stored import REMAKE, checked, described
-from moecover.profiling.wide import CHANNELS, PAIRS, WIDE, joined, wide_shape
+from moecover.profiling.statistics import MAXIMA, PARTS, STATISTICS, Statistics, added, known
+from moecover.profiling.stored import REMAKE, described, named, read_named
+from moecover.profiling.wide import CHANNELS, PAIRS, WIDE, joined
 from moecover.text import Cell, Shown
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 3
 FILE = "profile.safetensors"
+MTP = "mtp/"  # in the names of the tensors of multi-token-prediction layers
 
 
 def _name(profile: Profile) -> str:
@@ -78,6 +79,9 @@ class Profile(Shown):
             show their h, see `channels.width_of`.
         pairs: ``pairs[corpus]``, of the experts that tokens are routed to together, see `wide`; a corpus is not in it
             where they were not recorded.
+        mtp: the same of the multi-token-prediction layers, as the MoE layers of a model of their own, whose decoder
+            indices go on from the last; None where they were not profiled. The k-th does not see the first k tokens of
+            a sequence.
     """
 
     topology: Topology
@@ -89,6 +93,7 @@ class Profile(Shown):
     inputs: Inputs | None = None
     channels: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     pairs: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    mtp: Profile | None = None
 
     @property
     def wide(self) -> dict[str, dict[str, NDArray[np.float64]]]:
@@ -103,7 +108,8 @@ class Profile(Shown):
     def __add__(self, other: Profile) -> Profile:
         """The profile of both token sets: sums add up, the larger maximum is taken, other corpora are kept as they are.
 
-        The statistics of `WIDE` of a corpus are known of the sum where both have them.
+        The statistics of `WIDE` of a corpus, and those of multi-token-prediction layers, are known of the sum where
+        both have them.
 
         Raises:
             InputError: the profiles are of different models, widths or dtypes; of other settings the equal ones stay.
@@ -131,7 +137,9 @@ class Profile(Shown):
                 rows = {name: np.concatenate([part[name] for part in running]) for name in STATISTICS}
                 step = -(-len(rows["count"]) // (2 * PARTS - 1))
                 parts[corpus] = {name: values[step - 1 :: step] for name, values in rows.items()}
-        return Profile(self.topology, statistics, corpora, self.model, settings, parts, None, *together)
+        mtp = self.mtp + other.mtp if self.mtp is not None and other.mtp is not None else None
+        channels, pairs = together
+        return Profile(self.topology, statistics, corpora, self.model, settings, parts, None, channels, pairs, mtp)
 
     def stages(self) -> list[Profile]:
         """The profiles of growing amounts of text, up to this one, without those of `WIDE`.
@@ -209,12 +217,14 @@ class Profile(Shown):
             for name, values in self.wide.items():
                 if corpus in values:
                     digest.update(f"{corpus}/{name}".encode() + values[corpus].tobytes())
+        if self.mtp is not None:
+            digest.update(self.mtp.fingerprint.encode())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
         """Write ``profile.safetensors`` into a folder; the file appears only when it is complete.
 
-        Tensors are named ``{corpus}/{statistic}``; everything else is in the document of the file, see `tensor_file`.
+        Tensors are named as `stored` has it; everything else is in the document of the file, see `tensor_file`.
         """
         about = {
             "schema": SCHEMA,
@@ -223,17 +233,14 @@ class Profile(Shown):
             "corpora": self.corpora,
             "settings": self.settings,
         }
-        tensors = {
-            f"{corpus}/{name}": values
-            for corpus, s in self.statistics.items()
-            for name, values in s.items()
-            if known(name, s)
-        }
-        tensors |= {f"{corpus}/{n}/parts": v for corpus, s in self.parts.items() for n, v in s.items() if known(n, s)}
-        tensors |= {f"{corpus}/{name}": v for name, of in self.wide.items() for corpus, v in of.items()}
+        if self.mtp is not None:
+            about["mtp"] = list(self.mtp.topology.decoder_layers)
         path = Path(folder) / FILE
         if self.inputs is None or self.inputs.path != path.with_name(INPUTS):
             path.with_name(INPUTS).unlink(missing_ok=True)  # of an earlier profile
+        tensors = named(self.statistics, self.parts, self.wide)
+        if self.mtp is not None:
+            tensors |= named(self.mtp.statistics, self.mtp.parts, self.mtp.wide, MTP)
         write_bytes(path, tensor_bytes(tensors, about))
         return path
 
@@ -256,29 +263,17 @@ class Profile(Shown):
             if about.get("schema") != SCHEMA:
                 raise ValueError(f"it has schema {about.get('schema')}, this version reads {SCHEMA}")
             topology, names = described(about)
+            layers = replace(topology, decoder_layers=tuple(map(int, about["mtp"]))) if about.get("mtp") else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             lacks = "its metadata lacks " if isinstance(error, KeyError) else ""
             raise InputError(f"{path} cannot be used: {lacks}{error}. {REMAKE}") from error
-        shape = (len(topology.decoder_layers), topology.num_experts)
-        statistics, parts = dict[str, Statistics](), dict[str, Statistics]()
-        wide: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in WIDE}
-        width: int | None = None  # of the first corpus that has one, then of all
-
-        def values(key: str, name: str, *before: None) -> NDArray[Any]:
-            if name in LATER and key not in tensors:
-                return np.full(tensors[key.replace(name, COUNTS[0])].shape, np.nan)
-            dtype = "int64" if name in COUNTS else "float64"
-            return checked(path, tensors, key, (*before, *shape), dtype, negative=name not in COUNTS)
-
-        for corpus in names:
-            statistics[corpus] = {n: values(f"{corpus}/{n}", n) for n in STATISTICS}
-            if f"{corpus}/count/parts" in tensors:
-                parts[corpus] = {n: values(f"{corpus}/{n}/parts", n, None) for n in STATISTICS}
-            for name in WIDE:
-                if (key := f"{corpus}/{name}") in tensors:
-                    whole = wide_shape(name, topology, width)
-                    wide[name][corpus] = checked(path, tensors, key, whole)
-            width = wide[CHANNELS][corpus].shape[-1] if corpus in wide[CHANNELS] else width
+        statistics, parts, wide = read_named(path, tensors, topology, names)
+        model, settings = about["model"], about["settings"]
+        mtp = None
+        if layers is not None:
+            own, own_parts, own_wide = read_named(path, tensors, layers, names, MTP)
+            of_channels, of_pairs = own_wide[CHANNELS], own_wide[PAIRS]
+            mtp = cls(layers, own, about["corpora"], model, settings, own_parts, None, of_channels, of_pairs)
         inputs = open_inputs(path.parent)
         if inputs is not None:
             known = {(c, record.get("sha256")) for c, records in about["corpora"].items() for record in records}
@@ -286,6 +281,5 @@ class Profile(Shown):
                 raise InputError(
                     f"{inputs.path} does not belong to {path.name}. Profile again with {arg('keep_inputs')}"
                 )
-        return cls(
-            topology, statistics, about["corpora"], about["model"], about["settings"], parts, inputs, *wide.values()
-        )
+        channels, pairs = wide[CHANNELS], wide[PAIRS]
+        return cls(topology, statistics, about["corpora"], model, settings, parts, inputs, channels, pairs, mtp)

@@ -14,9 +14,10 @@ from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
 from moecover.llama.model import Model, Session
 from moecover.profiling.artifact import Profile
+from moecover.profiling.collecting import collected
 from moecover.profiling.gguf_taps import GgufTaps, width_in
 from moecover.profiling.records import Settings, model_record
-from moecover.profiling.run import check_names, checked
+from moecover.profiling.run import check_names
 from moecover.profiling.statistics import STATISTICS
 from moecover.profiling.sums import Sums
 from moecover.profiling.wide import WIDE
@@ -67,11 +68,8 @@ def profile_gguf(
         _run(session, taps, corpora, sums, batch_size, resumed, advance)
     for one in sums.values():
         one.finish()
-    statistics = {c.name: checked(sums[c.name], c, structure) for c in corpora}
-    records, parts = {c.name: [c.record] for c in corpora}, {name: one.parts for name, one in sums.items()}
-    wides = [{c: found[name] for c, one in sums.items() if name in (found := one.wide())} for name in WIDE]
     settings = _settings(structure, model, batch_size, threads)
-    return Profile(structure.topology, statistics, records, model_record(structure), settings, parts, None, *wides)
+    return collected(structure.topology, corpora, sums, model_record(structure), settings)
 
 
 def _depends_on(

@@ -16,11 +16,11 @@ from moecover.corpora.loading import Corpora, load_corpora, parsed
 from moecover.corpora.options import JobOptions
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
-from moecover.files.atomic import PARTIAL
 from moecover.files.locks import locked
 from moecover.llama.opening import check_options, check_unused
-from moecover.profiling.artifact import FILE, Profile
+from moecover.profiling.artifact import Profile
 from moecover.profiling.coverage import coverage_line
+from moecover.profiling.folders import check_folder, check_output, scratch_beside
 from moecover.profiling.gguf_job import profiled_gguf
 from moecover.profiling.layer_inputs import num_bytes, sample_of
 from moecover.profiling.merging import differing, lost, merged
@@ -29,6 +29,7 @@ from moecover.profiling.run import profile as run_profile
 from moecover.profiling.wide import num_bytes as wide_bytes
 from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import joined, wait_for_all
+from moecover.runtime.drafting import not_run
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import check_known, check_live
@@ -40,23 +41,6 @@ from moecover.text import size_text
 
 if TYPE_CHECKING:
     import torch
-
-
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that no profile may be written to.
-
-    Raises:
-        InputError: it is a file, or holds a profile and ``overwrite`` is False.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file. Give a folder for the profile")
-    if (folder / FILE).exists() and not overwrite:
-        raise InputError(f"{folder / FILE} exists. Choose another folder, or give {arg('overwrite')}")
-
-
-def scratch_beside(output: Path, what: str) -> Path:
-    """The hidden folder beside an output where an interrupted job of it keeps its state."""
-    return output.with_name(f".{output.name}.{what}{PARTIAL}")
 
 
 def _opened(
@@ -85,13 +69,6 @@ def _opened(
     )
 
 
-def _check_folder(folder: Path | None, keep_inputs: int | None, *, overwrite: bool) -> None:
-    if folder is not None:
-        check_output(folder, overwrite=overwrite)
-    elif keep_inputs is not None:
-        raise InputError(f"{arg('keep_inputs', keep_inputs)} has no folder to save them in: give {arg('output')}")
-
-
 @contextlib.contextmanager
 def profiled(
     structure: Structure,
@@ -102,6 +79,7 @@ def profiled(
     folder: Path | None = None,
     scratch: Path | None = None,
     keep_inputs: int | None = None,
+    mtp: bool | None = False,
     reuse: bool = False,
     extra: int = 0,
     here: World = ALONE,
@@ -117,6 +95,7 @@ def profiled(
         folder: where the profile is saved; None for nowhere.
         scratch: folder for the state of the pass, from which an interrupted one resumes; removed when the block ends.
         keep_inputs: tokens of the expert layers' inputs to save in ``folder``.
+        mtp: see `profiling.run.profile`.
         reuse: take over a profile that is in ``folder`` already, from an interrupted run of the same.
         extra: bytes of memory that the caller needs beside the model.
         here: this process among others that profile the same together.
@@ -136,8 +115,10 @@ def profiled(
         if model is None:
             opening = _opened(structure, corpora, how, extra=extra, state=state, here=here, progress=progress)
             model = stack.enter_context(opening)
-        before = finished(structure, folder, corpora, model, how.batch_size, keep_inputs) if reuse and folder else None
-        made = before or _passed(structure, corpora, how, model, inputs, state, here, progress)
+        before = None
+        if reuse and folder is not None:
+            before = finished(structure, folder, corpora, model, how.batch_size, keep_inputs, mtp)
+        made = before or _passed(structure, corpora, how, model, inputs, mtp, state, here, progress)
         if before is not None:
             progress.say(f"resuming: the profile in {folder} is done")
         elif folder is not None and here.rank == 0:
@@ -156,6 +137,7 @@ def _passed(
     how: Passes,
     model: Running,
     inputs: tuple[int, Path] | None,
+    mtp: bool | None,
     state: Path | None,
     here: World,
     progress: Progress,
@@ -173,6 +155,7 @@ def _passed(
             model=model,
             batch_size=how.batch_size,
             keep_inputs=inputs,
+            mtp=mtp,
             state=state,
             here=here,
             advance=advance,
@@ -189,6 +172,7 @@ def profile(
     overwrite: bool = False,
     model: torch.nn.Module | Running | None = None,
     keep_inputs: int | None = None,
+    mtp: bool = False,
     libllama: str | Path | None = None,
     here: World = ALONE,
     progress: bool | Progress = True,
@@ -203,6 +187,8 @@ def profile(
         overwrite: replace a profile that is there.
         model: the live model from `load_model`; None opens it, layer by layer where it does not fit.
         keep_inputs: save the expert layers' inputs for this many tokens, for methods that run the experts.
+        mtp: profile multi-token-prediction layers with experts too, at the cost of one more layer each, so that plans
+            rate these on their own; only beside a model that is in memory as a whole.
         libllama: shared library of llama.cpp, which runs GGUF files; None for the optional dependency's.
         here: this process among others under torchrun.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
@@ -220,12 +206,12 @@ def profile(
     check_live(model, options)
     if keep_inputs is not None:
         check_alone(here, arg("keep_inputs"))
-    _check_folder(folder, keep_inputs, overwrite=overwrite)
+    check_folder(folder, keep_inputs, overwrite=overwrite)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     scratch = None if folder is None else scratch_beside(folder, "profile")
     held = locked(folder.resolve()) if folder is not None and here.rank == 0 else contextlib.nullcontext()
     if headers.checkpoint.gguf is not None:
-        check_options({**options, "keep_inputs": keep_inputs, "model": model})
+        check_options({**options, "keep_inputs": keep_inputs, "mtp": mtp or None, "model": model}, "mtp")
         check_alone(here, headers.checkpoint.name)
         with held:
             return profiled_gguf(
@@ -239,6 +225,8 @@ def profile(
                 progress=shown,
             )
     check_unused(libllama)
+    if mtp and (why := not_run(headers)):
+        raise InputError(f"{arg('mtp')} has nothing to profile: {why}")
     if model is None:
         check_loadable(headers, how.dtype)
     with held, joined(here, own_device(here, how.device)):
@@ -252,6 +240,7 @@ def profile(
             folder=folder,
             scratch=scratch,
             keep_inputs=keep_inputs,
+            mtp=mtp,
             here=here,
             progress=shown,
         ) as (made, _):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moecover.errors import InputError, arg
 from moecover.profiling.artifact import Profile
-from moecover.profiling.statistics import LATER, known
+from moecover.profiling.statistics import LATER, OF_MTP, known
 
 
 def differing(profiles: Sequence[Profile]) -> list[str]:
@@ -32,6 +32,10 @@ def lost(total: Profile, profiles: Sequence[Profile]) -> dict[str, list[str]]:
             if not known(name, statistics)
             and any(corpus in one.statistics and known(name, one.statistics[corpus]) for one in profiles)
         ]
+    if total.mtp is None and any(one.mtp is not None for one in profiles):
+        found[f"statistics of {OF_MTP}"] = list(
+            dict.fromkeys(c for one in profiles if one.mtp is None for c in one.corpora)
+        )
     return {name: corpora for name, corpora in found.items() if corpora}
 
 

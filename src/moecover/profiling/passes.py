@@ -16,7 +16,9 @@ from moecover.corpora.batches import batches
 from moecover.corpora.packing import Corpus
 from moecover.profiling.hooks import Tap, recording
 from moecover.profiling.inputs_writer import Writer
+from moecover.profiling.mtp import recording_drafts
 from moecover.profiling.sums import Sums
+from moecover.runtime.drafting import Drafts
 from moecover.runtime.finite import name_pass, naming, rows_text
 from moecover.runtime.layerwise import run
 from moecover.runtime.loading import backbone_of
@@ -75,12 +77,13 @@ class Job:
     Attributes:
         structure: the checkpoint.
         corpora: in their order.
-        sums: by corpus; the statistics are added to them.
+        sums: by corpus, for multi-token-prediction layers by `mtp.key`; the statistics are added to them.
         batch_size: sequences per forward pass.
         writer: writes a sample of the layers' inputs, if one is kept.
         state: saves the progress, if it is kept.
         here: this process among those that share the batches.
         advance: called with the number of tokens that have been processed.
+        drafts: multi-token-prediction layers to record too, beside a model in memory.
     """
 
     structure: Structure
@@ -91,6 +94,7 @@ class Job:
     state: State | None
     here: World
     advance: Callable[[int], None]
+    drafts: Drafts | None = None
 
     def batches(self, device: torch.device) -> Iterator[Batch]:
         """The batches of all corpora that belong to this process, in order, on a device."""
@@ -126,14 +130,19 @@ def in_memory(model: Running, job: Job) -> None:
 
     backbone, device, state = backbone_of(model.module), model.device, job.state
     total = sum(1 for _ in job.batches(torch.device("cpu")))
-    with torch.inference_mode(), recording(model.module, job.structure) as taps:
+    with (
+        torch.inference_mode(),
+        recording(model.module, job.structure) as taps,
+        recording_drafts(job.drafts, job.sums) as add_drafts,
+    ):
         for done, batch in enumerate(job.batches(device)):
             if state is None or done >= state.done:
                 for layer, tap in enumerate(taps):
                     tap.keep, tap.mask = job.keeper(batch, layer), batch.token_mask
                 with naming(batch.name):
-                    backbone(**batch.inputs, use_cache=False)
+                    hidden = backbone(**batch.inputs, use_cache=False).last_hidden_state
                     job.sums[batch.corpus.name].add(taps, 0, batch.number)
+                    add_drafts(batch.corpus.name, batch.number, batch.inputs, hidden)
                 if state is not None and (state.due() or done + 1 == total):
                     state.save(done + 1, total, "batches", job.sums)
             job.advance(batch.num_tokens)

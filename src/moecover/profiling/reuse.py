@@ -35,6 +35,7 @@ def finished(
     model: Running,
     batch_size: int,
     keep_inputs: int | None,
+    mtp: bool | None = False,
 ) -> Profile | None:
     """The profile in a folder, None if there is none.
 
@@ -45,6 +46,7 @@ def finished(
         model: what the pass would run.
         batch_size: sequences per batch.
         keep_inputs: calibration tokens whose layer inputs are to be saved; None for none.
+        mtp: whether multi-token-prediction layers are to be profiled; None for where they can run.
 
     Raises:
         InputError: what is there was made from something else; it says from what.
@@ -60,6 +62,7 @@ def finished(
         "batch size": settings.get("batch_size") == batch_size,
         "dtype": settings.get("dtype") == str(model.dtype).removeprefix("torch."),
         "device": settings.get("device") == model.device.type,
+        "choice of layers": mtp is None or (found.mtp is not None) == mtp,
         "inputs": (found.inputs.num_tokens if found.inputs else None) == sample,
     }
     if differs := [name for name, equal in same.items() if not equal]:

@@ -8,28 +8,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
-
-import numpy as np
 
 from moecover.checkpoints.stamps import stamps
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
-from moecover.errors import InputError, MoecoverError, arg
+from moecover.errors import InputError, arg
 from moecover.files.atomic import canonical_json
 from moecover.profiling.artifact import Profile
 from moecover.profiling.channels import width_of
+from moecover.profiling.collecting import collected
 from moecover.profiling.inputs_writer import Writer, writing
 from moecover.profiling.layer_inputs import FILE as INPUTS
 from moecover.profiling.layer_inputs import open_inputs, sample_of
+from moecover.profiling.mtp import key, num_tokens
 from moecover.profiling.passes import Job, in_memory, layer_by_layer
 from moecover.profiling.records import Settings, model_record
-from moecover.profiling.statistics import MAXIMA, STATISTICS, Statistics, known
+from moecover.profiling.statistics import MAXIMA, OF_MTP, STATISTICS
 from moecover.profiling.sums import Sums
-from moecover.profiling.wide import PAIRS, WIDE
+from moecover.profiling.wide import WIDE
 from moecover.runtime.distributed import add_up, check_same, checking
-from moecover.runtime.finite import not_finite, watched
+from moecover.runtime.drafting import Drafts, load_drafts, not_run
+from moecover.runtime.finite import watched
 from moecover.runtime.loading import load_model
 from moecover.runtime.pass_state import State
 from moecover.runtime.running import Running, running
@@ -50,6 +52,7 @@ def profile(
     dtype: str = "auto",
     device: str = "auto",
     keep_inputs: tuple[int, Path] | None = None,
+    mtp: bool | None = False,
     state: Path | None = None,
     here: World = ALONE,
     advance: Callable[[int], None] = lambda tokens: None,
@@ -65,6 +68,7 @@ def profile(
         dtype: dtype of the model that is loaded, see `load_model`.
         device: device of the model that is loaded, see `load_model`.
         keep_inputs: number of tokens for which every layer's inputs are saved, and the folder for the file.
+        mtp: record the multi-token-prediction layers too; None where they can run, and says so where they cannot.
         state: folder for the state from which an interrupted pass resumes; to be removed when the profile is saved.
         here: this process among others that profile the same, see `distributed`; each gets the whole profile.
         advance: called with the number of tokens that have been processed.
@@ -72,7 +76,8 @@ def profile(
 
     Raises:
         MoecoverError: the disk is full, or another process is lost.
-        InputError: names that repeat, or what `load_model` and `checked` raise.
+        InputError: names that repeat, multi-token-prediction layers that cannot run, or what `load_model` and `checked`
+            raise.
     """
     check_names(corpora)
     if batch_size < 1:
@@ -82,23 +87,48 @@ def profile(
     runs = running(load_model(structure, dtype=dtype, device=device) if model is None else model, structure)
     kind = str(runs.dtype).removeprefix("torch.")
     width = width_of(runs.module, structure)
+    drafts = _drafts(structure, runs, mtp, say)
     sums = {c.name: Sums(structure.topology, runs.device, -(-len(c.tokens) // batch_size), width) for c in corpora}
+    if drafts is not None:
+        of = (drafts.structure.topology, runs.device)
+        sums |= {key(c.name): Sums(*of, -(-len(c.tokens) // batch_size), width) for c in corpora}
     resumed = None
     if state is not None or here.size > 1:
         depends_on = _depends_on(structure, corpora, runs, batch_size, keep_inputs[0] if keep_inputs else None)
-        depends_on |= {"width of the experts": width, "statistics": [*STATISTICS, *WIDE]}
+        depends_on |= {"width of the experts": width, "statistics": [*STATISTICS, *WIDE], OF_MTP: drafts is not None}
         resumed = _resumed(state, depends_on, sums, here, say)
     with _sample_writer(structure, corpora, keep_inputs, state, batch_size=batch_size, dtype=kind) as writer:
-        _run(runs, Job(structure, corpora, sums, batch_size, writer, resumed, here, checking(here, advance)))
+        _run(runs, Job(structure, corpora, sums, batch_size, writer, resumed, here, checking(here, advance), drafts))
         for one in sums.values():
             one.finish()
         together(here, sums, runs.device)
-        statistics = {c.name: checked(sums[c.name], c, structure) for c in corpora}
-    records, parts = {c.name: [c.record] for c in corpora}, {name: one.parts for name, one in sums.items()}
-    wides = [{c: found[name] for c, one in sums.items() if name in (found := one.wide())} for name in WIDE]
-    about, settings = model_record(structure), _settings(structure, runs, batch_size)
-    inputs = open_inputs(keep_inputs[1]) if keep_inputs is not None else None
-    return Profile(structure.topology, statistics, records, about, settings, parts, inputs, *wides)
+        about, settings = model_record(structure), _settings(structure, runs, batch_size)
+        made = collected(structure.topology, corpora, sums, about, settings)
+        if drafts is not None:
+            topology, of_mtp = drafts.structure.topology, {c.name: sums[key(c.name)] for c in corpora}
+            tokens = {c.name: num_tokens(c, len(topology.decoder_layers)) for c in corpora}
+            made = replace(made, mtp=collected(topology, corpora, of_mtp, about, settings, tokens))
+    return replace(made, inputs=open_inputs(keep_inputs[1])) if keep_inputs is not None else made
+
+
+def _drafts(structure: Structure, runs: Running, mtp: bool | None, say: Callable[[str], None]) -> Drafts | None:
+    """The multi-token-prediction layers of an open model; None where they are not wanted, see `profile`.
+
+    Raises:
+        InputError: they are wanted and cannot run.
+    """
+    if mtp is False:
+        return None
+    why = not_run(structure, runs)
+    try:
+        if why:
+            raise InputError(f"{arg('mtp')} has nothing to profile: {why}")
+        return load_drafts(runs.module, structure)
+    except InputError as error:
+        if mtp:
+            raise
+        say(f"note: {OF_MTP} are not profiled: {why or error}")
+        return None
 
 
 def check_names(corpora: Sequence[Corpus]) -> None:
@@ -199,29 +229,6 @@ def together(here: World, sums: Mapping[str, Sums], device: torch.device) -> Non
         summed = {name: values for name, values in state.items() if name not in ("scoring", "noted")}
         maxima = [name for name in summed if name.removeprefix("parts.") in MAXIMA]
         one.restore(state | add_up(here, summed, device, maxima=maxima))
-
-
-def checked(sums: Sums, corpus: Corpus, structure: Structure) -> Statistics:
-    """The statistics of a corpus.
-
-    Raises:
-        InputError: they are not finite.
-        MoecoverError: they cover another number of tokens than the corpus has.
-    """
-    statistics = sums.statistics()
-    if (statistics["num_tokens"] != corpus.num_tokens).any():
-        raise MoecoverError(
-            f"corpus {corpus.name} has {corpus.num_tokens} tokens, but the layers recorded"
-            f" {statistics['num_tokens'][:, 0].tolist()}: please report this"
-        )
-    of_experts = {name: values for name, values in statistics.items() if known(name, statistics)}
-    for name, values in {**of_experts, **sums.wide()}.items():
-        if not np.isfinite(values).all():
-            places = np.argwhere(~np.isfinite(values))[0].tolist()
-            layer, expert = places[:2] if name != PAIRS else (places[1], None)
-            place = f"corpus {corpus.name}, decoder layer {structure.topology.decoder_layers[layer]}"
-            raise not_finite(place + ("" if expert is None else f", expert {expert}"), f"{name} is")
-    return statistics
 
 
 def _settings(structure: Structure, runs: Running, batch_size: int) -> Settings:

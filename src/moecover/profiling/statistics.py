@@ -25,6 +25,8 @@ SUMS = (
 MAXIMA = ("max_abs",)
 STATISTICS = (*COUNTS, *SUMS, *MAXIMA)
 
+OF_MTP = "multi-token-prediction layers"  # in messages, and in what a state depends on
+
 Statistics = dict[str, "NDArray[Any]"]
 
 

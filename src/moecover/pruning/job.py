@@ -267,7 +267,7 @@ def check_choice(model: Model, output: Path, corpora: Corpora, options: ChoiceOp
         raise unknown_name(f"corpus in {arg('weights')}", unknown[0], names)
     if (save_profile := options.get("save_profile")) is None:
         return
-    from moecover.profiling.job import check_output as check_profile_folder
+    from moecover.profiling.folders import check_output as check_profile_folder
     from moecover.profiling.reuse import check_reusable
 
     check_profile_folder(Path(save_profile), overwrite=True)

@@ -17,7 +17,8 @@ from moecover.planning.job import SEARCH_TOKENS, search_resources
 from moecover.planning.lines import calibration_notes, plan_line
 from moecover.planning.methods import METHODS
 from moecover.planning.run import plan_budgets
-from moecover.profiling.job import profiled, scratch_beside
+from moecover.profiling.folders import scratch_beside
+from moecover.profiling.job import profiled
 from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress
 from moecover.pruning.request import Choice, Repair, Request
@@ -127,6 +128,7 @@ def _chosen(
             folder=choice.profile_folder,
             scratch=scratch_beside(request.output, "profile"),
             keep_inputs=choice.search_tokens,
+            mtp=None if structure.mtp and request.writing.get("mtp", "drop") == "prune" else False,
             reuse=not request.writing.get("overwrite", False),
             extra=extra,
             here=request.here,

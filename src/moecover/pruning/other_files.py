@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from moecover.checkpoints.config_edit import QUANTISATION_FILES, NewCount, edited_config, top_k_keys
 from moecover.checkpoints.manifest import CARD, MANIFEST
-from moecover.checkpoints.names import MTP
+from moecover.checkpoints.names import MTP, mtp_number
 from moecover.checkpoints.pieces import Piece
 from moecover.checkpoints.renumbering import NewId, Renumbering, renumbered
 from moecover.checkpoints.structure import Structure
@@ -61,17 +61,19 @@ class Cut:
 
 def new_ids(cut: Cut) -> NewId:
     """The function that gives the new id of an expert named in a setting, see `renumbering.renumbered`."""
-    plan, layers = cut.plan, cut.structure.topology.decoder_layers
-    layer_of = {number: layer for layer, number in enumerate(layers)}
+    plan, topology = cut.plan, cut.structure.topology
+    row_of = dict(zip(topology.decoder_layers, plan.layers, strict=True))
+    of_mtp = {row.decoder_layer: row for row in plan.mtp}
 
     def new_id(name: str, decoder_layer: int, expert: int) -> int | None:
-        layer = None if MTP.match(name) else layer_of.get(decoder_layer)
-        if layer is None:
+        named = MTP.match(name)
+        row = None if named else row_of.get(decoder_layer)
+        if row is None:
             if cut.mtp == "drop":
                 return None
-            layer = len(plan.layers) - 1
-        kept = plan.layers[layer].kept
-        return kept.index(expert) if expert in kept else None
+            number = topology.num_layers + mtp_number(name, topology.num_layers) if named else decoder_layer
+            row = of_mtp.get(number, plan.layers[-1])
+        return row.kept.index(expert) if expert in row.kept else None
 
     return new_id
 
@@ -80,7 +82,8 @@ def renumbering(cut: Cut) -> Renumbering:
     """What becomes of the experts' names in settings."""
     topology = cut.structure.topology
     names = tuple(cut.structure.checkpoint.tensors)
-    return Renumbering(new_ids(cut), topology.decoder_layers, topology.num_experts, names)
+    own = (row.decoder_layer for row in cut.plan.mtp if cut.mtp == "prune")
+    return Renumbering(new_ids(cut), (*topology.decoder_layers, *own), topology.num_experts, names)
 
 
 def check_settings(structure: Structure, choice: Plan | Choice, *, mtp: str = "drop") -> None:

@@ -27,8 +27,8 @@ class WriteOptions(TypedDict, total=False):
     Attributes:
         overwrite: replace a folder that moecover wrote.
         other_weights: accept a plan made on other weights of the same shape.
-        mtp: multi-token-prediction layers with experts of their own: ``drop`` (default), or ``prune`` them by the ids
-            of the last MoE layer, of experts and channels.
+        mtp: multi-token-prediction layers with experts of their own: ``drop`` (default), or ``prune`` them by the
+            plan's own ids for them, of experts and channels, or those of the last MoE layer where it has none.
         evaluations: by a name for messages, evaluations of the plan whose numbers go on the model card.
         command: what the user typed, for the model card.
     """

@@ -84,6 +84,11 @@ def check_mtp(structure: Structure, width: int | None, mtp: str) -> None:
         )
 
 
+def _written(plan: Plan, mtp: str) -> Plan:
+    """A plan with the layers that a checkpoint is cut by."""
+    return plan.with_mtp if mtp == "prune" else plan
+
+
 def inputs_of(structure: Structure, plan: Plan, config: str, *, mtp: str) -> dict[str, object]:
     """Everything that determines the bytes of the output's shards, by the name used in messages.
 
@@ -104,7 +109,7 @@ def inputs_of(structure: Structure, plan: Plan, config: str, *, mtp: str) -> dic
     checkpoint, entries = structure.checkpoint, dict[str, TensorEntry]()
     inputs: dict[str, object] = {
         "the version of moecover": VERSION,
-        "the plan": digest(kept_sets(plan)),
+        "the plan": digest(kept_sets(_written(plan, mtp))),
         "--mtp": mtp,
         "config.json": digest(config),
     }
@@ -154,13 +159,19 @@ def _write(
     """Write the folder ``path`` (``output`` as the user wrote it); resumes an interrupted run."""
     structure, checkpoint, repaired = cut.structure, cut.structure.checkpoint, cut.repaired
     others = {**(repaired.pieces if repaired is not None else NOTHING), **tables}
-    shards = pieces_by_shard(structure, cut.plan.kept, channels=cut.plan.channels, mtp=cut.mtp, others=others)
+    whole = _written(cut.plan, cut.mtp)
+    shards = pieces_by_shard(structure, whole.kept, channels=whole.channels, mtp=cut.mtp, others=others)
     with explained(f"reading {checkpoint.name}", left="Nothing was written"):
         config = (checkpoint.path / "config.json").read_text(encoding="utf-8")
         inputs = inputs_of(structure, cut.plan, config, mtp=cut.mtp)
         edited, copies = edited_files(cut, config, shards), copies_of(checkpoint)
     for note in notes_on(copies):
         say(f"note: {note}")
+    if cut.mtp == "prune" and structure.mtp and not cut.plan.mtp:
+        say(
+            "note: the plan does not rate the experts of multi-token-prediction layers: they keep the ids of decoder "
+            f"layer {structure.topology.decoder_layers[-1]}"
+        )
     if repaired is not None:
         inputs["--repair"] = digest(repaired.manifest())
     with resumable_folder(path, inputs, say=say) as partial:
@@ -198,8 +209,8 @@ def prune(
         overwrite: replace a folder that this program wrote.
         other_weights: accept a plan made on other weights of the same shape (a fine-tuned sibling).
         mtp: what happens to multi-token-prediction layers with experts of their own, which the model's forward pass
-            does not run: ``drop`` removes them (and says so in config.json), ``prune`` keeps the ids of the last MoE
-            layer's experts, and of their channels.
+            does not run: ``drop`` removes them (and says so in config.json), ``prune`` keeps the plan's own ids for
+            them, or those of the last MoE layer's experts and channels where it has none.
         repaired: refitted down projections that replace the source's, from `repairing.store.repair` with the same plan.
         command: the command line that the user typed, for the model card.
         evaluations: evaluations of the plan, by the name used in messages; their numbers go on the model card.

@@ -44,7 +44,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(structure.checkpoint.path, **source)
         auto = auto_class(type(config))
-        with _no_bars():
+        with no_bars():
             model, info = auto.from_pretrained(
                 structure.checkpoint.path,
                 dtype=dtype,
@@ -63,7 +63,7 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Keep transformers' own progress bars away: progress is shown by the job, or not at all."""
     from transformers.utils import logging
 

@@ -18,8 +18,8 @@ from moecover.planning.lines import calibration_notes
 from moecover.planning.methods import default_method
 from moecover.planning.run import plan_budgets
 from moecover.profiling.artifact import FILE, Profile
+from moecover.profiling.folders import scratch_beside
 from moecover.profiling.gguf import profile_gguf
-from moecover.profiling.job import scratch_beside
 from moecover.pruning.gguf_writer import check_replaceable, gguf_target, prune_gguf
 from moecover.pruning.request import Pruned
 from moecover.runtime.pass_state import kept_for_later, remove

@@ -15,7 +15,8 @@ from moecover.planning.artifact import Plan
 from moecover.planning.lines import calibration_notes
 from moecover.planning.methods import default_method
 from moecover.planning.run import plan_budgets
-from moecover.profiling.job import profiled, scratch_beside
+from moecover.profiling.folders import scratch_beside
+from moecover.profiling.job import profiled
 from moecover.pruning.request import Pruned
 from moecover.pruning.writer import prune as write_checkpoint
 from moecover.repairing.job import repaired

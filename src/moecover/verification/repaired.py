@@ -78,7 +78,8 @@ def changed_tensors(
         hashes: of the repaired tensors, by name.
         mtp: see `pruning.writer.prune`.
     """
-    shards = pieces_by_shard(structure, plan.kept, channels=plan.channels, mtp=mtp)
+    whole = plan.with_mtp if mtp == "prune" else plan
+    shards = pieces_by_shard(structure, whole.kept, channels=whole.channels, mtp=mtp)
     expected = {p.name: (shard, p) for shard, ps in shards.items() for p in ps}
     found = [*expected.keys() ^ cut.tensors.keys(), *hashes.keys() - expected.keys()]
     for name in expected.keys() & cut.tensors.keys():

@@ -16,7 +16,7 @@ import numpy as np
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.explaining.channels import channel_facts
-from moecover.planning.explaining.records import Agreement, LayerFacts, Overall
+from moecover.planning.explaining.records import Agreement, LayerFacts, MtpFacts, Overall
 from moecover.planning.explaining.stability import CHANGE, changes, stability
 from moecover.planning.explaining.text import text_of
 from moecover.planning.saliency import DEFAULT_SALIENCY, SALIENCIES, utility_of
@@ -177,6 +177,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
+def mtp_facts(plan: Plan, profile: Profile | None, saliency: str | None) -> list[MtpFacts]:
+    """Facts about the multi-token-prediction layers that a plan has ids of their own for; none without statistics."""
+    if not plan.mtp or (profile is not None and profile.mtp is None):
+        return []
+    own = plan.model_copy(update={"layers": plan.mtp, "topology_fingerprint": None})
+    _, utility = utility_by_corpus(own, profile.mtp if profile is not None else None, saliency)
+    last, found = set(plan.layers[-1].kept), list[MtpFacts]()
+    for layer, row in enumerate(plan.mtp):
+        facts = explain_layer(row, {c: u[layer] for c, u in utility.items()})
+        found.append({**facts, "as_last": len(last & set(row.kept))})
+    return found
+
+
 def add_routing(layers: Sequence[LayerFacts], overall: Overall, profile: Profile) -> None:
     """Add what only a profile tells: experts that were never routed, and super experts."""
     count = np.sum([s["count"] for s in profile.statistics.values()], axis=0)
@@ -209,7 +222,8 @@ def explain(
     Returns:
         ``method``, ``options``, ``keep``, ``experts``, ``saliency``, ``corpora``; ``utility`` by corpus
         ``[layer][expert]``; ``overall`` and ``layers`` (see `Overall` and `LayerFacts`); with thinner experts
-        ``channels`` (see `ChannelFacts`), with the plan's own profile ``stability``, with another plan ``changes``.
+        ``channels`` (see `ChannelFacts`), with ids for multi-token-prediction layers ``mtp`` (see `MtpFacts`), with the
+        plan's own profile ``stability``, with another plan ``changes``.
 
     Raises:
         InputError: no utilities by corpus, or plan, profile and other plan are of different models.
@@ -241,6 +255,8 @@ def explain(
     )
     if (thin := channel_facts(plan, profile)) is not None:
         facts["channels"] = thin
+    if of_mtp := mtp_facts(plan, profile, saliency):
+        facts["mtp"] = of_mtp
     if profile is not None:
         add_routing(layers, overall, profile)
         if own:

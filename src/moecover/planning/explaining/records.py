@@ -43,6 +43,12 @@ class LayerFacts(TypedDict):
     super_experts: NotRequired[list[int]]
 
 
+class MtpFacts(LayerFacts):
+    """One multi-token-prediction layer; ``as_last`` is how many of its ids the last MoE layer keeps too."""
+
+    as_last: int
+
+
 class Overall(TypedDict):
     """All layers: means of shares and agreements, least values of ranks, sums of counts."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moecover.planning.explaining.records import Changes, ChannelFacts, LayerFacts, Overall, Stability
+from moecover.planning.explaining.records import Changes, ChannelFacts, LayerFacts, MtpFacts, Overall, Stability
 from moecover.planning.explaining.stability import settled_text
 from moecover.planning.shapes import shape_name
 from moecover.terminal import aligned
@@ -53,6 +53,7 @@ def text_of(facts: Mapping[str, Any], *, layers: bool = False) -> str:
     parts = [f"{name} keeps {kept} in {len(rows)} layers of {model}."]
     parts += [_corpora_table(overall, rows, corpora), _utility_text(overall, facts["saliency"])]
     parts.append(_guarantee_text(overall["guarantee"], [len(row["filled"]) for row in rows]))
+    parts += [_mtp_text(row, len(rows[-1]["kept"]), rows[-1]["decoder_layer"]) for row in facts.get("mtp", ())]
     parts += _channels_text(thin) if thin else []
     parts += _agreement_text(facts, overall, corpora)
     if "never_routed" in overall:
@@ -106,13 +107,24 @@ def _utility_text(overall: Overall, saliency: str) -> str:
     )
 
 
-def _guarantee_text(best: int, filled: Sequence[int]) -> str:
+def _mtp_text(row: MtpFacts, keep: int, last: int) -> str:
+    """A multi-token-prediction layer, which the tables leave out."""
+    kept = ", ".join(f"{corpus} {share:.1%}" for corpus, share in row["kept_utility"].items())
+    return (
+        f"Multi-token prediction, layer {row['decoder_layer']}, by its own statistics: utility kept {kept}; guarantee: "
+        f"{_holds(row['guarantee'], 'its best expert')}. Of its {keep} ids decoder layer {last} keeps {row['as_last']}."
+    )
+
+
+def _holds(best: int, lost: str) -> str:
+    """What a guarantee is, by how many of its best experts every corpus keeps."""
     if best > 1:
-        holds = f"every corpus keeps its best {best} experts"
-    elif best:
-        holds = "every corpus keeps its best expert"
-    else:
-        holds = "none, some corpus loses its best expert in some layer"
+        return f"every corpus keeps its best {best} experts"
+    return "every corpus keeps its best expert" if best else f"none, some corpus loses {lost}"
+
+
+def _guarantee_text(best: int, filled: Sequence[int]) -> str:
+    holds = _holds(best, "its best expert in some layer")
     return f"Guarantee in every layer: {holds}. Places filled by the method's own order, per layer: {_span(filled)}."
 
 
