@@ -61,6 +61,13 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: types.SimpleNamespace(dataset_info=dataset_info))
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, load_dataset: object) -> types.SimpleNamespace:
+    """A `datasets` with this function; returns its configuration."""
+    config = types.SimpleNamespace(STREAMING_READ_MAX_RETRIES=20)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, config=config))
+    return config
+
+
 @pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("name", ["wikitext2", "c4", "magicoder", "finemath", "aya"])
 def test_hub_corpora_are_read_at_their_pinned_revision(name: str, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +83,7 @@ def test_hub_corpora_are_read_at_their_pinned_revision(name: str, tokenizer, mon
         calls.append((path, config, split, revision, streaming))
         return Stream({CORPORA[name].key or "text": d, "content": "not this"} for d in DOCUMENTS)
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    stand_in(monkeypatch, load_dataset)
     loaded = load_corpus(name, tokenizer=tokenizer, sequences=4, length=32, seed=5)
     row = CORPORA[name]
     assert calls[0] == (row.path, row.config, "train", row.revision, row.streaming)
@@ -91,7 +98,7 @@ def test_a_hub_that_does_not_answer_is_one_line(tokenizer, monkeypatch: pytest.M
     def load_dataset(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no route\nmore")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    stand_in(monkeypatch, load_dataset)
     with pytest.raises(
         InputError,
         match=r"from the hub: no route more. Check the connection, or give a local copy",
@@ -101,7 +108,8 @@ def test_a_hub_that_does_not_answer_is_one_line(tokenizer, monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("online")
 def test_a_stream_is_read_no_further_than_needed(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
+    """Without twenty tries of `datasets` over those of the hub's client, where a connection is lost."""
+    read, tries = [], []
 
     class Stream:
         def shuffle(self, **_: object) -> Stream:
@@ -110,11 +118,13 @@ def test_a_stream_is_read_no_further_than_needed(tokenizer, monkeypatch: pytest.
         def __iter__(self):
             for i in range(1_000_000):
                 read.append(i)
+                tries.append(config.STREAMING_READ_MAX_RETRIES)
                 yield {"text": DOCUMENTS[i % 40]}
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: Stream()))
+    config = stand_in(monkeypatch, lambda *a, **k: Stream())
     load_corpus("c4", tokenizer=tokenizer, sequences=4, length=32)
     assert len(read) < 100
+    assert (set(tries), config.STREAMING_READ_MAX_RETRIES) == ({1}, 20)
 
 
 def test_shipped_text_is_two_registers_of_60_kb_without_repetition() -> None:

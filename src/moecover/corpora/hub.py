@@ -95,7 +95,7 @@ class HubCorpus(NamedCorpus):
         return {"source": self.source(name), "split": self.held_out or self.split}
 
     def _rows(self, split: str, seed: int | None) -> Iterator[Row]:
-        with _explained(self):
+        with _explained(self), _one_try():
             data = _loaded(self, split)
             if self.streaming and seed is not None:
                 data = data.shuffle(seed=seed, buffer_size=SHUFFLED)
@@ -116,6 +116,21 @@ def _explained(corpus: HubCorpus) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(_explanation(corpus, error)) from error
+
+
+@contextlib.contextmanager
+def _one_try() -> Iterator[None]:
+    """While a stream is read, a lost connection is tried again by the hub's own client, which takes half a minute.
+
+    `datasets` would have it do that twenty times over, ten minutes without a word.
+    """
+    from datasets import config
+
+    before, config.STREAMING_READ_MAX_RETRIES = config.STREAMING_READ_MAX_RETRIES, 1
+    try:
+        yield
+    finally:
+        config.STREAMING_READ_MAX_RETRIES = before
 
 
 def _explanation(corpus: HubCorpus, error: Exception) -> str:
