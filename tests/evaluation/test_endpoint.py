@@ -198,3 +198,8 @@ def test_a_server_without_log_probabilities_generates(
     status, _, err = run(capsys, *command, *choosing)
     assert (status, err.count("\n")) == (2, 1)
     assert "--tasks arc_easy: " in err
+    command.remove("-q")
+    for name, noted in (("tiny", True), (folder.name, False)):
+        server.names = [name]
+        _, _, err = run(capsys, *command, *choosing)
+        assert (f"note: the server serves {name} from /models/{name}, the folder is {folder}" in err) == noted, err

@@ -56,7 +56,10 @@ class Completions(http.server.ThreadingHTTPServer):
 
     def models(self) -> Json:
         stated = {} if self.max_length is None else {"max_model_len": self.max_length}
-        return {"object": "list", "data": [{"id": name, "owned_by": "fake", **stated} for name in self.names]}
+        return {
+            "object": "list",
+            "data": [{"id": name, "owned_by": "fake", "root": f"/models/{name}", **stated} for name in self.names],
+        }
 
     def answer(self, asked: Json) -> Json:
         """What the model says to a request, as vLLM writes it down."""

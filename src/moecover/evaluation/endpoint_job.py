@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from moecover.checkpoints.source import Checkpoint
     from moecover.checkpoints.structure import Structure
     from moecover.evaluation.endpoint_model import EndpointLM, Served
     from moecover.runtime.options import RunOptions
@@ -145,6 +146,8 @@ def evaluate_served(
         served = outside_loop(
             lambda: asyncio.run(probe(server, tokenizer, served_name=served_name, positions=positions))
         )
+    if note := _another_model(served, checkpoint):
+        progress.say(note)
     _check_logprobs(served, "texts", list(texts))
     longest = served.max_length - 1  # one token is generated
     fits = _window_length(length, positions, longest, texts, progress)
@@ -163,6 +166,20 @@ def evaluate_served(
             return EndpointLM(served, tokenizer, answers, structure.model_fingerprint, answered=advance)
 
         return outside_loop(lambda: _measured(structure, served, model, loaded, found, progress))
+
+
+def _another_model(served: Served, checkpoint: Checkpoint) -> str:
+    """A note where no name that the server has for its model is the folder's; weights cannot be compared."""
+    assert checkpoint.folder is not None
+    ours = {checkpoint.folder.name, Path(checkpoint.name).name}
+    theirs = {Path(one).name for one in (served.name, served.place) if one}
+    if ours & theirs:
+        return ""
+    named = " from ".join(dict.fromkeys(one for one in (served.name, served.place) if one))
+    return (
+        f"note: the server serves {named}, the folder is {checkpoint.name}. Their weights are not compared: make sure "
+        "that it is the same model"
+    )
 
 
 def _check_logprobs(served: Served, argument: str, names: Sequence[str]) -> None:

@@ -43,6 +43,7 @@ class Served:
         owner: what the server calls itself, ``vllm`` or ``llamacpp``; empty if it does not say.
         max_length: tokens of a prompt and what is generated from it, at most.
         logprobs: whether the server gives the log-probabilities of a prompt's tokens.
+        place: where the server has the model from, a folder or hub id; empty if it does not say.
     """
 
     server: Server
@@ -50,6 +51,7 @@ class Served:
     owner: str
     max_length: int
     logprobs: bool = False
+    place: str = ""
 
 
 def prompt_logprobs(answer: dict[str, Any], prompts: Sequence[Sequence[int]]) -> bool:

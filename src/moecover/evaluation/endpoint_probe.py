@@ -44,7 +44,8 @@ async def probe(
         await _check_tokens(server, session, name, tokenizer)
         ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"][: longest - 1]
         answer = await server.ask(session, "/completions", _request(name, [ids], logprobs=1, echo=True))
-        return Served(server, name, owner, longest, prompt_logprobs(answer, [ids]))
+        place = str(found.get("root") or "")
+        return Served(server, name, owner, longest, prompt_logprobs(answer, [ids]), place)
 
 
 async def _model(server: Server, session: ClientSession, served_name: str | None) -> dict[str, Any]:
