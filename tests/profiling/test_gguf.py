@@ -91,6 +91,9 @@ def test_the_command_line_reads_text_in_the_files_own_tokens(
     assert not [*tmp_path.glob(".gguf*partial*")]
     status, _, message = run(capsys, "profile", model, *options, "--dtype", "float32", "-o", tmp_path / "other")
     assert (status, "--dtype has no use here" in message) == (2, True)
+    bound = ["--max-perplexity-increase", "9%", "--perplexity", f"x={text}", "-o", tmp_path / "plan.json"]
+    status, _, message = run(capsys, "plan", tmp_path / "gguf", "--model", model, *bound)
+    assert (status, "which transformers does not run" in message, "`shrink` does it all" in message) == (2, True, True)
 
 
 def test_an_interrupted_profile_resumes_and_ends_the_same(converted: Callable[..., Path], tmp_path: Path) -> None:

@@ -138,14 +138,17 @@ def test_the_plan_cuts_any_quantisation_and_the_original(
     assert len(kept_sets(made)) == len(LAYERS)
 
 
-def test_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each one line with what was found; the older format with the reason."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     legacy = tmp_path / "imatrix.dat"
     legacy.write_bytes((120).to_bytes(4, "little") + b"blk.0.ffn_down_exps.weight")
     model = write_gguf(tmp_path / "model.gguf", "qwen3moe")
     cases = {
         legacy: "The older importance matrices (.dat) do not tell how many tokens an expert was given",
-        tmp_path / "no.gguf": "no file",
+        Path("~/no.gguf"): f"no file {tmp_path / 'no.gguf'}",
         model: "is no importance matrix: general.type is None",
         write_imatrix(tmp_path / "a.gguf", seed=0, kind="model"): "general.type is 'model'",
         write_imatrix(tmp_path / "b.gguf", seed=0, layers=()): "holds no routed experts",

@@ -78,4 +78,9 @@ def test_what_is_refused_before_any_work(
         status, _, err = run(capsys, "shrink", model, "--budget", "50%", "--corpus", "python", *more)
         assert (status, message in err) == (2, True), err
         assert "profiling" not in err
+    checkpoint = model.with_name("checkpoint")
+    status, _, err = run(
+        capsys, "shrink", checkpoint, "--budget", "50%", "--corpus", "python", "-o", tmp_path / "o.gguf"
+    )
+    assert (status, "ends in .gguf, and that of" in err) == (2, True), err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken.gguf"]

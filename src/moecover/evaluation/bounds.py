@@ -27,6 +27,7 @@ from moecover.planning.lines import calibration_notes
 from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
 from moecover.profiling.artifact import Profile
+from moecover.profiling.records import torch_dtype
 from moecover.progress import SILENT, Progress, resolve
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened, parse_size
@@ -124,7 +125,7 @@ def plan_within(
     check_bos(bos or "auto")
     if bos is not None and not named:
         raise InputError(f"{arg('bos', bos)} goes with {arg('texts')}: the blocks begin as those that the profile used")
-    options["dtype"] = options.get("dtype") or made.settings["dtype"]
+    options["dtype"] = options.get("dtype") or torch_dtype(made.settings)
     how = passes(options, batch_size=1)
     keeps = possible_keeps(
         made, multiple_of=multiple_of, protect_super_experts=bool(method_options.get("protect_super_experts"))

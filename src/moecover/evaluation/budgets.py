@@ -34,6 +34,7 @@ from moecover.planning.methods import METHODS, default_method
 from moecover.planning.run import check_options, plan_budgets
 from moecover.planning.shapes import Shape
 from moecover.profiling.artifact import Profile
+from moecover.profiling.records import torch_dtype
 from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import of_first
 from moecover.runtime.memory import parse_size
@@ -179,7 +180,7 @@ def plan_for_budget(
     if wanted == AUTO and len(shapes) > 1:
         if headers is None:
             raise InputError(f"{arg('shape', AUTO)} measures shapes in the model: give {arg('model')}")
-        how = passes({**options, "dtype": options.get("dtype") or made.settings["dtype"]}, batch_size=1)
+        how = passes({**options, "dtype": options.get("dtype") or torch_dtype(made.settings)}, batch_size=1)
         named, files = sources_of(made, texts, corpora)
         structure = profiled_model(made, headers, how, options.get("revision"), shown)
         loaded = held_out_texts(made, named, files, structure, windows or BLOCKS, bos, shown)

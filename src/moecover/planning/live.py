@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.errors import InputError, arg
+from moecover.profiling.records import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ def live_model(
         raise InputError(f"{arg('structure')} goes with a live {arg('model')}")
     if progressive:
         check_alone(here, arg("mode"))
-    run = passes({**how, "dtype": how.get("dtype") or profile.settings.get("dtype")})
+    run = passes({**how, "dtype": how.get("dtype") or torch_dtype(profile.settings)})
     headers = described(model, revision=how.get("revision"), progress=progress)
     check_searchable(headers)
     check_loadable(headers, run.dtype)

@@ -54,7 +54,7 @@ def imatrix_profile(
     shown = resolve(progress)
     for name in files:
         check_name(name)
-    read = {name: read_imatrix(Path(path)) for name, path in files.items()}
+    read = {name: read_imatrix(Path(path).expanduser()) for name, path in files.items()}
     if not read:
         raise InputError(f"give {arg('imatrix')}: an importance matrix for each corpus")
     structure = None if model is None else described(model, progress=shown)

@@ -37,3 +37,9 @@ class Settings(TypedDict, total=False):
     experts: str
     threads: int
     versions: dict[str, str]
+
+
+def torch_dtype(settings: Settings) -> str | None:
+    """The dtype of a pass, by its name in torch; None where it is unknown, or llama.cpp ran a file as it is stored."""
+    dtype = settings.get("dtype")
+    return None if dtype is None or dtype.startswith("GGUF") else dtype

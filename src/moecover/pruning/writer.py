@@ -22,6 +22,7 @@ from moecover.errors import InputError, arg
 from moecover.files.atomic import check_output, digest, explained, resolved, stamp
 from moecover.files.locks import locked
 from moecover.files.resumable import restore, resumable_folder
+from moecover.gguf.parts import is_gguf
 from moecover.merging.method import NONE
 from moecover.planning.artifact import Plan, kept_sets
 from moecover.planning.fitting import check_plan
@@ -47,6 +48,11 @@ def check_target(structure: Structure, output: str | Path, *, overwrite: bool = 
     Raises:
         InputError: see above.
     """
+    if is_gguf(output):
+        raise InputError(
+            f"the output {output} ends in .gguf, and that of {structure.checkpoint.name} is a folder: llama.cpp's "
+            "convert_hf_to_gguf.py makes a file of it. Choose another name"
+        )
     path, folder = resolved(output), structure.checkpoint.folder
     source = folder.resolve() if folder else None  # a hub model that is not downloaded yet lies in the cache
     if source and (path == source or source in path.parents or path in source.parents):
