@@ -141,7 +141,7 @@ PLUGIN = (
 )
 CARD = st.builds(
     lambda key, value, end: f"---\n{key}: {value}\n{end}# Card\n".encode("utf-8", "surrogatepass"),
-    st.sampled_from(("license", "license_name", "tags", "base_model", "x")),
+    st.sampled_from(("license", "license_name", "tags", "language", "library_name", "base_model", "x")),
     st.one_of(st.text(max_size=60), st.sampled_from([str(v)[:2000] for v in HOSTILE])),
     st.sampled_from(("---\n", "", "--- \n", "...\n")),
 )

@@ -142,7 +142,8 @@ def _quiet_libraries(*, quiet: bool, verbose: bool) -> None:
     if not sys.warnoptions and not verbose:  # the user has asked for them with python -W
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes that this one starts
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if verbose else "error")
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "warning" if verbose else "error")
     if quiet or not sys.stderr.isatty():  # else its bars show downloads; "0" would also overrule who turns them off
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Without this, the last bit of MKL's products on processors without AVX-512 depends on the alignment of a matrix in

@@ -104,7 +104,7 @@ def _public(manifest: Mapping[str, Any]) -> str:
     found = {**manifest, "command": public_command(str(manifest.get("command", "")), model)}
     for key in ("source", "original"):
         if isinstance(one := manifest.get(key), dict) and not one.get("revision"):
-            found[key] = {**one, "name": short_name(str(one["name"]))}
+            found[key] = {**one, "name": short_name(str(one.get("name", "")))}
     if isinstance(name := manifest["plan"].get("model"), str) and name != model:
         found["plan"] = {**manifest["plan"], "model": short_name(name)}
     return json.dumps(sealed(found), indent=1) + "\n"
