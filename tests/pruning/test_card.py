@@ -16,6 +16,7 @@ import pytest
 import yaml
 from huggingface_hub.utils import validate_repo_id
 
+from moecover.checkpoints.shipped import shipped_model
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.planning.artifact import keep_all
 from moecover.pruning.card import model_card
@@ -23,6 +24,7 @@ from moecover.pruning.card_header import datasets
 from moecover.pruning.card_names import placeholder, with_repository
 from moecover.pruning.writer import prune
 from tests.support.thin import random_shape
+from tests.support.zoo import make_model
 
 CARRIED = {
     "library_name": "mlx",
@@ -130,6 +132,28 @@ def test_data_sets_of_the_hub_are_linked(source: str, found: list[str]) -> None:
     assert datasets([[{"source": source}, {"source": source}, {}, {"source": 5}], []]) == found
 
 
+def run_snippet(card: str, folder: Path) -> None:
+    """The program on a card, with a folder in place of the repository; it says something."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", with_repository(card, str(folder)), flags=re.DOTALL)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(snippet, "card", "exec"), {})
+    assert said.getvalue().strip()
+
+
+def test_the_snippet_of_a_type_that_plain_transformers_lacks() -> None:
+    card = card_of(read_structure("shipped:deepseek-moe-tiny"))
+    assert "moecover.register_deepseek()" in card
+    assert "Not with vLLM as it is: vllm needs a configuration class" in card
+    run_snippet(card, shipped_model("deepseek-moe-tiny"))
+
+
+def test_the_snippet_of_a_multimodal_model(tmp_path: Path) -> None:
+    make_model("glm4v_moe").save_pretrained(tmp_path)
+    card = card_of(read_structure(tmp_path))
+    assert "\nmodel = AutoModelForImageTextToText.from_pretrained(" in card
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_snippet_runs(checkpoints: Callable[..., Path], tmp_path: Path, chat: bool) -> None:
     """As it stands on the card, with the folder in place of the repository."""
@@ -147,11 +171,7 @@ def test_the_snippet_runs(checkpoints: Callable[..., Path], tmp_path: Path, chat
     assert "Shape: 6 experts x 8 channels in each of 2 MoE layers." in card
     assert "vllm serve your-name/Some-MoE_1.5-6x8\n" in card
     assert "apply_chat_template" in card if chat else "apply_chat_template" not in card
-    (snippet,) = re.findall(r"```python\n(.*?)```", with_repository(card, str(half)), flags=re.DOTALL)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        exec(compile(snippet, "card", "exec"), {})
-    assert said.getvalue().strip()
+    run_snippet(card, half)
 
 
 def test_a_model_of_the_hub_is_the_base(structure: Structure) -> None:
