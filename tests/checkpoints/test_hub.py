@@ -84,6 +84,9 @@ def test_a_refusal_comes_before_the_download(hub: Hub, tmp_path: Path) -> None:
     prune = ["prune", REPO, "--corpus", f"r={rows}"]
     below, taken = [*prune, "--keep", 1, "-o", tmp_path / "o"], [*prune, "--keep", 4, "-o", tmp_path / "taken"]
     found = moecover(hub.url, tmp_path / "cache", below, taken)
+    dry = ["profile", REPO, "--corpus", f"r={rows}", "-o", tmp_path / "p", "--dry-run"]
+    ((status, out, err),) = moecover(hub.url, tmp_path / "cache", dry)
+    assert (status, f"{REPO}, from the hub" in out, "not estimated" in out) == (0, True, True), err
     (hub.folder / "config.json").write_text(json.dumps({**config, "n_group": 4}))
     found += moecover(hub.url, tmp_path / "another cache", [*prune, "--keep", 4, "-o", tmp_path / "o"])
     for (status, _, err), message in zip(found, ("top-k of 2", "taken exists", "groups for"), strict=True):

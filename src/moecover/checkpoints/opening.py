@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moecover import rehearsal
 from moecover.checkpoints.source import open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.progress import Progress
@@ -44,5 +45,8 @@ def fetched(structure: Structure, *, revision: str | None = None, progress: Prog
     checkpoint = structure.checkpoint
     if checkpoint.folder is not None:
         return structure
+    rehearsal.ahead("read", f"{checkpoint.name}, from the hub", num_bytes=checkpoint.num_bytes)
+    rehearsal.ahead("run", "what follows, once its files are here")
+    rehearsal.stop()
     progress.say(f"fetching {checkpoint.name}, {size_text(checkpoint.num_bytes)}")
     return read_structure(checkpoint.name, revision=revision or checkpoint.revision)

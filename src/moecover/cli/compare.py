@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moecover.cli.corpus_options import add_mix, add_reading, corpus_arguments
+from moecover.cli.dry_run import add_dry_run
 from moecover.cli.values import dtype, share
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError
@@ -182,6 +183,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="RUN_DIR", help="folder to write, or to extend"
     )
+    add_dry_run(parser)
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="processes, each with a model of its own (default: 1)"
     )

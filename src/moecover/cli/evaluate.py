@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.cli.corpus_options import add_bos
+from moecover.cli.dry_run import add_dry_run
 from moecover.cli.options import (
     add_device,
     add_libllama,
@@ -54,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_libllama(parser)
     add_output(parser, "DIR", "folder to write", replaced="an evaluation that is there")
     add_plugin(parser)
+    add_dry_run(parser)
 
 
 def _add_measures(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 import shlex
 
 from moecover.cli.corpus_options import add_bos
+from moecover.cli.dry_run import add_dry_run
 from moecover.cli.options import add_device, add_model, add_output, pass_arguments
 from moecover.cli.verb import Outcome
 
@@ -25,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     add_bos(parser, "a row")
     add_device(parser)
+    add_dry_run(parser)
     text = "file to write: rows of input_ids, for --corpus self=FILE.jsonl"
     add_output(parser, "FILE.jsonl", text, replaced="a file that is there")
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 from moecover import progress
+from moecover.cli.dry_run import dry_run
 from moecover.cli.mistakes import foreign, unknown_arguments, unknown_verb
 from moecover.cli.options import trust_model
-from moecover.cli.verb import Verb
+from moecover.cli.verb import Outcome, Verb
 from moecover.errors import InputError, MoecoverError, is_out_of_memory, is_panic, printable, shortened
 from moecover.runtime.distributed import STOPPED, first_to_fail
-from moecover.runtime.world import ALONE, World, world
+from moecover.runtime.world import ALONE, World, check_alone, world
 from moecover.signals import behind
 from moecover.terminal import columns, folded
 from moecover.version import VERSION
@@ -211,6 +212,14 @@ def of_verb(parser: argparse.ArgumentParser, name: str | None) -> argparse.Argum
     return parser
 
 
+def _outcome(args: argparse.Namespace) -> Outcome:
+    """What a verb gives, or would do."""
+    if not getattr(args, "dry_run", False):
+        return verb(args.verb).run(args)
+    check_alone(world(), f"{args.verb} --dry-run")
+    return dry_run(lambda: verb(args.verb).run(args))
+
+
 def _run(argv: list[str]) -> int:
     asked = next((word for word in argv if not word.startswith("-")), None)
     with contextlib.redirect_stderr(None) if _place().rank > 0 else contextlib.nullcontext():
@@ -230,7 +239,7 @@ def _run(argv: list[str]) -> int:
             with contextlib.redirect_stderr(io.StringIO()) if here.rank > 0 else contextlib.nullcontext():
                 trust_model(args)
             try:
-                outcome = verb(args.verb).run(args)
+                outcome = _outcome(args)
             except MoecoverError as error:
                 progress.note(error.for_command_line)
                 raise

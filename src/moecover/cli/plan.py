@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecover import rehearsal
+from moecover.cli.dry_run import add_dry_run
 from moecover.cli.options import add_device, add_method, add_output, add_revision, method_arguments, pairs
 from moecover.cli.plan_bounds import OF_BYTES, add_bounds, check_model_options, which_bound
 from moecover.cli.plan_lists import add_lists, refuse_without_list, run_list
@@ -45,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_revision(group)
     add_device(group)
+    add_dry_run(parser)
     text = "plan.json to write (replaced if it exists); for several a folder, which gets keep-K[-width-W].json"
     add_output(parser, "PLAN", text)
 
@@ -74,8 +77,10 @@ def run(args: argparse.Namespace) -> Outcome:
         options = {"saliency": default_saliency(profile), **options}
     if not from_profile:
         check_search(method, profile, args.model, name=str(args.profile))
+    rehearsal.ahead("write", args.output)
     made = _plans(args, bound, profile, method, options)
     several = len(made) > 1
+    rehearsal.stop()
     lines, results, experts = [], [], profile.topology.num_experts
     for one in made:
         path = args.output / file_name(one) if several else args.output

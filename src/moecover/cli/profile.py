@@ -6,6 +6,7 @@ import argparse
 import shlex
 
 from moecover.cli.corpus_options import add_corpora, corpus_arguments, text_arguments
+from moecover.cli.dry_run import add_dry_run
 from moecover.cli.options import (
     add_keep_inputs,
     add_libllama,
@@ -36,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_libllama(parser)
     add_plugin(parser)
+    add_dry_run(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.cli.corpus_options import add_corpora, corpus_arguments, text_arguments
+from moecover.cli.dry_run import add_dry_run
 from moecover.cli.options import (
     add_keep_inputs,
     add_method,
@@ -98,6 +99,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="calibration tokens of merge and repair, shared by the corpora, whole sequences (default: 65536)",
     )
+    add_dry_run(parser)
     parser.add_argument(
         "--other-weights", action="store_true", help="accept a plan made on other weights of the same shape"
     )

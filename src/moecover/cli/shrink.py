@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecover.cli.corpus_options import add_mix, add_reading
+from moecover.cli.dry_run import add_dry_run
 from moecover.cli.options import add_device, add_libllama, add_model, add_output
 from moecover.cli.plan_tables import shapes_table
 from moecover.cli.upload import add_push, check_push, pushed
 from moecover.cli.verb import Outcome
 from moecover.terminal import aligned
-from moecover.text import duration_text
 
 if TYPE_CHECKING:
     from moecover.shrinking.request import Shrunk
-    from moecover.shrinking.steps import Step
 
 HELP = "make a model smaller by the best known way, in one command"
 SHARED = True
@@ -71,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--work", type=Path, metavar="DIR", help="folder for own text, profile, plan and evaluation (default: OUT-work)"
     )
-    group.add_argument("--dry-run", action="store_true", help="print the steps and their estimates, and make nothing")
+    add_dry_run(group)
     group.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 4)")
     add_device(group)
     add_libllama(group)
@@ -99,28 +97,14 @@ def run(args: argparse.Namespace) -> Outcome:
         repair=args.repair,
         quality=args.quality,
         work=args.work,
-        dry_run=args.dry_run,
         overwrite=args.overwrite,
         libllama=args.libllama,
         here=world(),
         command=shlex.join(["moecover", *args.argv]),
         **pass_arguments(args),
     )
-    return _steps(made) if isinstance(made, list) else _result(made, args)
-
-
-def _steps(steps: list[Step]) -> Outcome:
-    """The steps of a dry run."""
-    known = [step.seconds for step in steps if step.seconds is not None]
-    total = sum(known) if len(known) == len(steps) else None
-    rows = [[str(n), step.name, f"{step.tokens:,}", _estimate(step.seconds)] for n, step in enumerate(steps, 1)]
-    rows.append(["", "all", "", _estimate(total)])
-    result = {"steps": [asdict(step) for step in steps], "seconds": total}
-    return Outcome(result, aligned(["step", "", "tokens", "estimate"], rows))
-
-
-def _estimate(seconds: float | None) -> str:
-    return "-" if seconds is None else duration_text(seconds)
+    assert not isinstance(made, list)  # what a dry run of Python gives
+    return _result(made, args)
 
 
 def _result(made: Shrunk, args: argparse.Namespace) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from moecover.cli.dry_run import add_dry_run
 from moecover.cli.options import add_device, add_libllama, add_model, add_plugin, load_plugins
 from moecover.cli.verb import Outcome
 
@@ -35,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_libllama(parser)
     add_plugin(parser)
+    add_dry_run(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:

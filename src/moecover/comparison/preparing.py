@@ -6,7 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecover.checkpoints.structure import Structure, read_structure
+from moecover.checkpoints.opening import fetched
+from moecover.checkpoints.structure import Structure
 from moecover.comparison.config import corpora_of
 from moecover.comparison.fingerprints import (
     cell_fingerprint,
@@ -26,7 +27,7 @@ from moecover.corpora.packing import load_corpus
 from moecover.corpora.sources import set_name
 from moecover.corpora.windows import load_windows
 from moecover.errors import InputError
-from moecover.llama.library import load
+from moecover.llama.library import Library, load
 from moecover.llama.opening import opened_vocabulary
 from moecover.profiling.layer_inputs import sample_of
 from moecover.progress import Progress
@@ -49,21 +50,36 @@ def prepare(request: Request, model: ComparedModel, run: Path, progress: Progres
     Raises:
         InputError: a text or task that cannot be read, with the line.
     """
-    if model.structure.checkpoint.folder is None:
-        progress.say(f"fetching {model.entry.model}")
-        model.structure = read_structure(model.entry.model, revision=model.entry.revision)
-    library = load(request.config.libllama) if model.entry.gguf else None
-    with contextlib.nullcontext() if library is None else opened_vocabulary(model.structure, library) as tokenizer:
-        _read_texts(request, model, tokenizer, progress)
-        _read_samples(request, model, tokenizer, progress)
-    _warn_of_overlap(model, progress)
-    tasks = _read_tasks(request, model, progress) if request.config.tasks else None
+    tasks, library = read_text(request, model, progress)
     model.weights = _hashed(model, model.name, model.structure, run, progress)
     for name, file in model.files.items():
         model.files_weights[name] = _hashed(model, model.name_of(name), file, run, progress)
     computed_by = versions(library)
     for cell in model.cells:
         model.fingerprints[cell.id] = cell_fingerprint(request.config, model, cell, tasks, computed_by)
+
+
+def read_text(request: Request, model: ComparedModel, progress: Progress) -> tuple[str | None, Library | None]:
+    """Download a model, and read its texts, samples and tasks.
+
+    Args:
+        request: the comparison.
+        model: of it.
+        progress: shows the stages.
+
+    Returns:
+        The fingerprint of the tasks, None without any; the library that runs a GGUF file.
+
+    Raises:
+        InputError: a text or task that cannot be read, with the line.
+    """
+    model.structure = fetched(model.structure, revision=model.entry.revision, progress=progress)
+    library = load(request.config.libllama) if model.entry.gguf else None
+    with contextlib.nullcontext() if library is None else opened_vocabulary(model.structure, library) as tokenizer:
+        _read_texts(request, model, tokenizer, progress)
+        _read_samples(request, model, tokenizer, progress)
+    _warn_of_overlap(model, progress)
+    return _read_tasks(request, model, progress) if request.config.tasks else None, library
 
 
 def _hashed(model: ComparedModel, name: str, structure: Structure, run: Path, progress: Progress) -> str:

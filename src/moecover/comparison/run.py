@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from moecover import rehearsal
 from moecover.comparison.cell_files import CONFIG, DONE, plan_path, stored_cell
 from moecover.comparison.cells import Cell
 from moecover.comparison.checks import checked
@@ -23,6 +24,7 @@ from moecover.comparison.fingerprints import remember
 from moecover.comparison.jobs import PlanJob, RunFacts, TaskProfileJob, WorkerSetup
 from moecover.comparison.members import Members
 from moecover.comparison.models import ComparedModel, stored_facts, with_peaks, write_models
+from moecover.comparison.outlook import outlook, prepare_dry, rehearse
 from moecover.comparison.planning_jobs import MADE_FROM
 from moecover.comparison.pools import LOCAL, opened_engine
 from moecover.comparison.preparing import prepare
@@ -40,7 +42,6 @@ from moecover.planning.artifact import Plan
 from moecover.profiling.artifact import Profile
 from moecover.progress import Progress, resolve
 from moecover.runtime.devices import check_device
-from moecover.text import duration_text
 
 
 def compare(
@@ -134,17 +135,20 @@ def _fill(
     Returns:
         How many cells were computed here.
     """
-    config, members = asked.config, Members(run)
+    config, limit, jobs = asked.config, memory_limit(asked.config, workers.here), workers.jobs
+    if rehearsal.on():
+        prepare_dry(asked, run, models, progress)
+        rehearse(asked, run, models, {m.name: setup_of(m, config, limit) for m in models}, jobs)
+    members = Members(run)
     stack.callback(members.close)
     with _locked(run, progress):
         _prepare(asked, run, models, members, progress)
-    limit, jobs = memory_limit(config, workers.here), workers.jobs
     setups = {m.name: setup_of(m, config, limit) for m in models}
     for model in models:
         check_fits(asked, model, setups[model.name])
     one = estimated_seconds(models, setups, config)
     seconds = None if one is None else one / jobs
-    progress.say(f"{run}: {_outlook(models, seconds)}")
+    progress.say(f"{run}: {outlook(models, seconds)}")
     made, pending = 0, any(m.pending for m in models)
     profiles = [TaskProfileJob(m.name) for m in models if config.tasks and m.samples]
     profiles = [job for job in profiles if pending or not (run / job.folder / MADE_FROM).is_file()]
@@ -222,15 +226,6 @@ def _find_pending(run: Path, models: Sequence[ComparedModel], *, alone: bool, pr
     known, folder = {cell.id for m in models for cell in m.cells}, run / "cells"
     if spare := sorted(p.name for p in folder.iterdir() if p.name not in known) if folder.is_dir() else []:
         progress.say(f"{len(spare)} cells in {folder} are not part of this grid and stay as they are, first {spare[0]}")
-
-
-def _outlook(models: Sequence[ComparedModel], seconds: float | None) -> str:
-    """How many cells are done, and how long the others will take."""
-    total, pending = sum(len(m.cells) for m in models), sum(len(m.pending) for m in models)
-    if not pending:
-        return f"all {total} cells are done"
-    about = "" if seconds is None else f": about {duration_text(seconds)} on this machine"
-    return f"{total} cells, {total - pending} are done, {pending} to go{about}"
 
 
 def _write_usage(run: Path, models: Sequence[ComparedModel], config: Config) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
+from moecover import rehearsal
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.arguments import parse_corpora
 from moecover.corpora.bos import check_bos
@@ -91,6 +92,7 @@ def load_corpora(
                 seed=seed,
                 bos=bos,
             )
+        rehearsal.ahead("read", f"corpus {name}", tokens=corpus.num_tokens)
         record = corpus.record
         if "length" in record and sequences is None and record["sequences"] < SEQUENCES:
             progress.say(

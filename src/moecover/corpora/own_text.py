@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
+from moecover import rehearsal
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.bos import body_length, check_bos, prefix_of
@@ -25,6 +26,7 @@ from moecover.runtime.running import Running
 from moecover.runtime.world import ALONE, World, own_device
 
 ENDING, NAME, BATCH_SIZE = ".jsonl", "self", 16
+PACE = 9.0  # seconds over those of a plain pass: 24,576 tokens took qwen2-moe-tiny 26.6 s, and a pass over them 2.9 s
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
@@ -87,6 +89,7 @@ def generate(
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     check_loadable(headers, how.dtype)
     tokens, rows = _length(headers, length), sequences or SEQUENCES
+    rehearsal.ahead("write", path, tokens=rows * tokens)
     structure = fetched(headers, revision=options.get("revision"), progress=shown)
     prefix = _prefix(structure, bos or "auto", tokens)
     device = own_device(here, how.device)
@@ -150,6 +153,7 @@ def _opened(
         memory_limit=how.memory_limit,
         head=True,
         extra=cache,
+        pace=PACE,
         here=here,
         say=progress.say,
     )

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
+from moecover import rehearsal
 from moecover.corpora.packing import Corpus, block_length
 from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
@@ -158,6 +159,8 @@ def evaluate_served(
     if found is not None:
         _check_logprobs(served, "tasks", list(found.choosing()))
         found.check_room(served.max_length)
+    rehearsal.ahead("run", f"requests to {server.url}")
+    rehearsal.stop()
     with quiet(), kept_answers(output) as answers:
         if answers.kept:
             progress.say(f"{answers.kept:,} answers are there from an earlier attempt")

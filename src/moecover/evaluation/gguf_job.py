@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from moecover import rehearsal
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
@@ -83,6 +84,8 @@ def evaluated_gguf(
         model, tokenizer = stack.enter_context(opening)
         texts = read(structure, tokenizer=tokenizer)
         note_overlaps(texts, plans, structure, progress)
+        rehearsal.ahead("run", f"{1 + len(plans) + len(files)} rows in llama.cpp")
+        rehearsal.stop()
         variants = variants_of(structure, model, plans, files, stack, on_cpu=device == "cpu")
         return evaluate_gguf(variants, texts, plans=plans, threads=torch.get_num_threads(), bar=progress.bar)
 

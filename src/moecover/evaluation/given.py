@@ -7,6 +7,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecover import rehearsal
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.arguments import source_of
 from moecover.corpora.loading import load_corpora, parsed
@@ -84,6 +85,7 @@ def load_texts(
                 bos=bos or "auto",
             )
             loaded.append(text)
+        rehearsal.ahead("read", f"text {name}", tokens=text.num_tokens)
     return loaded
 
 

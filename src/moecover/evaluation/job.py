@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
+from moecover import rehearsal
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.packing import Corpus
@@ -103,6 +104,8 @@ def evaluate(
         check_output(Path(output), overwrite=overwrite, marker=FILE, names=FILES)
     server = checked_server(options, plans, options)
     variants = named_plans(plans)
+    if output is not None:
+        rehearsal.ahead("write", Path(output) / FILE)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
     if server is not None:
         check_alone(here, "a server")
@@ -198,6 +201,7 @@ def _tasks(
             limit=options.get("limit"),
             batch_size=how.batch_size,
         )
+    rehearsal.ahead("read", f"tasks {', '.join(names)}", tokens=tasks.num_tokens())
     for task, by_row in task_overlaps(tasks, plans, structure).items():
         note_overlap(f"the task {task}", "score", by_row, structure, progress)
     return tasks

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from moecover import rehearsal
 from moecover.errors import InputError
 from moecover.files.atomic import explained, made_parents
 
@@ -89,6 +90,10 @@ def _waited(file: Path, waiting: Callable[[], None]) -> int:
     return descriptor
 
 
+def _busy(path: Path) -> InputError:
+    return InputError(f"{path} is being written by another run. Wait until it ends, or choose another output")
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Lock an output for this run until the block ends; nested blocks of the same thread pass.
@@ -109,12 +114,17 @@ def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator
     if file in held:
         yield
         return
+    if rehearsal.on():
+        if waiting is None and is_claimed(file):
+            raise _busy(path)
+        yield
+        return
     with contextlib.ExitStack() as stack:
         with explained(f"writing {path}"):
             stack.enter_context(made_parents(path))
             descriptor = _lock(file) if waiting is None else _waited(file, waiting)
         if descriptor is None:
-            raise InputError(f"{path} is being written by another run. Wait until it ends, or choose another output")
+            raise _busy(path)
         stack.callback(os.close, descriptor)
         stack.callback(file.unlink, missing_ok=True)
         stack.callback(held.discard, file)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecover import rehearsal
 from moecover.errors import InputError, arg
 from moecover.profiling.records import torch_dtype
 
@@ -95,6 +96,7 @@ def live_model(
     found = fetched(headers, revision=how.get("revision"), progress=progress)
     sample = profile.inputs
     tokens, batch = (sample.num_tokens, max(map(max, sample.batch_tokens.values()))) if sample is not None else (0, 1)
+    rehearsal.ahead("run", "search", tokens=tokens)
     device = own_device(here, run.device)
     with (
         joined(here, device),

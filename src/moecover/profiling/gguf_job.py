@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from moecover import rehearsal
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.loading import Corpora, load_corpora
 from moecover.corpora.options import JobOptions
@@ -47,6 +48,8 @@ def profiled_gguf(
         opening = opened_gguf(structure, libllama=libllama, device=options.get("device"), progress=progress)
         model, tokenizer = stack.enter_context(opening)
         loaded = load_corpora(corpora, structure, options, tokenizer=tokenizer, progress=progress)
+        rehearsal.ahead("run", "the model in llama.cpp")
+        rehearsal.stop()
         if scratch is not None:
             stack.enter_context(kept_for_later(scratch))
         total = sum(corpus.num_tokens for corpus in loaded)

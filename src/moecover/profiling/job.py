@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from moecover import rehearsal
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.loading import Corpora, load_corpora, parsed
@@ -18,7 +19,7 @@ from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.files.locks import locked
 from moecover.llama.opening import check_options, check_unused
-from moecover.profiling.artifact import Profile
+from moecover.profiling.artifact import FILE, Profile
 from moecover.profiling.coverage import coverage_line
 from moecover.profiling.folders import check_folder, check_output, scratch_beside
 from moecover.profiling.gguf_job import profiled_gguf
@@ -26,6 +27,7 @@ from moecover.profiling.layer_inputs import num_bytes, sample_of
 from moecover.profiling.merging import differing, lost, merged
 from moecover.profiling.reuse import finished
 from moecover.profiling.run import profile as run_profile
+from moecover.profiling.wide import file_bytes
 from moecover.profiling.wide import num_bytes as wide_bytes
 from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import joined, wait_for_all
@@ -208,6 +210,9 @@ def profile(
         check_alone(here, arg("keep_inputs"))
     check_folder(folder, keep_inputs, overwrite=overwrite)
     headers = described(checkpoint, revision=options.get("revision"), progress=shown)
+    if folder is not None:
+        size = file_bytes(headers, len(parsed(corpora)))
+        rehearsal.ahead("write", folder / FILE, num_bytes=size)
     scratch = None if folder is None else scratch_beside(folder, "profile")
     held = locked(folder.resolve()) if folder is not None and here.rank == 0 else contextlib.nullcontext()
     if headers.checkpoint.gguf is not None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import Topology
+from moecover.profiling.statistics import PARTS, STATISTICS
 from moecover.runtime.cost import expert_width
 
 if TYPE_CHECKING:
@@ -41,9 +42,20 @@ def wide_shape(name: str, topology: Topology, width: int | None) -> tuple[int | 
 
 def num_bytes(structure: Structure, corpora: int) -> int:
     """Bytes of memory that these statistics of several corpora take in a pass, with what the taps hold; an estimate."""
+    return 8 * _numbers(structure) * (COPIES * corpora + 1)
+
+
+def _numbers(structure: Structure) -> int:
+    """How many numbers these statistics of one corpus have."""
     width = round(expert_width(structure))
-    numbers = sum(math.prod(n or 0 for n in wide_shape(name, structure.topology, width)) for name in WIDE)
-    return 8 * numbers * (COPIES * corpora + 1)
+    return sum(math.prod(n or 0 for n in wide_shape(name, structure.topology, width)) for name in WIDE)
+
+
+def file_bytes(structure: Structure, corpora: int) -> int:
+    """Bytes of profile.safetensors of several corpora, about: all statistics, the narrow ones also of every part."""
+    topology = structure.topology
+    narrow = len(STATISTICS) * (PARTS + 1) * len(topology.decoder_layers) * topology.num_experts
+    return 8 * corpora * (_numbers(structure) + narrow)
 
 
 def square(packed: NDArray[np.float64], experts: int) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, cast
 
+from moecover import rehearsal
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.pieces import NOTHING
 from moecover.checkpoints.stamps import changed_since
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from moecover.corpora.loading import Corpora
     from moecover.repairing.artifact import Repaired
     from moecover.runtime.passes import Passes
+
+
+DISK = 5e8  # bytes per second that writing a checkpoint is taken to reach
 
 
 class PruneOptions(JobOptions, ChoiceOptions, WriteOptions, total=False):
@@ -145,6 +149,7 @@ def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pr
     if isinstance(request.choice, Choice) and request.choice.search_tokens is not None:
         check_alone(here, arg("keep_inputs"))
     extra = memory_needed(headers, request)
+    _rehearse(headers, request)
     with joined(here, own_device(here, request.how.device)), _fetched(headers, request, progress) as structure:
         mtp = request.writing.get("mtp", "drop")
         check_mtp(structure, request.choice.width, mtp)
@@ -153,6 +158,18 @@ def carry_out(headers: Structure, request: Request, *, progress: Progress) -> Pr
             found = _written(structure, plan, request, made, progress)
             wait_for_all(here)
             return found
+
+
+def _rehearse(headers: Structure, request: Request) -> None:
+    """Note what is made from text: the checkpoint, and beside it the profile where that is saved."""
+    if not rehearsal.on():
+        return
+    choice = request.choice
+    kept = choice.kept if isinstance(choice, Plan) else choice.keep
+    size = headers.num_bytes(kept, width=choice.width, mtp=request.writing.get("mtp", "drop"))
+    rehearsal.ahead("write", request.output, num_bytes=size, seconds=size / DISK)
+    if isinstance(choice, Choice) and choice.profile_folder is not None:
+        rehearsal.ahead("write", choice.profile_folder)
 
 
 @contextlib.contextmanager
@@ -179,6 +196,9 @@ def _written(structure: Structure, plan: Plan, request: Request, made: Repaired 
     after = structure.num_bytes(plan.kept, width=plan.width, mtp=request.writing.get("mtp", "drop"))
     if request.here.rank > 0:
         return Pruned(request.output, plan, structure.topology, before, after, made)
+    rehearsal.ahead("read", structure.checkpoint.name, num_bytes=before)
+    rehearsal.ahead("write", request.output, num_bytes=after, seconds=after / DISK)
+    rehearsal.stop()
     with progress.bar("writing", after, unit="bytes") as advance:
         path = write(
             structure, plan, request.output, repaired=made, advance=advance, say=progress.say, **request.writing

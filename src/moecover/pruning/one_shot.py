@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecover import rehearsal
 from moecover.corpora.loading import load_corpora
 from moecover.corpora.packing import Corpus
+from moecover.merging.method import NONE
 from moecover.planning.artifact import Plan
 from moecover.planning.job import SEARCH_TOKENS, search_resources
 from moecover.planning.lines import calibration_notes, plan_line
@@ -24,8 +26,10 @@ from moecover.progress import Progress
 from moecover.pruning.request import Choice, Repair, Request
 from moecover.repairing.artifact import Repaired
 from moecover.repairing.job import memory_beside, repaired
-from moecover.repairing.memory import TOKENS
+from moecover.repairing.memory import PACE, TOKENS
 from moecover.repairing.store import kept_for_later
+from moecover.runtime.cost import arithmetic_speed, cost
+from moecover.runtime.devices import check_device
 from moecover.runtime.distributed import of_first
 from moecover.runtime.pass_state import remove
 from moecover.runtime.passes import Passes
@@ -85,6 +89,8 @@ def _made(
 ) -> tuple[Plan, Repaired | None]:
     choice, asked = request.choice, request.repair
     corpora = load_corpora(request.corpora or (), structure, request.text, progress=progress)
+    if isinstance(asked, Repair) and rehearsal.on():
+        _rehearse(structure, asked, sum(corpus.num_tokens for corpus in corpora), how)
     with contextlib.ExitStack() as stack:  # holds the model, which is not needed for writing
         model: Running | None = None
         if isinstance(choice, Plan):
@@ -107,6 +113,17 @@ def _made(
             progress=progress,
         )
         return plan, made
+
+
+def _rehearse(structure: Structure, asked: Repair, tokens: int, how: Passes) -> None:
+    """Note merge and repair, and how long a repair takes."""
+    tokens = min(asked.tokens or TOKENS, tokens)
+    if asked.merge != NONE:
+        rehearsal.ahead("run", f"merge ({asked.merge})", tokens=tokens)
+    if asked.kind in PACE:
+        speed = arithmetic_speed(how.dtype, check_device(how.dtype, how.device))
+        one = cost(structure, tokens=tokens, batch_tokens=1, dtype=how.dtype, limit=0)
+        rehearsal.ahead("run", f"repair ({asked.kind})", tokens=tokens, seconds=PACE[asked.kind] * one.flops / speed)
 
 
 def _chosen(

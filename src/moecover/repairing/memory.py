@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from moecover.repairing.targets import Place
 
 TOKENS = 65_536  # of calibration text that merge and repair run on by default
+# Seconds of a repair over those of a plain pass over as much text, measured (docs/repair.md, docs/scale.md); a refit
+# takes 3.5 times as long as ridge on qwen2-moe-tiny.
+PACE = {"scale": 11.0, "ridge": 11.0, "refit": 39.0}
 
 
 def needed_bytes(

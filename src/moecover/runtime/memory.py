@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moecover import rehearsal
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
 from moecover.runtime.cost import Cost, cost, gb, itemsizes, seconds_of
@@ -91,6 +92,7 @@ def opened(
     memory_limit: int | None = None,
     head: bool = False,
     extra: int = 0,
+    pace: float = 1.0,
     here: World = ALONE,
     scratch: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -110,6 +112,7 @@ def opened(
             nine tenths of what is free by default.
         head: see `cost.cost`.
         extra: see `cost.cost`.
+        pace: seconds of the work over those of a plain pass over as many tokens, for the estimate.
         here: this process among those that share the work; those of one machine share its free memory.
         scratch: folder for the state of the pass, if there is one; its disk must have room.
         say: receives lines of log.
@@ -137,19 +140,29 @@ def opened(
         structure, in_parts=in_parts, dtype=dtype, head=head, resident=resident, limit=memory_limit, **shape
     )
     _check_room(structure.checkpoint.name, estimate, scratch, spills=device == "cpu")
+    if rehearsal.on():
+        _rehearse(structure, estimate, pace * seconds_of(estimate, structure, dtype=dtype, device=device))
     wait_for_all(here)  # what the others load is not to be measured
     how: Any = {"dtype": dtype, "device": device}
     if estimate.by_layer:
         _check_pinned(structure.checkpoint.name, estimate, device, here)
         limit_caches()
     if estimate.by_layer or estimate.read > 10**9:
-        say(estimate.line(seconds_of(estimate, structure, dtype=dtype, device=device)))
+        say(estimate.line(pace * seconds_of(estimate, structure, dtype=dtype, device=device)))
     if estimate.by_layer:
         with streamed(structure, **how, spill=estimate.spill, room=estimate.room, world=here) as stream:
             yield stream
         return
     say(f"loading {structure.checkpoint.name}")
     yield running(load_model(structure, **how), structure, here)
+
+
+def _rehearse(structure: Structure, estimate: Cost, seconds: float) -> None:
+    """End a dry run with what the pass reads and takes."""
+    way = "layer by layer" if estimate.by_layer else "in memory"
+    rehearsal.ahead("read", structure.checkpoint.name, num_bytes=estimate.read)
+    rehearsal.ahead("run", f"the model {way}", num_bytes=estimate.memory, seconds=seconds)
+    rehearsal.stop()
 
 
 @contextlib.contextmanager
@@ -169,7 +182,10 @@ def _spread(
     estimate = cost(structure, dtype=dtype, head=head, in_parts=in_parts, limit=UNITS["TB"] ** 2, **shape)
     on_disk, itemsize = itemsizes(structure, dtype)
     working = estimate.whole - structure.checkpoint.num_bytes * itemsize // on_disk
+    if rehearsal.on():
+        rehearsal.ahead("run", "the model on several devices")
     places = placed(structure, device_map, dtype=dtype, limit=limit, working=working, here=here)
     say(places.line(estimate))
+    rehearsal.stop()
     say(f"loading {structure.checkpoint.name}")
     yield running(load_model(structure, dtype=dtype, device_map=places.devices), structure, here)

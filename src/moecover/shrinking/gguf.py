@@ -25,7 +25,7 @@ from moecover.pruning.request import Pruned
 from moecover.runtime.pass_state import kept_for_later, remove
 from moecover.shrinking.request import Asked, Shrunk, shapes_of
 from moecover.shrinking.stages import EVALUATION, PLAN, PROFILE, ROW
-from moecover.shrinking.steps import Step
+from moecover.shrinking.steps import WRITE, Step
 from moecover.shrinking.texts import Texts, divided, named_corpora
 from moecover.verification.gguf import verify_gguf
 
@@ -66,7 +66,7 @@ def steps_of_gguf(asked: Asked, *, corpora: int, length: int, measured: bool) ->
     """The steps, in order; how long llama.cpp takes is not estimated."""
     text, held_out = corpora * asked.quality.blocks * length, corpora * asked.quality.windows * length
     named = [("profile", text), *([("measure shapes", held_out)] if measured else []), ("evaluate", held_out)]
-    return [*(Step(name, tokens, None) for name, tokens in named), Step("write", 0, None), Step("verify", 0, None)]
+    return [*(Step(name, tokens, None) for name, tokens in named), Step(WRITE, 0, None), Step("verify", 0, None)]
 
 
 def shrunk_gguf(

@@ -10,6 +10,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from moecover import rehearsal
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.corpora.loading import Corpora, parsed
 from moecover.errors import InputError, MoecoverError, arg
@@ -30,7 +31,7 @@ from moecover.shrinking.gguf import check_gguf, shrunk_gguf, steps_of_gguf
 from moecover.shrinking.quality import DEFAULT, quality_of
 from moecover.shrinking.request import Asked, Shrunk, memory_needed, shapes_of
 from moecover.shrinking.stages import evaluation_of, plan_of, profile_of, repair_of, written
-from moecover.shrinking.steps import Step, steps_of, total_line
+from moecover.shrinking.steps import WRITE, Step, steps_of, total_line
 from moecover.shrinking.texts import KINDS, Texts, divided, length_of, named_corpora, own_corpora
 from moecover.shrinking.work import check_folder, claim
 from moecover.verification.job import verify
@@ -127,6 +128,7 @@ def shrink(
         kinds = KINDS if own_text else 0
         sizes = {"corpora": named, "kinds": kinds, "length": length}
         steps = steps_of(headers, amount, how, **sizes, measured=measured, repair=kind)
+    _rehearse(headers, path, steps)
     if dry_run:
         return steps
     for number, step in enumerate(steps, 1):
@@ -144,6 +146,17 @@ def shrink(
             return shrunk_gguf(structure, asked, corpora, libllama=libllama, device=device, progress=shown)
         texts = _texts(structure, asked, corpora, own_text, options, shown)
         return _made(structure, asked, texts, extra, shown)
+
+
+def _rehearse(headers: Structure, output: Path, steps: list[Step]) -> None:
+    """End a dry run of the command with the steps."""
+    rehearsal.ahead("read", headers.checkpoint.name, num_bytes=headers.checkpoint.num_bytes)
+    for step in steps:
+        if step.name == WRITE:
+            rehearsal.ahead("write", output, seconds=step.seconds)
+        else:
+            rehearsal.ahead("run", step.name, tokens=step.tokens, seconds=step.seconds)
+    rehearsal.stop()
 
 
 def _texts(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moecover.corpora.own_text import PACE as WRITES
 from moecover.evaluation.shape_search import MOST
+from moecover.repairing.memory import PACE as REPAIRS
 from moecover.runtime.cost import arithmetic_speed, cost
 from moecover.runtime.devices import available_memory, check_device
 from moecover.text import duration_text
@@ -15,10 +17,8 @@ if TYPE_CHECKING:
     from moecover.runtime.passes import Passes
     from moecover.shrinking.quality import Quality
 
-# Seconds of a step over those of a plain pass over as much text, measured (docs/repair.md, docs/scale.md).
-# Writing was measured with qwen2-moe-tiny: 26.6 s for 24,576 tokens, which a pass reads in 2.9 s.
-# A refit takes 3.5 times as long as ridge on that model.
-WRITES, REPAIRS = 9.0, {"scale": 11.0, "ridge": 11.0, "refit": 39.0}
+
+WRITE = "write"  # name of the step that writes the checkpoint
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def steps_of(
         fitted = min(quality.repair_tokens, text)
         found.append(Step(f"repair ({repair})", fitted, fitted * a_token * REPAIRS[repair]))
     found.append(Step("evaluate", held_out, 2 * held_out * a_token))
-    found.append(Step("write", 0, structure.checkpoint.num_bytes / 5e8))
+    found.append(Step(WRITE, 0, structure.checkpoint.num_bytes / 5e8))
     found.append(Step("verify", 1024, 2 * 1024 * a_token))
     return found
 

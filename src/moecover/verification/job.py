@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from moecover.checkpoints.opening import Model
+from moecover import rehearsal
+from moecover.checkpoints.opening import Model, described, fetched
 from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.structure import Structure
 from moecover.corpora.loading import Corpora, parsed
@@ -13,7 +14,7 @@ from moecover.corpora.packing import Corpus
 from moecover.errors import InputError, arg
 from moecover.gguf.parts import is_gguf
 from moecover.llama.opening import check_options, check_unused
-from moecover.progress import Progress, resolve
+from moecover.progress import SILENT, Progress, resolve
 from moecover.runtime.memory import parse_size
 from moecover.runtime.passes import checked_map
 from moecover.runtime.placement import DeviceMap
@@ -65,11 +66,15 @@ def verify(
     if is_gguf(pruned) or is_gguf(original.name if isinstance(original, Checkpoint) else original):
         _check_given({"tolerance": tolerance, "revision": revision})
         check_options({"dtype": dtype, "device": device, "device_map": device_map, "memory_limit": memory_limit})
+        rehearsal.ahead("run", "every byte, and both in llama.cpp where it is there")
+        rehearsal.stop()
         with resolve(progress).spinner("comparing the files"):
             return verify_gguf(checkpoint, pruned, corpora=texts, libllama=libllama, on_cpu=device == "cpu")
     check_unused(libllama)
     limit = parse_size(memory_limit) if isinstance(memory_limit, str) else memory_limit
     places = checked_map(device_map, device)
+    if rehearsal.on():  # of a hub model the headers are enough
+        fetched(described(checkpoint, revision=revision, progress=SILENT), progress=SILENT)
     with resolve(progress).spinner("reading both checkpoints") as advance:
         return run_verification(
             original,

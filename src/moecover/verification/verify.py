@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moecover import rehearsal
 from moecover.checkpoints.manifest import MANIFEST, changed_files, check_complete, read_manifest
 from moecover.checkpoints.source import Checkpoint, open_checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
@@ -190,13 +191,15 @@ def verify(
         raise InputError(
             f"{pruned} was cut from {manifest['source']['name']}, which is not {model}: the routers differ"
         )
-    advance("checking the hashes of the written files")
-    changed = changed_files(cut_checkpoint, manifest)
     texts = verification_text(original, corpora=corpora)
     cut = read_structure(cut_checkpoint)
+    opening = _Opening(texts, dtype, device, device_map, memory_limit, advance)
+    if rehearsal.on():
+        opening.rehearse(original, cut)
+    advance("checking the hashes of the written files")
+    changed = changed_files(cut_checkpoint, manifest)
     repairs = _repairs(original, plan, cut_checkpoint, manifest, advance) if "repair" in manifest else None
     wrong = repairs.changed if repairs is not None else []
-    opening = _Opening(texts, dtype, device, device_map, memory_limit, advance)
     expected = opening.masked(original, plan, cut_checkpoint, repairs)
     compared = differences(expected, opening.pruned(cut), tolerance=tolerance)
     return Verification(
@@ -227,7 +230,7 @@ class _Opening:
     def tokens(self) -> int:
         return sum(corpus.num_tokens for corpus in self.texts)
 
-    def _opened(self, structure: Structure, *, extra: int = 0) -> AbstractContextManager[Running]:
+    def _opened(self, structure: Structure, *, extra: int = 0, pace: float = 1.0) -> AbstractContextManager[Running]:
         return opened(
             structure,
             tokens=self.tokens,
@@ -238,8 +241,17 @@ class _Opening:
             memory_limit=self.memory_limit,
             head=True,
             extra=extra,
+            pace=pace,
             say=self.advance,
         )
+
+    def rehearse(self, original: Structure, cut: Structure) -> None:
+        """End a dry run; both passes take about as long."""
+        for corpus in self.texts:
+            rehearsal.ahead("read", f"text {corpus.name}", tokens=corpus.num_tokens)
+        rehearsal.ahead("read", f"{cut.checkpoint.name}, twice", num_bytes=2 * cut.checkpoint.num_bytes)
+        with self._opened(original, pace=2.0):
+            pass
 
     def masked(self, original: Structure, plan: Plan, cut: Checkpoint, repairs: Repairs | None) -> Outputs:
         """Outputs of the original with the plan's mask and the repaired tensors."""
