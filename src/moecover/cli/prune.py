@@ -77,28 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--save-profile", type=Path, metavar="PROFILE_DIR", help="one shot: save the profile, for other budgets"
     )
     add_keep_inputs(parser, f"one shot with {searching_methods()}; default 8192")
-    group = parser.add_argument_group("merge and repair")
-    group.add_argument(
-        "--merge",
-        default=NONE,
-        metavar="NAME",
-        help="merge the experts that are dropped into those that stay, on the text of --corpus, before the repair "
-        "(moecover ls merges; default: none, they are removed)",
-    )
-    group.add_argument(
-        "--repair",
-        choices=(NONE, "scale", "ridge", "refit"),
-        default=NONE,
-        help="refit what stays on the text of --corpus: the down projections in closed form, a factor each (scale) or "
-        "all weights (ridge); or then all parameters of the experts and the router by gradient steps (refit) "
-        "(default: none)",
-    )
-    group.add_argument(
-        "--repair-tokens",
-        type=int,
-        metavar="TOKENS",
-        help="calibration tokens of merge and repair, shared by the corpora, whole sequences (default: 65536)",
-    )
+    _add_repair(parser)
     add_dry_run(parser)
     parser.add_argument(
         "--other-weights", action="store_true", help="accept a plan made on other weights of the same shape"
@@ -127,6 +106,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "evaluate --top-k N)",
     )
     add_push(parser)
+
+
+def _add_repair(parser: argparse.ArgumentParser) -> None:
+    """What becomes of the experts that are dropped, and of those that stay."""
+    group = parser.add_argument_group("merge and repair")
+    group.add_argument(
+        "--merge",
+        default=NONE,
+        metavar="NAME",
+        help="merge the experts that are dropped into those that stay, on the text of --corpus, before the repair "
+        "(moecover ls merges; default: none, they are removed)",
+    )
+    group.add_argument(
+        "--repair",
+        choices=(NONE, "scale", "ridge", "refit"),
+        default=NONE,
+        help="refit what stays on the text of --corpus: the down projections in closed form, a factor each (scale) or "
+        "all weights (ridge); or then all parameters of the experts and the router by gradient steps (refit) "
+        "(default: none)",
+    )
+    group.add_argument(
+        "--repair-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="calibration tokens of merge and repair, shared by the corpora, whole sequences (default: 65536)",
+    )
 
 
 def run(args: argparse.Namespace) -> Outcome:
