@@ -111,7 +111,7 @@ def test_data_sets_are_read_at_a_commit_and_every_failure_is_a_line(hub: Hub, tm
         f"hf:{SETS}[code]?text=body&n=30": "",
         PINNED: "",
         "hf:someone/chats/train": "",
-        f"hf:{SETS}[code]/test?text=body": "gives 1 blocks of 32 tokens, 4 are wanted",
+        f"hf:{SETS}[code]/test?text=body": "gives 1 block of 32 tokens, 4 are wanted",
         f"hf:{SETS}[code]?text=boddy": "row 1: unknown field 'boddy'. Did you mean body? Known: body, path",
         f"hf:{SETS}[code]": "row 1: no known form has its keys (body, path)",
         f"hf:{SETS}": "Config name is missing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (("verify", model, out, "--tolerance", "0.1"), "--tolerance has no use here"),
         (("verify", model, model), "was not written by `moecover prune`"),
         (("inspect", tmp_path / "none.gguf"), "no file"),
+        (("inspect", shutil.copy(model, tmp_path / "sha256-12")), "is a GGUF file by its content. Link it"),
         (("inspect", tmp_path), "holds no config.json. Give the file, half.gguf"),
     ):
         status, _, error = run(capsys, *arguments)

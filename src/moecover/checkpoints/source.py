@@ -27,7 +27,7 @@ from moecover.checkpoints.weight_files import (
 )
 from moecover.errors import InputError, arg
 from moecover.files.reading import read_json
-from moecover.gguf.parts import GgufFiles, is_gguf, open_gguf
+from moecover.gguf.parts import GgufFiles, begins_as_gguf, is_gguf, open_gguf
 from moecover.text import Cell, Shown, size_text
 
 NUMBERS_SHOWN = {  # keys of a GGUF's architecture, as config.json calls them
@@ -145,6 +145,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
         if revision is not None:
             raise InputError(f"{arg('revision')} is for hub models, {text} is a file")
         return _open_gguf(folder, name=text)
+    if begins_as_gguf(folder):
+        raise InputError(f"{text} is a GGUF file by its content. Link it under such a name: ln -s {text} NAME.gguf")
     if folder.exists():
         raise InputError(
             f"{text} is a file. Give a .gguf file, or the folder that holds config.json and the safetensors files"

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> Outcome:
             lines.append(line("", f"in blocks of {group} channels: plan thinner experts with --channel-groups {group}"))
     lines += [line("note", warning) for warning in facts["warnings"]]
     lines += [line("refused", reason) for reason in facts["refused"]] or [line("refused", "nothing, it can be pruned")]
-    problem = f"{args.model} cannot be pruned: {facts['refused'][0]}" if facts["refused"] else ""
+    reasons = [reason.removeprefix(f"{args.model}: ") for reason in facts["refused"]]
+    problem = f"{args.model} cannot be pruned: {reasons[0]}" if reasons else ""
     return Outcome(facts, "\n".join(lines), 1 if problem else 0, problem)
 
 

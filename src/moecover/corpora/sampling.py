@@ -96,7 +96,7 @@ def sample_text(
         )
     if blocks < sequences and not or_fewer:
         raise InputError(
-            f"corpus {name} gives {blocks} blocks of {length} tokens, {sequences} are wanted. "
+            f"corpus {name} gives {blocks} block{'s' * (blocks > 1)} of {length} tokens, {sequences} are wanted. "
             f"Give {arg('sequences', blocks)}, a shorter {arg('length')} or more text"
         )
     chosen = np.sort(rng.choice(blocks, size=min(blocks, sequences), replace=False))

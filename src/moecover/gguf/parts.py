@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecover.errors import InputError
-from moecover.gguf.header import Header, TensorInfo, read_header
+from moecover.gguf.header import MAGIC, Header, TensorInfo, read_header
 
 ENDING = ".gguf"
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
@@ -39,6 +39,14 @@ class GgufFiles:
 def is_gguf(path: str | Path) -> bool:
     """Whether a model is given as a GGUF file, by its name."""
     return str(path).lower().endswith(ENDING)
+
+
+def begins_as_gguf(path: Path) -> bool:
+    """Whether a file is one by its first bytes, whatever its name, as those that Ollama keeps."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def part_name(stem: str, number: int, count: int) -> str:
