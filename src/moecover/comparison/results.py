@@ -15,6 +15,7 @@ from moecover import text
 from moecover.comparison.cell_files import DONE, SCHEMA, StoredCell, read_records
 from moecover.comparison.cells import Cell
 from moecover.comparison.comparisons import ComparisonRecord, comparisons
+from moecover.comparison.losses import LossRecord, losses
 from moecover.comparison.markdown import markdown
 from moecover.comparison.measures import MeasuredCell
 from moecover.comparison.models import ModelRecord, read_models
@@ -53,7 +54,7 @@ class Results(TypedDict):
     """The content of results.json.
 
     Versions, models, calibration corpora (the record of every sample, by name), texts and tasks, which items are longer
-    than the positions of which model, cells, comparisons, ids of failed cells.
+    than the positions of which model, cells, comparisons, losses against the full model, ids of failed cells.
     """
 
     schema: int
@@ -66,6 +67,7 @@ class Results(TypedDict):
     cut: list[Cut]
     cells: list[ResultCell]
     comparisons: list[ComparisonRecord]
+    losses: list[LossRecord]
     failed: list[str]
 
 
@@ -136,6 +138,7 @@ def write_results(run: Path, cells: Sequence[Cell], *, command: str) -> Results:
     """
     found = read_cells(run, cells)
     done = [evaluation for _, evaluation in found if evaluation is not None]
+    scores = [measured(record, e) for record, e in found if e is not None]
     results: Results = {
         "schema": SCHEMA,
         "created_by": _versions(),
@@ -146,7 +149,8 @@ def write_results(run: Path, cells: Sequence[Cell], *, command: str) -> Results:
         "tasks": _merged({n: _of_any_model(t) for n, t in e.tasks.items()} for e in done),
         "cut": _cut(found),
         "cells": [{**record, "row": asdict(e.rows[0]) if e else None} for record, e in found],
-        "comparisons": comparisons([measured(record, e) for record, e in found if e is not None]),
+        "comparisons": comparisons(scores),
+        "losses": losses(scores),
         "failed": [record["id"] for record, e in found if e is None],
     }
     write_text(run / CSV, csv_text(tidy(found)))

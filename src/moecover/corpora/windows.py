@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,23 @@ def check_text(name: str) -> None:
         raise InputError(f"{name} is calibration text, not held-out text. Give {remedy} as NAME=PATH")
     if name not in known:
         raise unknown_name("held-out text", name, known)
+
+
+def split_by_kind(texts: Iterable[str], corpora: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Held-out texts by what their names tell: those of a calibration corpus's kind, and the others.
+
+    A text is near if it has the name of a corpus, or that name with ``-heldout``.
+
+    Args:
+        texts: names of held-out texts.
+        corpora: names of calibration corpora.
+
+    Returns:
+        The near ones, and the far ones, in their order.
+    """
+    known, all_texts = set(corpora), tuple(texts)
+    near = tuple(text for text in all_texts if text.removesuffix(HELD_OUT) in known)
+    return near, tuple(text for text in all_texts if text not in near)
 
 
 def tokenizer_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:
