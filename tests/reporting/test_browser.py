@@ -1,18 +1,22 @@
 """The page of a run in headless Chromium: no errors, sorting by click and by keyboard, phones, dark mode and print.
 
-Skipped with a reason where Debian's packages chromium and chromium-driver are not installed.
+`MOECOVER_SCREENSHOTS=DIR` keeps its screenshots and its print, to be looked at. Skipped with a reason where Debian's
+packages chromium and chromium-driver are not installed.
 """
 
 from __future__ import annotations
 
 import base64
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from moecover.reporting.page import report
 from tests.support.runs import HOSTILE, METHODS, make_run
@@ -151,6 +155,52 @@ def test_sorting_by_mouse_and_by_keyboard(driver: Any, pages: dict[str, str]) ->
     assert table.find_elements("css selector", "thead th")[4].get_attribute("aria-sort") == "descending"
 
 
+OVERFLOWING_JS = """
+for (const d of document.querySelectorAll('details')) d.open = true;
+return new Promise(done => requestAnimationFrame(() => setTimeout(() => done(
+  [...document.querySelectorAll('.scroll')].map(f => [f.scrollWidth > f.clientWidth + 1, f.tabIndex,
+    !f.previousElementSibling.hidden])), 50)));
+"""
+
+
+def test_tables_fit_a_desktop_and_a_phone_shows_every_budget(driver: Any, pages: dict[str, str]) -> None:
+    shown(driver, pages["paper"])
+    assert [f for f in driver.execute_script(OVERFLOWING_JS) if f != [False, -1, False]] == []
+    shown(driver, pages["paper"], width=390)
+    frames = driver.execute_script(OVERFLOWING_JS)
+    assert [True, 0, True] in frames  # what scrolls says so and can be reached by keyboard
+    assert all(over == hint == (place == 0) for over, place, hint in frames)
+    places = driver.execute_script(
+        "return [...document.querySelectorAll(\"table[id$='-verdicts'] td\")].map(c => {"
+        "const r = c.getBoundingClientRect(); return [c.dataset.head, r.left, r.right]})"
+    )
+    assert {head for head, *_ in places} == {"measure", "75% kept", "50% kept", "25% kept"}
+    assert all(0 <= left < right <= 390 for _, left, right in places)
+
+
+# Opens everything, and takes out what is alike: rows after the fourth, and what is inside figures, whose label speaks.
+FEWER_JS = """
+for (const d of document.querySelectorAll('details')) d.open = true;
+for (const row of document.querySelectorAll('tbody tr:nth-child(n+5)')) row.remove();
+for (const figure of document.querySelectorAll('svg.curve')) figure.replaceChildren();
+"""
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 390)])
+def test_axe_finds_no_violation(driver: Any, pages: dict[str, str], scheme: str, width: int) -> None:
+    package = pytest.importorskip("axe_core_python", reason="axe-core-python, which brings axe-core, is not installed")
+    shown(driver, pages["paper"], width=width, scheme=scheme)
+    driver.execute_script(FEWER_JS)
+    driver.execute_script((resources.files(package) / "axe.min.js").read_text(encoding="utf-8"))
+    driver.set_script_timeout(120)
+    found = driver.execute_async_script(
+        "axe.run({resultTypes: ['violations']}).then(r => arguments[0]([r.passes.length, "
+        "r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 200))])]))"
+    )
+    assert found[0] > 30
+    assert found[1] == []
+
+
 @pytest.mark.parametrize("name", ["paper", "hostile"])
 @pytest.mark.parametrize("width", [320, 360, 768, 1280])
 def test_nothing_is_wider_than_the_screen(driver: Any, pages: dict[str, str], name: str, width: int) -> None:
@@ -214,9 +264,24 @@ def test_print_shows_everything_on_white(driver: Any, pages: dict[str, str]) -> 
     assert driver.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
     driver.execute_script(
         "window.closed_when_printed = -1; addEventListener('beforeprint', () => "
-        "{ window.closed_when_printed = document.querySelectorAll('details:not([open])').length })"
+        "{ window.closed_when_printed = document.querySelectorAll('details:not([open]):not(.screen)').length })"
     )
     printed = base64.b64decode(driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
     assert printed.startswith(b"%PDF-")
+    assert 3 <= len(re.findall(rb"/Type /Page\b", printed)) <= 6  # of a model
     assert driver.execute_script("return window.closed_when_printed") == 0
     assert driver.execute_script("return document.querySelectorAll('details:not([open])').length") > 0  # closed again
+
+
+def test_screenshots_to_look_at(driver: Any, pages: dict[str, str], tmp_path: Path) -> None:
+    folder = Path(os.environ.get("MOECOVER_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, width, scheme in (("1280", 1280, "light"), ("390", 390, "light"), ("dark", 1280, "dark")):
+        shown(driver, pages["paper"], width=width, scheme=scheme)
+        high = driver.execute_script("return document.documentElement.scrollHeight")
+        clip = {"x": 0, "y": 0, "width": width, "height": high, "scale": 1}
+        taken = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        (folder / f"{name}.png").write_bytes(base64.b64decode(taken["data"]))
+        assert Image.open(folder / f"{name}.png").size == (width, high)
+    printed = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
+    (folder / "print.pdf").write_bytes(base64.b64decode(printed))

@@ -21,7 +21,9 @@ from moecover.cli.main import main
 from moecover.errors import InputError
 from moecover.reporting.data import read_run
 from moecover.reporting.figures.lines import apart
+from moecover.reporting.figures.loss_by_size import families_of, loss_pictures, shown
 from moecover.reporting.findings import findings, over_runs
+from moecover.reporting.hero import tiles_of
 from moecover.reporting.page import rendered, report
 from moecover.reporting.svg import source_hash
 from tests.support.runs import HOSTILE, METHODS, OURS, TASKS, make_run
@@ -101,6 +103,8 @@ def check_structure(text: str) -> Page:
             for target in re.findall(r"url\(#([^)]*)\)", value or ""):
                 assert target in ids
     assert Counter(tag for tag, _ in page.elements)["script"] == 1
+    order = [tag for tag, a in page.elements if tag != "h3" or not a.get("class")]
+    assert not any(b in ("h2", "h3", "section", "footer") for a, b in itertools.pairwise(order) if a == "h3")
     assert not re.search(r"https?://|@import|//[a-z]+\.", re.sub(r"base64,[\w+/=]*", "", text))
     return page
 
@@ -127,7 +131,7 @@ def test_policy_allows_the_pages_own_script_and_style_alone(paper: Any) -> None:
 def test_tables_sort_by_every_column(paper: Any) -> None:
     page = Page(paper[1])
     for attributes in page.all("table"):
-        assert attributes["class"] == "sortable"
+        assert str(attributes["class"]).startswith("sortable")
         head, *rows = page.tables[str(attributes["id"])]
         for column, (heading, _) in enumerate(head):
             assert heading["aria-sort"] == "none"
@@ -158,11 +162,11 @@ def test_numbers_are_those_of_the_results(paper: Any) -> None:
                 for c in results["cells"]
                 if c["model"] == model and c["retain"] == retain and c["label"] == label and c["status"] == "done"
             ]
-            assert int(str(row[2][0]["data-value"])) == len(cells)
+            assert int(str(row[3][0]["data-value"])) == len(cells)
             scores = np.array([[c["row"]["tasks"][t]["acc"]["value"] for t in TASKS] for c in cells])
-            shown = [float(str(cell[0]["data-value"])) for cell in row[3:10]]
+            shown = [float(str(cell[0]["data-value"])) for cell in row[4:11]]
             np.testing.assert_allclose(shown, [*scores.mean(axis=0), scores.mean()], rtol=1e-12)
-            assert [cell[1].split()[0] for cell in row[3:10]] == [f"{100 * v:.1f}" for v in shown]
+            assert [cell[1].split()[0] for cell in row[4:11]] == [f"{100 * v:.1f}" for v in shown]
             seen += 1
         for row in page.tables[f"{anchor}-perplexity"][1:]:
             label, retain = row[0][1], float(str(row[1][0]["data-value"]))
@@ -171,17 +175,15 @@ def test_numbers_are_those_of_the_results(paper: Any) -> None:
                 for c in results["cells"]
                 if c["model"] == model and c["retain"] == retain and c["label"] == label and c["status"] == "done"
             ]
-            for column, name in ((3, "wikitext2"), (4, "c4")):
+            for column, name in ((5, "wikitext2"), (6, "c4")):
                 values = [c["row"]["perplexity"][name]["perplexity"] for c in cells]
                 np.testing.assert_allclose(
                     float(str(row[column][0]["data-value"])), np.exp(np.mean(np.log(values))), rtol=1e-12
                 )
-        verdicts = [row[-1][1] for row in page.tables[f"{anchor}-comparisons"][1:]]
-        mine = [c for c in results["comparisons"] if c["model"] == model]
-        assert verdicts == [c["verdict"] for c in mine]
+        mine = sorted((c for c in results["comparisons"] if c["model"] == model), key=lambda c: -c["retain"])
         for row, c in zip(page.tables[f"{anchor}-comparisons"][1:], mine, strict=True):
-            assert float(str(row[-3][0]["data-value"])) == c["over_runs"]["p"]
-            assert row[-2][1] == ("0.031 Wilcoxon's signed-rank test over tasks" if c["kind"] == "tasks" else "–")
+            assert float(str(row[-2][0]["data-value"])) == c["over_runs"]["p"]
+            assert row[-1][1] == ("0.031" if c["kind"] == "tasks" else "–")  # the test is named below the table
         tested = [c for c in mine if c["kind"] == "tasks"]
         for row, c in zip(page.tables[f"{anchor}-by-task"][1:], tested, strict=True):
             assert [float(str(cell[0]["data-value"])) for cell in row[2:]] == [c["by_task"][t]["value"] for t in TASKS]
@@ -226,14 +228,15 @@ def test_no_difference_is_said_as_plainly_as_a_win(paper: Any) -> None:
     assert shown == Counter(
         c["verdict"] for c in results["comparisons"]
     )  # beside its difference, in the table of verdicts
+    assert "p over tasks: Wilcoxon's signed-rank test over tasks." in words
     assert (
         "{} on accuracy: better in {}, worse in {}, not resolved in {} of {} comparisons.".format(
             OURS, *counts, len(verdicts)
         )
         in words
     )
-    for comparison in results["comparisons"]:
-        assert comparison["words"] in words
+    assert words.count(" interval of this one alone") == words.count("not resolved −0.60% [−1.00%, −0.20%] p 0.030")
+    assert "not resolved +0.20 [−0.20, +0.60] p 0.030" in words  # its interval has 0 in it and needs no word
 
 
 def test_the_mechanism_is_said_in_numbers(paper: Any) -> None:
@@ -257,7 +260,7 @@ def test_the_mechanism_is_said_in_numbers(paper: Any) -> None:
                 for cell, p in plans.items()
                 if cell.split("-")[1] == "3" and cell.endswith(str(45 if name[1] == "1" else 48))
             ]
-            shown = [float(str(cell[0]["data-value"])) for cell in row[3:]]
+            shown = [float(str(cell[0]["data-value"])) for cell in row[4:]]
             np.testing.assert_allclose(shown, [np.mean([p[t]["kept_weight"] for p in mine]) for t in TASKS], rtol=1e-12)
 
 
@@ -307,8 +310,8 @@ def test_one_task_is_not_given_a_mean_and_a_task_that_some_runs_lack_is_left_out
     (folder / "results.json").write_text(json.dumps(results))
     random = next(s for s in findings(read_run(folder))[0].series if s.name == "random")
     assert [(set(p.tasks), p.mean is None) for p in random.points] == [
-        ({"boolq"}, True),
         *[({"boolq", "piqa"}, False)] * 2,
+        ({"boolq"}, True),
     ]
 
 
@@ -330,10 +333,55 @@ def test_the_worst_text_stands_beside_the_mean(tmp_path: Path) -> None:
     page = Page(rendered(folder)[0])
     words = " ".join(page.words.split())
     lost = [{t: np.log(p / full[t]) for t, p in one.items()} for one in others]
-    assert "worst text, nats" in words
     for one in lost:
         worst = max(one, key=lambda t: one[t])
-        assert f"{np.mean(list(one.values())):.3f}{one[worst]:.3f} {worst}" in words
+        mean, most = (np.exp(v + np.array([0, -0.03, 0.03])) for v in (np.mean(list(one.values())), one[worst]))
+        columns = ["×{:.2f} [{:.2f}, {:.2f}]".format(*v) for v in (mean, most)]
+        assert f"{columns[0]}{columns[1]} {worst}" in words
+
+
+def test_near_and_far_stand_beside_each_other_with_their_intervals(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", models=SMALL, tasks=(), texts=("wikitext2", "law"), usage=False, plans=False)
+    (model,) = findings(read_run(folder))
+    assert (model.near, model.far) == (("wikitext2",), ("law",))
+    assert model.full is not None
+    tiles = tiles_of(model)
+    assert [tile.heading.split(" of")[0] for tile in tiles] == ["75%", "50%", "25%"]
+    for tile, p in zip(tiles, model.series[0].points, strict=True):
+        for (side, (number,)), text, kind in zip(tile.groups, model.texts, ("near", "far"), strict=True):
+            lost = p.perplexity[text].value / model.full.perplexity[text].value
+            wanted = (f"×{lost:.2f}", f"[{lost * np.exp(-0.03):.2f}, {lost * np.exp(0.03):.2f}]")
+            assert (side, number.value, number.interval, number.words) == (kind, *wanted, text)
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "losses": []}))
+    words = text_of(folder)  # of a version that computed none
+    assert "intervals are not known" in words
+    assert tiles[0].groups[1][1][0].value in words
+
+
+def test_shape_and_repair_are_columns_and_lines_of_the_curve(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", models=SMALL, tasks=(), usage=False, plans=False, compared=False)
+    results = json.loads((folder / "results.json").read_text())
+    thin = []
+    for cell in (c for c in results["cells"] if c["method"] not in ("full", "random")):
+        label = f"{cell['label']} + ridge, {cell['keep']}x16"
+        thin.append({**cell, "id": f"{cell['id']}-thin", "label": label, "repair": "ridge", "width": 16})
+    (folder / "results.json").write_text(json.dumps({**results, "cells": results["cells"] + thin}))
+    page = Page(rendered(folder)[0])
+    head, full, *rows = page.tables["m1-tiny-perplexity"]
+    assert [text for _, text in head[:5]] == ["method", "repair", "experts' bytes kept", "experts × channels", "runs"]
+    assert [text for _, text in full[:4]] == ["full model", "–", "100%", "8"]
+    ours = [[text for _, text in row[:4]] for row in rows if row[0][1] == OURS]
+    kept = (("75%", 6), ("50%", 4), ("25%", 2))
+    assert ours == [[OURS, r, b, f"{k}{w}"] for b, k in kept for r, w in (("–", ""), ("ridge", "x16"))]
+    (model,) = findings(read_run(folder))
+    calibrated = (OURS, "REAP", "ExpertSparsity")
+    families = families_of(model)
+    assert {f.name for f in families} == {"random", *calibrated, *(f"{n} + ridge, thinner" for n in calibrated)}
+    assert set(loss_pictures(model)) == {"mean", "worst"}
+    drawn = {f.name for f in shown([*families, *families])}
+    assert drawn >= {OURS, f"{OURS} + ridge, thinner"}
+    assert "random" not in drawn  # all others lose less at every size
 
 
 def test_infinite_perplexity_is_said_not_drawn(tmp_path: Path) -> None:
@@ -455,7 +503,7 @@ def test_page_and_pictures_are_written_and_not_overwritten(tmp_path: Path, capsy
     }
     for path in map(Path, found):
         if path.suffix == ".png":
-            assert Image.open(path).size[0] > 500
+            assert Image.open(path).size[0] >= (1000 if "utility" in path.name else 1200)
         else:
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
     assert main(["report", str(folder), "-o", str(page), "-q"]) == 2

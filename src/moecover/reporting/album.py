@@ -13,6 +13,8 @@ from moecover.reporting.svg import Styles, data_address, inlined, png_bytes, svg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PIXELS = 1200  # pixels that a PNG has at least, but for heat maps, whose cells are whole pixels
+
 
 @dataclass
 class Album:
@@ -50,7 +52,7 @@ class Album:
             return []
         figure.draw_without_rendering()  # lays the parts out, once for all files
         figure.set_layout_engine(None)
-        png = png_bytes(figure)
+        png = png_bytes(figure, least=0 if raster else PIXELS)
         self.files[f"{name}.png"], self.files[f"{name}.svg"] = png, svg_bytes(figure, for_page=False)
         if raster:
             width, height = (round(v * DPI) for v in figure.get_size_inches())

@@ -28,7 +28,7 @@ def text_column(name: str) -> Column:
 
 @dataclass(frozen=True)
 class Value:
-    """A table cell: its text, its sort key (None sorts last), a note in small print, and a CSS class."""
+    """A table cell: its text, its sort key (None sorts last), a note in small print line by line, and a CSS class."""
 
     text: str
     sort: float | str | None = None
@@ -41,7 +41,10 @@ MISSING = Value("–")
 
 @dataclass(frozen=True)
 class Table:
-    """A table that can be sorted by any column; ``name`` is unique in its section of the page."""
+    """A table that can be sorted by any column; ``name`` is unique in its section of the page.
+
+    On a phone, a ``stacked`` one has its cells below each other, each with its heading, so that all columns are seen.
+    """
 
     kind: ClassVar[str] = "table"
     name: str
@@ -49,6 +52,7 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[Value, ...], ...]
     note: str = ""
+    stacked: bool = False
 
 
 # --------------------------------------------------------------------------------------------------------------- others
@@ -97,12 +101,13 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks that are folded away under a summary line."""
+    """Blocks that are folded away under a summary line; in print they are open, if they are ``printed``."""
 
     kind: ClassVar[str] = "details"
     summary: str
     blocks: Sequence[Block]
     opened: bool = False
+    printed: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,20 +128,30 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A large number, and what it is."""
+class Number:
+    """A large number, what it is, and its interval ("" where it is unknown)."""
 
-    number: str
+    value: str
     words: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A budget, and what is left there: numbers in groups beside each other, such as near and far texts."""
+
+    heading: str
+    groups: Sequence[tuple[str, Sequence[Number]]]
 
 
 @dataclass(frozen=True)
 class Lead:
-    """The opening of a model's part: the main method with its tiles, sentences, and a figure beside them."""
+    """The opening of a model's part: the main method with its tiles and a note on them, sentences, and figures."""
 
     kind: ClassVar[str] = "lead"
     method: str
     tiles: Sequence[Tile]
+    note: str
     sentences: Sequence[str]
     pictures: Sequence[Picture]
 

@@ -26,6 +26,8 @@ from moecover.reporting.numbers import percentage
 
 BARS = "Bars: plus and minus one standard error; small dots: single runs."
 
+LOSSES = {"mean": "geometric mean over the texts", "worst": "on the text where it loses most"}
+
 
 @dataclass
 class RunData:
@@ -72,6 +74,29 @@ class ModelData:
     def album(self) -> Album:
         """Takes the figures of the page."""
         return self.of.album
+
+    @cached_property
+    def loss(self) -> list[Picture]:
+        """The figures of what is lost by size: in the mean over the texts, and on the worst; empty below two sizes."""
+        from moecover.reporting.figures.loss_by_size import captioned, loss_pictures
+
+        return [
+            picture
+            for which, figure in loss_pictures(self.model).items()
+            for picture in self.album.add(
+                f"loss-{which}-{self.anchor}",
+                figure,
+                f"What {self.model.name} loses by the size of its weights, {LOSSES[which]}: perplexity over "
+                "the full model's, one line per method, repair and kind of shape; the numbers are in the table of "
+                "perplexities",
+                f"{captioned(self.model)} Bars: 95% intervals, cut at the frame.",
+            )
+        ]
+
+    @cached_property
+    def first(self) -> list[Picture]:
+        """The figures at the top: of loss by size, else of accuracy, else of the first text's perplexity."""
+        return self.loss or self.accuracy or self.perplexity[:1]
 
     @cached_property
     def accuracy(self) -> list[Picture]:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
+from moecover.comparison.config import UNMERGED, UNREPAIRED
 from moecover.errors import InputError
 from moecover.files.hashing import unsealed
 from moecover.files.reading import read_json
@@ -72,6 +73,8 @@ class Cell(_Lenient):
     calibration: list[str] = Field(default_factory=list)
     sample: int | None = None
     seed: int | None = None
+    merge: str = UNMERGED
+    repair: str = UNREPAIRED
     keep: int | None = None
     width: int | None = None  # channels of thinner experts; the label then ends with the shape
     reason: str | None = None
@@ -83,6 +86,12 @@ class Cell(_Lenient):
     def variant(self) -> str:
         """The label without the shape of thinner experts."""
         return self.label if self.width is None else self.label.rpartition(", ")[0]
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The label without shape, merge and repair, and these two; "" for neither."""
+        base, *changes = self.variant.rsplit(" + ", (self.merge != UNMERGED) + (self.repair != UNREPAIRED))
+        return base, " + ".join(changes)
 
 
 class Tested(_Lenient):
@@ -135,6 +144,23 @@ class Comparison(_Lenient):
     def of_accuracy(self) -> bool:
         """Whether accuracies are compared, not perplexities."""
         return self.kind == "tasks"
+
+
+class Loss(_Lenient):
+    """What a method at a budget loses against the full model, with its 95 % interval, in the units of `Comparison`.
+
+    ``names`` are the tasks or texts whose mean it is.
+    """
+
+    model: str
+    label: str
+    retain: float
+    calibration: list[str] = Field(default_factory=list)
+    kind: str
+    names: list[str]
+    value: float
+    low: float | None = None
+    high: float | None = None
 
 
 class TaskAgreement(_Lenient):
@@ -199,6 +225,7 @@ class Run(_Lenient):
     cut: list[Cut] = Field(default_factory=list)
     cells: list[Cell]
     comparisons: list[Comparison] = Field(default_factory=list)
+    losses: list[Loss] = Field(default_factory=list)
 
 
 def _json(path: Path) -> object:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
 from moecover.comparison.cells import FILE
 from moecover.corpora.sources import set_name
+from moecover.corpora.windows import split_by_kind
 from moecover.evaluation.artifact import FULL
 from moecover.planning.methods import default_method
-from moecover.reporting.data import Cell, Comparison, Cut, Row, Run, ScoreRow, Usage
+from moecover.reporting.data import Cell, Comparison, Cut, Loss, Row, Run, ScoreRow, Usage
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,25 @@ class Point:
     others: dict[tuple[str, str], Estimate]  # by task and metric: those that do not enter the mean
     runs: int
     cells: tuple[str, ...]
+    losses: Mapping[tuple[str, ...], Loss]  # against the full model, by the names of the tasks or texts of a mean
 
 
 @dataclass(frozen=True)
 class Series:
-    """One method over the budgets, smallest first; ``name`` is its label on the page, ``method`` its name in plans."""
+    """One method with one merge and repair, over the budgets, largest first, whole experts before thinner ones.
 
-    name: str
+    ``method`` is its name in plans, ``base`` its label on the page without merge and repair, which ``changes`` names.
+    """
+
+    base: str
+    changes: str
     method: str
     points: tuple[Point, ...]
+
+    @property
+    def name(self) -> str:
+        """Its label on the page."""
+        return f"{self.base} + {self.changes}" if self.changes else self.base
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,13 @@ class ModelFindings:
     cut: tuple[Cut, ...] = ()  # tasks with items that are longer than the model's positions
     by_size: tuple[Comparison, ...] = ()  # of files with what takes about their bytes
     files: tuple[tuple[str, Point], ...] = ()  # further files of the model, by name
+    near: tuple[str, ...] = ()  # texts of the kind of a calibration corpus, as far as their names tell
+    shapes: Mapping[str, str] = field(default_factory=dict)  # of thinner experts, by the label that ends with it
+
+    @property
+    def far(self) -> tuple[str, ...]:
+        """The texts that are not near."""
+        return tuple(text for text in self.texts if text not in self.near)
 
     @property
     def kept_of(self) -> str:
@@ -110,8 +128,8 @@ class ModelFindings:
 
     @property
     def budgets(self) -> list[float]:
-        """The proportions of experts kept, smallest first."""
-        return sorted({p.retain for s in self.series for p in s.points})
+        """The proportions of experts kept, largest first: the order of everything on the page."""
+        return sorted({p.retain for s in self.series for p in s.points}, reverse=True)
 
     @property
     def thin(self) -> bool:
@@ -161,6 +179,12 @@ def _point(cells: Sequence[Cell], run: Run, tasks: Sequence[str], texts: Sequenc
         others=_other_metrics(rows, run),
         runs=len(rows),
         cells=tuple(cell.id for cell in cells),
+        losses={
+            tuple(loss.names): loss
+            for loss in run.losses
+            if (loss.model, loss.label, loss.retain, loss.calibration)
+            == (cells[0].model, cells[0].label, cells[0].retain, cells[0].calibration)
+        },
     )
 
 
@@ -187,23 +211,20 @@ def _known(runs: Mapping[str, Sequence[float | None]]) -> dict[str, Estimate]:
     return {t: over_runs(values) for t, values in found.items() if len(values) == len(runs[t])}
 
 
-def _names(cells: Sequence[Cell]) -> dict[str, str]:
-    """By cell id, the method's name on the page: its label, with the calibration set if one label has several."""
+def _names(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
+    """By cell id, the method's name on the page, and its merge and repair.
+
+    The name is the label without these and without a shape, with the calibration set if one label has several.
+    """
     calibrations: dict[str, set[tuple[str, ...]]] = {}
     for cell in cells:
         calibrations.setdefault(cell.label, set()).add(tuple(cell.calibration))
-    several = {label for label, found in calibrations.items() if len(found) > 1}
-    return {
-        cell.id: f"{cell.label} on {set_name(cell.calibration, ' + ')}"
-        if cell.label in several and cell.calibration
-        else cell.label
-        for cell in cells
-    }
-
-
-def _shape_in(cell: Cell) -> str:
-    """The part of a label that says the shape of thinner experts."""
-    return cell.label.removeprefix(cell.variant)
+    found = {}
+    for cell in cells:
+        base, changes = cell.parts
+        several = len(calibrations[cell.label]) > 1 and cell.calibration
+        found[cell.id] = (f"{base} on {set_name(cell.calibration, ' + ')}" if several else base, changes)
+    return found
 
 
 def _unique(values: Iterable[str]) -> tuple[str, ...]:
@@ -223,17 +244,19 @@ def _found_on(name: str, about: dict[str, JsonValue], run: Run) -> ModelFindings
     full, files = ([c for c in done if c.method == method] for method in (FULL, FILE))
     pruned = sorted((c for c in done if c.method not in (FULL, FILE)), key=_main_first)
     called = _names(pruned)
-    main = called[pruned[0].id].removesuffix(_shape_in(pruned[0])) if pruned else ""
     series = []
-    for label in _unique(called[c.id] for c in pruned):
-        mine = [c for c in pruned if called[c.id] == label]
-        budgets = sorted({c.retain for c in mine})
-        points = [_point([c for c in mine if c.retain == r], run, tasks, texts) for r in budgets]
-        series.append(Series(label, mine[0].method, tuple(points)))
+    for base, changes in dict.fromkeys(called.values()):
+        mine = [c for c in pruned if called[c.id] == (base, changes)]
+        sizes = sorted({(-c.retain, c.width is not None, c.keep or 0, c.width or 0) for c in mine})
+        points = [
+            _point([c for c in mine if (-c.retain, c.keep or 0, c.width or 0) == (r, k, w)], run, tasks, texts)
+            for r, _, k, w in sizes
+        ]
+        series.append(Series(base, changes, mine[0].method, tuple(points)))
     shown: dict[tuple[float, int], Cell] = {}  # by budget, and channels of thinner experts
     for cell in pruned:
-        if cell.plan is not None and called[cell.id].removesuffix(_shape_in(cell)) == main:
-            shown.setdefault((cell.retain, cell.width or 0), cell)
+        if cell.plan is not None and called[cell.id] == called[pruned[0].id]:
+            shown.setdefault((-cell.retain, cell.width or 0), cell)
     return ModelFindings(
         name=name,
         about=about,
@@ -246,6 +269,8 @@ def _found_on(name: str, about: dict[str, JsonValue], run: Run) -> ModelFindings
         cut=tuple(c for c in run.cut if c.model == name),
         by_size=tuple(c for c in run.comparisons if c.model == name and c.sizes),
         files=tuple((c.label, _point([c], run, tasks, texts)) for c in files),
+        near=split_by_kind(texts, [corpus for c in pruned for corpus in c.calibration])[0],
+        shapes={c.label: c.label.removeprefix(f"{c.variant}, ") for c in pruned if c.width is not None},
     )
 
 

@@ -10,11 +10,18 @@ from pydantic import JsonValue
 
 def size(num_bytes: float) -> str:
     """A size in decimal units, to three significant digits (`text.size_text` has two decimals)."""
-    value, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
+    unit, divisor = units_of(num_bytes)
+    value = num_bytes / divisor
+    return f"{value:.0f} B" if unit == "B" else f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
+
+
+def units_of(num_bytes: float) -> tuple[str, float]:
+    """The decimal unit for a size, and its bytes."""
+    divisor, units = 1.0, ["B", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 * divisor and len(units) > 1:
+        divisor *= 1000
         units.pop(0)
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
+    return units[0], divisor
 
 
 def points(proportion: float) -> str:
@@ -27,11 +34,25 @@ def percentage(proportion: float) -> str:
     return f"{100 * proportion:.3g}%"
 
 
-def perplexity_text(value: float) -> str:
-    """A perplexity; infinite or undefined ones as words."""
+def perplexity_text(value: float, *, beside: float | None = None) -> str:
+    """A perplexity with two decimals, none from 10,000; infinite or undefined ones as words.
+
+    A standard error has the decimals of the value that it stands ``beside``.
+    """
     if not math.isfinite(value):
         return "not finite"
-    return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+    least = abs(value if beside is None else beside)
+    return f"{value:,.2f}" if least < 1e4 else f"{value:,.0f}" if least < 1e6 else f"{value:.2e}"
+
+
+def times(loss: float) -> str:
+    """A difference of log perplexities as a factor, with two decimals."""
+    return perplexity_text(math.exp(loss) if loss < 700 else math.inf)
+
+
+def signed_points(difference: float) -> str:
+    """A difference of proportions in points, with one decimal and its sign."""
+    return minus(f"{100 * difference:+.1f}")
 
 
 def p_text(p: float) -> str:

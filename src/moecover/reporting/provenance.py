@@ -12,6 +12,7 @@ from moecover.reporting.data import Run
 from moecover.reporting.findings import ModelFindings
 from moecover.reporting.numbers import plain, size
 
+UNREAD = ("sketch",)  # of a text, what finds overlaps with others
 RawRecord = Mapping[str, JsonValue]
 
 
@@ -29,8 +30,8 @@ def provenance_of(
 
 
 def records_of(records: Mapping[str, RawRecord], *, left_out: Sequence[str] = ()) -> list[Record]:
-    """Records by name as lists of terms, without the entries ``left_out``."""
-    skipped = ("name", *left_out)
+    """Records by name as lists of terms, without the entries ``left_out`` and those that no person reads."""
+    skipped = ("name", *UNREAD, *left_out)
     return [
         Record(name, tuple((key.replace("_", " "), _entry(key, v)) for key, v in record.items() if key not in skipped))
         for name, record in records.items()

@@ -23,9 +23,8 @@ from moecover.reporting.album import file_name
 from moecover.reporting.blocks import Block, Bullets, Code, Details, Lead, Paragraph, Picture, Pictures, Table, absent
 from moecover.reporting.comparison_tables import by_task_table, comparison_table, verdict_table
 from moecover.reporting.context import ModelData, RunData
-from moecover.reporting.data import Usage
 from moecover.reporting.figures.style import short
-from moecover.reporting.findings import ModelFindings
+from moecover.reporting.hero import note_on, tiles_of
 from moecover.reporting.numbers import percentage, plain
 from moecover.reporting.provenance import calibration_corpora, provenance_of
 from moecover.reporting.sentences import memory_words, summary_of, usage_words, verdicts_of
@@ -39,11 +38,11 @@ from moecover.reporting.tables import (
     perplexity_table,
     usage_table,
 )
+from moecover.reporting.usage_figures import usage_pictures
 from moecover.reporting.values import width_words
 
 if TYPE_CHECKING:
     from markupsafe import Markup
-    from matplotlib.figure import Figure
 
     Content = Sequence[Block | Markup]
 
@@ -102,10 +101,10 @@ RUN_SECTIONS: Sections[RunData] = Sections()
 # ------------------------------------------------------------------------------------------------------- of every model
 @SECTIONS("summary", title="")
 def summary(data: ModelData) -> Content:
-    """Tiles, sentences, and the first figure: of accuracy, else of the first text's perplexity."""
-    found = summary_of(data.model)
-    method = data.model.main.name if data.model.main else ""
-    return [Lead(method, found.tiles, found.sentences, data.accuracy or data.perplexity[:1])]
+    """Tiles, sentences, and the first figures: of loss by size, else of accuracy, else of the first perplexity."""
+    tiles = tiles_of(data.model)
+    method = data.model.main.base if data.model.main else ""
+    return [Lead(method, tiles, note_on(data.model, tiles), summary_of(data.model), data.first)]
 
 
 @SECTIONS("comparisons", title="Is the difference real?")
@@ -113,12 +112,10 @@ def comparisons(data: ModelData) -> Content:
     """Verdicts, tests and differences task by task."""
     verdicts, tests = verdict_table(data.model), comparison_table(data.model)
     if verdicts is None or tests is None:
-        return [absent("No comparison was tested in this run.")]
-    blocks: list[Block] = [verdicts, Details("Every comparison with its test", [tests])]
+        return []
+    blocks: list[Block] = [verdicts, Details("How each was tested", [tests], printed=False)]
     if (by_task := by_task_table(data.model)) is not None:
         blocks.append(Details("Where the differences come from, task by task", [by_task]))
-    if sentences := summary_of(data.model).verdicts:
-        blocks.append(Details("Every comparison in a sentence", [Bullets(sentences, "verdicts")]))
     return blocks
 
 
@@ -126,18 +123,21 @@ def comparisons(data: ModelData) -> Content:
 def tasks(data: ModelData) -> Content:
     """Accuracy by task, and the metrics that do not enter the mean."""
     notes = [Paragraph(f"Note: {cut_text(c.task, c.cut, c.items)}.", "note") for c in data.model.cut]
-    return [*_with_details(accuracy_table(data.model), "Other metrics", others_table(data.model)), *notes]
+    table = accuracy_table(data.model)
+    pictures = _shown(_later(data, data.accuracy)) if table else []
+    return [*pictures, *_with_details(table, "Other metrics", others_table(data.model)), *notes]
 
 
 @SECTIONS("perplexity", title="Perplexity")
 def perplexity(data: ModelData) -> Content:
     """Perplexity by text, and closeness to the full model."""
-    table = perplexity_table(data.model)
-    if table is None:
-        return [absent("No perplexity was measured in this run.")]
-    pictures = data.perplexity if data.accuracy else data.perplexity[1:]  # the first is in the summary
     distance = distance_table(data.model)
-    return [*_shown(pictures), *_with_details(table, "KL divergence and agreement with the full model", distance)]
+    table = perplexity_table(data.model)
+    tables = _with_details(table, "KL divergence and agreement with the full model", distance)
+    pictures = _shown(_later(data, data.perplexity)) if table else []
+    if pictures and data.loss:
+        return [*tables, Details("Figures text by text", pictures, printed=False)]
+    return [*pictures, *tables]
 
 
 @SECTIONS("experts", title="Which experts are kept")
@@ -159,13 +159,13 @@ def experts(data: ModelData) -> Content:
         )
     ]
     if not pictures or data.model.main is None:
-        return [absent("This run has no plan with utilities by corpus, so there is no heat map."), *missing]
+        return missing
     text = (
         "Each panel shows every expert's share of its layer's utility on one calibration corpus. "
         f"Outlined experts are kept by {data.model.main.name}."
     )
-    middle = (len(pictures) - 1) // 2
-    maps = [Details(p.caption, [Pictures([p], bare=True)], i == middle) for i, p in enumerate(pictures)]
+    middle = len(pictures) // 2
+    maps = [Details(p.caption, [Pictures([p], bare=True)], i == middle, printed=False) for i, p in enumerate(pictures)]
     return [Paragraph(text), *maps, *missing]
 
 
@@ -191,9 +191,9 @@ def overlap(data: ModelData) -> Content:
 @SECTIONS("usage", title="Do the tasks use the experts that generic text rates highly?")
 def usage(data: ModelData) -> Content:
     """How far utility agrees with the tasks' use of experts, and what pruning leaves of their routing weight."""
-    pictures, table = _usage_pictures(data), usage_table(data.model, data.usage)
+    pictures, table = usage_pictures(data), usage_table(data.model, data.usage)
     if not pictures and table is None:
-        return [absent("The use of experts by the tasks was not measured in this run.")]
+        return []
     words = usage_words(data.usage)
     return [*([Paragraph(words)] if words else []), *_shown(pictures), *([table] if table else [])]
 
@@ -203,13 +203,27 @@ def size(data: ModelData) -> Content:
     """Size of the checkpoint by budget, quality by size where there are further files, and peak memory."""
     table, memory = size_table(data.model), memory_words(data.model)
     if table is None:
-        return [absent("No sizes are known.")]
+        return []
     by_size, blocks = by_size_table(data.model), list[Block]()
     if by_size is not None:
         blocks.append(by_size)
     if verdicts := verdicts_of(data.model.by_size):
         blocks.append(Details("Files at about equal bytes, in a sentence each", [Bullets(verdicts, "verdicts")]))
     return [*blocks, table, *([Paragraph(memory, "note")] if memory else [])]
+
+
+@SECTIONS("absent", title="")
+def nothing_on(data: ModelData) -> Content:
+    """What the run does not have, in one place: a section without content has no heading either."""
+    model = data.model
+    lacks = {
+        "No comparison was tested in this run.": not model.comparisons,
+        "No perplexity was measured in this run.": not model.texts,
+        "This run has no plan with utilities by corpus, so there is no heat map.": not data.explained,
+        "The use of experts by the tasks was not measured in this run.": not (data.usage.corpora or data.usage.plans),
+    }
+    missing = [text for text, lacking in lacks.items() if lacking]
+    return [absent(" ".join(missing))] if missing else []
 
 
 # ----------------------------------------------------------------------------------------------------------- of the run
@@ -237,63 +251,13 @@ def _shown(pictures: Sequence[Picture]) -> list[Pictures]:
     return [Pictures(pictures)] if pictures else []
 
 
+def _later(data: ModelData, pictures: Sequence[Picture]) -> list[Picture]:
+    """The figures that do not stand at the top already."""
+    return [picture for picture in pictures if picture not in data.first]
+
+
 def _with_details(table: Table | None, summary: str, further: Table | None) -> list[Block]:
     """A table, and a further one folded away below it."""
     if table is None:
         return []
     return [table] if further is None else [table, Details(summary, [further])]
-
-
-def _usage_pictures(data: ModelData) -> list[Picture]:
-    from moecover.reporting.figures.by_budget import kept_weight_picture
-    from moecover.reporting.figures.utility_and_use import correlation_picture, usage_by_layer_picture
-
-    model, usage, add = data.model, data.usage, data.album.add
-    chance = "; dashed: expected by chance" if usage.keep and usage.experts else ""
-    return [
-        *add(
-            f"correlation-{data.anchor}",
-            correlation_picture(model, usage),
-            f"Rank correlation between the experts' utility on each corpus and their use by each task, {model.name}",
-            "1: the same ranking of experts; 0: unrelated.",
-        ),
-        *add(
-            f"shared-{data.anchor}",
-            usage_by_layer_picture(model, usage),
-            "Overlap between each corpus's best experts and those that the tasks use most, by decoder layer of "
-            f"{model.name}",
-            f"Line: mean over the tasks; band: range over the tasks{chance}.",
-        ),
-        *add(
-            f"kept-weight-{data.anchor}",
-            kept_weight_picture(model, usage),
-            "Share of the tasks' routing weight that goes to kept experts against the share of experts kept, one line "
-            f"per method, {model.name}; the numbers are in the table of kept routing weight",
-            "The higher, the less the tasks' own routing is disturbed.",
-        ),
-        *add(
-            f"kept-by-layer-{data.anchor}",
-            _kept_by_layer(model, usage),
-            f"Kept routing weight by task and decoder layer of {model.name} at one budget, one panel per task; the "
-            "means over layers are in the table of kept routing weight",
-            "Band: range over the runs.",
-            wide=True,
-        ),
-    ]
-
-
-def _kept_by_layer(model: ModelFindings, usage: Usage) -> Figure | None:
-    """What each method keeps of the tasks' routing weight, layer by layer, at the middle budget."""
-    from moecover.reporting.figures.kept_weight import kept_by_layer_picture
-
-    budgets = model.budgets
-    if not budgets or not usage.plans or usage.experts is None:
-        return None
-    points = {s.name: p for s in model.series for p in s.points if p.retain == budgets[len(budgets) // 2]}
-    keep = next((p.keep for p in points.values() if any(c in usage.plans for c in p.cells)), None)
-    if keep is None:
-        return None
-    alike = {name: [c for c in p.cells if c in usage.plans] for name, p in points.items() if p.keep == keep}
-    methods = {name: cells for name, cells in alike.items() if cells}
-    tasks = list(usage.plans[next(iter(methods.values()))[0]])
-    return kept_by_layer_picture({**usage.model_dump(), "tasks": tasks}, methods, keep)

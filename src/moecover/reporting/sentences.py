@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from moecover.comparison.cells import FILE
 from moecover.comparison.words import NONE_FOUND
 from moecover.corpora.sources import in_rows
 from moecover.evaluation.artifact import FULL
-from moecover.reporting.blocks import Tile
+from moecover.planning.shapes import shape_name
 from moecover.reporting.comparison_tables import mark_of
 from moecover.reporting.data import Cell, Comparison, Run, Usage
 from moecover.reporting.figures.overlap import expected_overlap
-from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
+from moecover.reporting.findings import Estimate, ModelFindings, Point, Series, failed
+from moecover.reporting.hero import chosen
 from moecover.reporting.numbers import counted, percentage, perplexity_text, points, size
 from moecover.text import listed
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The first thing to read about a model; ``verdicts`` are the CSS class and the sentence of every comparison."""
-
-    tiles: tuple[Tile, ...] = ()
-    sentences: tuple[str, ...] = ()
-    verdicts: tuple[tuple[str, str], ...] = ()
-
-
-def summary_of(model: ModelFindings) -> Summary:
-    """Tiles, sentences and verdicts about a model."""
+def summary_of(model: ModelFindings) -> tuple[str, ...]:
+    """The first sentences to read about a model."""
     sentences = [*_full_model(model), *_budgets(model), *_caveats(model)]
-    for first in dict.fromkeys(c.a for c in model.comparisons):
+    firsts = {c.a: c.a.removesuffix(f", {model.shapes.get(c.a)}") for c in model.comparisons}
+    for first in dict.fromkeys(firsts.values()):
         for kind, word in (("tasks", "accuracy"), ("perplexity", "perplexity")):
-            mine = [c for c in model.comparisons if c.a == first and c.kind == kind]
+            mine = [c for c in model.comparisons if firsts[c.a] == first and c.kind == kind]
             sentences += [tally(mine, f"{first} on {word}")] if mine else []
-    return Summary(tuple(_tiles(model)), tuple(sentences), verdicts_of(model.comparisons))
+    return tuple(sentences)
 
 
 def verdicts_of(comparisons: Iterable[Comparison]) -> tuple[tuple[str, str], ...]:
@@ -74,7 +65,7 @@ def _budgets(model: ModelFindings) -> list[str]:
     """What the main method reaches, budget by budget, largest first."""
     if model.main is None:
         return ["No pruned variant finished."]
-    return [_at_budget(model, model.main.name, p) for p in reversed(model.main.points)]
+    return [_at_budget(model, series, p) for series, p in chosen(model)]
 
 
 def _caveats(model: ModelFindings) -> list[str]:
@@ -97,9 +88,10 @@ def _caveats(model: ModelFindings) -> list[str]:
     return found
 
 
-def _at_budget(model: ModelFindings, method: str, p: Point) -> str:
+def _at_budget(model: ModelFindings, series: Series, p: Point) -> str:
     """One budget in a sentence: what the main method reaches, and the best of the others."""
-    others = [(s.name, q) for s in model.series[1:] for q in s.points if q.retain == p.retain]
+    rivals_of = [s for s in model.series if s.base != series.base]
+    others, method = [(_named(s, q), q) for s in rivals_of for q in s.points if q.retain == p.retain], series.name
     kept = f"{p.keep} per layer" if p.width is None else f"{p.keep} of {p.width} channels each per layer"
     head = f"With {percentage(p.retain)} of the {model.kept_of} ({kept}) {method} reaches"
     if p.mean:
@@ -120,43 +112,12 @@ def _at_budget(model: ModelFindings, method: str, p: Point) -> str:
     return f"{head} a perplexity of {reached}{rest}."
 
 
+def _named(series: Series, p: Point) -> str:
+    return series.name if p.width is None else f"{series.name}, {shape_name(p.keep, p.width)}"
+
+
 def _accuracy(e: Estimate) -> str:
     return f"{points(e.value)}%{'' if e.stderr is None else f' ±{points(e.stderr)}'}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- tiles
-def _tiles(model: ModelFindings) -> list[Tile]:
-    """One tile per budget of the main method: its result relative to the full model's."""
-    tiles = []
-    for p in reversed(model.main.points if model.main else ()):
-        relative = _relative(model, p)
-        if relative is not None:
-            number, of = relative
-            words = f"{of} with {percentage(p.retain)} of the {model.kept_of}, {size(p.num_bytes)}"
-            tiles.append(Tile(number, words))
-    return tiles
-
-
-def _relative(model: ModelFindings, p: Point) -> tuple[str, str] | None:
-    """A point's mean accuracy over the full model's, else its perplexity over the full model's, mean and worst text."""
-    if model.full is None:
-        return None
-    if p.mean and model.full.mean and model.full.mean.value > 0:
-        return f"{100 * (p.mean.value / model.full.mean.value):.1f}%", "of the full model's mean accuracy"
-    found = {
-        text: e.value / before.value
-        for text, e in p.perplexity.items()
-        if (before := model.full.perplexity.get(text)) and math.isfinite(e.value) and math.isfinite(before.value)
-    }
-    if not found:
-        return None
-    worst = max(found, key=lambda text: found[text])
-    if len(found) == 1:
-        return f"×{found[worst]:.2f}", f"the full model's perplexity on {worst}"
-    mean = math.exp(statistics.fmean(map(math.log, found.values())))
-    texts = counted(len(found), "text")
-    words = f"the full model's perplexity (geometric mean of {texts} … the worst, {worst})"
-    return f"×{mean:.2f} … ×{found[worst]:.2f}", words
 
 
 # ---------------------------------------------------------------------------------------------------------- other lines
@@ -205,10 +166,12 @@ def grid_in_words(cells: Sequence[Cell]) -> str:
     pruned = [c for c in cells if c.method not in (FULL, FILE)]
     if not pruned:
         return "No pruned variant was requested."
-    budgets = [percentage(r) for r in sorted({c.retain for c in pruned})]
-    labels, samples = {c.variant for c in pruned}, {c.sample for c in pruned if c.calibration}
+    budgets = [percentage(r) for r in sorted({c.retain for c in pruned}, reverse=True)]
+    labels, samples = {c.parts[0] for c in pruned}, {c.sample for c in pruned if c.calibration}
+    changes = [change or "without repair" for change in dict.fromkeys(c.parts[1] for c in pruned)]
     corpora = list(dict.fromkeys(itertools.chain.from_iterable(c.calibration for c in pruned)))
     thin = "' bytes" if any(c.width is not None for c in pruned) else ""
-    text = f"{counted(len(labels), 'method')} at {listed(budgets)} of the experts{thin}"
+    text = f"{counted(len(labels), 'method')}{f' ({listed(changes)})' if any(c.parts[1] for c in pruned) else ''}"
+    text += f" at {listed(budgets)} of the experts{thin}"
     text += f", calibrated on {listed(in_rows(corpora))}" if corpora else ""
     return f"{text}, {counted(len(samples), 'calibration sample')}." if len(samples) > 1 else f"{text}."

@@ -8,7 +8,7 @@ from moecover.planning.shapes import shape_name
 from moecover.reporting.blocks import MISSING, Column, Table, Value, text_column
 from moecover.reporting.findings import Estimate, ModelFindings, Point
 from moecover.reporting.numbers import percentage, size
-from moecover.reporting.values import FULL_MODEL, OF_FULL, kl_value, method_rows, perplexity_value
+from moecover.reporting.values import FULL_MODEL, OF_FULL, kl_value, method_rows, perplexity_value, shape_value
 
 
 def size_table(model: ModelFindings) -> Table | None:
@@ -31,7 +31,12 @@ def size_table(model: ModelFindings) -> Table | None:
         for (r, keep, width), b in rows
     )
     what = Column("what is kept", number=False)
-    columns = (what, Column("experts per layer"), Column("size of the weights"), Column(OF_FULL))
+    columns = (
+        what,
+        Column("experts × channels" if model.thin else "experts per layer"),
+        Column("size of the weights"),
+        Column(OF_FULL),
+    )
     return Table("size", f"Size of {model.name} before and after", columns, body)
 
 
@@ -43,11 +48,12 @@ def by_size_table(model: ModelFindings) -> Table | None:
     """Everything that was measured by the bytes of its weights, largest first; None without further files."""
     if not model.files:
         return None
-    rows = sorted([*method_rows(model), *model.files], key=lambda row: -row[1].num_bytes)
+    known = [(series.name if series else FULL_MODEL, p) for series, p in method_rows(model)]
+    rows = sorted([*known, *model.files], key=lambda row: -row[1].num_bytes)
     full = model.full.num_bytes if model.full else None
     columns = (
         text_column("model"),
-        Column("experts per layer"),
+        Column("experts × channels" if model.thin else "experts per layer"),
         Column("size of the weights"),
         Column(OF_FULL),
         *(Column(text, first="ascending") for text in model.texts),
@@ -60,7 +66,7 @@ def by_size_table(model: ModelFindings) -> Table | None:
         tuple(
             (
                 Value(name, name.casefold()),
-                Value(shape_name(p.keep, p.width), p.keep),
+                shape_value(p),
                 Value(size(p.num_bytes), p.num_bytes),
                 Value(f"{p.num_bytes / full:.1%}", p.num_bytes / full) if full else MISSING,
                 *(perplexity_value(p.perplexity.get(text)) for text in model.texts),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import re
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -56,10 +57,10 @@ def svg_bytes(figure: Figure, *, for_page: bool) -> bytes:
     return buffer.getvalue()
 
 
-def png_bytes(figure: Figure) -> bytes:
-    """The figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+def png_bytes(figure: Figure, *, least: int = 0) -> bytes:
+    """The figure as PNG, ``least`` pixels wide or wider."""
+    buffer, dpi = io.BytesIO(), max(DPI, math.ceil(least / figure.get_figwidth()))
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -5,7 +5,6 @@ The tables of comparisons are in `comparison_tables`.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -14,8 +13,9 @@ from moecover.reporting.blocks import MISSING, Column, Table, Value, text_column
 from moecover.reporting.data import Run, Usage
 from moecover.reporting.figures.overlap import expected_overlap
 from moecover.reporting.figures.style import Facts
-from moecover.reporting.findings import Estimate, ModelFindings, Point, failed
-from moecover.reporting.numbers import percentage, points
+from moecover.reporting.findings import Estimate, ModelFindings, failed
+from moecover.reporting.losses import loss_of, worst_of
+from moecover.reporting.numbers import percentage, points, size
 from moecover.reporting.values import (
     OF_FULL,
     best_rows,
@@ -23,6 +23,7 @@ from moecover.reporting.values import (
     coordinates,
     kept_in,
     kl_value,
+    loss_value,
     method_rows,
     perplexity_value,
     share_value,
@@ -41,11 +42,11 @@ def accuracy_table(model: ModelFindings) -> Table | None:
     best = [best_rows(rows, values) for values in columns]
     full = model.full.mean.value if model.full and model.full.mean else None
     body = []
-    for i, (name, p) in enumerate(rows):
+    for i, (series, p) in enumerate(rows):
         values = [share_value(c[i], "best" if i in b else "") for c, b in zip(columns, best, strict=True)]
         share = p.mean.value / full if p.mean and full else None
         of_full = MISSING if share is None else Value(f"{100 * share:.1f}%", share)
-        body.append((*coordinates(name, p), *values, of_full))
+        body.append((*coordinates(model, series, p), *values, of_full))
     heads = [Column(task) for task in model.tasks] + ([Column("mean")] if several else [])
     return Table(
         "tasks",
@@ -68,46 +69,37 @@ def perplexity_table(model: ModelFindings) -> Table | None:
         best = best_rows(rows, found, largest=False)
         values.append([perplexity_value(e, "best" if i in best else "") for i, e in enumerate(found)])
     several = len(model.texts) > 1 and model.full is not None
-    losses = [_losses(model, p) if several else () for _, p in rows]
-    heads = [Column(head, first="ascending") for head in ("mean loss, nats", "worst text, nats")] if several else []
+    heads = [Column(head, first="ascending") for head in ("mean loss", "worst text")] if several else []
+    body = []
+    for i, (series, p) in enumerate(rows):
+        worst = worst_of(model, p, model.texts)
+        losses = [loss_value(loss_of(model, p, model.texts)), loss_value(worst, worst.names[0] if worst else "")]
+        bytes_kept = Value(size(p.num_bytes), p.num_bytes)
+        body.append((*coordinates(model, series, p), bytes_kept, *(v[i] for v in values), *(losses if several else ())))
     return Table(
         "perplexity",
         f"Perplexity on {model.name}, lower is better",
-        (*coordinate_columns(model), *(Column(text, first="ascending") for text in model.texts), *heads),
-        tuple((*coordinates(name, p), *(v[i] for v in values), *losses[i]) for i, (name, p) in enumerate(rows)),
+        (*coordinate_columns(model), Column("size"), *(Column(t, first="ascending") for t in model.texts), *heads),
+        tuple(body),
         "± one standard error over the runs, where there are several. Perplexities are averaged geometrically. "
         "Bold: lowest at its budget, which does not imply significance."
-        + (" Loss: log perplexity less that of the full model, and the text where it is largest." if several else ""),
+        + (" Loss: perplexity as a multiple of the full model's, with its 95% interval." if several else ""),
     )
-
-
-def _losses(model: ModelFindings, p: Point) -> tuple[Value, Value]:
-    """The mean over the texts of what a point loses against the full model, in nats per token, and the worst text.
-
-    Missing where a text is, or where a perplexity is infinite.
-    """
-    full = model.full.perplexity if model.full else {}
-    lost = {
-        text: math.log(p.perplexity[text].value) - math.log(full[text].value)
-        for text in model.texts
-        if text in p.perplexity and text in full
-    }
-    if p is model.full or len(lost) < len(model.texts) or not all(map(math.isfinite, lost.values())):
-        return MISSING, MISSING
-    worst, mean = max(lost, key=lambda text: lost[text]), statistics.fmean(lost.values())
-    return Value(f"{mean:.3f}", mean), Value(f"{lost[worst]:.3f}", lost[worst], worst)
 
 
 def distance_table(model: ModelFindings) -> Table | None:
     """KL divergence from the full model and agreement with it on the next token, by text."""
-    rows = [(name, p) for name, p in method_rows(model) if p.kl or p.top1]
+    rows = [(series, p) for series, p in method_rows(model) if p.kl or p.top1]
     if not rows:
         return None
     texts = [t for t in model.texts if any(t in p.kl or t in p.top1 for _, p in rows)]
     columns = [c for t in texts for c in (Column(f"{t}: KL", first="ascending"), Column(f"{t}: same next token, %"))]
     body = tuple(
-        (*coordinates(name, p), *(v for t in texts for v in (kl_value(p.kl.get(t)), share_value(p.top1.get(t)))))
-        for name, p in rows
+        (
+            *coordinates(model, series, p),
+            *(v for t in texts for v in (kl_value(p.kl.get(t)), share_value(p.top1.get(t)))),
+        )
+        for series, p in rows
     )
     return Table(
         "distance",
@@ -125,7 +117,9 @@ def others_table(model: ModelFindings) -> Table | None:
     keys = sorted({key for _, p in rows for key in p.others})
     if not keys:
         return None
-    body = tuple((*coordinates(name, p), *(share_value(p.others.get(key)) for key in keys)) for name, p in rows)
+    body = tuple(
+        (*coordinates(model, series, p), *(share_value(p.others.get(key)) for key in keys)) for series, p in rows
+    )
     columns = tuple(Column(f"{task}: {metric}") for task, metric in keys)
     return Table("others", f"Other metrics on {model.name}, %", (*coordinate_columns(model), *columns), body)
 
@@ -134,12 +128,12 @@ def usage_table(model: ModelFindings, usage: Usage) -> Table | None:
     """Proportion of each task's routing weight that goes to kept experts: a row per method and budget."""
     rows = []
     tasks = list(dict.fromkeys(t for plan in usage.plans.values() for t in plan))
-    for name, p in method_rows(model):
+    for series, p in method_rows(model):
         mine = [usage.plans[cell] for cell in p.cells if cell in usage.plans]
         if mine:
             shares = [[statistics.fmean(plan[t].kept_weight) for plan in mine if t in plan] for t in tasks]
             values = [Value(points(statistics.fmean(v)), statistics.fmean(v)) if v else MISSING for v in shares]
-            rows.append((*coordinates(name, p), *values))
+            rows.append((*coordinates(model, series, p), *values))
     if not rows:
         return None
     return Table(
@@ -186,7 +180,8 @@ def overlap_table(model: ModelFindings, explained: Sequence[tuple[float, Facts]]
 
 def failed_table(run: Run) -> Table | None:
     """The cells that did not finish, with their reasons."""
-    cells = failed(run)
+    models = list(dict.fromkeys(c.model for c in run.cells))
+    cells = sorted(failed(run), key=lambda c: (models.index(c.model), -c.retain))
     if not cells:
         return None
     body = tuple(

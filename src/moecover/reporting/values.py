@@ -7,17 +7,43 @@ from collections.abc import Sequence
 
 from moecover.planning.shapes import shape_name
 from moecover.reporting.blocks import MISSING, Column, Value, text_column
+from moecover.reporting.data import Loss
 from moecover.reporting.figures.style import Facts
-from moecover.reporting.findings import Estimate, ModelFindings, Point
-from moecover.reporting.numbers import percentage, perplexity_text, points
+from moecover.reporting.findings import Estimate, ModelFindings, Point, Series
+from moecover.reporting.numbers import percentage, perplexity_text, points, signed_points, times
 
 FULL_MODEL = "full model"
 OF_FULL = "of the full model"
 
 
 def coordinate_columns(model: ModelFindings) -> tuple[Column, ...]:
-    """The columns of `coordinates`."""
-    return text_column("method"), Column(f"{model.kept_of} kept"), Column("runs")
+    """The columns of `coordinates`: merge and repair where there are any, runs where there are several."""
+    changes = (text_column("repair"),) if _changed(model) else ()
+    runs = (Column("runs"),) if _repeated(model) else ()
+    experts = Column("experts × channels" if model.thin else "experts")
+    return text_column("method"), *changes, Column(f"{model.kept_of} kept"), experts, *runs
+
+
+def coordinates(model: ModelFindings, series: Series | None, p: Point) -> list[Value]:
+    """The cells of a row in the columns `coordinate_columns`; None is the full model."""
+    name, changes = (series.base, series.changes) if series else (FULL_MODEL, "")
+    found = [Value(name, name.casefold())]
+    found += [Value(changes, changes) if changes else MISSING] if _changed(model) else []
+    found += [Value(percentage(p.retain), p.retain), shape_value(p)]
+    return [*found, Value(f"{p.runs}", p.runs)] if _repeated(model) else found
+
+
+def shape_value(p: Point) -> Value:
+    """What is kept of every layer: experts, and channels of each where they are thinner."""
+    return Value(shape_name(p.keep, p.width), p.keep)
+
+
+def _changed(model: ModelFindings) -> bool:
+    return any(s.changes for s in model.series)
+
+
+def _repeated(model: ModelFindings) -> bool:
+    return any(p.runs > 1 for s in model.series for p in s.points)
 
 
 def share_value(e: Estimate | None, mark: str = "") -> Value:
@@ -31,8 +57,23 @@ def perplexity_value(e: Estimate | None, mark: str = "") -> Value:
     """A perplexity, with its standard error."""
     if e is None:
         return MISSING
-    note = "" if e.stderr is None else f"±{perplexity_text(e.stderr)}"
+    note = "" if e.stderr is None else f"±{perplexity_text(e.stderr, beside=e.value)}"
     return Value(perplexity_text(e.value), e.value if math.isfinite(e.value) else None, note, mark)
+
+
+def loss_value(loss: Loss | None, note: str = "") -> Value:
+    """A loss of log perplexity as what the full model's perplexity is multiplied by, with its interval."""
+    if loss is None:
+        return MISSING
+    return Value(f"×{times(loss.value)}", loss.value, "\n".join(x for x in (interval(loss), note) if x))
+
+
+def interval(loss: Loss) -> str:
+    """The interval of a loss: in points of accuracy, or as factors of the perplexity; empty where there is none."""
+    if loss.low is None or loss.high is None:
+        return ""
+    text = times if loss.kind == "perplexity" else signed_points
+    return f"[{text(loss.low)}, {text(loss.high)}]"
 
 
 def kl_value(e: Estimate | None) -> Value:
@@ -40,15 +81,14 @@ def kl_value(e: Estimate | None) -> Value:
     return MISSING if e is None else Value(f"{e.value:.3f}", e.value, "" if e.stderr is None else f"±{e.stderr:.3f}")
 
 
-def method_rows(model: ModelFindings) -> list[tuple[str, Point]]:
-    """The rows of a model's tables: the full model, then budget by budget, largest first, methods in their order."""
-    budgets = sorted(model.budgets, reverse=True)
-    rows = [(s.name, p) for b in budgets for s in model.series for p in s.points if p.retain == b]
-    return [(FULL_MODEL, model.full), *rows] if model.full else rows
+def method_rows(model: ModelFindings) -> list[tuple[Series | None, Point]]:
+    """The rows of a model's tables: the full model (None), then budget by budget, largest first, methods in order."""
+    rows: list[tuple[Series | None, Point]] = [(None, model.full)] if model.full else []
+    return rows + [(s, p) for b in model.budgets for s in model.series for p in s.points if p.retain == b]
 
 
 def best_rows(
-    rows: Sequence[tuple[str, Point]], values: Sequence[Estimate | None], *, largest: bool = True
+    rows: Sequence[tuple[Series | None, Point]], values: Sequence[Estimate | None], *, largest: bool = True
 ) -> set[int]:
     """Indices of the rows with the best value of their budget, for budgets with at least two values."""
     found = set()
@@ -72,12 +112,3 @@ def kept_in(facts: Facts) -> str:
 def width_words(facts: Facts) -> str:
     """How wide the kept experts of an explained plan are; empty where they are whole."""
     return f": {facts['keep']} experts, {facts['channels']['width']} channels of each" if "channels" in facts else ""
-
-
-def coordinates(name: str, p: Point) -> list[Value]:
-    """The cells of a row in the columns `coordinate_columns`."""
-    return [
-        Value(name, name.casefold()),
-        Value(percentage(p.retain), p.retain, shape_name(p.keep, p.width)),
-        Value(f"{p.runs}", p.runs),
-    ]

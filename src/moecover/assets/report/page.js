@@ -21,10 +21,31 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// Open everything for printing.
+// Say where something scrolls sideways; frames that do not are no stops of the Tab key.
+const frames = [...document.querySelectorAll(".scroll")];
+for (const frame of frames) {
+  const hint = document.createElement("p");
+  hint.className = "hint";
+  hint.textContent = "scroll sideways for more →";
+  hint.hidden = true;
+  frame.before(hint);
+}
+const look = (frame) => {
+  const rest = frame.scrollWidth - frame.clientWidth;
+  frame.previousElementSibling.hidden = rest < 2;
+  frame.classList.toggle("more", rest - frame.scrollLeft > 1);
+  if (rest < 2) frame.removeAttribute("tabindex");
+  else frame.tabIndex = 0;
+};
+const watch = new ResizeObserver((entries) => entries.forEach((one) => look(one.target)));
+for (const frame of frames) {
+  watch.observe(frame);
+  frame.addEventListener("scroll", () => look(frame), { passive: true });
+}
+// Open for printing what is not for the screen alone.
 const closed = [];
 addEventListener("beforeprint", () => {
-  for (const one of document.querySelectorAll("details:not([open])")) {
+  for (const one of document.querySelectorAll("details:not([open]):not(.screen)")) {
     closed.push(one);
     one.open = true;
   }

@@ -28,7 +28,7 @@ LOG_FROM = 3.0  # a log scale is used if the largest value is this many times th
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a figure: its name, and an estimate for every x."""
+    """One line of a figure: its name, and an estimate for every x, the largest first."""
 
     name: str
     points: tuple[tuple[float, Estimate], ...]
@@ -85,19 +85,19 @@ def lines_picture(
         axes.set_yscale("log")
     ends = []
     for turn, line in enumerate(drawn):
-        shift = (turn - (len(drawn) - 1) / 2) * 0.012 * span  # side by side, so that bars do not overlap
+        shift = -(turn - (len(drawn) - 1) / 2) * 0.012 * span  # side by side, so that bars do not overlap
         ends.append(_draw_line(axes, line, turn, shift, factor))
     if reference:
         axes.axhline(reference[1] * factor, color=REFERENCE, linestyle="--", linewidth=1)
-        ends.append((budgets[-1], reference[1] * factor, REFERENCE))
+        ends.append((budgets[0], reference[1] * factor, REFERENCE))
         names.append([short(reference[0], LETTERS)])
-    axes.set_xlim(budgets[0] - 0.08 * span, budgets[-1] + 0.08 * span)
+    axes.set_xlim(budgets[-1] + 0.08 * span, budgets[0] - 0.08 * span)  # the largest first, as in the tables
     axes.set_xticks(budgets, labels=[f"{b:.3g}" for b in budgets])
     axes.set_xlabel(xlabel)
     axes.set_ylabel(f"{ylabel}, log scale" if logarithmic else ylabel)
     axes.grid(axis="y")
-    _ticks(axes, values, logarithmic=logarithmic)
-    _label_ends(axes, names, ends, figure.get_figheight())
+    ticks(axes, values, logarithmic=logarithmic)
+    label_ends(axes, names, ends, figure.get_figheight())
     return figure
 
 
@@ -131,7 +131,8 @@ def _draw_line(axes: Axes, line: Line, turn: int, shift: float, factor: float) -
     return x[-1], y[-1], colour
 
 
-def _ticks(axes: Axes, values: Sequence[float], *, logarithmic: bool) -> None:
+def ticks(axes: Axes, values: Sequence[float], *, logarithmic: bool) -> None:
+    """Put ticks on the y axis that fit the values."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     if not logarithmic:
@@ -163,7 +164,7 @@ def apart(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
     return [float(v) for v in found]
 
 
-def _label_ends(
+def label_ends(
     axes: Axes, names: Sequence[Sequence[str]], ends: Sequence[tuple[float, float, str]], high: float
 ) -> None:
     """Write every name to the right of the end of its line; ``high``: height of the figure in inches."""
