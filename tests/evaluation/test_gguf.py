@@ -68,7 +68,7 @@ def test_what_has_no_use_is_refused(converted: Callable[..., Path], tmp_path: Pa
     )
     text.write_text(TEXT)
     for arguments, message in (
-        ({"tasks": ["piqa"]}, "tasks has no use here"),
+        ({"tasks": ["piqa"]}, "tasks has no use here: .* run on a server: llama-server"),
         ({"batch_size": 4}, "batch_size has no use here"),
         ({"files": [checkpoint]}, "rows from files are for GGUF"),
         ({"files": [converted("qwen3_moe"), converted("qwen3_moe")]}, "a row qwen3_moe already. Rename"),

@@ -14,6 +14,10 @@ from moecover.llama.vocabulary import GgufTokenizer, tokenizer_of
 from moecover.progress import Progress
 
 DEVICES = (None, "auto", "cpu")
+TASKS = (
+    "tasks are for checkpoints. Those that generate text run on a server: llama-server -m FILE.gguf, then the "
+    f"original's folder with {arg('endpoint', 'http://HOST:PORT/v1')}"
+)
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
 
@@ -29,9 +33,8 @@ def check_options(options: Mapping[str, object], *more: str) -> None:
     """
     for name in ("dtype", "device_map", "memory_limit", "keep_inputs", "model", *more):
         if options.get(name) not in (None, "auto"):
-            raise InputError(
-                f"{arg(name)} has no use here: llama.cpp runs a GGUF file as it is stored, mapped from the disk"
-            )
+            why = TASKS if name == "tasks" else "llama.cpp runs a GGUF file as it is stored, mapped from the disk"
+            raise InputError(f"{arg(name)} has no use here: {why}")
     if (device := options.get("device")) not in DEVICES:
         raise InputError(f"{arg('device', device)}: of a GGUF file auto (a GPU where llama.cpp has one) or cpu")
 
