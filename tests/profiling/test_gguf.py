@@ -83,6 +83,8 @@ def test_the_command_line_reads_text_in_the_files_own_tokens(
     text.write_text((TEXT + "An <end> is text, größe too.\n") * 60)
     options = ["--corpus", f"text={text}", "--length", "32", "--sequences", "6"]
     checkpoint = model.with_name("checkpoint")
+    status, out, _ = run(capsys, "profile", model, *options, "-o", tmp_path / "gguf", "--dry-run")
+    assert (status, "the model in llama.cpp" in out, (tmp_path / "gguf").exists()) == (0, True, False)
     assert run(capsys, "profile", model, *options, "-o", tmp_path / "gguf")[0] == 0
     assert run(capsys, "profile", checkpoint, *options, "--dtype", "float32", "-o", tmp_path / "hf")[0] == 0
     found, expected = Profile.load(tmp_path / "gguf"), Profile.load(tmp_path / "hf")

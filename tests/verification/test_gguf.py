@@ -93,6 +93,8 @@ def test_a_swapped_expert_is_found_by_its_bytes_and_by_what_it_computes(
 ) -> None:
     model, name = converted("deepseek_v3"), "blk.2.ffn_down_exps.weight"
     out = prune(model, plan_of("deepseek_v3"), tmp_path / "half.gguf", progress=False).output
+    status, text, _ = run(capsys, "verify", model, out, "--dry-run")
+    assert (status, "both models in llama.cpp" in text) == (0, True)
     status, text, _ = run(capsys, "verify", model, out)
     assert (status, "log-probabilities within" in text, "of encyclopedia-heldout, web-heldout" in text) == (
         0,

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from moecover import rehearsal
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
 from moecover.llama.library import Library, load
@@ -66,6 +67,7 @@ def opened_gguf(
     """
     library, files = load(libllama), structure.checkpoint.gguf
     assert files is not None
+    rehearsal.ahead("read", structure.checkpoint.name, num_bytes=structure.checkpoint.num_bytes)
     with contextlib.ExitStack() as stack:
         with progress.spinner(f"opening {structure.checkpoint.name} in llama.cpp {library.version}"):
             model = stack.enter_context(opened(files.first.path, library, on_cpu=device == "cpu"))
