@@ -26,6 +26,7 @@ from tests.support import zoo
 from tests.support.command_line import run
 from tests.support.passes import Stop, same, stop_after
 from tests.support.quantised import set_config, with_mtp_that_drafts
+from tests.support.ranks import in_ranks
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +218,12 @@ def test_another_family(tmp_path: Path) -> None:
     assert made is not None
     assert made.statistics["a"]["num_tokens"].max() == 6 * 23
     assert made.statistics["a"]["count"].sum() == 6 * 23 * zoo.TOP_K
+
+
+def test_processes_share_the_layers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch a process, one of which has none of the second corpus."""
+    structure, corpora = read_structure(folder), [random_corpus("a"), random_corpus("b", sequences=1)]
+    expected = profile(structure, corpora, batch_size=6, mtp=True).mtp
+    for made in in_ranks(monkeypatch, lambda here: profile(structure, corpora, batch_size=6, mtp=True, here=here)):
+        assert isinstance(made, Profile), made
+        same(made.mtp, expected)

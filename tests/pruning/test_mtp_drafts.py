@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from moecover.runtime.loading import load_model
 from tests.conftest import random_corpus
 from tests.support.command_line import run
 from tests.support.passes import limit_between
-from tests.support.quantised import with_mtp_that_drafts
+from tests.support.quantised import set_config, with_mtp_that_drafts
 
 pytest.importorskip("transformers.modeling_layers")
 ROOT = "model.layers.3"
@@ -158,3 +159,18 @@ def test_by_command(structure: Structure, tmp_path: Path, capsys: pytest.Capture
     status, out, _ = run(capsys, "plan", tmp_path / "p", "--keep", 6, "-o", tmp_path / "plan.json")
     assert status == 0
     assert "in 1 of multi-token prediction by their own statistics" in out
+
+
+def test_settings_name_experts_by_the_new_ids_of_their_layer(
+    structure: Structure, made: Profile, tmp_path: Path
+) -> None:
+    chosen = plan(made, retain=0.5)
+    kept = {2: chosen.layers[-1].kept, 3: chosen.mtp[0].kept}
+    expert = next(e for e in kept[2] if e in kept[3] and kept[2].index(e) != kept[3].index(e))
+    shutil.copytree(structure.checkpoint.path, tmp_path / "m")
+    names = {number: f"model.layers.{number}.mlp.experts.{{}}.down_proj" for number in kept}
+    apart = [name.format(expert) for name in names.values()]
+    set_config(tmp_path / "m", quantization_config={"quant_method": "fp8", "modules_to_not_convert": apart})
+    out = prune(read_structure(tmp_path / "m"), chosen, tmp_path / "out", mtp="prune")
+    found = json.loads((out / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert found == [name.format(kept[number].index(expert)) for number, name in names.items()]
