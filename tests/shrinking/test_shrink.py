@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecover import Shrunk, shrink
+from moecover import Shrunk, report, shrink
 from moecover.checkpoints.structure import read_structure
 from moecover.cli.main import main
 from moecover.corpora.packing import Corpus
@@ -80,6 +80,29 @@ def test_the_best_shape_is_repaired_proven_and_measured(checkpoints: Callable[..
     loaded = read_structure(tmp_path / "out")
     assert loaded.topology.num_experts == plan.keep
     assert "rare-tokens" in json.dumps(plan.calibration)
+    _page_of(made)
+
+
+def _page_of(made: Shrunk) -> None:
+    """The page of the folder: the numbers of the evaluation, a curve over sizes once there are two, no page of none."""
+    folder, page = made.work.parent, made.work.parent.with_suffix(".html")
+    written = report(folder, page, progress=False)
+    full, row = made.evaluation.rows
+    change = {name: one.perplexity / full.perplexity[name].perplexity - 1 for name, one in row.perplexity.items()}
+    worst = max(change, key=lambda name: change[name])
+    text = page.read_text().replace("−", "-")
+    assert f"worst text: {worst}" in text
+    assert f"{100 * change[worst]:+.1f} %" in text
+    assert f"{row.keep} of 12 experts" in text
+    assert {Path(path).stem for path in written["pictures"]} >= {
+        f"{made.work.name}-{name}" for name in ("shapes", "utility")
+    }
+    shutil.copytree(made.work, folder / "again")
+    assert "sizes" in {Path(path).stem for path in report(folder, page, overwrite=True, progress=False)["pictures"]}
+    for one in ("again", made.work.name):
+        shutil.rmtree(folder / one / "evaluation")
+    with pytest.raises(InputError, match="Run the same `shrink` again"):
+        report(folder, page, overwrite=True, progress=False)
 
 
 def test_the_command_goes_on_where_it_stopped(

@@ -1,4 +1,4 @@
-"""The verb `report`: the page of a comparison."""
+"""The verb `report`: the page of a comparison, or of what `shrink` did."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from moecover.cli.options import add_output, add_plugin, load_plugins
 from moecover.cli.verb import Outcome
 from moecover.text import size_text
 
-HELP = "write a run of `compare` as one page to read, and its figures as files"
+HELP = "write a run of `compare`, or what `shrink` did, as one page to read, and its figures as files"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder that `moecover compare` wrote")
+    parser.add_argument(
+        "run",
+        type=Path,
+        metavar="RUN_DIR",
+        help="folder that `moecover compare` wrote, or the folder of work of `moecover shrink`",
+    )
     text = "report.html to write: one file that needs no network"
     add_output(parser, "PAGE", text, replaced="a page and figures that are there")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The page of a run: reads a run folder of `compare`, writes one self-contained HTML file, and its figures beside it.
+"""The page of a run: reads what `compare` or `shrink` made, writes one self-contained HTML file, and figures beside it.
 
 Text from files is escaped by the template. A content security policy in the page forbids every address, and every
 script and style sheet but the page's own.
@@ -6,7 +6,7 @@ script and style sheet but the page's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,38 +15,22 @@ from moecover.comparison.results import Comparison
 from moecover.errors import InputError, arg
 from moecover.files.atomic import new_folder, write_text
 from moecover.progress import Progress, resolve
+from moecover.reporting.chapters import Chapter, Page, ShownSection
 from moecover.reporting.context import model_data, run_data
 from moecover.reporting.figures.style import STYLE
 from moecover.reporting.sections import RUN_SECTIONS, SECTIONS, Sections
 from moecover.reporting.sentences import cells_in_words, grid_in_words
+from moecover.reporting.shrunk import is_shrunk, shrunk_page
 from moecover.reporting.svg import source_hash
 from moecover.text import Cell, Shown, size_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from moecover.reporting.sections import Content, Data
+    from moecover.reporting.sections import Data
 
 FOLDER_ENDING = "_files"
 PICTURE_KINDS = (".png", ".svg")
-
-
-@dataclass(frozen=True)
-class ShownSection:
-    """A section with its blocks."""
-
-    name: str
-    title: str
-    blocks: Content
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """What the page says about one model."""
-
-    anchor: str
-    name: str
-    sections: tuple[ShownSection, ...]
 
 
 def _sections(sections: Sections[Data], data: Data) -> tuple[ShownSection, ...]:
@@ -62,28 +46,44 @@ def rendered(folder: Path) -> tuple[str, dict[str, bytes]]:
         The HTML text, and the bytes of the figures by file name.
 
     Raises:
-        InputError: the folder is not a run, or its files are damaged.
+        InputError: the folder is of neither, or its files are damaged.
     """
     from markupsafe import Markup
     from matplotlib import style
 
-    data = run_data(folder)
-    models = [model_data(data, i) for i in range(len(data.models))]
     with style.context(STYLE, after_reset=True):
-        chapters = [Chapter(m.anchor, m.model.name, _sections(SECTIONS, m)) for m in models]
-        of_run = _sections(RUN_SECTIONS, data)
-    css, script = f"{_asset('page.css')}\n{data.album.styles.css()}\n", _asset("page.js")
-    page = _template("page.html").render(
+        page = shrunk_page(folder) if is_shrunk(folder) else compared_page(folder)
+    css, script = f"{_asset('page.css')}\n{page.album.styles.css()}\n", _asset("page.js")
+    text = _template("page.html").render(
+        page=page,
         css=Markup(css),
         css_hash=Markup(source_hash(css)),
         script=Markup(script),
         script_hash=Markup(source_hash(script)),
-        grid=grid_in_words(data.run.cells),
-        cells=cells_in_words(data.run),
-        chapters=chapters,
-        run_sections=of_run,
     )
-    return page, data.album.files
+    return text, page.album.files
+
+
+def compared_page(folder: Path) -> Page:
+    """The page of a run of `compare`, a chapter for every model.
+
+    Raises:
+        InputError: the folder is not a run, or its files are damaged.
+    """
+    data = run_data(folder)
+    chapters = [
+        Chapter(m.anchor, m.model.name, _sections(SECTIONS, m))
+        for m in map(partial(model_data, data), range(len(data.models)))
+    ]
+    return Page(
+        title="Which experts to keep",
+        kicker="moecover · a comparison of expert pruning methods",
+        about=" · ".join(chapter.name for chapter in chapters),
+        facts=f"{grid_in_words(data.run.cells)} {cells_in_words(data.run)}.",
+        chapters=chapters,
+        run_sections=_sections(RUN_SECTIONS, data),
+        album=data.album,
+    )
 
 
 def _asset(name: str) -> str:
@@ -144,7 +144,7 @@ def report(
     """Write the page of a run and its figures; each appears only when complete.
 
     Args:
-        run: what `compare` returned, or its run folder.
+        run: what `compare` returned, or its run folder; or the folder of what `shrink` made on the way.
         page: HTML file to write.
         figures: folder for the figures as PNG and SVG; default: the page's name with ``_files`` in place of its suffix.
         overwrite: replace an existing page and figures.
@@ -154,7 +154,7 @@ def report(
         A dictionary with ``page``, ``bytes``, ``figures`` (the folder) and ``pictures`` (paths of the figures).
 
     Raises:
-        InputError: the folder is not a run, or an output exists.
+        InputError: the folder is neither, or an output exists.
         MoecoverError: the disk is full or a folder cannot be written.
     """
     folder, page = run.run if isinstance(run, Comparison) else Path(run), Path(page)
