@@ -32,10 +32,15 @@ Gaps = dict[str, list[float]]
 
 
 def loaded() -> dict[str, Any]:
-    """The file, without its parts of repaired and thin experts."""
+    """The file."""
     found: dict[str, Any] = json.loads(SOURCE.read_text())
-    found["parts"] = {part: rows for part, rows in found["parts"].items() if part.endswith("-none")}
     return found
+
+
+def whole(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of whole experts without repair, by model."""
+    parts: dict[str, list[dict[str, Any]]] = data["parts"]
+    return {part.removesuffix("-none"): rows for part, rows in parts.items() if part.endswith("-none")}
 
 
 def of_group(gaps: Gaps, names: list[str]) -> list[float]:
@@ -53,7 +58,7 @@ def field_section() -> str:
     """Text, figure and tables."""
     data = loaded()
     groups: dict[str, list[str]] = data["groups"]
-    samples = max(len(next(iter(row["gaps"].values()))) for rows in data["parts"].values() for row in rows)
+    samples = max(len(next(iter(row["gaps"].values()))) for rows in whole(data).values() for row in rows)
     of_groups = "; ".join(f"{name}: {', '.join(texts)}" for name, texts in groups.items())
     lines = [
         "## The field in one grid\n",
@@ -67,8 +72,7 @@ def field_section() -> str:
         "every method](field.png)\n",
     ]
     lines.append(SAYS)
-    for part, rows in data["parts"].items():
-        model = part.removesuffix("-none")
+    for model, rows in whole(data).items():
         keeps = sorted({row["keep"] for row in rows})
         heads = [f"{keep / EXPERTS[model]:.0%} {group}" for keep in keeps[:2] for group in groups]
         lines += [f"### {model}, every method\n", f"| method | {' | '.join(heads)} | worst text at 50% |"]
@@ -78,7 +82,7 @@ def field_section() -> str:
             cells = [cell(of_group(of[keep], names)) for keep in keeps[:2] for names in groups.values()]
             worst = max(of[keeps[1]], key=lambda text, of=of: statistics.fmean(of[keeps[1]][text]))
             lines.append(f"| {label} | {' | '.join(cells)} | {worst} {statistics.fmean(of[keeps[1]][worst]):.2f} |")
-        lines.append("")
+        lines += ["", *other_parts(data, model)]
     if data["costs"]:
         lines += [
             "### What each method's own part takes\n",
@@ -95,6 +99,23 @@ def field_section() -> str:
     return "\n".join(lines)
 
 
+def other_parts(data: dict[str, Any], model: str) -> list[str]:
+    """A table of what is beside whole experts at a quarter and a half: three quarters, ridge, thin experts."""
+    groups = {name: texts for name, texts in data["groups"].items() if name != "known"}
+    most = max(row["keep"] for row in whole(data)[model])
+    columns = {f"{most} experts": [row for row in whole(data)[model] if row["keep"] == most]}
+    for part, of_rows in (("ridge", "{} experts, ridge"), ("thin", "{} experts x 3/4")):
+        if rows := data["parts"].get(f"{model}-{part}"):
+            columns[of_rows.format(rows[0]["keep"])] = rows
+    heads = [f"{column}: {group}" if group == "near" else group for column in columns for group in groups]
+    made = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for label in dict.fromkeys(row["label"] for row in columns[f"{most} experts"]):
+        of = {column: row["gaps"] for column, rows in columns.items() for row in rows if row["label"] == label}
+        cells = [cell(of_group(of[column], names)) for column in columns for names in groups.values()]
+        made.append(f"| {label} | {' | '.join(cells)} |")
+    return [*made, ""]
+
+
 def draw_field(path: Path) -> None:
     """A row for every method, best first; near and far from the calibration text, a quarter and half of the experts."""
     from matplotlib import rc_context
@@ -106,7 +127,7 @@ def draw_field(path: Path) -> None:
     groups = data["groups"]
     shown = {"near": COLOURS[0], "far": COLOURS[1], "script": COLOURS[2]}
     names = {"near": "WikiText2 and C4", "far": "code, books, school mathematics", "script": "Greek"}
-    rows = [(EXPERTS[part.removesuffix("-none")], row) for part, found in data["parts"].items() for row in found]
+    rows = [(EXPERTS[model], row) for model, found in whole(data).items() for row in found]
     labels = list(dict.fromkeys(row["label"] for _, row in rows))
 
     def mean(label: str, share: float, group: str) -> float:

@@ -235,7 +235,8 @@ def test_no_difference_is_said_as_plainly_as_a_win(paper: Any) -> None:
         )
         in words
     )
-    assert words.count(" interval of this one alone") == words.count("not resolved −0.60% [−1.00%, −0.20%] p 0.030")
+    cell = "not resolved −0.60% [−1.00%, −0.20%] p 0.030"
+    assert words.count(" interval of this one alone") == words.count(cell)
     assert "not resolved +0.20 [−0.20, +0.60] p 0.030" in words  # its interval has 0 in it and needs no word
 
 

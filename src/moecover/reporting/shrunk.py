@@ -37,8 +37,7 @@ from moecover.reporting.figures.channels import channels_picture
 from moecover.reporting.figures.heatmap import utility_picture
 from moecover.reporting.figures.shapes import shapes_picture, sizes_picture
 from moecover.reporting.numbers import counted, perplexity_text, size
-from moecover.shrinking.stages import EVALUATION, PLAN, PROFILE
-from moecover.shrinking.work import FILE
+from moecover.shrinking.work import EVALUATION, FILE, PLAN, PROFILE
 
 if TYPE_CHECKING:
     from moecover.reporting.figures.style import Facts

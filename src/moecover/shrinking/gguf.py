@@ -24,9 +24,10 @@ from moecover.pruning.gguf_writer import check_replaceable, gguf_target, prune_g
 from moecover.pruning.request import Pruned
 from moecover.runtime.pass_state import kept_for_later, remove
 from moecover.shrinking.request import Asked, Shrunk, shapes_of
-from moecover.shrinking.stages import EVALUATION, PLAN, PROFILE, ROW
+from moecover.shrinking.stages import ROW
 from moecover.shrinking.steps import WRITE, Step
 from moecover.shrinking.texts import Texts, divided, named_corpora
+from moecover.shrinking.work import EVALUATION, PLAN, PROFILE
 from moecover.verification.gguf import verify_gguf
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from moecover.pruning.writer import prune as write_checkpoint
 from moecover.repairing.job import repaired
 from moecover.runtime.distributed import of_first
 from moecover.shrinking.request import Asked, shapes_of
+from moecover.shrinking.work import EVALUATION, PLAN, PROFILE
 
 if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from moecover.runtime.running import Running
     from moecover.shrinking.texts import Texts
 
-PROFILE, PLAN, EVALUATION = "profile", "plan.json", "evaluation"
 ROW = "shrunk"
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moecover.checkpoints.structure import Structure
 
 FILE = "shrink.json"
+PROFILE, PLAN, EVALUATION = "profile", "plan.json", "evaluation"  # the last two in a folder of the budget
 
 
 def check_folder(work: Path, others: Sequence[str | Path]) -> None:
