@@ -49,6 +49,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"method": "mone", "label": "MoNE's score"},
     {"method": "c-prune", "label": "C-Prune, in layers"},
     {"method": "expert-sparsity", "label": "ExpertSparsity, greedy"},
+    {"method": "hc-smoe", "label": "HC-SMoE's centres"},
     {"method": "pooled", "saliency": "contribution", "label": "contribution, pooled"},
     {"method": "tb-coverage", "saliency": "reap", "label": "TB-Coverage (reap)"},
     {"method": "tb-coverage", "saliency": "easy-ep", "label": "TB-Coverage (easy-ep)"},
