@@ -15,6 +15,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as the command does: equal b
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import copy
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -24,8 +25,12 @@ import numpy as np
 import pytest
 import torch
 
+import moecover.checkpoints.structure
 from moecover import progress
+from moecover.checkpoints.derivation import derive
+from moecover.checkpoints.source import Checkpoint
 from moecover.checkpoints.structure import Structure, read_structure
+from moecover.checkpoints.topology import ExpertLayout
 from moecover.corpora.packing import Corpus, make_corpus
 from moecover.planning.artifact import LayerPlan, Plan
 from moecover.planning.run import plan
@@ -54,6 +59,29 @@ def remembered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("remembered")
     os.environ["MOECOVER_CACHE"] = str(folder)
     return folder
+
+
+_LAYOUTS: dict[str, ExpertLayout] = {}
+
+
+@pytest.fixture(autouse=True)
+def layouts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout of a checkpoint is derived once in a test run, but where its derivation is tested.
+
+    Two model classes are built for it, which takes longer than most tests. What it depends on is what the structure
+    cache goes by, which is off in a process that has loaded transformers.
+    """
+    if "checkpoints" in request.path.parts[-2:]:
+        return
+
+    def derived(checkpoint: Checkpoint) -> ExpertLayout:
+        tensors = sorted((e.name, e.dtype, e.shape) for e in checkpoint.tensors.values())
+        key = json.dumps([checkpoint.config, checkpoint.declared_quantisation, tensors])
+        if key not in _LAYOUTS:
+            _LAYOUTS[key] = derive(checkpoint)
+        return _LAYOUTS[key]
+
+    monkeypatch.setattr(moecover.checkpoints.structure, "derive", derived)
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +161,17 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+_PROFILES: dict[str, Profile] = {}
+
+
 @pytest.fixture
 def small_profile(structure: Structure) -> Profile:
-    """A profile of every family's tiny checkpoint on the random corpora ``a`` and ``b``."""
-    return profile(structure, [random_corpus("a", seed=1), random_corpus("b", seed=2)], dtype="float32")
+    """A profile of every family's tiny checkpoint on the random corpora ``a`` and ``b``, a copy for every test."""
+    model = structure.model_fingerprint
+    if model not in _PROFILES:
+        corpora = [random_corpus("a", seed=1), random_corpus("b", seed=2)]
+        _PROFILES[model] = profile(structure, corpora, dtype="float32")
+    return copy.deepcopy(_PROFILES[model])
 
 
 @pytest.fixture(scope="session")

@@ -39,9 +39,9 @@ def demo_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patched:
         if request.param == "less text":
-            for name, value in (("SEQUENCES", 8), ("SEARCH_TOKENS", 2048), ("SEEDS", (0, 1))):
+            for name, value in (("SEQUENCES", 8), ("LENGTH", 128), ("SEARCH_TOKENS", 1024), ("SEEDS", (0, 1))):
                 patched.setattr(tour, name, value)
-            patched.setitem(QUALITIES, "fast", Quality(8, 8, "ridge", 4096, 2, "little"))
+            patched.setitem(QUALITIES, "fast", Quality(8, 6, "ridge", 4096, 2, "little"))
         assert main(["demo", "-o", str(folder), "-q", "--dtype", quick_dtype()]) == 0
         yield folder
 

@@ -131,14 +131,14 @@ def test_p_has_no_floor() -> None:
     assert windowed.p * 270 < 0.05  # where 10,000 draws alone would give 0.002
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.2, 0.3, 0.35, 0.4, 0.5, 0.7])
+@pytest.mark.parametrize("shift", [0.0, 0.35, 0.7])
 def test_p_is_that_of_many_more_draws(shift: float) -> None:
     """On both sides of the share of draws from which the tail is fitted."""
     rng = np.random.default_rng(9)
     d = {"t": rng.standard_exponential(100) - 1 + shift}
     zero = {"t": np.zeros(100)}
     few = [paired_bootstrap(d, zero, resamples=10_000, seed=s).p for s in range(5)]
-    many = paired_bootstrap(d, zero, resamples=300_000, seed=9).p
+    many = paired_bootstrap(d, zero, resamples=200_000, seed=9).p
     assert np.median(np.log(few)) == pytest.approx(math.log(many), abs=0.35)
 
 

@@ -45,11 +45,11 @@ def test_an_interrupt_keeps_what_is_done(
 
 def test_two_jobs_give_what_one_gives(grid: Callable[..., Path], tmp_path: Path, checkpoints: Any) -> None:
     models = [{"model": str(checkpoints(f)), "name": f} for f in ("qwen2_moe", "olmoe")]
-    path = grid(models=models, samples=[0, 1])
+    path = grid(models=models, methods=["random", "tb-coverage"])
     assert run(path, tmp_path / "one") == 0
     assert run(path, tmp_path / "two", "--jobs", "2") == 0
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert len(one) > 60
+    assert len(one) > 25
     for a, b in zip(one, two, strict=True):
         assert float(a.pop("value")) == pytest.approx(float(b.pop("value")), rel=1e-5)
         assert a == b

@@ -344,7 +344,7 @@ torch.set_num_threads(1)
 def peak():  # of this program alone: `ru_maxrss` begins at the peak of the process that started it
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 
-tokens, hidden, widths = 20_000, 512, [512] * 4 + [1024]
+tokens, hidden, widths = 10_000, 512, [512] * 4 + [1024]
 blocks = [
     Block(str(i), torch.randn(hidden, w), torch.randperm(tokens)[: tokens // 2] if i < 4 else torch.arange(tokens),
           torch.randn(tokens // 2 if i < 4 else tokens, w))

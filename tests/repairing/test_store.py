@@ -221,7 +221,8 @@ def test_prune_repairs_from_a_plan_and_in_one_shot(
     assert run(capsys, "verify", model, str(shot))[0] == 0
 
 
-@pytest.mark.parametrize("one_shot", [False, True])
+# By a plan a layer is taken up again in `test_resuming.py`, too.
+@pytest.mark.parametrize("one_shot", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_killed_prune_goes_on_at_the_layer_it_was_at(
     checkpoints: Callable[..., Path], tmp_path: Path, text: str, capsys, one_shot: bool
 ) -> None:

@@ -137,9 +137,13 @@ def plan_all(structure: Structure, model: torch.nn.Module, made: Profile) -> lis
     return work
 
 
-def measure(structure: Structure, model: torch.nn.Module, work: Sequence[tuple[str, float, list[Plan]]]) -> list[Row]:
+def measure(
+    structure: Structure,
+    model: torch.nn.Module,
+    work: Sequence[tuple[str, float, list[Plan]]],
+    corpora: Sequence[Corpus],
+) -> list[Row]:
     """Held-out perplexity of every plan."""
-    corpora = held_out_corpora(structure)
     rows = []
     total = sum(c.num_tokens for c in corpora) * sum(len(chosen) for _, _, chosen in work)
     with progress.bar("measuring perplexity", total) as advance:
@@ -153,7 +157,9 @@ def measure(structure: Structure, model: torch.nn.Module, work: Sequence[tuple[s
     return rows
 
 
-def shrunk_rows(structure: Structure, source: Path, corpora: Sequence[Corpus], folder: Path, dtype: str) -> list[Row]:
+def shrunk_rows(
+    source: Path, corpora: Sequence[Corpus], held_out: Sequence[Corpus], folder: Path, dtype: str
+) -> list[Row]:
     """What `shrink` makes of the model at every budget, measured as the other rows are."""
     rows = []
     for retain in BUDGETS:
@@ -172,7 +178,6 @@ def shrunk_rows(structure: Structure, source: Path, corpora: Sequence[Corpus], f
         )
         assert isinstance(made, Shrunk)
         plan, model = made.pruned.plan, load_model(read_structure(folder / name), dtype=dtype)
-        held_out = held_out_corpora(structure)
         with progress.bar("measuring perplexity", sum(c.num_tokens for c in held_out)) as advance:
             values = {corpus.name: [perplexity(model, corpus, advance=advance)] for corpus in held_out}
         label = f"shrink, {plan.keep} experts" + ("" if plan.width is None else f" x {plan.width}")
@@ -241,8 +246,9 @@ def tour(output: Path, *, name: str = DEFAULT, dtype: str = "auto") -> Demo:
         for _, _, chosen in work[1:]:
             for plan in chosen:
                 plan.save(folder / "plans" / plan_file(plan))
-        rows = measure(structure, model, work)
-        rows += shrunk_rows(structure, source, corpora, folder, dtype)
+        held_out = held_out_corpora(structure)
+        rows = measure(structure, model, work, held_out)
+        rows += shrunk_rows(source, corpora, held_out, folder, dtype)
         rows.sort(key=lambda row: -row.retain)  # stable: a budget's rows stay in their order
         default = default_method().name
         half = next(p for _, retain, (p, *_) in work if retain == BUDGETS[0] and p.method == default)
