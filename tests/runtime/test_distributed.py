@@ -94,10 +94,16 @@ def close(found: Profile, expected: Profile) -> None:
         np.testing.assert_allclose(found.channels[corpus], expected.channels[corpus], rtol=1e-12, err_msg=corpus)
 
 
+def by_layer(checkpoints: Callable[..., Path]) -> list[str]:
+    """A limit of memory that one layer at a time keeps to."""
+    made = read_structure(checkpoints("qwen2_moe"))
+    return ["--memory-limit", str(limit_between(made, tokens=200, batch_tokens=60, head=False))]
+
+
 @pytest.mark.parametrize(
     "processes, way",
-    [
-        (2, "layers"),
+    [  # two, layer by layer, are in the next test
+        pytest.param(2, "layers", marks=pytest.mark.slow),
         pytest.param(2, "memory", marks=pytest.mark.slow),
         pytest.param(4, "layers", marks=pytest.mark.slow),
         pytest.param(4, "memory", marks=pytest.mark.slow),
@@ -109,10 +115,7 @@ def test_the_same_as_one_process(
 ) -> None:
     """Nine processes for seven batches: some have none of corpus b, two have none at all."""
     monkeypatch.setattr(fitting, "OVERHEAD", 0)
-    limit: list[str] = []
-    if way == "layers":
-        made = read_structure(checkpoints("qwen2_moe"))
-        limit = ["--memory-limit", str(limit_between(made, tokens=200, batch_tokens=60, head=False))]
+    limit = by_layer(checkpoints) if way == "layers" else []
     assert cli.main([*job(), "-o", str(tmp_path / "one")]) == 0
     done = subprocess.run(
         torchrun(processes, tmp_path, [*job(*limit), "-o", str(tmp_path / "many")]),
@@ -143,10 +146,14 @@ def started(command: list[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path, processes: int) -> None:
-    """One line from all of them, and the state of each is used."""
+def test_a_dead_process_ends_the_job_which_goes_on_later(
+    job, tmp_path: Path, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """One line from all of them, and the state of each is used: the same as one process, layer by layer."""
+    monkeypatch.setattr(fitting, "OVERHEAD", 0)
     assert cli.main([*job(), "-o", str(tmp_path / "one")]) == 0
-    process = started(torchrun(processes, tmp_path, [*job(), "-o", str(tmp_path / "many"), "--slow"]))
+    asked = [*job(*by_layer(checkpoints)), "-o", str(tmp_path / "many")]
+    process = started(torchrun(processes, tmp_path, [*asked, "--slow"]))
     assert process.stdout is not None
     assert process.stdout.readline().startswith("saved")
     os.kill(workers(process)[-1], signal.SIGKILL)
@@ -157,14 +164,11 @@ def test_a_dead_process_ends_the_job_which_goes_on_later(job, tmp_path: Path, pr
     assert 'Traceback (most recent call last):\n  File "' + str(tmp_path) not in log
     assert not (tmp_path / "many").exists()
     assert list(tmp_path.glob(".many.profile.partial-*"))
-    done = subprocess.run(
-        torchrun(processes, tmp_path, [*job(), "-o", str(tmp_path / "many")]),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(torchrun(processes, tmp_path, asked), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "resuming: " in done.stderr
+    assert "running layer by layer" in done.stderr
+    assert done.stdout.count("statistics of 2 layers x 12 experts") == 1  # one of them speaks
     close(Profile.load(tmp_path / "many"), Profile.load(tmp_path / "one"))
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
