@@ -9,6 +9,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("COLUMNS", None)  # what is printed does not depend on the terminal that the tests were started from
+os.unsetenv("COLUMNS")  # readline, which pytest imports, sets it for processes that are started, not in `os.environ`
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores: more threads would wait for each other
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as the command does: equal bits wherever a matrix lies in memory
