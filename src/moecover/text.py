@@ -24,6 +24,11 @@ def size_text(num_bytes: float) -> str:
     return f"{value:.0f} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 task, 6 tasks."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration_text(seconds: float) -> str:
     """A duration in seconds, minutes or hours, rounded for reading."""
     if seconds < 90:

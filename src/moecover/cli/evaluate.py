@@ -21,6 +21,7 @@ from moecover.cli.options import (
 from moecover.cli.verb import Outcome
 from moecover.cli.widths import numbers
 from moecover.terminal import aligned
+from moecover.text import counted
 
 if TYPE_CHECKING:
     from moecover.evaluation.artifact import Evaluation, Row
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> Outcome:
         here=world(),
         **pass_arguments(args),
     )
-    return Outcome(found.to_dict(), f"{table(found)}\n\n{args.output / FILE}: {len(found.rows)} rows")
+    return Outcome(found.to_dict(), f"{table(found)}\n\n{args.output / FILE}: {counted(len(found.rows), 'row')}")
 
 
 def table(found: Evaluation) -> str:

@@ -9,6 +9,7 @@ from moecover.cli.corpus_options import add_bos
 from moecover.cli.dry_run import add_dry_run
 from moecover.cli.options import add_device, add_model, add_output, pass_arguments
 from moecover.cli.verb import Outcome
+from moecover.text import counted
 
 HELP = "have a model write its own calibration text, for text that no named corpus has"
 SHARED = True
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> Outcome:
         **pass_arguments(args),
     )
     rows, length = made.tokens.shape
-    lines = [f"{args.output}: {rows} sequences of {length} tokens, for --corpus self={args.output}"]
+    lines = [f"{args.output}: {counted(rows, 'sequence')} of {length} tokens, for --corpus self={args.output}"]
     structure = fetched(described(args.model, revision=args.revision, progress=SILENT), progress=SILENT)
     if (tokenizer := load_tokenizer(structure.checkpoint.path)) is not None:
         lines += [f"  {' '.join(tokenizer.decode(row[:40]).split())[:100]} ..." for row in made.tokens[:SHOWN]]

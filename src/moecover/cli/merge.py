@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moecover.cli.options import add_output
 from moecover.cli.verb import Outcome
+from moecover.text import counted
 
 HELP = "add up profiles of one model that were made separately"
 
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> Outcome:
     path = args.output / FILE
     tokens = {name: sum(record["tokens"] for record in records) for name, records in made.corpora.items()}
     lines = [f"{path}: {len(args.profiles)} profiles added up"]
-    lines += [f"  {name}: {count:,} tokens of {len(made.corpora[name])} samples" for name, count in tokens.items()]
+    lines += [
+        f"  {name}: {count:,} tokens of {counted(len(made.corpora[name]), 'sample')}" for name, count in tokens.items()
+    ]
     result = {"profile": str(path), "tokens": tokens, "fingerprint": made.fingerprint}
     return Outcome(result, "\n".join(lines))

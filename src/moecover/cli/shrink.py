@@ -14,6 +14,7 @@ from moecover.cli.plan_tables import shapes_table
 from moecover.cli.upload import add_push, check_push, pushed
 from moecover.cli.verb import Outcome
 from moecover.terminal import aligned
+from moecover.text import counted
 
 if TYPE_CHECKING:
     from moecover.shrinking.request import Shrunk
@@ -126,7 +127,7 @@ def _result(made: Shrunk, args: argparse.Namespace) -> Outcome:
     text += aligned(["held-out text", "original", "shrunk", "perplexity"], rows)
     mean = sum(lost.values()) / len(lost)
     text += (
-        f"\nworst text: {worst}, {_percent(0, lost[worst])}; mean {_percent(0, mean)} over {len(lost)} texts"
+        f"\nworst text: {worst}, {_percent(0, lost[worst])}; mean {_percent(0, mean)} over {counted(len(lost), 'text')}"
         f"\n{output}: {made.pruned.sizes()}; it equals the masked original on {made.verification.tokens:,} tokens"
         f"\nmade on the way: {made.work}"
         f"\nas a page: {shlex.join(['moecover', 'report', str(made.work.parent), '-o', f'{output}.html'])}"

@@ -10,9 +10,9 @@ from moecover.reporting.blocks import Number, Tile
 from moecover.reporting.data import Loss
 from moecover.reporting.findings import ModelFindings, Point, Series
 from moecover.reporting.losses import loss_of, worst_of
-from moecover.reporting.numbers import counted, percentage, points, signed_points, size, times
+from moecover.reporting.numbers import percentage, points, signed_points, size, times
 from moecover.reporting.values import interval
-from moecover.text import listed
+from moecover.text import counted, listed
 
 
 def chosen(model: ModelFindings) -> list[tuple[Series, Point]]:

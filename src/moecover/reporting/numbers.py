@@ -65,11 +65,6 @@ def minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 task, 6 tasks."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def plain(value: JsonValue) -> str:
     """A value of a JSON record as text."""
     if isinstance(value, Mapping):

@@ -16,8 +16,8 @@ from moecover.reporting.data import Cell, Comparison, Run, Usage
 from moecover.reporting.figures.overlap import expected_overlap
 from moecover.reporting.findings import Estimate, ModelFindings, Point, Series, failed
 from moecover.reporting.hero import chosen
-from moecover.reporting.numbers import counted, percentage, perplexity_text, points, size
-from moecover.text import listed
+from moecover.reporting.numbers import percentage, perplexity_text, points, size
+from moecover.text import counted, listed
 
 
 def summary_of(model: ModelFindings) -> tuple[str, ...]:

@@ -36,8 +36,9 @@ from moecover.reporting.chapters import Chapter, Page, ShownSection
 from moecover.reporting.figures.channels import channels_picture
 from moecover.reporting.figures.heatmap import utility_picture
 from moecover.reporting.figures.shapes import shapes_picture, sizes_picture
-from moecover.reporting.numbers import counted, perplexity_text, size
+from moecover.reporting.numbers import perplexity_text, size
 from moecover.shrinking.work import EVALUATION, FILE, PLAN, PROFILE
+from moecover.text import counted
 
 if TYPE_CHECKING:
     from moecover.reporting.figures.style import Facts

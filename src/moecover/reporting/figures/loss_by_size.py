@@ -16,7 +16,8 @@ from moecover.reporting.figures.lines import HEIGHT, LETTERS, SMALL, WIDTH, labe
 from moecover.reporting.figures.style import COLOURS, MARKERS, REFERENCE, page, short
 from moecover.reporting.findings import ModelFindings, Point
 from moecover.reporting.losses import loss_of, worst_of
-from moecover.reporting.numbers import counted, units_of
+from moecover.reporting.numbers import units_of
+from moecover.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
