@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TEXTS = ("calibration", "perplexity")  # fields that hold corpora
 FOLDERS = ("data_dir", "include_path", "libllama", "plugins")  # fields that hold paths
 PATHS = ("model", "files", "file")  # keys of a model, and of its files
+MOST_KEYS = 12  # known keys that a message lists
 BUDGETS = ("retain", "keep", "shapes")  # fields of which one says what is kept
 
 
@@ -94,7 +95,9 @@ def _message(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         known = list(_keys_at(at[:-1]))
         close = difflib.get_close_matches(str(at[-1]), known, n=1)
-        return f"unknown key {at[-1]!r}.{f' Did you mean {close[0]}?' if close else ''} Known: {', '.join(known)}"
+        hint = f" Did you mean {close[0]}?" if close else ""
+        more = " ... (`moecover init` writes all of them)" if len(known) > MOST_KEYS else ""
+        return f"unknown key {at[-1]!r}.{hint} Known: {', '.join(known[:MOST_KEYS])}{more}"
     if error["type"] == "missing":
         return f"`{name}` is missing"
     if error["type"] == "too_short":
