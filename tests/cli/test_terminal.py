@@ -31,6 +31,10 @@ def test_alone_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", "m", "n", "o"], "moecover: 'n' is one argument too many"),
         (["prune", "m", "-o", "x", "--retian", "0.5"], "moecover: unknown option --retian. Did you mean --retain"),
         (["inspect", "m", "--zzz"], "moecover: unknown option --zzz. See `moecover inspect --help`"),
+        (
+            ["prune", "m", "-o", "x", "--profile", "p"],
+            "moecover: unknown option --profile: a profile is made a plan first",
+        ),
         (["prune", "m", "-o", "x", "--sparsity=0.5"], "moecover: unknown option --sparsity: say how much stays"),
         (["profile", "m", "-o", "x", "--max_seq_length", "9"], "moecover: unknown option --max_seq_length: blocks of"),
         (["prune", "m", "--output-dir", "half"], "moecover: unknown option --output-dir: the output is -o FOLDER"),

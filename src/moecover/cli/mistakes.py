@@ -15,7 +15,10 @@ MODEL = "the model is --model MODEL"
 FIRST = "the model is the first argument: a folder or a hub id"
 BLOCKS = "blocks of calibration text are --sequences N, of --length tokens each"
 OUTPUT = "the output is -o FOLDER"
-# Options of other tools, and what they are here: the option that a verb must have for an answer to be true ("" for a
+PLAN = (
+    "a profile is made a plan first, by `moecover plan PROFILE --retain 0.5 -o plan.json`; then give --plan plan.json"
+)
+# Options of other tools and verbs, and what they are here: the option that a verb must have for an answer to be true ("" for a
 # model as the first argument), and the answer.
 ANSWERS = (
     (("--retain", KEPT), ("--sparsity", "--ratio", "--pruning-ratio", "--prune-ratio", "--compression-ratio")),
@@ -24,6 +27,7 @@ ANSWERS = (
     (("--model", MODEL), ("--model-name", "--model-path")),
     (("", FIRST), ("--model-name", "--model-path")),
     (("--output", OUTPUT), ("--output-dir", "--output-path", "--save-dir")),
+    (("--plan", PLAN), ("--profile",)),
     (("--sequences", BLOCKS), ("--num-samples", "--num-calibration-samples", "--max-seq-length")),
 )
 
