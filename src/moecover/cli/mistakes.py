@@ -18,8 +18,8 @@ OUTPUT = "the output is -o FOLDER"
 PLAN = (
     "a profile is made a plan first, by `moecover plan PROFILE --retain 0.5 -o plan.json`; then give --plan plan.json"
 )
-# Options of other tools and verbs, and what they are here: the option that a verb must have for an answer to be true ("" for a
-# model as the first argument), and the answer.
+# Options of other tools and verbs, and what they are here: the option that a verb must have for an answer to be true
+# ("" for a model as the first argument), and the answer.
 ANSWERS = (
     (("--retain", KEPT), ("--sparsity", "--ratio", "--pruning-ratio", "--prune-ratio", "--compression-ratio")),
     (("--retain", KEPT), ("--experts-to-prune", "--num-experts")),
