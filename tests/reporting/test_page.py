@@ -357,6 +357,7 @@ def test_near_and_far_stand_beside_each_other_with_their_intervals(tmp_path: Pat
     (folder / "results.json").write_text(json.dumps({**results, "losses": []}))
     words = text_of(folder)  # of a version that computed none
     assert "intervals are not known" in words
+    assert "Bars: 95% intervals" not in words
     assert tiles[0].groups[1][1][0].value in words
 
 

@@ -89,7 +89,7 @@ class ModelData:
                 f"What {self.model.name} loses by the size of its weights, {LOSSES[which]}: perplexity over "
                 "the full model's, one line per method, repair and kind of shape; the numbers are in the table of "
                 "perplexities",
-                f"{captioned(self.model)} Bars: 95% intervals, cut at the frame.",
+                captioned(self.model),
             )
         ]
 

@@ -67,6 +67,8 @@ def captioned(model: ModelFindings) -> str:
         parts.append("Broken lines: with the repair that the name says.")
     if left := len(families) - len(shown(families)):
         parts.append(f"Not drawn: {counted(left, 'line')} that others beat at every size.")
+    if any(any(_reach(loss)) for f in families for _, *both in f.points for loss in both):
+        parts.append("Bars: 95% intervals, cut at the frame.")
     return " ".join(parts)
 
 
