@@ -1,4 +1,4 @@
-"""Nineteen ways to choose experts in one grid: both shipped models, text near, far, known, unseen, in another script.
+"""Twenty ways to choose experts in one grid: both shipped models, text near, far, known, unseen, in another script.
 
     python -m benchmarks.field RUN_DIR --data DIR [--models NAME ...] [--samples 5] [--windows 4] [--parts none ...]
 
@@ -73,7 +73,7 @@ def budget(part: str, model: str) -> dict[str, Any]:
     experts = structure.topology.num_experts
     if part == "thin":
         assert not isinstance(structure.width, str)
-        return {"shapes": [f"{round(experts * 2 / 3)}x{round(structure.width.channels * 3 / 4)}"]}
+        return {"shapes": [f"{round(experts * 2 / 3)}x{structure.width.channels * 3 // 32 * 8}"]}
     return {"retain": [*RETAINS] if part == "none" else [0.5]}
 
 
