@@ -18,7 +18,6 @@ def test_it_is_valid_and_stored_without_outputs() -> None:
     assert [cell.id for cell in book.cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)] == []
 
 
-@pytest.mark.slow
 def test_it_runs_and_shows_what_it_makes(tmp_path: Path) -> None:
     from nbclient import NotebookClient
 
