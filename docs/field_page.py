@@ -7,11 +7,13 @@ calls `field_section` and `draw_field`.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_name("field.json")
+CHANGES = re.compile(r" \+ ridge$|, \d+x\d+$")  # what `compare` adds to the name of a method
 EXPERTS = {"qwen2-moe-tiny": 60, "deepseek-moe-tiny": 64}
 SAYS = """What it says, of two small models and one sample, without a test:
 
@@ -100,17 +102,32 @@ def field_section() -> str:
 
 
 def other_parts(data: dict[str, Any], model: str) -> list[str]:
-    """A table of what is beside whole experts at a quarter and a half: three quarters, ridge, thin experts."""
-    groups = {name: texts for name, texts in data["groups"].items() if name != "known"}
-    most = max(row["keep"] for row in whole(data)[model])
-    columns = {f"{most} experts": [row for row in whole(data)[model] if row["keep"] == most]}
-    for part, of_rows in (("ridge", "{} experts, ridge"), ("thin", "{} experts x 3/4")):
-        if rows := data["parts"].get(f"{model}-{part}"):
-            columns[of_rows.format(rows[0]["keep"])] = rows
+    """Tables of what is beside whole experts at a quarter and a half: three quarters and thin experts, then ridge."""
+    rows = whole(data)[model]
+    most = max(row["keep"] for row in rows)
+    ridge, thin = (data["parts"].get(f"{model}-{part}", []) for part in ("ridge", "thin"))
+    first = {f"{most} experts": [row for row in rows if row["keep"] == most]}
+    if thin:
+        first[f"{thin[0]['keep']} experts x {data['thin'][model]}, first sample"] = thin
+    second = {
+        f"{keep} experts, ridge": [row for row in ridge if row["keep"] == keep]
+        for keep in sorted({row["keep"] for row in ridge})
+    }
+    return [line for columns in (first, second) if columns for line in _columns(columns, data["groups"])]
+
+
+def _method(row: dict[str, Any]) -> str:
+    """The method of a row, without repair and shape."""
+    return CHANGES.sub("", row["label"])
+
+
+def _columns(columns: dict[str, list[dict[str, Any]]], groups: dict[str, list[str]]) -> list[str]:
+    """A table with near, far, unseen and script of several columns."""
+    groups = {name: texts for name, texts in groups.items() if name != "known"}
     heads = [f"{column}: {group}" if group == "near" else group for column in columns for group in groups]
     made = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for label in dict.fromkeys(row["label"] for row in columns[f"{most} experts"]):
-        of = {column: row["gaps"] for column, rows in columns.items() for row in rows if row["label"] == label}
+    for label in dict.fromkeys(_method(row) for rows in columns.values() for row in rows):
+        of = {column: row["gaps"] for column, rows in columns.items() for row in rows if _method(row) == label}
         cells = [cell(of_group(of[column], names)) for column in columns for names in groups.values()]
         made.append(f"| {label} | {' | '.join(cells)} |")
     return [*made, ""]
