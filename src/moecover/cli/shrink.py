@@ -130,7 +130,7 @@ def _result(made: Shrunk, args: argparse.Namespace) -> Outcome:
         f"\nworst text: {worst}, {_percent(0, lost[worst])}; mean {_percent(0, mean)} over {counted(len(lost), 'text')}"
         f"\n{output}: {made.pruned.sizes()}; it equals the masked original on {made.verification.tokens:,} tokens"
         f"\nmade on the way: {made.work}"
-        f"\nas a page: {shlex.join(['moecover', 'report', str(made.work.parent), '-o', f'{output}.html'])}"
+        f"\nas a page: {shlex.join(['moecover', 'report', str(made.work.parent), '-o', f'{args.output}.html'])}"
     )
     result = {
         "output": output,
