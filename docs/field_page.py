@@ -30,11 +30,11 @@ experts: the first of them.
 - Turns of the corpora change little with these two: TB-Coverage and the pooled score of the same saliency are within a
   standard deviation of each other nearly everywhere.
 - **The shape matters more than the method.** Half of the bytes as two thirds of the experts, three quarters as wide:
-  the methods that are good near differ by 0.01 nats there, lose a quarter to two fifths less far, and on qwen2-moe-tiny at
-  most 0.08 on Greek, where whole experts of the same sample lose 0.1 to 1.6.
+  the methods that are good near differ by 0.01 nats there, lose a quarter to two fifths less far, and on qwen2-moe-tiny
+  at most 0.08 on Greek, where whole experts of the same sample lose 0.1 to 1.6.
 - **Ridge** on the same two corpora leaves a half of their loss near at a quarter of the experts, a quarter to a half of
-  it at half, and two thirds to four fifths far. It does not mend a bad choice: random experts, MAN, MSAN, AIMER, C-Prune,
-  HC-SMoE's centres, and HOPE on qwen2-moe-tiny, lose more far from the calibration text at half of the experts with it
+  it at half, and two thirds to four fifths far. It does not mend a bad choice: random experts, MAN, MSAN, AIMER,
+  C-Prune, HC-SMoE's centres, and HOPE on qwen2-moe-tiny, lose more far from the calibration text at half of the experts with it
   than without. [With more kinds of text it does more](shrink.md#judged).
 """
 Gaps = dict[str, list[float]]
@@ -75,8 +75,8 @@ def field_section() -> str:
         f"a grid of `moecover compare`. Calibrated on WikiText2 and C4 ({data['blocks']} blocks of {data['length']} "
         f"tokens of each); gap in log perplexity to the full model, in nats, float32, {data['windows']} windows of "
         f"{data['length']} tokens a text, mean over the texts of a group, mean and standard deviation over {samples} "
-        f"calibration samples (random: seeds; AIMER has no text). Groups: {of_groups}. No tests. MoNE's score, C-Prune, "
-        "HC-SMoE's centres and ExpertSparsity see 8,192 tokens, ridge 16,384.\n",
+        f"calibration samples (random: seeds; AIMER has no text). Groups: {of_groups}. No tests. MoNE's score, "
+        "C-Prune, HC-SMoE's centres and ExpertSparsity see 8,192 tokens, ridge 16,384.\n",
         "![Gap to the full model at a quarter and at half of the experts, near and far from the calibration text, for "
         "every method](field.png)\n",
     ]
