@@ -34,8 +34,8 @@ experts: the first of them.
   at most 0.08 on Greek, where whole experts of the same sample lose 0.1 to 1.6.
 - **Ridge** on the same two corpora leaves a half of their loss near at a quarter of the experts, a quarter to a half of
   it at half, and two thirds to four fifths far. It does not mend a bad choice: random experts, MAN, MSAN, AIMER,
-  C-Prune, HC-SMoE's centres, and HOPE on qwen2-moe-tiny, lose more far from the calibration text at half of the experts with it
-  than without. [With more kinds of text it does more](shrink.md#judged).
+  C-Prune, HC-SMoE's centres, and HOPE on qwen2-moe-tiny, lose more far from the calibration text at half of the experts
+  with it than without. [With more kinds of text it does more](shrink.md#judged).
 """
 Gaps = dict[str, list[float]]
 
