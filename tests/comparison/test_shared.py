@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from moecover.comparison import planning_jobs
 from moecover.comparison.members import CLAIMS, Members
 from moecover.comparison.results import Comparison
 from moecover.comparison.run import compare
+from moecover.comparison.working import _Count
 from moecover.errors import InputError
 from moecover.files.atomic import digest
 from moecover.files.locks import locked
@@ -25,9 +27,21 @@ from tests.support.grids import cells_of, finished, run, start, written
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the processes that `start` starts
 
 
-def test_three_runs_share_the_cells(grid: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+def test_three_runs_share_the_cells(
+    grid: Callable[..., Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, out, alone = grid(seeds=list(range(8))), tmp_path / "run", tmp_path / "alone"
     compare(path, alone, progress=False)
+    every, began, waited = threading.Barrier(3, timeout=60), _Count.began, set[int]()
+
+    def together(self: _Count, job: Any) -> None:
+        """No run goes on before each has a job."""
+        if id(self) not in waited:
+            waited.add(id(self))
+            every.wait()
+        began(self, job)
+
+    monkeypatch.setattr(_Count, "began", together)
     with ThreadPoolExecutor(3) as pool:
         with locked(out):  # they begin together
             made: list[Comparison] = []
