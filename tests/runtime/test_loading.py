@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,3 +27,26 @@ def test_unknown_dtype_and_device(structure: Structure) -> None:
         load_model(structure, dtype="float17")
     with pytest.raises(InputError, match="device=nowhere is not available"):
         load_model(structure, device="nowhere")
+
+
+def test_threads_load_one_after_the_other(structure: Structure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library replaces while it loads is put back: two at once would leave models without tied weights."""
+    from transformers import PreTrainedModel, initialization
+
+    ties, real = PreTrainedModel.tie_weights, initialization.no_tie_weights
+    one_more = threading.Semaphore(0)
+
+    @contextlib.contextmanager
+    def slow() -> Iterator[None]:
+        """Ends after another one has begun, if that is possible."""
+        with real():
+            one_more.release()
+            one_more.acquire(timeout=0.1)
+            one_more.acquire(timeout=0.1)
+            yield
+
+    monkeypatch.setattr(initialization, "no_tie_weights", slow)
+    with ThreadPoolExecutor(2) as pool:
+        for loaded in [pool.submit(load_model, structure, dtype="float32") for _ in range(2)]:
+            loaded.result()
+    assert PreTrainedModel.tie_weights is ties

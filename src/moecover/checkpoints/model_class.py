@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.config_edit import Config
@@ -15,6 +16,10 @@ from moecover.signals import held
 
 if TYPE_CHECKING:
     import torch
+
+# transformers replaces methods of its classes while it builds or loads a model. Of two threads that do so at once, one
+# may put back what the other had replaced: from then on the process loads without tied weights, for example.
+BUILDING = threading.RLock()
 
 
 def auto_class(config_class: type) -> Any:
@@ -99,7 +104,7 @@ def build_on_meta(config: Config, name: str) -> torch.nn.Module:
         parsed = parsed_config(config)
         if (auto := auto_class(type(parsed))) is None:
             raise InputError(f"{name}: architecture {family!r} is no causal language model")
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             model: torch.nn.Module = auto.from_config(parsed)
             return model
     except InputError:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moecover.checkpoints.model_class import parsed_config
+from moecover.checkpoints.model_class import BUILDING, parsed_config
 from moecover.checkpoints.names import mtp_root
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, is_out_of_memory
@@ -105,7 +105,7 @@ def load_drafts(model: torch.nn.Module, structure: Structure) -> Drafts:
     roots = {str(mtp_root(name, structure.topology.num_layers)) for name in structure.mtp}
     last = model.get_submodule(structure.experts_modules[-1])
     try:
-        with no_bars(), _named(model, structure, [rf"^{re.escape(root)}\." for root in sorted(roots)]):
+        with BUILDING, no_bars(), _named(model, structure, [rf"^{re.escape(root)}\." for root in sorted(roots)]):
             made = MtpModel.from_pretrained(model, device_map={"": device_of(last)}).eval()
         ids = torch.zeros(1, len(numbers) + 2, dtype=torch.int64, device=device_of(made.embed_tokens))
         states = torch.zeros(*ids.shape, structure.topology.hidden_size, dtype=made.dtype, device=device_of(last))

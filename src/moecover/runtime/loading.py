@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.deepseek.registration import register_deepseek
-from moecover.checkpoints.model_class import auto_class
+from moecover.checkpoints.model_class import BUILDING, auto_class
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, is_out_of_memory
 from moecover.runtime.devices import check_device
@@ -44,7 +44,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(structure.checkpoint.path, **source)
         auto = auto_class(type(config))
-        with no_bars():
+        with BUILDING, no_bars():
             model, info = auto.from_pretrained(
                 structure.checkpoint.path,
                 dtype=dtype,

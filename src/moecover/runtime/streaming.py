@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moecover.checkpoints.deepseek.registration import register_deepseek
-from moecover.checkpoints.model_class import auto_class
+from moecover.checkpoints.model_class import BUILDING, auto_class
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError
 from moecover.runtime import layerwise
@@ -110,7 +110,7 @@ def skeleton(structure: Structure, *, dtype: str = "auto") -> torch.nn.Module:
     else:
         kind = getattr(torch, dtype)
     auto = auto_class(type(config))
-    with init_empty_weights(include_buffers=False):
+    with BUILDING, init_empty_weights(include_buffers=False):
         model: torch.nn.Module = auto.from_config(config, dtype=kind)
     return model.eval()
 
