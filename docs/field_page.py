@@ -25,13 +25,17 @@ experts: the first of them.
   be better there: C-Prune and HC-SMoE's centres on deepseek-moe-tiny (0.72, random 0.97), not on qwen2-moe-tiny.
 - A script that no corpus holds is a matter of the sample, with standard deviations of up to 1.8 nats at a quarter. Only
   REAP's scores on qwen2-moe-tiny (0.31 to 0.47, all others 1.4 or more) and HOPE on deepseek-moe-tiny (0.01) stand out,
-  and not on both models. EASY-EP, which on the first sample alone seemed to keep it, loses 1.63 and 0.34: a reason not
-  to make it the default.
+  and not on both models. EASY-EP, which on the first sample alone seemed to keep it, loses 1.63 (± 0.78) and
+  0.34 (± 0.59): less than contribution, the default (2.5 and 1.2), and far it loses as much or a little less. In
+  `shrink`'s place at 75 % it made [no difference](log.md#2026-11-30-the-field-in-one-grid); at 25 and 50 % that was not
+  measured.
 - Turns of the corpora change little with these two: TB-Coverage and the pooled score of the same saliency are within a
   standard deviation of each other nearly everywhere.
-- **The shape matters more than the method.** Half of the bytes as two thirds of the experts, three quarters as wide:
+- **The shape matters more than which of the good methods.** Half of the bytes as two thirds of the experts, three
+  quarters as wide:
   the methods that are good near differ by 0.01 nats there, lose a quarter to two fifths less far, and on qwen2-moe-tiny
-  at most 0.08 on Greek, where whole experts of the same sample lose 0.1 to 1.6.
+  at most 0.08 on Greek, where whole experts of the same sample lose 0.1 to 1.6. On deepseek-moe-tiny, which gains on
+  Greek with whole experts, it is 0.15 to 0.31 worse there.
 - **Ridge** on the same two corpora leaves a half of their loss near at a quarter of the experts, a quarter to a half of
   it at half, and two thirds to four fifths far. It does not mend a bad choice: random experts, MAN, MSAN, AIMER,
   C-Prune, HC-SMoE's centres, and HOPE on qwen2-moe-tiny, lose more far from the calibration text at half of the experts
@@ -117,7 +121,7 @@ def other_parts(data: dict[str, Any], model: str) -> list[str]:
     if thin:
         first[f"{thin[0]['keep']} experts x {data['thin'][model]}, first sample"] = thin
     second = {
-        f"{keep} experts, ridge": [row for row in ridge if row["keep"] == keep]
+        f"{keep} experts, ridge, first sample": [row for row in ridge if row["keep"] == keep]
         for keep in sorted({row["keep"] for row in ridge})
     }
     return [line for columns in (first, second) if columns for line in _columns(columns, data["groups"])]

@@ -97,7 +97,7 @@ def test_only_what_moecover_wrote_is_uploaded(hub: Hub, half: Path) -> None:
 
 def test_a_gguf_file_takes_its_card_along(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_gguf(tmp_path / "model.gguf", "qwen3moe")
-    plan_for([[0, 1, 2], [3, 4, 5]]).save(tmp_path / "plan.json")
+    plan_for([[0, 1, 2], [3, 4, 5]], model=str(source)).save(tmp_path / "plan.json")
     prune = ["prune", source, "--plan", tmp_path / "plan.json", "-o", tmp_path / "half.gguf"]
     status, out, err = run(capsys, *prune, "--push-to-hub", "me/half-GGUF")
     assert status == 0, out + err
@@ -105,6 +105,7 @@ def test_a_gguf_file_takes_its_card_along(hub: Hub, tmp_path: Path, capsys: pyte
     assert there.keys() == {"half.gguf", "README.md"}
     assert there["half.gguf"] == (tmp_path / "half.gguf").read_bytes()
     assert b"llama-server --hf-repo me/half-GGUF --hf-file half.gguf" in there["README.md"]
+    assert not [name for name, content in there.items() if str(tmp_path).encode() in content]
     (tmp_path / "half.md").unlink()
     for file, message in ((tmp_path / "half.gguf", "half.md, the model card of"), (source, "was not written by")):
         with pytest.raises(InputError, match=message):

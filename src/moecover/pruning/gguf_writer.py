@@ -26,6 +26,7 @@ from moecover.planning.artifact import LayerPlan, Plan, kept_sets
 from moecover.planning.fitting import check_plan
 from moecover.pruning.card import model_card
 from moecover.pruning.card_header import TAGS
+from moecover.pruning.card_names import short_name
 from moecover.pruning.card_numbers import Measurement, measured
 from moecover.pruning.shards import check_space, write_shards
 from moecover.version import VERSION
@@ -38,6 +39,8 @@ OF_PLAN = ("method", "options", "model", "profile_fingerprint")  # what of a pla
 def provenance(structure: Structure, plan: Plan) -> dict[str, int | str]:
     """The keys that say where a pruned file comes from; equal inputs give equal bytes."""
     about = {name: value for name in OF_PLAN if (value := getattr(plan, name))}
+    if plan.model:
+        about["model"] = short_name(plan.model)  # a path of this machine does not travel with the file
     return {
         "moecover.version": VERSION,
         "moecover.source.name": Path(structure.checkpoint.name).name,
@@ -224,6 +227,7 @@ def prune_gguf(
         returned(first, list(names.values()))
         check_replaceable(first, list(names.values()), overwrite=overwrite)
         _check_card(card)
+        card.unlink(missing_ok=True)  # written last: where it stands, the files beside it are complete
         with explained(f"reading {structure.checkpoint.name}", left="Nothing was written"):
             inputs = _inputs(structure, files, plan)
         expected = expected_files(structure, files, plan)

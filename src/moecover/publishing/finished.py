@@ -56,7 +56,7 @@ def finished(path: Path) -> Finished:
         path: the folder; of a GGUF model the file, of a split one its first part.
 
     Raises:
-        InputError: it is not there, moecover did not finish writing it, or a file changed since then.
+        InputError: it is not there, moecover did not finish writing it, or a file of a folder changed since then.
     """
     if is_gguf(path):
         return _gguf(path)

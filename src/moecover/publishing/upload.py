@@ -50,7 +50,7 @@ def upload(folder: str | Path, repository: str, *, private: bool = False, progre
         progress: True draws the client's bars and says what is sent; False is silent.
 
     Raises:
-        InputError: moecover did not finish the folder, a file changed since, no login, or no right to write.
+        InputError: moecover did not finish it, a file of a folder changed since, no login, or no right to write.
         MoecoverError: the connection was lost, or the hub failed.
     """
     shown, path = resolve(progress), Path(folder)
