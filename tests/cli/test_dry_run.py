@@ -61,6 +61,11 @@ LONG = {
         "new/plan.json",
     ),
     "plan": (["plan", "profile", "--keep", "6", "-o", "new/plan.json"], "new/plan.json"),
+    "list": (["plan", "--from", "plan.json", "--model", "model", "-o", "new/plan.json"], "new/plan.json"),
+    "export": (
+        ["plan", "--from", "plan.json", "--model", "model", "--export", "kept", "-o", "new/list.json"],
+        "new/list.json",
+    ),
     "prune": (["prune", "model", "--plan", "plan.json", "-o", "new/half"], "new/half"),
     "repair": (
         ["prune", "model", "--plan", "plan.json", *TEXT_OPTIONS, "--repair", "ridge", "-o", "new/half"],
@@ -76,6 +81,8 @@ LONG = {
     "verify": (["verify", "model", "pruned"], ""),
     "shrink": (["shrink", "model", "--budget", "50%", "--corpus", "a=a.jsonl", "-o", "new/half"], "new/half"),
 }
+
+WITHOUT_PASS = {"prune", "plan", "list", "export"}
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -93,10 +100,10 @@ def test_it_tells_and_makes_nothing(
     assert [Path(step["name"]).name for step in found["steps"] if step["kind"] == "write"][:1] == (
         [Path(output).name] if output else []
     )
-    if name not in ("prune", "plan"):
+    if name not in WITHOUT_PASS:
         assert any(step["kind"] == "read" and step["num_bytes"] for step in found["steps"])
         assert "run" in kinds
-    assert (found["seconds"] is None) == (name in ("search", "plan"))
+    assert (found["seconds"] is None) == (name == "search" or name in WITHOUT_PASS - {"prune"})
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 

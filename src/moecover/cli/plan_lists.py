@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TypeVar
 
+from moecover import rehearsal
 from moecover.cli.plan_bounds import BOUNDS, OF_TEXT, WIDTHS
 from moecover.cli.verb import Outcome
 from moecover.errors import InputError, flag
@@ -80,6 +81,8 @@ def run_list(args: argparse.Namespace) -> Outcome:
         return Outcome(
             {"list": str(path), "format": args.export, **result}, f"{path}: {plan_line(found, experts)}, {args.export}"
         )
+    rehearsal.ahead("write", args.output)
+    rehearsal.stop()
     path = found.save(args.output)
     model = shlex.quote(args.model)
     text = f"{path}: {plan_line(found, experts)}\nnext: moecover prune {model} --plan {shlex.quote(str(path))} -o OUT"

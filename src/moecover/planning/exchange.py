@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from moecover import rehearsal
 from moecover.checkpoints.opening import Model, described
 from moecover.checkpoints.structure import Structure
 from moecover.checkpoints.topology import Topology
@@ -153,6 +154,8 @@ def export_plan(
     blocks = tuple(name.rpartition(".")[0] for name in structure.experts_modules)
     if not blocks:  # a GGUF file has tensors, no modules
         blocks = tuple(f"model.layers.{number}.mlp" for number in structure.topology.decoder_layers)
+    rehearsal.ahead("write", output)
+    rehearsal.stop()
     write_text(Path(output), row.text(Sets(structure.topology, blocks, made.kept)))
     if row.holds == "ranking":
         experts = structure.topology.num_experts
