@@ -59,6 +59,11 @@ def test_and_then_a_row_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         ("family  qwen2 " + "word " * 9, ["family  qwen2 word word word word word", "        word word word word"]),
         ("a sentence of eleven words that does not fit a line", 2),
         ("next: moecover prune ./a-model --plan plan.json -o half", 1),
+        ("to publish: moecover upload half OWNER/NAME, or hf upload OWNER/NAME half", 1),
+        ("as a page: /home/me/.venv/bin/moecover report half-work -o half.html", 1),
+        ("note: 15 experts do not suit sglang: moecover inspect model --keep 15", 1),
+        ("moecover inspect model --keep 15 --width 40", 1),
+        ("a line that says what the command moecover inspect prints", 2),
         ("/a/path/that/is/longer/than/any/line/of/this/terminal", 1),
     ],
 )

@@ -20,7 +20,8 @@ LEAST = 40  # columns: in a narrower terminal lines fold at this width
 GAP = 3  # spaces between two columns of a table
 EDGE = 2  # spaces at the sides of a table
 INDENT = "  "
-WHOLE = re.compile(r"next: |\s+\S*moecover ")  # commands: a fold would be copied with them
+# Lines with a command, which a fold would be copied with: at the beginning, after a colon or in a column.
+WHOLE = re.compile(r"^next: |(?:^\s*|: |\s{2,})(?:\S*/)?moecover [a-z]+ ")
 LABEL = re.compile(r"\s*(?:\S+ )*\S+\s{2,}|\s+")  # what a folded line hangs from: a label with its spaces, or an indent
 
 
@@ -51,7 +52,7 @@ def folded(text: str, width: int | None) -> str:
 
 
 def _folded(line: str, width: int) -> str:
-    if WHOLE.match(line):
+    if WHOLE.search(line):
         return line
     label = found[0] if (found := LABEL.match(line)) and len(found[0]) <= width // 2 else ""
     hanging = " " * len(label) if label else INDENT

@@ -22,4 +22,4 @@ def run(args: argparse.Namespace) -> Outcome:
     from moecover.cli.main import make_parser
 
     script = str(shtab.complete(make_parser(), args.shell))
-    return Outcome({"shell": args.shell, "script": script}, script)
+    return Outcome({"shell": args.shell, "script": script}, script, folds=False)

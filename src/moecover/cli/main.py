@@ -248,7 +248,7 @@ def _run(argv: list[str]) -> int:
             raise KeyboardInterrupt from error
         raise
     if here.rank == 0:
-        text = folded(printable(outcome.text, lines=True), columns())
+        text = folded(printable(outcome.text, lines=True), columns() if outcome.folds else None)
         _print(json.dumps(outcome.result, indent=1) if args.json else text, sys.stdout)
     if outcome.problem:
         _fail(outcome.problem)

@@ -14,12 +14,14 @@ class Outcome(NamedTuple):
         text: printed otherwise.
         status: exit status.
         problem: why that is not 0, in one line for stderr; empty where the log has said so.
+        folds: whether long lines of the text fold on a narrow terminal; a script is printed as it is.
     """
 
     result: object
     text: str
     status: int = 0
     problem: str = ""
+    folds: bool = True
 
 
 class Verb(Protocol):
