@@ -14,6 +14,7 @@ from moecover.cli.ls import LISTS
 from moecover.cli.main import VERBS, main
 from moecover.cli.values import dtype, share
 from moecover.comparison.config import Config
+from moecover.terminal import WHOLE
 from tests.support.command_line import run
 
 
@@ -109,6 +110,8 @@ def test_env_names_what_computes_and_no_secret(
     assert found["HF_ENDPOINT"] == "https://mirror.example/hub"
     assert {"moecover", "torch", "transformers", "system", "memory free", "llama.cpp"} <= found.keys()
     assert "hf_secret" not in run(capsys, "env")[1]
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:p@s/s@mirror.example/hub")
+    assert json.loads(run(capsys, "env", "--json")[1])["HF_ENDPOINT"] == "https://mirror.example/hub"
 
 
 def test_the_bars_of_libraries_can_be_turned_off(
@@ -123,9 +126,13 @@ def test_the_bars_of_libraries_can_be_turned_off(
     assert os.environ["PYTHONWARNINGS"] == "ignore"  # in the processes of --jobs N too
 
 
-def test_completion_knows_verbs_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_knows_verbs_and_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     status, out, _ = run(capsys, "completion", "bash")
     assert status == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(capsys, "completion", "bash")[1] == out  # a script folds on no terminal
     assert "--retain-width" in out
     assert all(verb in out for verb in VERBS)
 
@@ -152,7 +159,7 @@ def test_a_shipped_model_that_the_wheel_lacks(
 
 def long_lines(text: str) -> list[str]:
     """Lines that an 80-column terminal would break, but for commands and lines with a path that is long itself."""
-    long = [line for line in text.splitlines() if len(line) > 80 and not line.startswith("next: ")]
+    long = [line for line in text.splitlines() if len(line) > 80 and not WHOLE.search(line)]
     return [line for line in long if max(map(len, line.split())) < 40]
 
 

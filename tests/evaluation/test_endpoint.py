@@ -149,7 +149,15 @@ def test_failures_are_one_line(
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:9/v1", "ftp://here", "here:8000", "http://me:{KEY}@here", "http://[::"]
+    "url",
+    [
+        "http://127.0.0.1:9/v1",
+        "ftp://here",
+        "here:8000",
+        "http://me:{KEY}@here",
+        "http://me:p@{KEY}/s@here",
+        "http://[::",
+    ],
 )
 def test_addresses_that_are_none(url: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")

@@ -20,6 +20,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """It has none."""
 
 
+def _without_login(value: str) -> str:
+    """A setting without all that comes before the last @ of an address: a password may have @ and / in it."""
+    return re.sub("//.*@", "//", value, flags=re.DOTALL)
+
+
 def run(args: argparse.Namespace) -> Outcome:
     """Collect and print."""
     import torch
@@ -37,7 +42,7 @@ def run(args: argparse.Namespace) -> Outcome:
             library = str(error)
     devices = {kind: name_of(torch.device(kind)) for kind in kinds_here()}
     settings = {
-        name: "(set)" if any(word in name for word in SECRET) else re.sub("//[^/@]*@", "//", value)
+        name: "(set)" if any(word in name for word in SECRET) else _without_login(value)
         for name, value in sorted(os.environ.items())
         if name.startswith(SETTINGS)
     }
