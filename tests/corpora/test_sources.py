@@ -13,6 +13,7 @@ import pytest
 
 from moecover.corpora.arguments import parse_corpora
 from moecover.corpora.documents import FileCorpus, NamedCorpus
+from moecover.corpora.hub import _one_try
 from moecover.corpora.packing import load_corpus
 from moecover.corpora.sources import CORPORA, Corpora
 from moecover.errors import InputError
@@ -125,6 +126,12 @@ def test_a_stream_is_read_no_further_than_needed(tokenizer, monkeypatch: pytest.
     load_corpus("c4", tokenizer=tokenizer, sequences=4, length=32)
     assert len(read) < 100
     assert (set(tries), config.STREAMING_READ_MAX_RETRIES) == ({1}, 20)
+    first, second = _one_try(), _one_try()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # streams end in any order
+    second.__exit__(None, None, None)
+    assert config.STREAMING_READ_MAX_RETRIES == 20
 
 
 def test_shipped_text_is_two_registers_of_60_kb_without_repetition() -> None:

@@ -6,6 +6,7 @@ Nothing of a data set is run: a set that is a script is refused. With ``HF_HUB_O
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -126,11 +127,20 @@ def _one_try() -> Iterator[None]:
     """
     from datasets import config
 
-    before, config.STREAMING_READ_MAX_RETRIES = config.STREAMING_READ_MAX_RETRIES, 1
+    usual = _usual_tries()
+    config.STREAMING_READ_MAX_RETRIES = 1
     try:
         yield
     finally:
-        config.STREAMING_READ_MAX_RETRIES = before
+        config.STREAMING_READ_MAX_RETRIES = usual
+
+
+@functools.cache
+def _usual_tries() -> int:
+    """The library's own number, as it was before the first stream: streams may end in any order."""
+    from datasets import config
+
+    return int(config.STREAMING_READ_MAX_RETRIES)
 
 
 def _explanation(corpus: HubCorpus, error: Exception) -> str:
