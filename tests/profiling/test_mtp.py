@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from moecover.errors import InputError
 from moecover.profiling.artifact import Profile
 from moecover.profiling.merging import lost
 from moecover.profiling.run import profile
-from moecover.runtime.drafting import not_run
+from moecover.runtime.drafting import load_drafts, not_run
 from moecover.runtime.loading import load_model
 from moecover.runtime.streaming import streamed
+from moecover.runtime.world import World
 from tests.conftest import random_corpus
 from tests.support import zoo
 from tests.support.command_line import run
@@ -218,6 +220,34 @@ def test_another_family(tmp_path: Path) -> None:
     assert made is not None
     assert made.statistics["a"]["num_tokens"].max() == 6 * 23
     assert made.statistics["a"]["count"].sum() == 6 * 23 * zoo.TOP_K
+
+
+def test_what_the_model_keeps_in_float32_stays_so(folder: Path) -> None:
+    """The biases that experts are selected by, which bfloat16 would round."""
+    structure, stored = read_structure(folder), load_file(folder / "model.safetensors")
+    model = load_model(structure, dtype="bfloat16")
+    drafts = load_drafts(model, structure)
+    for number, layers in [(2, model.model.layers[2]), *((n, drafts.module.layers[str(n)]) for n in (3, 4))]:
+        bias = stored[f"model.layers.{number}.mlp.gate.e_score_correction_bias"]
+        assert not torch.equal(bias.bfloat16().float(), bias)
+        assert layers.mlp.gate.e_score_correction_bias.dtype == torch.float32
+        assert torch.equal(layers.mlp.gate.e_score_correction_bias, bias)
+    assert drafts.module.layers["3"].mlp.gate.weight.dtype == torch.bfloat16
+
+
+def test_processes_agree_on_the_layers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that runs layer by layer has none: then neither profiles them, and both say why."""
+    structure, said = read_structure(folder), list[str]()
+
+    def work(here: World) -> Profile:
+        with streamed(structure) if here.rank else contextlib.nullcontext() as model:
+            return profile(structure, [random_corpus("a")], model=model, mtp=None, here=here, say=said.append)
+
+    for made in in_ranks(monkeypatch, work):
+        assert isinstance(made, Profile), made
+        assert made.mtp is None
+    assert len(said) == 2
+    assert all("are not profiled: " in line and "does not fit into memory" in line for line in said)
 
 
 def test_processes_share_the_layers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.errors import InputError
@@ -125,6 +125,37 @@ def test_explained(structure: Structure, made: Profile) -> None:
     text = explain(chosen).text()
     assert f"Of its 6 ids decoder layer 2 keeps {row['as_last']}." in text
     assert re.search(r"Multi-token prediction, layer 3, by its own statistics: utility kept a \d\d\.\d%, b \d\d", text)
+
+
+def test_ids_that_the_model_does_not_have_are_refused(made: Profile) -> None:
+    chosen = plan(made, retain=0.5)
+    chosen.mtp[0].kept[-1] = 99
+    with pytest.raises(InputError, match="keeps experts above the 11 of the profile"):
+        explain(chosen, profile=made)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_each_of_two_layers_is_cut_by_its_own_ids(
+    structure: Structure, made: Profile, checkpoints: Callable[..., Path], tmp_path: Path, dense: bool
+) -> None:
+    """Also where the first has no experts."""
+    source = with_mtp_that_drafts(checkpoints("deepseek_v3"), tmp_path / "m", layers=2)
+    before = load_file(source / "model.safetensors")
+    if dense:
+        before = {name: tensor for name, tensor in before.items() if not name.startswith(f"{ROOT}.mlp.")}
+        save_file(before, source / "model.safetensors", metadata={"format": "pt"})
+    kept = {3: [0, 3, 4, 7, 9, 11], 4: [1, 2, 5, 6, 8, 10]}
+    if dense:
+        del kept[3]
+    chosen = plan(made, retain=0.5)
+    rows = [chosen.mtp[0].model_copy(update={"decoder_layer": n, "kept": ids}) for n, ids in kept.items()]
+    two = chosen.model_copy(update={"mtp": rows, "model_fingerprint": None, "weight_files": {}})
+    out = prune(read_structure(source), two, tmp_path / "out", mtp="prune")
+    after = load_file(out / "model.safetensors")
+    for number, ids in kept.items():
+        for new, old in enumerate(ids):
+            name = f"model.layers.{number}.mlp.experts.{{}}.down_proj.weight"
+            assert torch.equal(after[name.format(new)], before[name.format(old)])
 
 
 def test_one_shot_rates_the_layer_where_it_can_run(

@@ -191,18 +191,20 @@ def _thinned(entry: TensorEntry, name: str, axis: int, gathers: Sequence[Gather]
     return Piece(name, entry.dtype, shape, tuple(gathers))
 
 
-def _of_mtp(structure: Structure, name: str, rows: int) -> ExpertTensor | None:
-    """The row of a tensor of a multi-token-prediction layer, which points to the layer's own ids where these are given.
+def _mtp_rows(structure: Structure, rows: int) -> Mapping[str, ExpertTensor | None]:
+    """The rows of the tensors of multi-token-prediction layers, which point to a layer's own ids where it has some.
 
     Args:
         structure: the source.
-        name: of the tensor.
         rows: of how many layers there are ids.
     """
-    row, topology = structure.mtp.get(name), structure.topology
-    if row is None or rows == len(topology.decoder_layers):
-        return row
-    return replace(row, layer=row.layer + 1 + mtp_number(name, topology.num_layers))
+    total, layers = structure.topology.num_layers, len(structure.topology.decoder_layers)
+    if rows == layers:
+        return structure.mtp
+    place = {number: layers + i for i, number in enumerate(structure.mtp_layers)}
+    return {
+        name: row and replace(row, layer=place[total + mtp_number(name, total)]) for name, row in structure.mtp.items()
+    }
 
 
 def pieces_by_shard(
@@ -224,11 +226,11 @@ def pieces_by_shard(
         others: tensors of the output that are taken from elsewhere, by name.
     """
     shards: dict[str, list[Piece]] = {}
-    thin = thinning(structure, channels)
+    thin, of_mtp = thinning(structure, channels), _mtp_rows(structure, len(kept))
     for name, entry in structure.checkpoint.tensors.items():
         if mtp == "drop" and name in structure.mtp:
             continue
-        tensor = structure.tensors.get(name) or _of_mtp(structure, name, len(kept))
+        tensor = structure.tensors.get(name) or of_mtp.get(name)
         remaining = piece(entry, tensor, list(kept[tensor.layer]) if tensor else [], thin=thin)
         if remaining is not None:
             shards.setdefault(entry.shard, []).append(others.get(remaining.name, remaining))

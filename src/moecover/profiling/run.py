@@ -29,7 +29,7 @@ from moecover.profiling.records import Settings, model_record
 from moecover.profiling.statistics import MAXIMA, OF_MTP, STATISTICS
 from moecover.profiling.sums import Sums
 from moecover.profiling.wide import WIDE
-from moecover.runtime.distributed import add_up, check_same, checking
+from moecover.runtime.distributed import add_up, check_same, checking, shared_out
 from moecover.runtime.drafting import Drafts, load_drafts, not_run
 from moecover.runtime.finite import watched
 from moecover.runtime.loading import load_model
@@ -87,7 +87,7 @@ def profile(
     runs = running(load_model(structure, dtype=dtype, device=device) if model is None else model, structure)
     kind = str(runs.dtype).removeprefix("torch.")
     width = width_of(runs.module, structure)
-    drafts = _drafts(structure, runs, mtp, say)
+    drafts = _drafts(structure, runs, mtp, here, say)
     sums = {c.name: Sums(structure.topology, runs.device, -(-len(c.tokens) // batch_size), width) for c in corpora}
     if drafts is not None:
         of = (drafts.structure.topology, runs.device)
@@ -111,24 +111,32 @@ def profile(
     return replace(made, inputs=open_inputs(keep_inputs[1])) if keep_inputs is not None else made
 
 
-def _drafts(structure: Structure, runs: Running, mtp: bool | None, say: Callable[[str], None]) -> Drafts | None:
+def _drafts(
+    structure: Structure, runs: Running, mtp: bool | None, here: World, say: Callable[[str], None]
+) -> Drafts | None:
     """The multi-token-prediction layers of an open model; None where they are not wanted, see `profile`.
+
+    Where they are taken if they can be had, no process takes them unless all can: one may run layer by layer.
 
     Raises:
         InputError: they are wanted and cannot run.
+        MoecoverError: a process is lost.
     """
-    if mtp is False:
-        return None
-    why = not_run(structure, runs)
-    try:
-        if why:
-            raise InputError(f"{arg('mtp')} has nothing to profile: {why}")
-        return load_drafts(runs.module, structure)
-    except InputError as error:
-        if mtp:
-            raise
-        say(f"note: {OF_MTP} are not profiled: {why or error}")
-        return None
+    drafts, why = None, "" if mtp is False else not_run(structure, runs) or ""
+    if mtp and why:
+        raise InputError(f"{arg('mtp')} has nothing to profile: {why}")
+    if mtp is not False and not why:
+        try:
+            drafts = load_drafts(runs.module, structure)
+        except InputError as error:
+            if mtp:
+                raise
+            why = str(error)
+    reasons = shared_out(here, range(here.size), lambda mine: [why] * len(mine))
+    if mtp is not None or not any(reasons):
+        return drafts
+    say(f"note: {OF_MTP} are not profiled: {next(filter(None, reasons))}")
+    return None
 
 
 def check_names(corpora: Sequence[Corpus]) -> None:

@@ -8,6 +8,7 @@ t, and the embedding of the token at t + k + 1.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,13 +42,17 @@ def not_run(structure: Structure, model: Running | None = None) -> str | None:
         return f"{name} is quantised, and transformers runs these layers unquantised only: profile the original"
     try:
         number = parsed_config(structure.checkpoint.config).get_mtp_config().num_hidden_layers
-    except (AttributeError, KeyError, ValueError):
+    except Exception as error:  # the library may raise anything
+        if is_out_of_memory(error):
+            raise
         return f"transformers {transformers.__version__} does not run these layers of {structure.topology.family}"
     total = structure.topology.num_layers
     if found != tuple(range(total, total + number)):
         return f"config.json of {name} has {number} of these layers, its files have experts in {len(found)}"
     if model is not None and model.by_layer:
         return f"{name} does not fit into memory, and these layers run beside a whole model only"
+    if model is not None and len({one.device for one in model.module.parameters()}) > 1:
+        return f"{name} is on several devices, and these layers run beside a model on one only"
     return None
 
 
@@ -139,10 +144,20 @@ def load_drafts(model: torch.nn.Module, structure: Structure) -> Drafts:
 
 @contextlib.contextmanager
 def _named(model: Any, structure: Structure, patterns: list[str]) -> Iterator[None]:
-    """What the library reads these layers by: the folder, and patterns of names, which it has for real models' only."""
+    """What the library reads these layers by.
+
+    The folder; patterns of names, which it has for real models' only; and what the model keeps in float32, such as the
+    biases that DeepSeek-V3 selects experts by, which the library would round in these layers.
+    """
+    from transformers import modeling_layers as library
+
     config, before = model.config, (model.config.name_or_path, model._keys_to_ignore_on_load_unexpected)
+    loading = library.LoadStateDictConfig
     config.name_or_path, model._keys_to_ignore_on_load_unexpected = str(structure.checkpoint.path), patterns
+    precise = functools.partial(loading, dtype_plan=model._get_dtype_plan(config.dtype))
+    library.LoadStateDictConfig = precise
     try:
         yield
     finally:
         config.name_or_path, model._keys_to_ignore_on_load_unexpected = before
+        library.LoadStateDictConfig = loading

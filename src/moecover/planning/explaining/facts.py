@@ -235,7 +235,7 @@ def explain(
         against = Plan.load(against)
     name, utility = utility_by_corpus(plan, profile, saliency)
     experts = next(iter(utility.values())).shape[1]
-    if any(layer.kept[-1] >= experts for layer in plan.layers):
+    if any(layer.kept[-1] >= experts for layer in plan.with_mtp.layers):
         raise InputError(f"the plan keeps experts above the {experts - 1} of the profile: they do not belong together")
     layers = [explain_layer(row, {c: u[i] for c, u in utility.items()}) for i, row in enumerate(plan.layers)]
     overall = over_layers(layers, list(utility))
