@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moecover.files.hashing import sealed
+from moecover.files.locks import claim as claimed
+from moecover.pruning.job import prune
 from moecover.rehearsal import rehearsed
 from tests.conftest import write_rows
 from tests.support.command_line import run
+from tests.support.gguf_files import plan_for, write_gguf
 from tests.support.tiny import TEXT
 
 
@@ -30,6 +34,12 @@ def made(
     profile = ["profile", str(folder / "model"), *text, "--keep-inputs", "48", "-q", "-o", str(folder / "profile")]
     assert main(profile) == 0
     assert main(["plan", str(folder / "profile"), "--keep", "6", "-q", "-o", str(folder / "plan.json")]) == 0
+    write_rows(folder / "empty.jsonl", [{"id": 1}])
+    (folder / "elsewhere").mkdir()
+    note = {"model": "of another one", "quality": "default", "own_text": True}
+    (folder / "elsewhere" / "shrink.json").write_text(json.dumps(sealed(note)))
+    whole = write_gguf(folder / "a.gguf", "qwen2moe")
+    prune(whole, plan_for([[0, 2, 4, 5]] * 2), folder / "b.gguf", progress=False)
     grid = {"models": ["model"], "calibration": [["a=a.jsonl"]], "sequences": 4, "length": 24, "methods": ["random"]}
     grid |= {"seeds": [0], "keep": [6], "perplexity": ["test=a.jsonl"], "window": 24, "windows": 4}
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
@@ -46,6 +56,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moecover.runtime.memory.load_model", refuse)
 
 
+SHRINK = ["shrink", "model", "--budget", "50%", "-o", "new/half"]
 TEXT_OPTIONS = ["--corpus", "a=a.jsonl", "--sequences", "4", "--length", "24"]
 LONG = {
     "profile": (["profile", "model", *TEXT_OPTIONS, "-o", "new/p"], "new/p/profile.safetensors"),
@@ -79,6 +90,7 @@ LONG = {
     "compare": (["compare", "grid.yaml", "-o", "new/run"], "new/run"),
     "generate": (["generate", "model", "--sequences", "2", "--length", "24", "-o", "new/own.jsonl"], "new/own.jsonl"),
     "verify": (["verify", "model", "pruned"], ""),
+    "verify bytes": (["verify", "a.gguf", "b.gguf"], ""),
     "shrink": (["shrink", "model", "--budget", "50%", "--corpus", "a=a.jsonl", "-o", "new/half"], "new/half"),
 }
 
@@ -103,7 +115,7 @@ def test_it_tells_and_makes_nothing(
     if name not in WITHOUT_PASS:
         assert any(step["kind"] == "read" and step["num_bytes"] for step in found["steps"])
         assert "run" in kinds
-    assert (found["seconds"] is None) == (name == "search" or name in WITHOUT_PASS - {"prune"})
+    assert (found["seconds"] is None) == (name in ("search", "verify bytes") or name in WITHOUT_PASS - {"prune"})
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
@@ -119,6 +131,13 @@ def test_it_tells_and_makes_nothing(
         ["generate", "model", "-o", "new.txt"],
         ["compare", "grid.yaml", "--method", "none", "-o", "new"],
         ["verify", "model", "model"],
+        ["verify", "a.gguf", "none.gguf"],
+        ["verify", "a.gguf", "model"],
+        ["verify", "a.gguf", "a.gguf"],
+        ["verify", "a.gguf", "b.gguf", "--libllama", "none.so"],
+        [*SHRINK, "--corpus", "a=empty.jsonl"],
+        [*SHRINK, "--corpus", "a=a.jsonl", "--work", "elsewhere"],
+        ["shrink", "a.gguf", "--budget", "50%", "--libllama", "none.so", "-o", "new.gguf"],
     ],
 )
 def test_it_refuses_what_the_verb_refuses(
@@ -128,6 +147,20 @@ def test_it_refuses_what_the_verb_refuses(
     dry = run(capsys, *command, "-q", "--dry-run")
     assert dry == run(capsys, *command, "-q")
     assert dry[0] == 2
+
+
+def test_a_locked_output_is_refused(
+    made: Path, no_work: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    for name in ("half", "half-work"):
+        release = claimed(made / f".{name}.lock")
+        assert release is not None
+        command = [*SHRINK[:-1], "half", "--corpus", "a=a.jsonl", "-q", "--dry-run"]
+        status, _, err = run(capsys, *command)
+        release()
+        (made / f".{name}.lock").unlink()
+        assert (status, f"{name} is being written by another run" in err) == (2, True)
 
 
 def test_as_a_table(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from moecover.runtime.pass_state import kept_for_later, remove
 from moecover.shrinking.request import Asked, Shrunk, shapes_of
 from moecover.shrinking.stages import ROW
 from moecover.shrinking.steps import WRITE, Step
-from moecover.shrinking.texts import Texts, divided, named_corpora
+from moecover.shrinking.texts import Texts, check_some, divided, named_corpora
 from moecover.shrinking.work import EVALUATION, PLAN, PROFILE
 from moecover.verification.gguf import verify_gguf
 
@@ -94,9 +94,8 @@ def shrunk_gguf(
         MoecoverError: the disk is full, llama.cpp gives up, or the file does not equal the masked original.
     """
     with opened_gguf(structure, libllama=libllama, device=device, progress=progress) as (model, tokenizer):
-        named = named_corpora(corpora, tokenizer=tokenizer, progress=progress, structure=structure)
-        if not named:
-            raise InputError(f"there is no text to calibrate on: give {arg('corpora')}")
+        named = named_corpora(corpora, structure, asked.quality, tokenizer=tokenizer, progress=progress)
+        check_some(named)
         texts = divided(named, structure, asked.quality, tokenizer=tokenizer, progress=progress)
         made = _profile(structure, asked, texts, model, progress)
         plan = _plan(structure, asked, texts, made, model, progress)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Unpack
 from moecover import rehearsal
 from moecover.checkpoints.opening import Model, described, fetched
 from moecover.corpora.loading import Corpora, parsed
-from moecover.errors import InputError, MoecoverError, arg
+from moecover.errors import InputError, MoecoverError
 from moecover.files.locks import locked
-from moecover.llama.opening import check_unused
+from moecover.llama.library import load
+from moecover.llama.opening import check_unused, opened_vocabulary
 from moecover.planning.curve import AUTO
 from moecover.progress import Progress, resolve
 from moecover.pruning.writer import check_target
@@ -32,8 +33,8 @@ from moecover.shrinking.quality import DEFAULT, quality_of
 from moecover.shrinking.request import Asked, Shrunk, memory_needed, shapes_of
 from moecover.shrinking.stages import evaluation_of, plan_of, profile_of, repair_of, written
 from moecover.shrinking.steps import WRITE, Step, steps_of, total_line
-from moecover.shrinking.texts import KINDS, Texts, divided, length_of, named_corpora, own_corpora
-from moecover.shrinking.work import check_folder, claim
+from moecover.shrinking.texts import KINDS, Texts, check_some, divided, length_of, named_corpora, own_corpora
+from moecover.shrinking.work import check_claim, check_folder, claim
 from moecover.verification.job import verify
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ def shrink(
         kinds = KINDS if own_text else 0
         sizes = {"corpora": named, "kinds": kinds, "length": length}
         steps = steps_of(headers, amount, how, **sizes, measured=measured, repair=kind)
-    _rehearse(headers, path, steps)
+    if rehearsal.on():
+        _check_ahead(headers, asked, corpora, quality, own_text=own_text, libllama=libllama, progress=shown)
+        _rehearse(headers, path, steps)
     if dry_run:
         return steps
     for number, step in enumerate(steps, 1):
@@ -146,6 +149,33 @@ def shrink(
             return shrunk_gguf(structure, asked, corpora, libllama=libllama, device=device, progress=shown)
         texts = _texts(structure, asked, corpora, own_text, options, shown)
         return _made(structure, asked, texts, extra, shown)
+
+
+def _check_ahead(
+    headers: Structure,
+    asked: Asked,
+    corpora: Corpora | None,
+    quality: str,
+    *,
+    own_text: bool,
+    libllama: str | Path | None,
+    progress: Progress,
+) -> None:
+    """Refuse in a dry run what is refused after its end; of a model of the hub what needs no file of it.
+
+    Raises:
+        InputError: another run writes, the folder is for something else, or text that cannot be read.
+    """
+    with locked(asked.output.resolve()), locked(asked.work.resolve()):
+        if headers.checkpoint.folder is None and headers.checkpoint.gguf is None:
+            return
+        check_claim(asked.work, headers, quality, own_text=own_text)
+        of_gguf = headers.checkpoint.gguf is not None
+        with opened_vocabulary(headers, load(libllama)) if of_gguf else contextlib.nullcontext() as tokenizer:
+            found = named_corpora(corpora, headers, asked.quality, tokenizer=tokenizer, progress=progress)
+            if not own_text:
+                check_some(found)
+                divided(found, headers, asked.quality, tokenizer=tokenizer, progress=progress)
 
 
 def _rehearse(headers: Structure, output: Path, steps: list[Step]) -> None:
@@ -168,7 +198,7 @@ def _texts(
     progress: Progress,
 ) -> Texts:
     """All text, the model's own included."""
-    found = named_corpora(corpora, progress=progress, structure=structure)
+    found = named_corpora(corpora, structure, asked.quality, progress=progress)
     if own_text:
         try:
             found += own_corpora(structure, asked.work, asked.quality, options, here=asked.here, progress=progress)
@@ -176,8 +206,7 @@ def _texts(
             if not found:
                 raise
             progress.say(f"note: no own text: {error}")
-    if not found:
-        raise InputError(f"there is no text to calibrate on: give {arg('corpora')}")
+    check_some(found)
     return divided(found, structure, asked.quality, progress=progress)
 
 

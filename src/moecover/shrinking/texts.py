@@ -84,17 +84,20 @@ def own_corpora(
 
 def named_corpora(
     corpora: Corpora | None,
+    structure: Structure,
+    quality: Quality,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress,
-    structure: Structure,
 ) -> list[str | Corpus]:
-    """The corpora that are given; else WikiText2 and C4, none where the hub is out of reach, which is said."""
+    """The corpora that are given, read; else WikiText2 and C4, none where the hub is out of reach, which is said.
+
+    Raises:
+        InputError: a corpus that is given and cannot be read.
+    """
     if corpora is not None:
-        return [
-            source if isinstance(source, Corpus) else f"{n}={source}" if source else n
-            for n, source in parsed(corpora).items()
-        ]
+        given = parsed(corpora).items()
+        return [_read(name, one, structure, quality, tokenizer, progress) for name, one in given]
     found: list[str | Corpus] = []
     for name in NAMED:
         try:
@@ -105,6 +108,16 @@ def named_corpora(
             continue
         found.append(name)
     return found
+
+
+def check_some(corpora: Sequence[str | Corpus]) -> None:
+    """Refuse to calibrate on nothing.
+
+    Raises:
+        InputError: there is no corpus.
+    """
+    if not corpora:
+        raise InputError(f"there is no text to calibrate on: give {arg('corpora')}")
 
 
 def divided(
@@ -129,12 +142,7 @@ def divided(
     """
     calibration, held_out = [], []
     for name, source in parsed(corpora).items():
-        corpus = source
-        if not isinstance(corpus, Corpus):
-            with progress.spinner(f"reading corpus {name}"):
-                corpus = _loaded(name, source if isinstance(source, str) else None, structure, quality, tokenizer)
-            if line := refused_text(corpus):
-                progress.say(line)
+        corpus = _read(name, source, structure, quality, tokenizer, progress)
         blocks = len(corpus.tokens)
         apart = min(quality.windows, max(1, blocks // 5), blocks - 1)
         calibration.append(corpus[: min(quality.blocks, blocks - apart)])
@@ -154,6 +162,24 @@ def divided(
         )
         progress.say(f"corpus {RARE}: {calibration[-1].record['source']}")
     return Texts(calibration, held_out)
+
+
+def _read(
+    name: str,
+    source: str | Corpus | None,
+    structure: Structure,
+    quality: Quality,
+    tokenizer: PreTrainedTokenizerBase | None,
+    progress: Progress,
+) -> Corpus:
+    """A corpus, loaded where it is not; says which chats are left out."""
+    if isinstance(source, Corpus):
+        return source
+    with progress.spinner(f"reading corpus {name}"):
+        corpus = _loaded(name, source, structure, quality, tokenizer)
+    if line := refused_text(corpus):
+        progress.say(line)
+    return corpus
 
 
 def _loaded(

@@ -40,13 +40,21 @@ def check_folder(work: Path, others: Sequence[str | Path]) -> None:
 
 
 def claim(work: Path, structure: Structure, quality: str, *, own_text: bool) -> None:
-    """Note in a folder what it is for, or refuse it where it is for something else.
+    """Note in a folder what it is for, or refuse it where it is for something else; see `check_claim`."""
+    inputs = check_claim(work, structure, quality, own_text=own_text)
+    if not (file := work / FILE).is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(sealed(inputs), indent=1) + "\n")
+
+
+def check_claim(work: Path, structure: Structure, quality: str, *, own_text: bool) -> dict[str, object]:
+    """What a folder is for, refused where its note says something else.
 
     The text that the model writes and the profile depend on the model and on how much text is read, not on the budget:
     one folder serves several.
 
     Args:
-        work: the folder, made where there is none.
+        work: the folder; one without a note is for anything.
         structure: the model.
         quality: by name.
         own_text: whether the model writes text.
@@ -54,12 +62,9 @@ def claim(work: Path, structure: Structure, quality: str, *, own_text: bool) -> 
     Raises:
         InputError: it belongs to another model or quality, or its note is damaged.
     """
-    inputs = {"model": structure.model_fingerprint, "quality": quality, "own_text": own_text}
-    file = work / FILE
-    if not file.is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(sealed(inputs), indent=1) + "\n")
-        return
+    inputs: dict[str, object] = {"model": structure.model_fingerprint, "quality": quality, "own_text": own_text}
+    if not (file := work / FILE).is_file():
+        return inputs
     try:
         found = unsealed(read_json(file))
     except (OSError, ValueError) as error:
@@ -69,3 +74,4 @@ def claim(work: Path, structure: Structure, quality: str, *, own_text: bool) -> 
             f"{work} was made with another {differs[0]}: {found.get(differs[0])}, now {inputs[differs[0]]}. Give "
             f"another folder as {arg('work')}, or remove it"
         )
+    return inputs

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moecover import rehearsal
 from moecover.checkpoints.structure import Structure, read_structure
 from moecover.corpora.packing import Corpus
 from moecover.errors import InputError
 from moecover.gguf.header import Header
-from moecover.llama.library import load, missing
-from moecover.planning.artifact import Plan
+from moecover.llama.library import Library, load, missing
 from moecover.planning.fitting import check_plan
 from moecover.pruning.gguf_writer import new_numbers, plan_in
 from moecover.text import Cell
@@ -101,20 +101,24 @@ def verify_gguf(
         check_plan(plan, original)
     except InputError as error:
         raise InputError(f"{pruned} was not pruned from {original.checkpoint.name}: {error}") from error
-    changed = changed_tensors(original, plan, cut.checkpoint, {}, mtp="prune")
-    lines, wrong = list[str](), list[str]()
-    counts = new_numbers(original, plan)
     parts, others = original.checkpoint.gguf.parts, cut.checkpoint.gguf.parts
     if len(parts) != len(others):
         raise InputError(f"{pruned} has {len(others)} parts, {original.checkpoint.name} has {len(parts)}")
+    required = bool(corpora) or libllama is not None
+    library = load(libllama) if required or not missing() else None
+    _rehearse(original, cut, library)
+    changed = changed_tensors(original, plan, cut.checkpoint, {}, mtp="prune")
+    lines, wrong = list[str](), list[str]()
+    counts = new_numbers(original, plan)
     for before, after in zip(parts, others, strict=True):
         for key, line, may in _differences(before, after, counts):
             lines.append(line)
             wrong += [] if may else [key]
         if list(before.tensors) != list(after.tensors):
             changed.append(f"(the order in {after.path.name})")
-    required = bool(corpora) or libllama is not None
-    numeric = _numeric(original, cut, plan, corpora, libllama, on_cpu=on_cpu, required=required)
+    numeric: Numeric | str = str(InputError(missing()))
+    if library is not None:
+        numeric = compare(original, cut, plan, library, corpora=corpora, on_cpu=on_cpu, required=required)
     run = numeric if isinstance(numeric, Numeric) else Numeric(0.0, 0, [], False)
     return GgufVerification(
         equal=not changed and not wrong and not run.fails,
@@ -133,25 +137,12 @@ def verify_gguf(
     )
 
 
-def _numeric(
-    original: Structure,
-    cut: Structure,
-    plan: Plan,
-    corpora: Sequence[Corpus | tuple[str, str]],
-    libllama: str | Path | None,
-    *,
-    on_cpu: bool,
-    required: bool,
-) -> Numeric | str:
-    """What running both gives; or, where nothing was asked for that needs it, why they cannot be run.
-
-    Raises:
-        InputError: they cannot be run and it is required, or the original can be loaded and the pruned file cannot.
-    """
-    if not required and (why := missing()):
-        return str(InputError(why))
-    library = load(libllama)
-    return compare(original, cut, plan, library, corpora=corpora, on_cpu=on_cpu, required=required)
+def _rehearse(original: Structure, cut: Structure, library: Library | None) -> None:
+    """End a dry run: from here on every byte is read, then both models run where there is a library."""
+    for one in (original.checkpoint, cut.checkpoint):
+        rehearsal.ahead("read", one.name, num_bytes=one.num_bytes)
+    rehearsal.ahead("run", "every byte" if library is None else "every byte; both models in llama.cpp")
+    rehearsal.stop()
 
 
 def _differences(before: Header, after: Header, numbers: dict[str, int]) -> Iterator[tuple[str, str, bool]]:

@@ -66,8 +66,6 @@ def verify(
     if is_gguf(pruned) or is_gguf(original.name if isinstance(original, Checkpoint) else original):
         _check_given({"tolerance": tolerance, "revision": revision})
         check_options({"dtype": dtype, "device": device, "device_map": device_map, "memory_limit": memory_limit})
-        rehearsal.ahead("run", "every byte; both models in llama.cpp")
-        rehearsal.stop()
         with resolve(progress).spinner("comparing the files"):
             return verify_gguf(checkpoint, pruned, corpora=texts, libllama=libllama, on_cpu=device == "cpu")
     check_unused(libllama)
