@@ -354,6 +354,9 @@ def test_near_and_far_stand_beside_each_other_with_their_intervals(tmp_path: Pat
             wanted = (f"×{lost:.2f}", f"[{lost * np.exp(-0.03):.2f}, {lost * np.exp(0.03):.2f}]")
             assert (side, number.value, number.interval, number.words) == (kind, *wanted, text)
     results = json.loads((folder / "results.json").read_text())
+    of_tasks = [{**loss, "kind": "tasks", "value": -0.5} for loss in results["losses"]]  # a task may have a text's name
+    (folder / "results.json").write_text(json.dumps({**results, "losses": [*results["losses"], *of_tasks]}))
+    assert tiles_of(*findings(read_run(folder))) == tiles
     (folder / "results.json").write_text(json.dumps({**results, "losses": []}))
     words = text_of(folder)  # of a version that computed none
     assert "intervals are not known" in words
@@ -435,7 +438,7 @@ def test_long_names_and_many_methods(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content, said",
     [
-        (None, r"is not a run of `moecover compare`: it contains no results.json"),
+        (None, r"it contains no results.json.*the folder of work of `shrink` \(OUT-work\)"),
         ("{", r"results.json is damaged: .*Run `moecover compare` again"),
         ("[]", r"it holds list, a JSON object is needed"),
         ('{"schema": 2}', r"has schema 2, but this version reads 1"),

@@ -252,7 +252,10 @@ def read_run(folder: Path) -> Run:
     path = folder / RESULTS
     if not path.is_file():
         found = "is a file" if folder.is_file() else f"contains no {RESULTS}" if folder.is_dir() else "does not exist"
-        raise InputError(f"{folder} is not a run of `moecover compare`: it {found}. Give the folder that compare wrote")
+        raise InputError(
+            f"{folder} is not a run of `moecover compare`: it {found}. Give the folder that compare wrote, or the "
+            "folder of work of `shrink` (OUT-work)"
+        )
     value = _unsealed(_json(path), path)
     if value.get("schema") != SCHEMA:
         got = value.get("schema")

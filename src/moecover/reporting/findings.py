@@ -77,7 +77,7 @@ class Point:
     others: dict[tuple[str, str], Estimate]  # by task and metric: those that do not enter the mean
     runs: int
     cells: tuple[str, ...]
-    losses: Mapping[tuple[str, ...], Loss]  # against the full model, by the names of the tasks or texts of a mean
+    losses: Mapping[tuple[str, ...], Loss]  # against the full model, by kind, then the tasks or texts of a mean
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _point(cells: Sequence[Cell], run: Run, tasks: Sequence[str], texts: Sequenc
         runs=len(rows),
         cells=tuple(cell.id for cell in cells),
         losses={
-            tuple(loss.names): loss
+            (loss.kind, *loss.names): loss
             for loss in run.losses
             if (loss.model, loss.label, loss.retain, loss.calibration)
             == (cells[0].model, cells[0].label, cells[0].retain, cells[0].calibration)

@@ -75,15 +75,16 @@ def _accuracy(model: ModelFindings, p: Point) -> list[tuple[str, Sequence[Number
     """The mean over the tasks, and the task that loses most."""
     if not model.full or not p.mean or not model.full.mean:
         return []
-    known = {names: loss for names, loss in p.losses.items() if loss.kind == "tasks"}
     value = p.mean.value - model.full.mean.value
     tasks = counted(len(model.tasks), "task")
     words = f"points of accuracy, mean of {tasks} ({points(model.full.mean.value)}% before)"
-    numbers = [Number(signed_points(value), words, _interval(known.get(model.tasks)))]
+    numbers = [Number(signed_points(value), words, _interval(p.losses.get(("tasks", *model.tasks))))]
     lost = {t: e.value - model.full.tasks[t].value for t, e in p.tasks.items() if t in model.full.tasks}
     if len(lost) > 1:
         worst = min(lost, key=lambda task: lost[task])
-        numbers.append(Number(signed_points(lost[worst]), f"worst task, {worst}", _interval(known.get((worst,)))))
+        numbers.append(
+            Number(signed_points(lost[worst]), f"worst task, {worst}", _interval(p.losses.get(("tasks", worst))))
+        )
     return [("accuracy", numbers)]
 
 

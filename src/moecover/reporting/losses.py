@@ -21,7 +21,7 @@ def loss_of(model: ModelFindings, p: Point, texts: Sequence[str]) -> Loss | None
         p: a method at a budget.
         texts: one or more texts, in the order of the model's.
     """
-    if (known := p.losses.get(tuple(texts))) is not None and known.kind == "perplexity":
+    if (known := p.losses.get(("perplexity", *texts))) is not None:
         return known
     full = model.full.perplexity if model.full else {}
     if p is model.full or not texts or not all(text in p.perplexity and text in full for text in texts):
