@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -27,6 +28,11 @@ def size_text(num_bytes: float) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun: 1 task, 6 tasks."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def change_text(nats: float) -> str:
+    """The relative change of a perplexity for a difference of losses in nats, with its sign: +1.2 %."""
+    return f"{100 * math.expm1(nats):+.1f} %"
 
 
 def duration_text(seconds: float) -> str:

@@ -24,10 +24,11 @@ from moecover.planning.explaining.facts import explain
 from moecover.planning.run import plan
 from moecover.profiling.artifact import Profile
 from moecover.profiling.statistics import COUNTS, STATISTICS
-from moecover.reporting.figures.heatmap import arrangement, outlines, scale_ticks, utility_picture
+from moecover.reporting.figures.heatmap import arrangement, is_ranked, outlines, scale_ticks, utility_picture
 from moecover.reporting.figures.overlap import expected_overlap, overlap_picture
 from moecover.reporting.figures.plan_figures import NAMES, changes_picture, draw, stability_picture
-from moecover.reporting.figures.ranked import by_rank
+from moecover.reporting.figures.ranked import KEPT, REMOVED, by_rank, colours
+from moecover.reporting.sentences import map_words
 
 
 def made_of(layers: int, experts: int, corpora: int, *, parts: int = 3, seed: int = 0) -> Profile:
@@ -149,13 +150,26 @@ def test_a_large_map_is_sorted_from_each_corpus_s_best_expert() -> None:
     assert values.tolist() == [[40, 30, 20, 10]]
     assert kept.tolist() == [[True, False, True, False]]
     facts = facts_of(made_of(48, 128, 2, parts=0), 64)
-    for axes, corpus in zip(utility_picture(facts).axes[1:], facts["corpora"], strict=True):
+    assert is_ranked(facts)
+    lower, upper, *panels = (figure := utility_picture(facts)).axes
+    shown = [bar.collections[-1].cmap(0.6) for bar in (upper, lower)]
+    assert shown == [colours(REMOVED)(0.6), colours(KEPT)(0.6)]
+    line = "every layer keeps all experts left of the line"
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["kept", "removed", line]
+    for axes, corpus in zip(panels, facts["corpora"], strict=True):
         (line,) = axes.lines
         _, kept = by_rank(facts, corpus)
         assert line.get_xdata()[0] == kept.all(axis=0).argmin() - 0.5 > 0
         hidden = [np.ma.getmaskarray(image.get_array()) for image in axes.images]
         assert (hidden[0] == ~kept).all()
         assert (hidden[1] == kept).all()
+    facts["overall"]["covered_rank"] = dict.fromkeys(facts["corpora"], 0)
+    assert line not in [t.get_text() for t in utility_picture(facts).legends[0].get_texts()]
+    for small in (facts_of(made_of(2, 8, 2), 4), facts):
+        words = (
+            "orange ones are removed; every panel is sorted" if small is facts else "Outlined experts are kept by X."
+        )
+        assert words in map_words(small, "X")
 
 
 def test_outlines_stand_on_the_pixels_of_the_kept_cells(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moecover import report
 from moecover.checkpoints.structure import read_structure
 from moecover.evaluation.artifact import Evaluation
 from moecover.planning.artifact import Plan
@@ -53,6 +54,11 @@ def test_a_file_is_shrunk_proven_and_measured(
     assert rows[0].num_bytes == whole.checkpoint.num_bytes
     assert rows[1].num_bytes == read_structure(output).checkpoint.num_bytes
     assert f"{rows[1].perplexity['a'].perplexity:.2f}" in (tmp_path / "half.md").read_text()
+    report(work, tmp_path / "page.html", progress=False)
+    page = (tmp_path / "page.html").read_text()
+    assert f"{plan.keep} of {whole.topology.num_experts} experts" in page
+    assert "no repair" in page
+    assert ">loss, nats<" in page
     before = output.read_bytes()
     output.unlink()
     (tmp_path / "half.md").unlink()

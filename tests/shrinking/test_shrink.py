@@ -94,8 +94,9 @@ def _page_of(made: Shrunk) -> None:
     assert f"worst text: {worst}" in text
     assert f"{100 * change[worst]:+.1f} %" in text
     assert f"{row.keep} of 12 experts" in text
+    assert "repair: ridge" in text
     assert {Path(path).stem for path in written["pictures"]} >= {
-        f"{made.work.name}-{name}" for name in ("shapes", "utility")
+        f"s1-{made.work.name}-{name}" for name in ("shapes", "utility")
     }
     shutil.copytree(made.work, folder / "again")
     assert "sizes" in {Path(path).stem for path in report(folder, page, overwrite=True, progress=False)["pictures"]}

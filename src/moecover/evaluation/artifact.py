@@ -6,6 +6,7 @@ A row is one variant of one model: the model itself, or a plan of it.
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,23 @@ class TextResult:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """What a row loses against the model itself: nats a token ``by_text``."""
+
+    by_text: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the texts, in nats: of perplexities the geometric one."""
+        return statistics.fmean(self.by_text.values())
+
+    @property
+    def worst(self) -> str:
+        """The text that loses most."""
+        return max(self.by_text, key=self.by_text.__getitem__)
+
+
+@dataclass(frozen=True)
 class Row:
     """One variant of a model.
 
@@ -82,6 +100,10 @@ class Row:
     def shape(self) -> str:
         """The experts that remain, of thinner ones with their channels: ``30x32``."""
         return shape_name(self.keep, self.plan.get("width") if self.plan else None)
+
+    def lost(self, full: Row) -> Lost:
+        """What it loses on every text against ``full``, the row of the model itself."""
+        return Lost({text: one.nll - full.perplexity[text].nll for text, one in self.perplexity.items()})
 
 
 @dataclass(frozen=True, repr=False)

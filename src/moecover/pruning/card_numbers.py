@@ -13,7 +13,7 @@ from typing import NotRequired, Protocol, TypedDict
 from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
 from moecover.planning.artifact import Plan, kept_hash
-from moecover.text import markdown_table, markdown_text
+from moecover.text import change_text, markdown_table, markdown_text
 
 
 class ModelFacts(TypedDict):
@@ -140,13 +140,8 @@ def _worst(original: Row, pruned: Row) -> str:
         name: math.log(one.perplexity / original.perplexity[name].perplexity) for name, one in pruned.perplexity.items()
     }
     worst = max(lost, key=lambda name: lost[name])
-    texts = f"geometric mean over {len(lost)} texts {_change(statistics.fmean(lost.values()))}; " * (len(lost) > 1)
-    return f"Perplexity: {texts}worst text {markdown_text(worst)}, {_change(lost[worst])}."
-
-
-def _change(nats: float) -> str:
-    """The relative change of a perplexity for a difference of losses."""
-    return f"{100 * math.expm1(nats):+.1f} %"
+    texts = f"geometric mean over {len(lost)} texts {change_text(statistics.fmean(lost.values()))}; " * (len(lost) > 1)
+    return f"Perplexity: {texts}worst text {markdown_text(worst)}, {change_text(lost[worst])}."
 
 
 def _check_comparable(

@@ -163,7 +163,7 @@ def _explained(of: RunData, model: ModelFindings) -> tuple[list[tuple[float, Fac
         try:
             plan = Plan.load(of.folder / str(cell.plan))
             profile = of.profiles.get(plan.profile_fingerprint or "")
-            found.append((cell.retain, explain(plan, profile=None if plan.by_corpus else profile)))
+            found.append((cell.retain, explain(plan, profile=None if plan.by_corpus else profile, change=None)))
         except InputError as error:
             missing.append(f"{percentage(cell.retain)}: {error}")
     return found, missing

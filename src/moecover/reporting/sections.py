@@ -27,7 +27,7 @@ from moecover.reporting.figures.style import short
 from moecover.reporting.hero import note_on, tiles_of
 from moecover.reporting.numbers import percentage, plain
 from moecover.reporting.provenance import calibration_corpora, provenance_of
-from moecover.reporting.sentences import memory_words, summary_of, usage_words, verdicts_of
+from moecover.reporting.sentences import map_words, memory_words, summary_of, usage_words, verdicts_of
 from moecover.reporting.size_tables import by_size_table, size_table
 from moecover.reporting.tables import (
     accuracy_table,
@@ -153,7 +153,7 @@ def experts(data: ModelData) -> Content:
             file_name("utility", data.anchor, percentage(retain), width_words(facts)),
             utility_picture(facts),
             f"Heat map of {data.model.name}: share of the layer's utility by layer and expert, one panel per corpus; "
-            f"the {facts['keep']} experts that {short(facts['method'])} keeps of {facts['experts']} are outlined",
+            f"{facts['keep']} of {facts['experts']} experts are kept. {map_words(facts, short(facts['method']))}",
             f"{percentage(retain)} of the {data.model.kept_of}{width_words(facts)}",
             raster=True,
         )
@@ -162,7 +162,7 @@ def experts(data: ModelData) -> Content:
         return missing
     text = (
         "Each panel shows every expert's share of its layer's utility on one calibration corpus. "
-        f"Outlined experts are kept by {data.model.main.name}."
+        f"{map_words(data.explained[0][1], data.model.main.name)}"
     )
     middle = len(pictures) // 2
     maps = [Details(p.caption, [Pictures([p], bare=True)], i == middle, printed=False) for i, p in enumerate(pictures)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from moecover.comparison.cells import FILE
 from moecover.comparison.words import NONE_FOUND
@@ -13,11 +14,15 @@ from moecover.evaluation.artifact import FULL
 from moecover.planning.shapes import shape_name
 from moecover.reporting.comparison_tables import mark_of
 from moecover.reporting.data import Cell, Comparison, Run, Usage
+from moecover.reporting.figures.heatmap import is_ranked
 from moecover.reporting.figures.overlap import expected_overlap
 from moecover.reporting.findings import Estimate, ModelFindings, Point, Series, failed
 from moecover.reporting.hero import chosen
 from moecover.reporting.numbers import percentage, perplexity_text, points, size
 from moecover.text import counted, listed
+
+if TYPE_CHECKING:
+    from moecover.reporting.figures.style import Facts
 
 
 def summary_of(model: ModelFindings) -> tuple[str, ...]:
@@ -42,6 +47,16 @@ def tally(comparisons: Iterable[Comparison], what: str) -> str:
     better, worse, same = (verdicts.count(v) for v in ("better", "worse", "same"))
     total = counted(len(verdicts), "comparison")
     return f"{what}: better in {better}, worse in {worse}, {NONE_FOUND} in {same} of {total}."
+
+
+def map_words(facts: Facts, method: str) -> str:
+    """How the heat map of a plan is read; ``method`` is what kept the experts."""
+    if is_ranked(facts):
+        return (
+            f"Blue experts are kept by {method}, orange ones are removed; every panel is sorted from its corpus's best "
+            "expert to the worst."
+        )
+    return f"Outlined experts are kept by {method}."
 
 
 def _full_model(model: ModelFindings) -> list[str]:

@@ -7,38 +7,41 @@ theirs together.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from moecover.errors import InputError
-from moecover.evaluation.artifact import Evaluation, Row
-from moecover.planning.artifact import Plan
+from moecover.evaluation.artifact import Evaluation, Lost, Row
+from moecover.planning.artifact import Plan, kept_hash
 from moecover.planning.explaining.facts import explain
 from moecover.profiling.artifact import Profile
 from moecover.reporting.album import Album, file_name
 from moecover.reporting.blocks import (
     Block,
     Column,
+    Details,
     Lead,
     Number,
     Paragraph,
     Pictures,
-    Record,
     Table,
     Tile,
     Value,
+    absent,
     text_column,
 )
 from moecover.reporting.chapters import Chapter, Page, ShownSection
 from moecover.reporting.figures.channels import channels_picture
 from moecover.reporting.figures.heatmap import utility_picture
-from moecover.reporting.figures.shapes import shapes_picture, sizes_picture
-from moecover.reporting.numbers import perplexity_text, size
+from moecover.reporting.figures.shapes import SizePoint, shapes_picture, sizes_picture
+from moecover.reporting.numbers import minus, perplexity_text, size
+from moecover.reporting.provenance import RawRecord, calibration_corpora, records_of
+from moecover.reporting.sentences import map_words
 from moecover.shrinking.work import EVALUATION, FILE, PLAN, PROFILE
-from moecover.text import counted
+from moecover.text import change_text, counted
 
 if TYPE_CHECKING:
     from moecover.reporting.figures.style import Facts
@@ -54,22 +57,15 @@ class Budget:
     full: Row
     row: Row
 
-    def increase(self, text: str) -> float:
-        """Perplexity of a text over the model's own, less 1."""
-        return math.expm1(self.row.perplexity[text].nll - self.full.perplexity[text].nll)
+    @cached_property
+    def lost(self) -> Lost:
+        """What is lost on the texts."""
+        return self.row.lost(self.full)
 
     @property
-    def mean(self) -> float:
-        """The geometric mean of the texts' perplexities over the model's own, less 1."""
-        texts = self.found.texts
-        return math.expm1(
-            statistics.fmean(self.row.perplexity[text].nll - self.full.perplexity[text].nll for text in texts)
-        )
-
-    @property
-    def worst(self) -> str:
-        """The text that loses most."""
-        return max(self.found.texts, key=self.increase)
+    def repair(self) -> str | None:
+        """The kind of repair that the checkpoint has; None for none."""
+        return self.row.plan.get("repair") if self.row.plan else None
 
 
 def is_shrunk(folder: Path) -> bool:
@@ -77,24 +73,33 @@ def is_shrunk(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def read(folder: Path) -> list[Budget]:
-    """The budgets whose evaluation is finished, the largest first.
+def read(folder: Path, profile: Profile) -> tuple[list[Budget], list[str]]:
+    """The budgets whose evaluation is finished, the largest first, and a line on each that is left out.
+
+    A budget is left out where its plan is of another profile than that of the folder, as after a call with other
+    corpora, or its evaluation of another plan, as after a call that was interrupted.
 
     Raises:
-        InputError: there is none, or a file is damaged.
+        InputError: none is left, or a file is damaged.
     """
-    found = []
+    found, left_out = list[Budget](), list[str]()
     for place in sorted(path.parent for path in folder.glob(f"*/{PLAN}")):
         if not (place / EVALUATION).is_dir():
             continue
         measured = Evaluation.load(place / EVALUATION)
-        full, row = measured.rows
-        found.append(Budget(place.name, Plan.load(place / PLAN), measured, full, row))
+        plan, (full, row) = Plan.load(place / PLAN), measured.rows
+        if plan.profile_fingerprint != profile.fingerprint:
+            left_out.append(f"{place.name}: its plan was made from another profile")
+        elif row.plan is None or row.plan["fingerprint"] != kept_hash(plan):
+            left_out.append(f"{place.name}: its evaluation is of another plan")
+        else:
+            found.append(Budget(place.name, plan, measured, full, row))
     if not found:
+        why = f" ({'; '.join(left_out)})" if left_out else ""
         raise InputError(
-            f"{folder} holds no budget that `shrink` has measured. Run the same `shrink` again: it resumes"
+            f"{folder} holds no budget that `shrink` has measured{why}. Run the same `shrink` again: it resumes"
         )
-    return sorted(found, key=lambda one: -one.row.num_bytes)
+    return sorted(found, key=lambda one: -one.row.num_bytes), left_out
 
 
 def shrunk_page(folder: Path) -> Page:
@@ -103,11 +108,18 @@ def shrunk_page(folder: Path) -> Page:
     Raises:
         InputError: nothing is measured in it, or a file is damaged.
     """
-    found, album = read(folder), Album()
-    profile = Profile.load(folder / PROFILE)
-    chapters = [Chapter(file_name(one.name), _title(one), _sections(one, profile, album)) for one in found]
+    profile, album = Profile.load(folder / PROFILE), Album()
+    found, left_out = read(folder, profile)
+    anchors = [file_name(f"s{number}", one.name) for number, one in enumerate(found, 1)]
+    chapters = [
+        Chapter(anchor, _title(one), _sections(one, anchor, profile, album))
+        for anchor, one in zip(anchors, found, strict=True)
+    ]
     first = found[0]
     sizes = [ShownSection("sizes", "What smaller costs", _sizes(found, album))] if len(found) > 1 else []
+    missing = [absent(f"{line}. Run the same `shrink` again: it resumes.") for line in left_out]
+    if missing:
+        sizes.append(ShownSection("left-out", "Not shown", missing))
     return Page(
         title="What shrink left",
         kicker="moecover · one model made smaller",
@@ -125,31 +137,32 @@ def _title(one: Budget) -> str:
     return f"{one.plan.keep} of {one.row.experts} experts{channels}: {size(one.row.num_bytes)}"
 
 
-def _sections(one: Budget, profile: Profile, album: Album) -> tuple[ShownSection, ...]:
-    """What is said of a budget."""
-    facts = explain(one.plan, profile=profile)
+def _sections(one: Budget, anchor: str, profile: Profile, album: Album) -> tuple[ShownSection, ...]:
+    """What is said of a budget; ``anchor`` begins the names of its figures."""
+    facts = explain(one.plan, profile=profile, change=None)
     made: list[tuple[str, str, Sequence[Block]]] = [
         ("summary", "", [_lead(one)]),
         ("texts", "Held-out text", [_text_table(one)]),
-        ("shapes", "Why this shape", _shapes(one, album)),
-        ("experts", "Which experts stay", _experts(one, facts, album)),
+        ("shapes", "Why this shape", _shapes(one, anchor, album)),
+        ("experts", "Which experts stay", _experts(one, anchor, facts, album)),
     ]
     return tuple(ShownSection(name, title, blocks) for name, title, blocks in made if blocks)
 
 
-def _signed(proportion: float) -> str:
-    return f"{100 * proportion:+.1f} %".replace("-", "−")
+def _change(nats: float) -> str:
+    return minus(change_text(nats))
 
 
 def _lead(one: Budget) -> Lead:
     """The large numbers: mean and worst text, and the size."""
     share = one.row.num_bytes / one.full.num_bytes
     quality = [
-        Number(_signed(one.mean), f"perplexity, mean of {counted(len(one.found.texts), 'text')}"),
-        Number(_signed(one.increase(one.worst)), f"worst text: {one.worst}"),
+        Number(_change(one.lost.mean), f"perplexity, mean of {counted(len(one.found.texts), 'text')}"),
+        Number(_change(one.lost.by_text[one.lost.worst]), f"worst text: {one.lost.worst}"),
     ]
+    repair = f"repair: {one.repair}" if one.repair else "no repair"
     smaller = [Number(size(one.row.num_bytes), f"{share:.0%} of {size(one.full.num_bytes)}")]
-    tile = Tile("against the model itself", [("held-out text", quality), ("checkpoint", smaller)])
+    tile = Tile(f"against the model itself · {repair}", [("held-out text", quality), ("checkpoint", smaller)])
     note = (
         "Held-out text is like the calibration text, but not it. What is lost on text that nobody thought of is not "
         "measured here."
@@ -161,7 +174,7 @@ def _text_table(one: Budget) -> Table:
     """Perplexity by text, the worst first."""
     columns = (text_column("text"), *map(Column, ("windows", "the model", "shrunk", "change")))
     rows = []
-    for text in sorted(one.found.texts, key=one.increase, reverse=True):
+    for text, lost in sorted(one.lost.by_text.items(), key=lambda item: -item[1]):
         before, after = one.full.perplexity[text], one.row.perplexity[text]
         rows.append(
             (
@@ -169,48 +182,61 @@ def _text_table(one: Budget) -> Table:
                 Value(str(after.windows), after.windows),
                 Value(perplexity_text(before.perplexity), before.perplexity),
                 Value(perplexity_text(after.perplexity), after.perplexity),
-                Value(_signed(one.increase(text)), one.increase(text)),
+                Value(_change(lost), lost),
             )
         )
     return Table("texts", "Perplexity on held-out text, the worst first", columns, tuple(rows))
 
 
-def _shapes(one: Budget, album: Album) -> list[Block]:
+def _shapes(one: Budget, anchor: str, album: Album) -> list[Block]:
     """The curve of equal bytes, where shapes were tried."""
     shapes = one.plan.found.get("shapes", [])
     if len(shapes) < 2:
         return []
     label = f"Loss of {len(shapes)} shapes of about the same bytes on held-out text; {one.row.shape} was chosen"
-    figure = shapes_picture(shapes, one.plan.keep, one.plan.width)
-    return [Pictures(album.add(file_name(one.name, "shapes"), figure, label, wide=True))]
+    figure = shapes_picture(shapes, one.plan.keep, one.plan.width, repaired=one.repair is not None)
+    return [Pictures(album.add(f"{anchor}-shapes", figure, label, wide=True))]
 
 
-def _experts(one: Budget, facts: Facts, album: Album) -> list[Block]:
+def _experts(one: Budget, anchor: str, facts: Facts, album: Album) -> list[Block]:
     """Utility by corpus with what stays, and of thinner experts the energy of their channels."""
     worst = min(facts["overall"]["kept_utility"], key=facts["overall"]["kept_utility"].__getitem__)
     kept = facts["overall"]["kept_utility"][worst]
-    best = counted(facts["overall"]["guarantee"], "best expert")
-    words = f"Every corpus keeps its {best} in every layer, and at least {kept:.1%} of its utility ({worst})."
+    words = (
+        f"{_guarantee(facts['overall']['guarantee'])} In the mean over the layers, every corpus keeps at least "
+        f"{kept:.1%} of its utility ({worst}). {map_words(facts, one.plan.method)}"
+    )
     label = f"Utility of every expert by corpus and layer, and which {one.plan.keep} of {one.row.experts} stay"
-    pictures = album.add(file_name(one.name, "utility"), utility_picture(facts), label, raster=True)
+    pictures = album.add(f"{anchor}-utility", utility_picture(facts), label, raster=True)
     if facts.get("channels", {}).get("channels") is not None:
         label = "Share of the kept experts' channel energy that stays, by layer and corpus"
-        pictures += album.add(file_name(one.name, "channels"), channels_picture(facts), label, wide=True)
+        pictures += album.add(f"{anchor}-channels", channels_picture(facts), label, wide=True)
     return [Paragraph(words), Pictures(pictures)]
+
+
+def _guarantee(number: int) -> str:
+    """How many of its best experts every corpus keeps, in a sentence."""
+    if not number:
+        return "In some layer, a corpus loses its best expert."
+    return f"Every corpus keeps its {'best expert' if number == 1 else f'{number} best experts'} in every layer."
 
 
 def _sizes(found: Sequence[Budget], album: Album) -> list[Block]:
     """The curve that people decide by."""
-    points = [(one.row.shape, one.row.num_bytes / 1e6, one.mean, one.increase(one.worst)) for one in found]
-    figure = sizes_picture(points, found[0].full.num_bytes / 1e6)
+    points = [
+        SizePoint(one.row.shape, one.row.num_bytes, math.expm1(lost.mean), math.expm1(lost.by_text[lost.worst]))
+        for one in found
+        for lost in [one.lost]
+    ]
+    figure = sizes_picture(points, found[0].full.num_bytes)
     label = f"Perplexity against the model's own at {len(found)} sizes, mean over texts and the worst text"
     return [Pictures(album.add("sizes", figure, label, wide=True))]
 
 
 def _texts(profile: Profile, measured: Evaluation) -> list[Block]:
-    """Calibration text and held-out text as records."""
-    made: list[Block] = []
-    for name, records in profile.corpora.items():
-        tokens = sum(int(record.get("tokens", 0)) for record in records)
-        made.append(Record(name, (("tokens", f"{tokens:,}"), ("source", str(records[0].get("source", name))))))
-    return made
+    """The records of calibration text and of held-out text, folded away."""
+    groups = {
+        "Calibration text": records_of(calibration_corpora([profile])),
+        "Held-out text": records_of(cast("dict[str, RawRecord]", measured.texts)),
+    }
+    return [Details(f"{heading} ({len(records)})", records) for heading, records in groups.items()]

@@ -208,7 +208,7 @@ def explain(
     profile: Profile | str | Path | None = None,
     against: Plan | str | Path | None = None,
     saliency: str | None = None,
-    change: float = CHANGE,
+    change: float | None = CHANGE,
 ) -> Explanation:
     """Facts about a plan, JSON-ready.
 
@@ -217,7 +217,7 @@ def explain(
         profile: that it was made from (or its folder), or another one of the same model (then without stability).
         against: another plan of the same model, to compare with.
         saliency: what utility means; the plan's own by default.
-        change: share of the kept experts that may still change in a stable plan.
+        change: share of the kept experts that may still change in a stable plan; None leaves stability out.
 
     Returns:
         ``method``, ``options``, ``keep``, ``experts``, ``saliency``, ``corpora``; ``utility`` by corpus
@@ -259,7 +259,7 @@ def explain(
         facts["mtp"] = of_mtp
     if profile is not None:
         add_routing(layers, overall, profile)
-        if own:
+        if own and change is not None:
             facts["stability"] = stability(plan, profile, change=change)
     if against is not None:
         facts["changes"] = changes(plan, against)

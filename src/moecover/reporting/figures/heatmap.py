@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecover.reporting.figures.ranked import KEPT, SMALLEST, colours, ranked_handles, ranked_map
+from moecover.reporting.figures.ranked import KEPT, REMOVED, SMALLEST, colours, ranked_handles, ranked_map
 from moecover.reporting.figures.style import COLOUR_MAP, DPI, FAINT, TITLE_SIZE, VERMILION, Facts, percent, short
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ NARROWEST_PAGE = 1000
 HEADER, HEADING, LEFT, BELOW, BETWEEN, RIGHT = 190, 64, 90, 44, 100, 30
 DARKEST = 0.995  # quantile that gets the darkest colour: a few extreme experts would make all others pale
 TICKS_APART = 0.12  # of the colour bar, as a fraction of its length
+BAR = 18  # thickness of the colour bars together
 LABEL = 34  # height of the axis label under the lowest panel
 
 
@@ -80,6 +81,12 @@ def _step(pixels: int, needed: int) -> int:
     return fitting
 
 
+def is_ranked(facts: Facts) -> bool:
+    """Whether the cells are too small for outlines, so that a corpus's experts are sorted and told apart by colour."""
+    _, cell, high = arrangement(len(facts["layers"]), facts["experts"], len(facts["corpora"]))
+    return min(cell, high) < SMALLEST
+
+
 def utility_picture(facts: Facts) -> Figure:
     """Each expert's share of its layer's utility, a panel per corpus, with the kept experts outlined.
 
@@ -101,9 +108,9 @@ def utility_picture(facts: Facts) -> Figure:
     wide = max(NARROWEST_PAGE, LEFT + columns * slot + (columns - 1) * BETWEEN + RIGHT)
     tall = HEADER + lines * (HEADING + panel_high + BELOW) + LABEL
     figure = Figure(figsize=(wide / DPI, tall / DPI))
-    ranked = min(cell, high) < SMALLEST
+    ranked = is_ranked(facts)
     beyond = max(float(v.max()) for v in values.values()) > top
-    _utility_header(figure, facts, _bar(norm, ranked, beyond), wide, tall, ranked=ranked)
+    _utility_header(figure, facts, _bars(norm, ranked, beyond), wide, tall, ranked=ranked)
     for i, corpus in enumerate(corpora):
         line, column = divmod(i, columns)
         left, top = LEFT + column * (slot + BETWEEN), HEADER + HEADING + line * (HEADING + panel_high + BELOW)
@@ -124,18 +131,18 @@ def utility_picture(facts: Facts) -> Figure:
     return figure
 
 
-def _bar(norm: Normalize, ranked: bool, beyond: bool) -> dict[str, Any]:
-    """What the colour bar shows; ``beyond``: some utilities are above the scale."""
+def _bars(norm: Normalize, ranked: bool, beyond: bool) -> list[dict[str, Any]]:
+    """What the colour bars show, one a colour map; ``beyond``: some utilities are above the scale."""
     from matplotlib.cm import ScalarMappable
 
-    return {
-        "mappable": ScalarMappable(norm, colours(KEPT) if ranked else COLOUR_MAP),
-        "extend": "max" if beyond else "neither",
-    }
+    maps = (colours(REMOVED), colours(KEPT)) if ranked else (COLOUR_MAP,)
+    return [{"mappable": ScalarMappable(norm, one), "extend": "max" if beyond else "neither"} for one in maps]
 
 
-def _utility_header(figure: Figure, facts: Facts, shown: dict[str, Any], wide: int, tall: int, *, ranked: bool) -> None:
-    """Draw title, colour bar and legend above the panels."""
+def _utility_header(
+    figure: Figure, facts: Facts, bars: Sequence[dict[str, Any]], wide: int, tall: int, *, ranked: bool
+) -> None:
+    """Draw title, colour bars and legend above the panels."""
     several = len(facts["corpora"]) > 1
     title = f"Which experts {'each corpus' if several else 'the corpus'} uses, and which of them the plan keeps"
     figure.text(20 / wide, 1 - 16 / tall, title, fontsize=TITLE_SIZE, va="top")
@@ -144,13 +151,15 @@ def _utility_header(figure: Figure, facts: Facts, shown: dict[str, Any], wide: i
     subtitle = f"{short(facts['method'], 30)} keeps {facts['keep']} of {facts['experts']} experts in {where}"
     figure.text(20 / wide, 1 - 50 / tall, subtitle, color=FAINT, va="top")
     figure.text(LEFT / wide, 1 - 90 / tall, f"utility ({short(facts['saliency'], 20)}), % of the layer", va="top")
-    axes = figure.add_axes((LEFT / wide, 1 - 136 / tall, 330 / wide, 18 / tall))
-    bar = figure.colorbar(**shown, cax=axes, orientation="horizontal")
-    ticks = scale_ticks(float(bar.norm.vmax or 1.0))
-    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    bar.outline.set(linewidth=0.5, edgecolor=FAINT)
-    bar.minorticks_off()
-    handles, names = ranked_handles() if ranked else _outlined_handles(facts)
+    thick = BAR / len(bars)
+    for above, shown in enumerate(reversed(bars)):  # the lowest has the ticks of all
+        axes = figure.add_axes((LEFT / wide, 1 - (136 - above * thick) / tall, 330 / wide, thick / tall))
+        bar = figure.colorbar(**shown, cax=axes, orientation="horizontal")
+        ticks = [] if above else scale_ticks(float(bar.norm.vmax or 1.0))
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.outline.set(linewidth=0.5, edgecolor=FAINT)
+        bar.minorticks_off()
+    handles, names = ranked_handles(facts) if ranked else _outlined_handles(facts)
     place = ((LEFT + 410) / wide, 1 - 84 / tall)
     figure.legend(handles, names, loc="upper left", bbox_to_anchor=place, borderaxespad=0, borderpad=0)
 

@@ -52,12 +52,15 @@ def ranked_map(axes: Axes, facts: Facts, corpus: str, norm: Normalize) -> None:
         axes.axvline(covered - 0.5, color=REFERENCE, linewidth=1.2, linestyle="--")
 
 
-def ranked_handles() -> tuple[list[Any], list[str]]:
-    """Handles and names of the legend."""
+def ranked_handles(facts: Facts) -> tuple[list[Any], list[str]]:
+    """Handles and names of the legend, which has the line only where a panel has one."""
     from matplotlib.lines import Line2D
 
     square: dict[str, Any] = {"linestyle": "none", "marker": "s", "markersize": 9, "markeredgecolor": "none"}
     middle = (colours(KEPT)(0.6), colours(REMOVED)(0.5))
-    line = Line2D([], [], color=REFERENCE, linewidth=1.2, linestyle="--")
     handles: list[Any] = [Line2D([], [], markerfacecolor=colour, **square) for colour in middle]
-    return [*handles, line], ["kept", "removed", "every layer keeps all experts left of the line"]
+    names = ["kept", "removed"]
+    if any(facts["overall"]["covered_rank"].values()):
+        handles.append(Line2D([], [], color=REFERENCE, linewidth=1.2, linestyle="--"))
+        names.append("every layer keeps all experts left of the line")
+    return handles, names

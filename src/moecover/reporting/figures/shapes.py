@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moecover.reporting.figures.lines import look_of
 from moecover.reporting.figures.style import BLUE, REFERENCE, VERMILION, page, percent, short
+from moecover.reporting.numbers import minus, units_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,9 +15,19 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 8.2, 4.6  # inches
 MOST = 6  # corpora with a line of their own
+ALIKE = 0.02  # sizes that differ by this share at most are about equal
 
 
-def shapes_picture(shapes: Sequence[Mapping[str, Any]], keep: int, width: int | None) -> Figure:
+class SizePoint(NamedTuple):
+    """A checkpoint: its shape, its bytes, and by what share perplexity rises in the mean and on the worst text."""
+
+    label: str
+    num_bytes: int
+    mean: float
+    worst: float
+
+
+def shapes_picture(shapes: Sequence[Mapping[str, Any]], keep: int, width: int | None, *, repaired: bool) -> Figure:
     """Held-out loss by shape, few whole experts on the left, many thin ones on the right.
 
     Args:
@@ -24,6 +35,7 @@ def shapes_picture(shapes: Sequence[Mapping[str, Any]], keep: int, width: int | 
             mean with the worst corpus counted twice.
         keep: experts of the shape that was chosen.
         width: channels of each, None for all.
+        repaired: the checkpoint has a repair, which comes after the shapes were measured.
     """
     ordered = sorted(shapes, key=lambda one: one["keep"])
     chosen = next(i for i, one in enumerate(ordered) if (one["keep"], one["width"]) == (keep, width or one["width"]))
@@ -41,34 +53,54 @@ def shapes_picture(shapes: Sequence[Mapping[str, Any]], keep: int, width: int | 
     axes.axvline(chosen, color=REFERENCE, linestyle="--", linewidth=1, label="chosen")
     axes.set_xticks(places, [f"{one['keep']} x {one['width']}" for one in ordered])
     axes.set_xlabel("experts x channels of each, about the same bytes")
-    axes.set_ylabel("loss before the repair, nats")
+    axes.set_ylabel("loss before the repair, nats" if repaired else "loss, nats")
     axes.grid(axis="y")
     figure.legend(loc="outside lower left", ncols=4)
     return figure
 
 
-def sizes_picture(points: Sequence[tuple[str, float, float, float]], full: float) -> Figure:
-    """Perplexity against the model's own over the size of the checkpoint.
+def best_of_size(points: Sequence[SizePoint]) -> list[SizePoint]:
+    """Of the points of about equal bytes, the one with the least mean; largest first."""
+    groups: list[list[SizePoint]] = []
+    for point in sorted(points, key=lambda one: -one.num_bytes):
+        if groups and point.num_bytes >= (1 - ALIKE) * groups[-1][0].num_bytes:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [min(group, key=lambda one: one.mean) for group in groups]
+
+
+def sizes_picture(points: Sequence[SizePoint], full: int) -> Figure:
+    """Perplexity against the model's own over the size of the checkpoint, the largest first.
+
+    Lines join the best of every size; its other shapes are marks alone.
 
     Args:
-        points: label, megabytes, mean increase and the worst text's, as proportions.
-        full: megabytes of the model itself.
+        points: one a checkpoint.
+        full: bytes of the model itself.
     """
     from matplotlib.ticker import PercentFormatter
 
-    ordered = sorted(points, key=lambda one: one[1])
-    worst = max(point[3] for point in ordered)
-    figure = page(WIDTH, HEIGHT, f"What smaller costs: up to {percent(worst)} on the worst text")
+    line, worst = best_of_size(points), max(point.worst for point in points)
+    cost = f"up to {percent(worst)}" if worst > 0 else f"nothing, {minus(percent(worst))}"
+    figure = page(WIDTH, HEIGHT, f"What smaller costs: {cost} on the worst text")
     axes: Axes = figure.subplots()
-    sizes = [point[1] for point in ordered]
-    axes.plot([*sizes, full], [*(point[2] for point in ordered), 0], color=BLUE, marker="o", label="mean over texts")
-    axes.plot([*sizes, full], [*(point[3] for point in ordered), 0], color=VERMILION, marker="D", label="worst text")
-    for label, megabytes, _, top in ordered:
-        axes.annotate(label, (megabytes, top), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
-    axes.annotate("the model", (full, 0), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+    unit, divisor = units_of(full)
+    at = [full / divisor, *(point.num_bytes / divisor for point in line)]
+    axes.plot(at, [0, *(point.mean for point in line)], color=BLUE, marker="o", label="mean over texts")
+    axes.plot(at, [0, *(point.worst for point in line)], color=VERMILION, marker="D", label="worst text")
+    for point in points:
+        x = point.num_bytes / divisor
+        if point not in line:
+            axes.plot([x], [point.mean], color=BLUE, marker="o", linestyle="none", markerfacecolor="none")
+            axes.plot([x], [point.worst], color=VERMILION, marker="D", linestyle="none", markerfacecolor="none")
+        place = (x, max(point.mean, point.worst))
+        axes.annotate(point.label, place, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+    axes.annotate("the model", (at[0], 0), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.margins(y=0.15)
-    axes.set_xlabel("size of the checkpoint, MB")
+    axes.invert_xaxis()
+    axes.set_xlabel(f"size of the checkpoint, {unit}")
     axes.set_ylabel("perplexity against the model's own")
     axes.grid(axis="y")
     figure.legend(loc="outside lower left", ncols=2)
