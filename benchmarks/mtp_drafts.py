@@ -201,6 +201,9 @@ def main() -> None:
     args = parser.parse_args()
     model = args.folder / "model"
     if not model.exists():
+        if not args.text:
+            parser.error(f"{model} does not exist: give --text FILE ... to train it")
+        shutil.rmtree(args.folder / "new", ignore_errors=True)  # of a run that was interrupted
         new = configured(args.folder / "new")
         trained(new, args.text, args.minutes)
         new.rename(model)

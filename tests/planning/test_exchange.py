@@ -167,6 +167,16 @@ def test_thinner_experts_are_no_list(model: Structure, tmp_path: Path) -> None:
         export_plan(plan, model, tmp_path / "list", export="kept", progress=False)
 
 
+def test_what_a_list_has_no_place_for_is_said(
+    model: Structure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = hand_plan(model, KEPT)
+    plan.mtp = [plan.layers[-1].model_copy(update={"decoder_layer": 3})]
+    path = export_plan(plan, model, tmp_path / "list", export="kept")
+    assert "leaves out what the plan keeps of multi-token-prediction layers\n" in capsys.readouterr().err
+    assert import_plan(path, model, from_format="kept", progress=False).kept == KEPT
+
+
 def test_on_the_command_line(
     checkpoints: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

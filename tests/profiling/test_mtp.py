@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from moecover.profiling.merging import lost
 from moecover.profiling.run import profile
 from moecover.runtime.drafting import load_drafts, not_run
 from moecover.runtime.loading import load_model
+from moecover.runtime.running import running
 from moecover.runtime.streaming import streamed
 from moecover.runtime.world import World
 from tests.conftest import random_corpus
@@ -162,6 +164,20 @@ def test_an_interrupted_pass_goes_on(folder: Path, tmp_path: Path, monkeypatch: 
     same(made.mtp, expected)
 
 
+def test_a_pass_without_the_layers_is_not_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structure, corpus = read_structure(folder), random_corpus("a")
+    given: Any = {"model": load_model(structure), "batch_size": 1, "state": tmp_path / "state"}
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        stop_after(patched, 2)
+        profile(structure, [corpus], **given)
+    said: list[str] = []
+    made = profile(structure, [corpus], **given, mtp=True, say=said.append)
+    assert made.mtp is not None
+    assert re.fullmatch("starting over: .* other inputs, multi-token-prediction layers differs", said[0])
+
+
 def refusals(folder: Path, tmp_path: Path, checkpoints: Callable[..., Path]) -> dict[str, Structure]:
     """By the reason, checkpoints whose layers cannot run."""
     shutil.copytree(folder, tmp_path / "quantised")
@@ -194,6 +210,35 @@ def test_what_cannot_run_is_refused(
     structure = read_structure(folder)
     with streamed(structure) as stream, pytest.raises(InputError, match="does not fit into memory, and these layers"):
         profile(structure, [random_corpus("a")], model=stream, mtp=True)
+
+
+def test_several_devices(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before anything is loaded; the live model says it by itself."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input_ids": [1, 2, 3]}\n')
+    given = [folder, "--corpus", f"rows={rows}", "-o", tmp_path / "p", "--mtp", "--device-map", "auto"]
+    status, _, err = run(capsys, "profile", *given)
+    assert status == 2
+    assert err == "moecover: --mtp runs beside a model on one device only: leave --device-map out\n"
+    structure = read_structure(folder)
+    model = load_model(structure)
+    assert not_run(structure, running(model, structure)) is None
+    model.lm_head.to("meta")
+    assert "is on several devices" in str(not_run(structure, running(model, structure)))
+
+
+def test_whatever_the_library_raises_is_a_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = read_structure(folder)
+
+    def fails(config: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moecover.runtime.drafting.parsed_config", fails)
+    error: Exception = TypeError("int")
+    assert "does not run these layers of deepseek_v3" in str(not_run(structure))
+    error = MemoryError()
+    with pytest.raises(MemoryError):
+        not_run(structure)
 
 
 def test_what_fails_when_it_runs_is_said_before_the_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,32 @@ def test_one_shot_rates_the_layer_where_it_can_run(
     assert re.search(r"multi-token-prediction layers are not profiled: \S+ does not fit", capsys.readouterr().err)
 
 
+def test_a_kept_profile_without_the_layers_is_said_to_be_so(
+    structure: Structure, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does a profile for a method that does not rate them: it does not even load them."""
+    monkeypatch.setattr("moecover.profiling.run.load_drafts", lambda *given: pytest.fail("loaded"))
+    source, common = structure.checkpoint.path, {"corpora": [random_corpus("a")], "retain": 0.5, "mtp": "prune"}
+    common["save_profile"] = tmp_path / "p"
+    out = prune_job(source, output=tmp_path / "one", method="aimer", **common)
+    assert out.plan.mtp == []
+    assert "are not profiled" not in capsys.readouterr().err
+    prune_job(source, output=tmp_path / "two", **common)
+    assert re.search(
+        r"note: the profile in \S+ was made without multi-token-prediction layers\n", capsys.readouterr().err
+    )
+
+
+def test_super_experts_are_those_of_other_layers(made: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is required of the layers, whatever the first MoE layer must keep."""
+    (row,) = plan(made, retain=0.5).mtp
+    dropped = next(iter(others(row.kept)))
+    monkeypatch.setattr("moecover.planning.run.super_experts", lambda profile: (frozenset({dropped}),) * 2)
+    protected = plan(made, retain=0.5, protect_super_experts=True)
+    assert dropped in protected.layers[0].kept
+    assert protected.mtp[0].kept == row.kept
+
+
 def test_by_command(structure: Structure, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"input_ids": [*range(i, i + 20)]}) + "\n" for i in range(8)))

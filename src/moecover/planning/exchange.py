@@ -151,6 +151,8 @@ def export_plan(
         )
     if made.top_k is not None:
         shown.say(f"note: {output} does not say that a token goes to {made.top_k} experts, as the plan does")
+    if made.mtp:
+        shown.say(f"note: {output} leaves out what the plan keeps of multi-token-prediction layers")
     blocks = tuple(name.rpartition(".")[0] for name in structure.experts_modules)
     if not blocks:  # a GGUF file has tensors, no modules
         blocks = tuple(f"model.layers.{number}.mlp" for number in structure.topology.decoder_layers)

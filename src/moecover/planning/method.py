@@ -103,6 +103,11 @@ class Method:
         return not self.runs_experts and not self.reads_weights
 
     @property
+    def rates_mtp(self) -> bool:
+        """Whether it chooses experts of multi-token-prediction layers by statistics of their own."""
+        return self.from_profile and not self.unequal
+
+    @property
     def reads_weights(self) -> bool:
         """Whether it reads the checkpoint's weights, but runs nothing."""
         return not self.runs_experts and "structure" in inspect.signature(self.function).parameters

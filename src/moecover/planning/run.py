@@ -147,7 +147,7 @@ def _mtp_choices(
     then these layers keep the ids of the last MoE layer. Super experts are those of a model's layers together, so none
     is required here.
     """
-    if profile.mtp is None or not method.from_profile or method.unequal:
+    if profile.mtp is None or not method.rates_mtp:
         return [[] for _ in budgets]
     return _choices(method, profile.mtp, [replace(budget, required=()) for budget in budgets], options)
 

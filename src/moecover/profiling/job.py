@@ -27,6 +27,7 @@ from moecover.profiling.layer_inputs import num_bytes, sample_of
 from moecover.profiling.merging import differing, lost, merged
 from moecover.profiling.reuse import finished
 from moecover.profiling.run import profile as run_profile
+from moecover.profiling.statistics import OF_MTP
 from moecover.profiling.wide import file_bytes
 from moecover.profiling.wide import num_bytes as wide_bytes
 from moecover.progress import Progress, resolve
@@ -123,6 +124,8 @@ def profiled(
         made = before or _passed(structure, corpora, how, model, inputs, mtp, state, here, progress)
         if before is not None:
             progress.say(f"resuming: the profile in {folder} is done")
+            if mtp is None and before.mtp is None:
+                progress.say(f"note: the profile in {folder} was made without {OF_MTP}")
         elif folder is not None and here.rank == 0:
             made.save(folder)
         wait_for_all(here)
@@ -190,7 +193,7 @@ def profile(
         model: the live model from `load_model`; None opens it, layer by layer where it does not fit.
         keep_inputs: save the expert layers' inputs for this many tokens, for methods that run the experts.
         mtp: profile multi-token-prediction layers with experts too, at the cost of one more layer each, so that plans
-            rate these on their own; only beside a model that is in memory as a whole.
+            rate these on their own; only beside a model that is in memory as a whole, on one device.
         libllama: shared library of llama.cpp, which runs GGUF files; None for the optional dependency's.
         here: this process among others under torchrun.
         progress: True draws bars and a log on stderr or in a notebook; False is silent.
@@ -206,6 +209,8 @@ def profile(
     check_least(1, sequences=options.get("sequences"), length=options.get("length"), keep_inputs=keep_inputs)
     parsed(corpora)
     check_live(model, options)
+    if mtp and how.device_map is not None:
+        raise InputError(f"{arg('mtp')} runs beside a model on one device only: leave {arg('device_map')} out")
     if keep_inputs is not None:
         check_alone(here, arg("keep_inputs"))
     check_folder(folder, keep_inputs, overwrite=overwrite)

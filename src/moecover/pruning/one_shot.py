@@ -137,6 +137,8 @@ def _chosen(
     progress: Progress,
 ) -> tuple[Plan, Running]:
     """The plan of one shot, and the model that it was made with, open until the stack is closed."""
+    method = METHODS[choice.method]
+    own = method.rates_mtp and structure.mtp and request.writing.get("mtp", "drop") == "prune"
     profile, model = stack.enter_context(
         profiled(
             structure,
@@ -145,15 +147,14 @@ def _chosen(
             folder=choice.profile_folder,
             scratch=scratch_beside(request.output, "profile"),
             keep_inputs=choice.search_tokens,
-            mtp=None if structure.mtp and request.writing.get("mtp", "drop") == "prune" else False,
+            mtp=None if own else False,
             reuse=not request.writing.get("overwrite", False),
             extra=extra,
             here=request.here,
             progress=progress,
         )
     )
-    searches = METHODS[choice.method].runs_experts
-    sample = sample_of(corpora, choice.search_tokens or SEARCH_TOKENS) if searches else None
+    sample = sample_of(corpora, choice.search_tokens or SEARCH_TOKENS) if method.runs_experts else None
     with search_resources(choice.method, choice.options, structure, model, sample=sample, progress=progress) as more:
         (plan,) = plan_budgets(
             profile, method=choice.method, keeps=[choice.keep], widths=[choice.width], **more, **choice.options
