@@ -222,19 +222,10 @@ def test_a_model_bigger_than_memory_is_refused_with_a_way_out(
     structure = read_structure(checkpoints("mixtral"))
     sizes = fitting.cost(structure, tokens=8 * 16, batch_tokens=8, limit=0, head=True)
     limit = (sizes.whole + sizes.streamed) // 2 + cache_bytes(structure, tokens=8 * 16, itemsize=4)
-    status, _, err = run(
-        capsys,
-        "generate",
-        checkpoints("mixtral"),
-        "-o",
-        tmp_path / "self.jsonl",
-        "--sequences",
-        8,
-        "--length",
-        16,
-        "--memory-limit",
-        f"{limit}B",
-    )
+    command = ["generate", checkpoints("mixtral"), "-o", tmp_path / "self.jsonl", "--sequences", 8, "--length", 16]
+    command += ["--memory-limit", f"{limit}B", "-q"]
+    status, _, err = run(capsys, *command)
+    assert run(capsys, *command, "--dry-run") == (status, "", err)
     assert status == 2
     assert "does not fit into memory, and layer by layer all of it would be read for every token" in err
     assert not list(tmp_path.iterdir())

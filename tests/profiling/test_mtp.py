@@ -20,6 +20,7 @@ from moecover.errors import InputError
 from moecover.profiling.artifact import Profile
 from moecover.profiling.merging import lost
 from moecover.profiling.run import profile
+from moecover.runtime import cost, memory
 from moecover.runtime.drafting import load_drafts, not_run
 from moecover.runtime.loading import load_model
 from moecover.runtime.running import running
@@ -28,7 +29,7 @@ from moecover.runtime.world import World
 from tests.conftest import random_corpus
 from tests.support import zoo
 from tests.support.command_line import run
-from tests.support.passes import Stop, same, stop_after
+from tests.support.passes import Stop, limit_between, same, stop_after
 from tests.support.quantised import set_config, with_mtp_that_drafts
 from tests.support.ranks import in_ranks
 
@@ -196,7 +197,11 @@ def refusals(folder: Path, tmp_path: Path, checkpoints: Callable[..., Path]) -> 
 
 
 def test_what_cannot_run_is_refused(
-    folder: Path, tmp_path: Path, checkpoints: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    checkpoints: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for reason, structure in refusals(folder, tmp_path, checkpoints).items():
         assert reason in str(not_run(structure))
@@ -210,6 +215,13 @@ def test_what_cannot_run_is_refused(
     structure = read_structure(folder)
     with streamed(structure) as stream, pytest.raises(InputError, match="does not fit into memory, and these layers"):
         profile(structure, [random_corpus("a")], model=stream, mtp=True)
+    monkeypatch.setattr(cost, "OVERHEAD", 0)
+    monkeypatch.setattr(memory, "_resident", lambda: 0)
+    limit = limit_between(structure, tokens=3, batch_tokens=3, head=False)
+    given = ["profile", folder, "--corpus", f"rows={text}", "-o", tmp_path / "p", "--mtp", "--memory-limit", limit]
+    (status, _, err) = found = run(capsys, *given, "-q", "--dry-run")
+    assert (status, "does not fit into memory, and these layers" in err) == (2, True)
+    assert found == run(capsys, *given, "-q")
 
 
 def test_several_devices(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from moecover.corpora.tokenizer import load_tokenizer
 from moecover.errors import InputError, arg
 from moecover.progress import Progress, resolve
 from moecover.runtime.cost import itemsizes
-from moecover.runtime.distributed import check_same, joined, shared_out, wait_for_all
+from moecover.runtime.distributed import check_same, joined, wait_for_all
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import RunOptions, check_known
@@ -95,12 +95,6 @@ def generate(
     device = own_device(here, how.device)
     with joined(here, device), _opened(structure, rows, tokens, replace(how, device=device), here, shown) as model:
         check_same(here, {"model": structure.model_fingerprint, "sizes": [rows, tokens, how.batch_size, seed]})
-        if any(shared_out(here, range(here.size), lambda mine: [model.by_layer for _ in mine])):
-            raise InputError(
-                f"{structure.checkpoint.name} does not fit into memory, and layer by layer all of it would be read for "
-                f"every token. Give a smaller {arg('batch_size')} or a larger {arg('memory_limit')}, or have a server "
-                "write text and give it as --corpus self=FILE"
-            )
         sizes = {"sequences": rows, "length": tokens, "batch_size": min(how.batch_size, rows), "seed": seed}
         with shown.bar("generating", -(-rows * tokens // here.size)) as advance:
             write_generated(structure, model, path.resolve(), **sizes, prefix=prefix, advance=advance, say=shown.say)
@@ -154,6 +148,9 @@ def _opened(
         head=True,
         extra=cache,
         pace=PACE,
+        whole=f"{structure.checkpoint.name} does not fit into memory, and layer by layer all of it would be read for "
+        f"every token. Give a smaller {arg('batch_size')} or a larger {arg('memory_limit')}, or have a server write "
+        "text and give it as --corpus self=FILE",
         here=here,
         say=progress.say,
     )

@@ -32,7 +32,7 @@ from moecover.profiling.wide import file_bytes
 from moecover.profiling.wide import num_bytes as wide_bytes
 from moecover.progress import Progress, resolve
 from moecover.runtime.distributed import joined, wait_for_all
-from moecover.runtime.drafting import not_run
+from moecover.runtime.drafting import beside_whole, not_run
 from moecover.runtime.loadable import check_loadable
 from moecover.runtime.memory import opened
 from moecover.runtime.options import check_known, check_live
@@ -52,6 +52,7 @@ def _opened(
     how: Passes,
     *,
     extra: int,
+    mtp: bool | None,
     state: Path | None,
     here: World,
     progress: Progress,
@@ -66,6 +67,7 @@ def _opened(
         device_map=how.device_map,
         memory_limit=how.memory_limit,
         extra=extra + wide_bytes(structure, len(corpora)),
+        whole=f"{arg('mtp')} has nothing to profile: {beside_whole(structure)}" if mtp else "",
         here=here,
         scratch=state,
         say=progress.say,
@@ -116,7 +118,7 @@ def profiled(
         if state is not None:
             stack.enter_context(kept_for_later(state))
         if model is None:
-            opening = _opened(structure, corpora, how, extra=extra, state=state, here=here, progress=progress)
+            opening = _opened(structure, corpora, how, extra=extra, mtp=mtp, state=state, here=here, progress=progress)
             model = stack.enter_context(opening)
         before = None
         if reuse and folder is not None:

@@ -50,10 +50,15 @@ def not_run(structure: Structure, model: Running | None = None) -> str | None:
     if found != tuple(range(total, total + number)):
         return f"config.json of {name} has {number} of these layers, its files have experts in {len(found)}"
     if model is not None and model.by_layer:
-        return f"{name} does not fit into memory, and these layers run beside a whole model only"
+        return beside_whole(structure)
     if model is not None and len({one.device for one in model.module.parameters()}) > 1:
         return f"{name} is on several devices, and these layers run beside a model on one only"
     return None
+
+
+def beside_whole(structure: Structure) -> str:
+    """Why the layers do not run beside a model that runs layer by layer."""
+    return f"{structure.checkpoint.name} does not fit into memory, and these layers run beside a whole model only"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from moecover.checkpoints.structure import Structure
 from moecover.errors import InputError, arg
 from moecover.runtime.cost import Cost, cost, gb, itemsizes, seconds_of
 from moecover.runtime.devices import available_memory, check_device, has_own_memory, release
-from moecover.runtime.distributed import wait_for_all
+from moecover.runtime.distributed import shared_out, wait_for_all
 from moecover.runtime.loading import load_model
 from moecover.runtime.placement import placed
 from moecover.runtime.running import Running, running
@@ -93,6 +93,7 @@ def opened(
     head: bool = False,
     extra: int = 0,
     pace: float = 1.0,
+    whole: str = "",
     here: World = ALONE,
     scratch: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -113,6 +114,8 @@ def opened(
         head: see `cost.cost`.
         extra: see `cost.cost`.
         pace: seconds of the work over those of a plain pass over as many tokens, for the estimate.
+        whole: what to say where the model does not fit into the memory of every process, and has to; empty where it
+            may run layer by layer.
         here: this process among those that share the work; those of one machine share its free memory.
         scratch: folder for the state of the pass, if there is one; its disk must have room.
         say: receives lines of log.
@@ -140,6 +143,8 @@ def opened(
         structure, in_parts=in_parts, dtype=dtype, head=head, resident=resident, limit=memory_limit, **shape
     )
     _check_room(structure.checkpoint.name, estimate, scratch, spills=device == "cpu")
+    if whole and any(shared_out(here, range(here.size), lambda mine: [estimate.by_layer for _ in mine])):
+        raise InputError(whole)
     if rehearsal.on():
         _rehearse(structure, estimate, pace * seconds_of(estimate, structure, dtype=dtype, device=device))
     wait_for_all(here)  # what the others load is not to be measured
