@@ -26,8 +26,8 @@ def size_text(num_bytes: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 task, 6 tasks."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """A number with its noun: 1 task, 6 tasks, 2 processes."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def change_text(nats: float) -> str:

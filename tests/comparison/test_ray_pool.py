@@ -18,6 +18,7 @@ import pytest
 from moecover.comparison.members import CLAIMS, Members
 from moecover.comparison.run import compare
 from moecover.errors import InputError, MoecoverError
+from moecover.rehearsal import rehearsed
 from tests.support.fake_ray import FakeRay
 from tests.support.grids import cells_of, finished, written
 
@@ -35,7 +36,7 @@ def test_a_lost_worker_costs_no_cell(
     assert (made.made, made.failures) == (4, {})
     assert (out / "results.csv").read_bytes() == (local / "results.csv").read_bytes()
     assert (ray.asked["num_gpus"], ray.asked["ended"], ray.started) == (1, True, 2)
-    assert "of its cells are tried again" in capsys.readouterr().err
+    assert "of it to be tried again" in capsys.readouterr().err
 
 
 def test_a_worker_that_is_lost_again_and_again_fails_its_cells(
@@ -63,6 +64,8 @@ def test_what_a_cluster_lacks_is_said_before_the_work(
     refused("gpus_per_job.*1.*the cluster has 0 GPUs", engine="ray", gpus_per_job=1)
     refused("is out of range: 0 or more", engine="ray", gpus_per_job=-1)
     refused("is not an address. Give auto or HOST:PORT", engine="ray", address="ray://here:1")
+    monkeypatch.setattr(FakeRay, "init", lambda self, **options: pytest.fail("a dry run joins no cluster"))
+    assert rehearsed(lambda: compare(grid(), tmp_path / "run", progress=False, engine="ray"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

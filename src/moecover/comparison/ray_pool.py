@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moecover import rehearsal
 from moecover.comparison.jobs import Job, Report, WorkerSetup
 from moecover.comparison.pool import POLL_S, Ended, Lost, Queue
 from moecover.comparison.remote import RemoteWorker, remote_worker
@@ -43,7 +44,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
-        """Be connected to the cluster.
+        """Be connected to the cluster; in a dry run only its address is looked at.
 
         Raises:
             InputError: Ray is not installed, no cluster answers, or it has too few GPUs.
@@ -55,6 +56,9 @@ class Cluster:
                 f"{arg('engine', 'ray')} needs Ray, which is not installed. Install it: pip install 'moecover[ray]'"
             ) from error
         self._check_answers()
+        if rehearsal.on():
+            yield
+            return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
         try:
             ray.init(address=self.address, log_to_driver=False, configure_logging=False)

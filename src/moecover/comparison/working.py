@@ -36,7 +36,7 @@ from moecover.corpora.sources import set_name
 from moecover.errors import MoecoverError
 from moecover.progress import Progress
 from moecover.runtime.pass_state import remove
-from moecover.text import duration_text
+from moecover.text import counted, duration_text
 
 RETRIES = 2  # of a cell whose worker was lost
 WEIGHT = 2  # cells that the estimate before the first one is worth: a first cell also waits for the model
@@ -192,7 +192,7 @@ def _doing(job: Job) -> str:
             return f"{job.model}: profile on {set_name([corpus.name for corpus in job.corpora])}"
         case EvaluationJob():
             first, *more = job.cells
-            others = f" and {len(more)} more {'cell' if len(more) == 1 else 'cells'}" if more else ""
+            others = f" and {counted(len(more), 'more cell')}" if more else ""
             return f"{job.model}: {first.label}{others}"
         case _:
             return f"{job.model}: profile on the texts of the tasks"
@@ -249,7 +249,7 @@ class _Ledger:
             )
             return job if is_tried else None
         if again:
-            self._say(f"{report.reason}: {len(again)} of its cells are tried again")
+            self._say(f"{report.reason}: {counted(len(again), 'cell')} of it to be tried again")
         return replace(job, cells=tuple(again)) if again else None
 
     def ended(self, job: Job, report: Died | Ended) -> None:
