@@ -39,7 +39,7 @@ def test_compare_returns_what_it_wrote(
     figures = found.results["cells"][-1]["row"]
     assert figures is not None
     assert table[-1]["perplexity test"] == figures["perplexity"]["test"]["perplexity"]
-    assert any("4 cells, 0 are done, 4 to go" in line for line in lines)
+    assert any("4 cells, 0 done, 4 to go" in line for line in lines)
     fields = yaml.safe_load((out / "config.yaml").read_text())
     for same in (fields, Config.model_validate(fields), str(out / "config.yaml")):
         again = compare(same, str(out), progress=False)

@@ -22,7 +22,7 @@ from moecover.evaluation.perplexity import perplexity
 from moecover.planning.artifact import Plan
 from moecover.planning.masking import masked
 from moecover.runtime.loading import load_model
-from tests.support.grids import finished, rows, run, written
+from tests.support.grids import finished, rows, run, write_text_file, written
 
 
 def test_tiny_grid(grid: Callable[..., Path], tmp_path: Path) -> None:
@@ -75,6 +75,13 @@ def test_a_second_run_does_nothing(grid: Callable[..., Path], tmp_path: Path, ca
     assert "all 6 cells are done" in capsys.readouterr().err
     assert written(out) == before
     assert (out / "results.csv").read_bytes() == results
+    for ahead in ("0 cells of qwen, 6 are done", "6 cells of qwen"):
+        capsys.readouterr()
+        assert main(["compare", str(path), "-o", str(out), "--dry-run", "--json"]) == 0
+        steps = json.loads(capsys.readouterr().out)["steps"]
+        assert [step["name"] for step in steps if step["kind"] == "run"] == [ahead]
+        write_text_file(path.parent / "test.jsonl", 9)
+    assert written(out) == before
 
 
 def test_an_extension_makes_the_new_cells_alone(grid: Callable[..., Path], tmp_path: Path) -> None:
@@ -100,7 +107,7 @@ def test_a_smaller_grid_leaves_the_other_cells(grid: Callable[..., Path], tmp_pa
     assert run(grid(methods=["random", "tb-coverage"]), out) == 0
     before = written(out)
     assert main(["compare", str(grid(methods=["random"])), "-o", str(out)]) == 0
-    assert "1 cells in" in capsys.readouterr().err
+    assert "1 cell in" in capsys.readouterr().err
     assert written(out) == before
     assert {r["label"] for r in rows(out)} == {"full model", "random"}
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from moecover import rehearsal
 from moecover.comparison.cell_files import CONFIG, DONE, stored_cell
+from moecover.comparison.cells import Cell
 from moecover.comparison.costs import check_fits, estimated_seconds
 from moecover.comparison.jobs import ModelSetup
 from moecover.comparison.models import ComparedModel
 from moecover.comparison.preparing import prepare, read_text
 from moecover.comparison.reading import Request
 from moecover.progress import Progress
-from moecover.text import duration_text
+from moecover.text import counted, duration_text
 
 
 def outlook(models: Sequence[ComparedModel], seconds: float | None) -> str:
@@ -22,7 +23,7 @@ def outlook(models: Sequence[ComparedModel], seconds: float | None) -> str:
     if not pending:
         return f"all {total} cells are done"
     about = "" if seconds is None else f": about {duration_text(seconds)} on this machine"
-    return f"{total} cells, {total - pending} are done, {pending} to go{about}"
+    return f"{counted(total, 'cell')}, {total - pending} done, {pending} to go{about}"
 
 
 def prepare_dry(asked: Request, run: Path, models: Sequence[ComparedModel], progress: Progress) -> None:
@@ -32,12 +33,32 @@ def prepare_dry(asked: Request, run: Path, models: Sequence[ComparedModel], prog
             prepare(asked, model, run, progress)
         else:
             read_text(asked, model, progress)
+    find_pending(run, models)
+
+
+def find_pending(run: Path, models: Sequence[ComparedModel]) -> list[Cell]:
+    """Note which cells are pending, and how long the others took.
+
+    Args:
+        run: the run folder.
+        models: prepared; cells without a fingerprint are pending.
+
+    Returns:
+        Cells that are finished and have to be recomputed, as their inputs have changed.
+    """
+    changed = []
+    for model in models:
         for cell in model.cells:
             found = stored_cell(run, cell)
-            if found is None or found["status"] != DONE or found["fingerprint"] != model.fingerprints.get(cell.id):
-                model.pending.append(cell)
-            elif (wall_s := found.get("wall_s")) is not None:
-                model.walls.append(wall_s)
+            done = found is not None and found["status"] == DONE
+            if found is not None and done and found["fingerprint"] == model.fingerprints.get(cell.id):
+                if (wall_s := found.get("wall_s")) is not None:
+                    model.walls.append(wall_s)
+                continue
+            if done:
+                changed.append(cell)
+            model.pending.append(cell)
+    return changed
 
 
 def rehearse(

@@ -24,7 +24,7 @@ from moecover.comparison.fingerprints import remember
 from moecover.comparison.jobs import PlanJob, RunFacts, TaskProfileJob, WorkerSetup
 from moecover.comparison.members import Members
 from moecover.comparison.models import ComparedModel, stored_facts, with_peaks, write_models
-from moecover.comparison.outlook import outlook, prepare_dry, rehearse
+from moecover.comparison.outlook import find_pending, outlook, prepare_dry, rehearse
 from moecover.comparison.planning_jobs import MADE_FROM
 from moecover.comparison.pools import LOCAL, opened_engine
 from moecover.comparison.preparing import prepare
@@ -42,6 +42,7 @@ from moecover.planning.artifact import Plan
 from moecover.profiling.artifact import Profile
 from moecover.progress import Progress, resolve
 from moecover.runtime.devices import check_device
+from moecover.text import counted
 
 
 def compare(
@@ -175,12 +176,12 @@ def _prepare(asked: Request, run: Path, models: Sequence[ComparedModel], members
         prepare(asked, model, run, progress)
     members.join(digest([[cell.to_json(), m.fingerprints[cell.id]] for m in models for cell in m.cells]))
     if others := members.others():
-        progress.say(f"{run}: cells are shared with {others} other {'process' if others == 1 else 'processes'}")
+        progress.say(f"{run}: cells are shared with {counted(others, 'other process')}")
     else:
         _remove_partial(run)
     write_text(run / CONFIG, asked.config.text())
     remember(run, {name: one for model in models for name, one in model.shard_hashes.items()})
-    _find_pending(run, models, alone=not others, progress=progress)
+    _note_pending(run, models, alone=not others, progress=progress)
 
 
 def _leave(run: Path, members: Members) -> None:
@@ -199,33 +200,22 @@ def _remove_partial(run: Path) -> None:
             shutil.rmtree(left)
 
 
-def _find_pending(run: Path, models: Sequence[ComparedModel], *, alone: bool, progress: Progress) -> None:
+def _note_pending(run: Path, models: Sequence[ComparedModel], *, alone: bool, progress: Progress) -> None:
     """Note which cells are pending; say which finished ones have to be recomputed, from new plans.
 
     Beside other processes the plans stay: the first of them has made them anew.
     """
-    changed: list[Cell] = []
-    for model in models:
-        for cell in model.cells:
-            found = stored_cell(run, cell)
-            done = found is not None and found["status"] == DONE
-            if found is not None and done and found["fingerprint"] == model.fingerprints[cell.id]:
-                if (wall_s := found.get("wall_s")) is not None:
-                    model.walls.append(wall_s)
-                continue
-            if done:
-                changed.append(cell)
-                if alone:
-                    (run / plan_path(cell)).unlink(missing_ok=True)
-            model.pending.append(cell)
+    changed = find_pending(run, models)
+    for cell in changed if alone else ():
+        (run / plan_path(cell)).unlink(missing_ok=True)
     if changed:
-        others = f" and {len(changed) - 1} other cells" if len(changed) > 1 else ""
+        others = f" and {counted(len(changed) - 1, 'other cell')}" if len(changed) > 1 else ""
         progress.say(
             f"{changed[0].words}{others}: recomputed, because inputs have changed (model, texts, options or versions)"
         )
     known, folder = {cell.id for m in models for cell in m.cells}, run / "cells"
     if spare := sorted(p.name for p in folder.iterdir() if p.name not in known) if folder.is_dir() else []:
-        progress.say(f"{len(spare)} cells in {folder} are not part of this grid and stay as they are, first {spare[0]}")
+        progress.say(f"{counted(len(spare), 'cell')} in {folder} from other grids, left as before, first {spare[0]}")
 
 
 def _write_usage(run: Path, models: Sequence[ComparedModel], config: Config) -> None:
